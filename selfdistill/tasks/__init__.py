@@ -1,0 +1,63 @@
+"""Problems, answer checking and step tags: the interface every task offers to the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with what is known about its answer.
+
+    Attributes:
+        id: stable identifier, unique within a task.
+        question: the text that student and teacher both see.
+        answer: the canonical final answer.
+        reference: a complete reference solution (RefSol's context).
+    """
+
+    id: str
+    question: str
+    answer: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the exact checker says about one response.
+
+    Attributes:
+        answer: the final answer that was read from the response, or None when there is none.
+        correct: True when that answer equals the problem's answer (the binary reward).
+        strict: True when the answer and every step are right and none is missing.
+        first_wrong_step: 1-based number of the earliest wrong step, or None.
+        wrong_span: character span (start, stop) of that step in the response, or None.
+        complete: True when the response ends with an answer (False: it ran out of tokens).
+    """
+
+    answer: str | None
+    correct: bool
+    strict: bool
+    first_wrong_step: int | None
+    wrong_span: tuple[int, int] | None
+    complete: bool
+
+
+class Task(Protocol):
+    """A source of problems with an exact checker."""
+
+    name: str
+
+    def problems(self, *, split: str, count: int, seed: int = 0) -> list[Problem]:
+        """Return `count` distinct problems of a split ("train", "dev", "test"); splits never overlap."""
+        ...
+
+    def check(self, problem: Problem, response: str) -> Verdict:
+        """Judge one response; never raises on malformed text."""
+        ...
+
+    def responses_agree(self, answers: Sequence[str]) -> str | None:
+        """Return the majority answer (Maj@k) among non-empty `answers`; ties go to the earliest."""
+        ...
