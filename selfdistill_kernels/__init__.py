@@ -1,0 +1,25 @@
+"""Fused losses for self-distillation of language models, without [tokens, vocabulary] tensors."""
+
+from selfdistill_kernels.advantage import AdvantageMask
+from selfdistill_kernels.loss import (
+    DistillationOutput,
+    FusedLinearDistillationLoss,
+    LogprobOutput,
+    distillation_from_logits,
+    fused_linear_distillation,
+    fused_linear_logprobs,
+)
+from selfdistill_kernels.objective import Objective
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdvantageMask",
+    "DistillationOutput",
+    "FusedLinearDistillationLoss",
+    "LogprobOutput",
+    "Objective",
+    "distillation_from_logits",
+    "fused_linear_distillation",
+    "fused_linear_logprobs",
+]

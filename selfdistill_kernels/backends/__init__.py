@@ -1,0 +1,75 @@
+"""Backends and the choice between them."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+
+import torch
+
+from selfdistill_kernels.backends.base import Backend
+from selfdistill_kernels.backends.reference import ReferenceBackend
+
+BACKENDS = ("auto", "native", "reference")
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> str:
+    """Resolve "auto" and refuse a backend that cannot serve these inputs.
+
+    Raises:
+        ValueError: unknown name, or a named backend that does not fit the device or dtype.
+        RuntimeError: "native" was asked for and its extension is not built.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend: unknown name {name!r}; expected one of {', '.join(BACKENDS)}")
+    fits_native = device.type == "cpu" and dtype in NATIVE_DTYPES
+    if name == "native":
+        if not fits_native:
+            raise ValueError(
+                f"backend: 'native' takes float32 or bfloat16 tensors on the CPU, got {dtype} on "
+                f"{device}; use backend='auto' or 'reference'"
+            )
+        problem = native_problem()
+        if problem is not None:
+            raise RuntimeError(f"backend: 'native' is not available: {problem}")
+        return name
+    if name == "auto" and fits_native:
+        problem = native_problem()
+        if problem is None:
+            return "native"
+        _warn_once(problem)
+    return "reference"
+
+
+def get_backend(name: str) -> Backend:
+    """Return the backend for a resolved name."""
+    if name == "native":
+        from selfdistill_kernels.backends.native import NativeBackend
+
+        return NativeBackend()
+    return ReferenceBackend()
+
+
+@functools.cache
+def native_problem() -> str | None:
+    """None when the compiled extension is loaded, else what is wrong and what mends it."""
+    try:
+        importlib.import_module("selfdistill_kernels._C")
+    except ImportError as error:
+        return (
+            f"the compiled extension cannot be loaded ({error}); install a C++17 compiler and run "
+            "`pip install --no-build-isolation --force-reinstall --no-deps selfdistill`"
+        )
+    return None
+
+
+@functools.cache
+def _warn_once(problem: str) -> None:
+    warnings.warn(
+        f"selfdistill_kernels: using the reference backend, which materialises [tokens, "
+        f"vocabulary]: {problem}",
+        RuntimeWarning,
+        stacklevel=2,
+    )

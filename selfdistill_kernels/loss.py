@@ -1,0 +1,559 @@
+"""The public functions: check, flatten, call an operator, reduce."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from selfdistill_kernels.advantage import SIGNS, AdvantageMask
+from selfdistill_kernels.backends import choose_backend
+from selfdistill_kernels.logits import LogitTransform
+from selfdistill_kernels.objective import Objective
+from selfdistill_kernels.ops import linear_loss, linear_statistics
+from selfdistill_kernels.statistics import Column, advantage_of, statistics_dtype
+from selfdistill_kernels.validation import (
+    check_head,
+    check_per_token,
+    check_reduction,
+    require_float,
+    require_same,
+    require_shape,
+    require_tensor,
+    workspace_bytes,
+)
+
+
+@dataclass(frozen=True)
+class DistillationOutput:
+    """Loss and per-token statistics; [...] is the leading shape of the inputs.
+
+    Statistics are float32 (float64 for float64 inputs), in nats, 0 where no token exists.
+
+    Attributes:
+        loss: scalar, or [...] with reduction="none".
+        divergence: [...] of the objective's divergence alone.
+        student_logprob: [...] log S(y), or None without targets.
+        teacher_logprob: [...] log T(y), or None without targets.
+        advantage: [...] log T(y) - log S(y), or None without targets.
+        entropy: [...] entropy of the student.
+        active: [...] bool, tokens that carry a gradient.
+    """
+
+    loss: Tensor
+    divergence: Tensor
+    student_logprob: Tensor | None
+    teacher_logprob: Tensor | None
+    advantage: Tensor | None
+    entropy: Tensor
+    active: Tensor
+
+
+class LogprobOutput(NamedTuple):
+    """Per-token results of `fused_linear_logprobs`, [...] float32, both differentiable."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def fused_linear_distillation(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor | None = None,
+    *,
+    teacher_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    objective: str | Objective = "forward_kl",
+    advantage_mask: AdvantageMask | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    workspace: str | int = "auto",
+    backend: str = "auto",
+) -> DistillationOutput:
+    """Self-distillation loss from hidden states, without materialising [tokens, vocabulary].
+
+    Logits are z = cap(logit_scale * (h W^T + b)) / temperature. Gradients flow from `loss` (and
+    from `divergence` with reduction="none") to student_hidden, weight and bias, never to the
+    teacher. Source: arXiv 2606.11173; formulas and tests against float64 in docs/math.md.
+
+    Args:
+        student_hidden: [..., H] last hidden states of the student (after the final norm).
+        teacher_hidden: [..., H_t] of the self-teacher, aligned token by token; no gradient.
+        weight: [V, H] lm_head; frozen (requires_grad False) costs no dW.
+        targets: [...] int, the sampled tokens y. Needed by log-probs, advantage, policy gradient
+            and cross entropy.
+        teacher_weight: [V, H_t], None when the teacher shares `weight` and `bias`.
+        bias, teacher_bias: [V] or None. With a shared head, teacher_bias None means `bias`.
+        mask: [...] bool, False where no token exists; such rows are never read (NaN is fine).
+        token_weight: [...] float, multiplies each token's loss (not the denominator).
+        objective: a divergence name or an Objective.
+        advantage_mask: which tokens carry a gradient; dropped ones keep their statistics and stay
+            in the denominator.
+        ignore_index: a target with this value means that the token does not exist.
+        temperature, logit_scale, softcap: see above; apply to both models.
+        reduction: "mean" over existing tokens, "sum", "sequence_mean" (mean over the last token
+            dimension, then over sequences, empty ones included) or "none".
+        normalizer: replaces the denominator: of "mean", "sum" and "none" the number of tokens, of
+            "sequence_mean" the number of sequences. For gradient accumulation and data
+            parallelism, pass the whole batch's.
+        workspace: bytes for logits tiles, or "auto".
+        backend: "auto", "native" or "reference".
+
+    Returns:
+        DistillationOutput.
+
+    Raises:
+        TypeError, ValueError: bad input; the message names the argument.
+    """
+    check_head("student", "student_hidden", student_hidden, "weight", weight, "bias", bias)
+    student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias = _autocast(
+        student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias
+    )
+    leading = tuple(student_hidden.shape[:-1])
+    _check_teacher(leading, weight, teacher_hidden, teacher_weight, bias, teacher_bias)
+    if teacher_weight is None and teacher_bias is None:
+        teacher_bias = bias
+    return _distillation(
+        "student_hidden",
+        student_hidden,
+        teacher_hidden,
+        weight,
+        teacher_weight,
+        bias,
+        teacher_bias,
+        targets,
+        mask=mask,
+        token_weight=token_weight,
+        objective=objective,
+        advantage_mask=advantage_mask,
+        ignore_index=ignore_index,
+        transform=LogitTransform(logit_scale, softcap, temperature),
+        reduction=reduction,
+        normalizer=normalizer,
+        workspace=workspace,
+        backend=backend,
+    )
+
+
+def distillation_from_logits(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    objective: str | Objective = "forward_kl",
+    advantage_mask: AdvantageMask | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    workspace: str | int = "auto",
+    backend: str = "auto",
+) -> DistillationOutput:
+    """The same loss for people who already hold logits.
+
+    Args:
+        student_logits: [..., V]; carries the gradient.
+        teacher_logits: [..., V]; no gradient.
+        the rest: as in `fused_linear_distillation` (temperature and soft cap are applied here).
+
+    Returns:
+        DistillationOutput.
+
+    Raises:
+        TypeError, ValueError: bad input; the message names the argument.
+    """
+    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        require_float(name, require_tensor(name, logits))
+        if logits.dim() < 1 or logits.shape[-1] == 0:
+            raise ValueError(f"{name}: expected shape [..., V], got {tuple(logits.shape)}")
+    require_shape(
+        "teacher_logits", teacher_logits, tuple(student_logits.shape), "that of student_logits"
+    )
+    require_same("teacher_logits", teacher_logits, "student_logits", student_logits)
+    return _distillation(
+        "student_logits",
+        student_logits,
+        teacher_logits,
+        None,
+        None,
+        None,
+        None,
+        targets,
+        mask=mask,
+        token_weight=token_weight,
+        objective=objective,
+        advantage_mask=advantage_mask,
+        ignore_index=ignore_index,
+        transform=LogitTransform(1.0, softcap, temperature),
+        reduction=reduction,
+        normalizer=normalizer,
+        workspace=workspace,
+        backend=backend,
+    )
+
+
+def _distillation(
+    input_name: str,
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    weight: Tensor | None,
+    teacher_weight: Tensor | None,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    targets: Tensor | None,
+    *,
+    mask: Tensor | None,
+    token_weight: Tensor | None,
+    objective: str | Objective,
+    advantage_mask: AdvantageMask | None,
+    ignore_index: int,
+    transform: LogitTransform,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    workspace: str | int,
+    backend: str,
+) -> DistillationOutput:
+    """Flatten, call an operator, reduce; with `weight` None the hidden states are logits."""
+    objective = Objective.of(objective)
+    budget = workspace_bytes(workspace)
+    leading = tuple(student_hidden.shape[:-1])
+    _check_tokens(input_name, leading, student_hidden, targets, mask, token_weight)
+    check_reduction(reduction, leading)
+    _check_targets_given(input_name, objective, advantage_mask, targets)
+    name = choose_backend(backend, device=student_hidden.device, dtype=student_hidden.dtype)
+
+    exists = _existing(leading, student_hidden.device, targets, mask, ignore_index)
+    loss_weight = _loss_weight(exists, token_weight, reduction, normalizer, student_hidden.dtype)
+    tensors = (
+        student_hidden.reshape(-1, student_hidden.shape[-1]),
+        teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
+        weight,
+        None if teacher_weight is None else teacher_weight.detach(),
+        bias,
+        None if teacher_bias is None else teacher_bias.detach(),
+        None if targets is None else targets.reshape(-1).to(torch.int64),
+        exists.reshape(-1),
+    )
+    options = (transform.logit_scale, transform.softcap, transform.temperature)
+
+    if reduction == "none" or not (advantage_mask is None or advantage_mask.is_token_local):
+        # The loss of a token is not known when its row is visited: statistics first, and the
+        # backward pass recomputes the logits of the tokens that carry a gradient.
+        statistics = linear_statistics(
+            *tensors, *options, objective.divergence, objective.beta, budget, name
+        )
+        frozen = statistics.detach()
+        active = exists.reshape(-1) & (loss_weight != 0)
+        if advantage_mask is not None:
+            active = active & advantage_mask.select(advantage_of(frozen), exists.reshape(-1))
+        per_token = _compose(objective, statistics, loss_weight, active)
+        loss = per_token.reshape(leading) if reduction == "none" else per_token.sum()
+        divergence = statistics[:, Column.DIVERGENCE]
+        if reduction != "none":
+            divergence = divergence.detach()
+    else:
+        needs = [
+            torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+            for tensor in (student_hidden, weight, bias)
+        ]
+        gate = advantage_mask
+        loss, statistics, active, *_ = linear_loss(
+            *tensors, loss_weight, *options,
+            objective.divergence, objective.beta, objective.policy_gradient,
+            objective.cross_entropy, objective.entropy,
+            None if gate is None else SIGNS[gate.sign],
+            0.0 if gate is None else gate.threshold,
+            *needs, budget, name,
+        )  # fmt: skip
+        frozen = statistics.detach()
+        divergence = frozen[:, Column.DIVERGENCE]
+
+    def column(which: Column) -> Tensor:
+        return frozen[:, which].reshape(leading)
+
+    has_targets = targets is not None
+    return DistillationOutput(
+        loss=loss,
+        divergence=divergence.reshape(leading),
+        student_logprob=column(Column.STUDENT_LOGPROB) if has_targets else None,
+        teacher_logprob=column(Column.TEACHER_LOGPROB) if has_targets else None,
+        advantage=advantage_of(frozen).reshape(leading) if has_targets else None,
+        entropy=column(Column.ENTROPY),
+        active=active.reshape(leading),
+    )
+
+
+def fused_linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    workspace: str | int = "auto",
+    backend: str = "auto",
+) -> LogprobOutput:
+    """log-probs of the targets and entropy, without materialising [tokens, vocabulary].
+
+    Both results are differentiable with respect to hidden, weight and bias; the backward pass
+    recomputes the logits of tokens with a non-zero upstream gradient.
+
+    Args:
+        hidden: [..., H]; weight: [V, H]; targets: [...] int; the rest as in
+            `fused_linear_distillation`.
+
+    Returns:
+        LogprobOutput(logprobs, entropy), [...] float32, 0 where no token exists.
+
+    Raises:
+        TypeError, ValueError: bad input; the message names the argument.
+    """
+    transform = LogitTransform(logit_scale, softcap, temperature)
+    budget = workspace_bytes(workspace)
+    check_head("model", "hidden", hidden, "weight", weight, "bias", bias)
+    hidden, _, weight, _, bias, _ = _autocast(hidden, None, weight, None, bias, None)
+    leading = tuple(hidden.shape[:-1])
+    require_tensor("targets", targets)
+    _check_tokens("hidden", leading, hidden, targets, mask, None)
+    name = choose_backend(backend, device=hidden.device, dtype=hidden.dtype)
+    exists = _existing(leading, hidden.device, targets, mask, ignore_index)
+    statistics = linear_statistics(
+        hidden.reshape(-1, hidden.shape[-1]), None, weight, None, bias, None,
+        targets.reshape(-1).to(torch.int64), exists.reshape(-1),
+        transform.logit_scale, transform.softcap, transform.temperature,
+        "none", 0.5, budget, name,
+    )  # fmt: skip
+    return LogprobOutput(
+        statistics[:, Column.STUDENT_LOGPROB].reshape(leading),
+        statistics[:, Column.ENTROPY].reshape(leading),
+    )
+
+
+class FusedLinearDistillationLoss(nn.Module):
+    """Module form of `fused_linear_distillation`; holds the options, not the head.
+
+    Args:
+        objective, advantage_mask, ignore_index, temperature, logit_scale, softcap, reduction,
+        workspace, backend: as in `fused_linear_distillation`; checked here.
+    """
+
+    def __init__(
+        self,
+        *,
+        objective: str | Objective = "forward_kl",
+        advantage_mask: AdvantageMask | None = None,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        reduction: str = "mean",
+        workspace: str | int = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.objective = Objective.of(objective)
+        LogitTransform(logit_scale, softcap, temperature)
+        workspace_bytes(workspace)
+        check_reduction(reduction, (1, 1))
+        self.advantage_mask = advantage_mask
+        self.ignore_index = ignore_index
+        self.temperature = temperature
+        self.logit_scale = logit_scale
+        self.softcap = softcap
+        self.reduction = reduction
+        self.workspace = workspace
+        self.backend = backend
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor | None = None,
+        *,
+        teacher_weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> DistillationOutput:
+        """See `fused_linear_distillation`."""
+        return fused_linear_distillation(
+            student_hidden,
+            teacher_hidden,
+            weight,
+            targets,
+            teacher_weight=teacher_weight,
+            bias=bias,
+            teacher_bias=teacher_bias,
+            mask=mask,
+            token_weight=token_weight,
+            normalizer=normalizer,
+            objective=self.objective,
+            advantage_mask=self.advantage_mask,
+            ignore_index=self.ignore_index,
+            temperature=self.temperature,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            reduction=self.reduction,
+            workspace=self.workspace,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.objective}, reduction={self.reduction!r}, backend={self.backend!r}"
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor]:
+    """Under autocast, cast as torch.nn.functional.linear would."""
+    first = tensors[0]
+    assert first is not None
+    kind = first.device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)  # type: ignore[arg-type]
+    dtype = torch.get_autocast_dtype(kind)
+    return [
+        tensor.to(dtype) if isinstance(tensor, Tensor) else tensor  # type: ignore[misc]
+        for tensor in tensors
+    ]
+
+
+def _check_teacher(
+    leading: tuple[int, ...],
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+) -> None:
+    shared = teacher_weight is None
+    check_head(
+        "teacher, which shares `weight` because teacher_weight is None" if shared else "teacher",
+        "teacher_hidden",
+        teacher_hidden,
+        "weight" if teacher_weight is None else "teacher_weight",
+        weight if teacher_weight is None else teacher_weight,
+        "teacher_bias",
+        teacher_bias,
+    )
+    require_shape(
+        "teacher_hidden",
+        teacher_hidden,
+        (*leading, teacher_hidden.shape[-1]),
+        "the leading shape of student_hidden, then the teacher's hidden size",
+    )
+    if teacher_weight is not None and teacher_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"teacher_weight: expected the student's vocabulary of {weight.shape[0]} rows, got "
+            f"{tuple(teacher_weight.shape)}"
+        )
+    if teacher_hidden.dtype != weight.dtype or teacher_hidden.device != weight.device:
+        raise TypeError(
+            f"teacher_hidden: expected {weight.dtype} on {weight.device} like weight, got "
+            f"{teacher_hidden.dtype} on {teacher_hidden.device}"
+        )
+
+
+def _check_tokens(
+    input_name: str,
+    leading: tuple[int, ...],
+    hidden: Tensor,
+    targets: Tensor | None,
+    mask: Tensor | None,
+    token_weight: Tensor | None,
+) -> None:
+    check_per_token("targets", targets, leading, input_name, hidden, "int")
+    check_per_token("mask", mask, leading, input_name, hidden, "bool")
+    check_per_token("token_weight", token_weight, leading, input_name, hidden, "float")
+
+
+def _check_targets_given(
+    input_name: str,
+    objective: Objective,
+    advantage_mask: AdvantageMask | None,
+    targets: Tensor | None,
+) -> None:
+    if targets is not None:
+        return
+    if objective.needs_targets:
+        raise ValueError(
+            "targets: policy_gradient and cross_entropy are defined by the sampled tokens; pass "
+            f"targets of the leading shape of {input_name}"
+        )
+    if advantage_mask is not None:
+        raise ValueError(
+            "targets: advantage_mask needs the sampled tokens to know their advantage; pass "
+            f"targets of the leading shape of {input_name}"
+        )
+
+
+def _existing(
+    leading: tuple[int, ...],
+    device: torch.device,
+    targets: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    """[...] bool, True where a token exists."""
+    exists = torch.ones(leading, dtype=torch.bool, device=device) if mask is None else mask
+    return exists if targets is None else exists & (targets != ignore_index)
+
+
+def _loss_weight(
+    exists: Tensor,
+    token_weight: Tensor | None,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[N] what each token's loss is multiplied by: token weight over denominator."""
+    weight = exists.to(statistics_dtype(dtype))
+    if token_weight is not None:
+        token_weight = token_weight.detach().to(weight.dtype)
+        weight = torch.where(exists, token_weight, torch.zeros_like(weight))
+    if reduction == "sequence_mean":
+        weight = weight / exists.sum(dim=-1, keepdim=True).clamp(min=1)
+        sequences = math.prod(exists.shape[:-1])
+        weight = weight / (max(sequences, 1) if normalizer is None else normalizer)
+    elif normalizer is not None:
+        weight = weight / normalizer
+    elif reduction == "mean":
+        weight = weight / exists.sum().clamp(min=1)
+    return weight.reshape(-1)
+
+
+def _compose(
+    objective: Objective, statistics: Tensor, loss_weight: Tensor, active: Tensor
+) -> Tensor:
+    """Differentiable weighted loss of each token, [N]."""
+    logprob = statistics[:, Column.STUDENT_LOGPROB]
+    loss = torch.zeros_like(logprob)
+    if objective.divergence != "none":
+        loss = loss + statistics[:, Column.DIVERGENCE]
+    if objective.policy_gradient:
+        advantage = advantage_of(statistics).detach()
+        loss = loss - objective.policy_gradient * advantage * logprob
+    if objective.cross_entropy:
+        loss = loss - objective.cross_entropy * logprob
+    if objective.entropy:
+        loss = loss + objective.entropy * statistics[:, Column.ENTROPY]
+    return torch.where(active, loss * loss_weight, torch.zeros_like(loss))

@@ -1,0 +1,107 @@
+"""Which loss is computed per token, and what it needs (math.md: gradient table)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# The numbers are shared with csrc/divergence.h.
+DIVERGENCES: dict[str, int] = {
+    "none": 0,
+    "forward_kl": 1,
+    "reverse_kl": 2,
+    "jsd": 3,
+    "skew_kl": 4,
+    "skew_reverse_kl": 5,
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of one token, a sum of terms (T = teacher, S = student, y = sampled token).
+
+        divergence + policy_gradient * (-A log S(y)) + cross_entropy * (-log S(y)) + entropy * H(S)
+
+    with the advantage A = log T(y) - log S(y) taken as a constant (arXiv 2606.11173).
+
+    Attributes:
+        divergence: one of
+            "forward_kl" KL(T||S), "reverse_kl" KL(S||T),
+            "jsd" beta KL(T||m) + (1-beta) KL(S||m) with m = (1-beta) S + beta T, where beta = 0 is
+            defined as forward KL and beta = 1 as reverse KL (GKD, arXiv 2306.13649),
+            "skew_kl" KL(T||m) and "skew_reverse_kl" KL(S||m) with m = beta T + (1-beta) S
+            (DistiLLM, arXiv 2402.03898), or "none".
+        beta: interpolation of the last three, in [0, 1].
+        policy_gradient: weight of the sampled-token policy gradient term.
+        cross_entropy: weight of the negative log-likelihood of the target.
+        entropy: weight of the student's entropy in the loss; negative for an entropy bonus.
+
+    Raises:
+        ValueError: unknown divergence, beta outside [0, 1], or no term at all.
+    """
+
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+    policy_gradient: float = 0.0
+    cross_entropy: float = 0.0
+    entropy: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(
+                f"objective: unknown divergence {self.divergence!r}; "
+                f"expected one of {', '.join(DIVERGENCES)}"
+            )
+        if not 0.0 <= self.beta <= 1.0:
+            raise ValueError(f"objective: beta must lie in [0, 1], got {self.beta}")
+        if self.divergence == "none" and not (
+            self.policy_gradient or self.cross_entropy or self.entropy
+        ):
+            raise ValueError(
+                'objective: divergence "none" needs a non-zero policy_gradient, cross_entropy '
+                "or entropy weight"
+            )
+
+    @classmethod
+    def of(cls, objective: str | Objective) -> Objective:
+        """Accept a divergence name, "policy_gradient", "cross_entropy", or an Objective.
+
+        Raises:
+            ValueError: unknown name.
+            TypeError: neither a string nor an Objective.
+        """
+        if isinstance(objective, Objective):
+            return objective
+        if not isinstance(objective, str):
+            raise TypeError(
+                f"objective: expected a str or an Objective, got {type(objective).__name__}"
+            )
+        if objective == "policy_gradient":
+            return cls(divergence="none", policy_gradient=1.0)
+        if objective == "cross_entropy":
+            return cls(divergence="none", cross_entropy=1.0)
+        if objective not in DIVERGENCES or objective == "none":
+            names = [name for name in DIVERGENCES if name != "none"]
+            raise ValueError(
+                f"objective: unknown name {objective!r}; expected one of "
+                f"{', '.join([*names, 'policy_gradient', 'cross_entropy'])} or an Objective"
+            )
+        return cls(divergence=objective)
+
+    @property
+    def kernel_divergence(self) -> str:
+        """The divergence with the end points of beta replaced by what they are defined as.
+
+        skew: m = T at beta = 1 (plain reverse KL for KL(S||m), zero for KL(T||m)), m = S at 0.
+        """
+        if self.divergence == "jsd":
+            return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, "jsd")
+        if self.divergence == "skew_kl" and self.beta == 0.0:
+            return "forward_kl"
+        if self.divergence == "skew_reverse_kl" and self.beta == 1.0:
+            return "reverse_kl"
+        return self.divergence
+
+    @property
+    def needs_targets(self) -> bool:
+        """True when a term is defined by the sampled token."""
+        return bool(self.policy_gradient or self.cross_entropy)

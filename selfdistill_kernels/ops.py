@@ -1,0 +1,359 @@
+"""The operators that torch sees: schemas, fake kernels and autograd.
+
+    selfdistill::linear_loss                 scalar loss; makes its gradients in the forward visit
+    selfdistill::linear_statistics           per-token statistics [N, 10]; differentiable
+    selfdistill::linear_statistics_backward  recomputes the logits of tokens with a gradient
+
+All three are functional, so torch.compile and AOT autograd take them whole. With `weight` None the
+"hidden states" are logits already (distillation_from_logits).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfdistill_kernels.backends import get_backend
+from selfdistill_kernels.backends.base import Gate, LinearInputs, Needs, term_weights_of
+from selfdistill_kernels.logits import LogitTransform
+from selfdistill_kernels.objective import Objective
+from selfdistill_kernels.statistics import Column, statistics_dtype
+
+# Columns of the statistics through which a gradient flows, with their sign in `term_weights`.
+_TERM_COLUMNS = ((Column.DIVERGENCE, 1.0), (Column.STUDENT_LOGPROB, -1.0), (Column.ENTROPY, 1.0))
+
+
+def _linear_inputs(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    weight: Tensor | None,
+    teacher_weight: Tensor | None,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    targets: Tensor | None,
+    exists: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+) -> LinearInputs:
+    if targets is not None:
+        _check_targets(targets, exists, (student_hidden if weight is None else weight.mT).shape[-1])
+    return LinearInputs(
+        student_hidden.contiguous(),
+        None if teacher_hidden is None else teacher_hidden.contiguous(),
+        None if weight is None else weight.contiguous(),
+        None if teacher_weight is None else teacher_weight.contiguous(),
+        bias,
+        teacher_bias,
+        targets,
+        exists,
+        LogitTransform(logit_scale, softcap, temperature),
+    )
+
+
+def _check_targets(targets: Tensor, exists: Tensor | None, vocabulary: int) -> None:
+    present = targets if exists is None else targets[exists]
+    if present.numel() == 0:
+        return
+    low, high = present.aminmax()
+    if low < 0 or high >= vocabulary:
+        bad = int(low) if low < 0 else int(high)
+        raise ValueError(
+            f"targets: token id {bad} lies outside the vocabulary [0, {vocabulary}); tokens to "
+            "leave out take `ignore_index` or a False in `mask`"
+        )
+
+
+@torch.library.custom_op("selfdistill::linear_loss", mutates_args=())
+def linear_loss(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    weight: Tensor | None,
+    teacher_weight: Tensor | None,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    targets: Tensor | None,
+    exists: Tensor | None,
+    loss_weight: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    policy_gradient: float,
+    cross_entropy: float,
+    entropy: float,
+    gate_sign: int | None,
+    gate_threshold: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    workspace: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return loss [], statistics [N, 10], active [N], dH [N, H], dW [V, H], db [V].
+
+    Gradients that are not needed are empty tensors.
+    """
+    inputs = _linear_inputs(
+        student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, targets,
+        exists, logit_scale, softcap, temperature,
+    )  # fmt: skip
+    objective = Objective(divergence, beta, policy_gradient, cross_entropy, entropy)
+    gate = None if gate_sign is None else Gate(gate_sign, gate_threshold)
+    needs = Needs(need_hidden, need_weight, need_bias)
+    statistics, active, gradients = get_backend(backend).visit(
+        inputs, objective, gate, loss_weight, needs, workspace
+    )
+    loss = token_loss(objective, statistics, loss_weight, active).sum(dtype=torch.float64)
+    none = student_hidden.new_empty(0)
+    return (
+        loss.to(statistics.dtype),
+        statistics,
+        active,
+        none if gradients.hidden is None else gradients.hidden,
+        none.clone() if gradients.weight is None else gradients.weight,
+        none.clone() if gradients.bias is None else gradients.bias,
+    )
+
+
+def token_loss(
+    objective: Objective, statistics: Tensor, loss_weight: Tensor, active: Tensor
+) -> Tensor:
+    """Weighted loss of each token, [N]; exactly 0 where a token is not active."""
+    weights = term_weights_of(objective, statistics, loss_weight)
+    loss = sum(
+        sign * weights[:, i] * statistics[:, column]
+        for i, (column, sign) in enumerate(_TERM_COLUMNS)
+        if (objective.divergence != "none", objective.needs_targets, objective.entropy != 0.0)[i]
+    )
+    assert isinstance(loss, Tensor)
+    return torch.where(active, loss, torch.zeros_like(loss))
+
+
+@linear_loss.register_fake
+def _(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    weight: Tensor | None,
+    teacher_weight: Tensor | None,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    targets: Tensor | None,
+    exists: Tensor | None,
+    loss_weight: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    policy_gradient: float,
+    cross_entropy: float,
+    entropy: float,
+    gate_sign: int | None,
+    gate_threshold: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    workspace: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens = student_hidden.shape[0]
+    dtype = statistics_dtype(student_hidden.dtype)
+    return (
+        student_hidden.new_empty((), dtype=dtype),
+        student_hidden.new_empty((tokens, len(Column)), dtype=dtype),
+        student_hidden.new_empty(tokens, dtype=torch.bool),
+        torch.empty_like(student_hidden, memory_format=torch.contiguous_format)
+        if need_hidden
+        else student_hidden.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format)
+        if need_weight and weight is not None
+        else student_hidden.new_empty(0),
+        torch.empty_like(bias) if need_bias and bias is not None else student_hidden.new_empty(0),
+    )
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.needs = inputs[19:22]
+    ctx.argument_count = len(inputs)
+    ctx.save_for_backward(*output[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _linear_loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    gradients: list[Tensor | None] = [None] * ctx.argument_count
+    if grad_loss is None:
+        return tuple(gradients)
+    for position, needed, saved in zip((0, 2, 4), ctx.needs, ctx.saved_tensors, strict=True):
+        if needed:
+            gradients[position] = _scaled(saved, grad_loss)
+    return tuple(gradients)
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient * factor; hands the tensor itself over where that is safe (loss.backward())."""
+    if not torch.compiler.is_compiling() and factor.device.type == "cpu":
+        keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+        if not keeps_graph and factor.item() == 1.0:
+            return gradient
+    return gradient * factor.to(gradient.dtype)
+
+
+linear_loss.register_autograd(_linear_loss_backward, setup_context=_save_gradients)
+
+
+@torch.library.custom_op("selfdistill::linear_statistics", mutates_args=())
+def linear_statistics(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    weight: Tensor | None,
+    teacher_weight: Tensor | None,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    targets: Tensor | None,
+    exists: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    workspace: int,
+    backend: str,
+) -> Tensor:
+    """Return statistics [N, 10] (statistics.Column), zero where no token exists.
+
+    A gradient flows through DIVERGENCE, STUDENT_LOGPROB and ENTROPY.
+    """
+    inputs = _linear_inputs(
+        student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, targets,
+        exists, logit_scale, softcap, temperature,
+    )  # fmt: skip
+    return get_backend(backend).statistics(inputs, _divergence_only(divergence, beta), workspace)
+
+
+def _divergence_only(divergence: str, beta: float) -> Objective:
+    # "none" alone is no objective; the entropy term makes it one without needing a target.
+    return Objective(divergence, beta, entropy=1.0)
+
+
+@linear_statistics.register_fake
+def _(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    weight: Tensor | None,
+    teacher_weight: Tensor | None,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    targets: Tensor | None,
+    exists: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    workspace: int,
+    backend: str,
+) -> Tensor:
+    dtype = statistics_dtype(student_hidden.dtype)
+    return student_hidden.new_empty((student_hidden.shape[0], len(Column)), dtype=dtype)
+
+
+@torch.library.custom_op("selfdistill::linear_statistics_backward", mutates_args=())
+def linear_statistics_backward(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    weight: Tensor | None,
+    teacher_weight: Tensor | None,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    targets: Tensor | None,
+    exists: Tensor | None,
+    statistics: Tensor,
+    term_weights: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    workspace: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dH, dW, db for the weights [N, 3] of divergence, -log S(y) and entropy."""
+    inputs = _linear_inputs(
+        student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, targets,
+        exists, logit_scale, softcap, temperature,
+    )  # fmt: skip
+    gradients = get_backend(backend).gradient(
+        inputs,
+        _divergence_only(divergence, beta),
+        statistics,
+        term_weights,
+        Needs(need_hidden, need_weight, need_bias),
+        workspace,
+    )
+    none = student_hidden.new_empty(0)
+    return (
+        none if gradients.hidden is None else gradients.hidden,
+        none.clone() if gradients.weight is None else gradients.weight,
+        none.clone() if gradients.bias is None else gradients.bias,
+    )
+
+
+@linear_statistics_backward.register_fake
+def _(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    weight: Tensor | None,
+    teacher_weight: Tensor | None,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    targets: Tensor | None,
+    exists: Tensor | None,
+    statistics: Tensor,
+    term_weights: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    workspace: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    none = student_hidden.new_empty
+    return (
+        torch.empty_like(student_hidden) if need_hidden else none(0),
+        torch.empty_like(weight) if need_weight and weight is not None else none(0),
+        torch.empty_like(bias) if need_bias and bias is not None else none(0),
+    )
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:8], output)
+    ctx.options = inputs[8:13]
+    ctx.execution = inputs[13:]
+
+
+def _linear_statistics_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    *tensors, statistics = ctx.saved_tensors
+    term_weights = torch.stack([sign * grad[:, column] for column, sign in _TERM_COLUMNS], dim=1)
+    needs = [ctx.needs_input_grad[position] for position in (0, 2, 4)]
+    made = linear_statistics_backward(
+        *tensors, statistics, term_weights, *ctx.options, *needs, *ctx.execution
+    )
+    gradients: list[Tensor | None] = [None] * (8 + len(ctx.options) + len(ctx.execution))
+    for position, needed, gradient in zip((0, 2, 4), needs, made, strict=True):
+        if needed:
+            gradients[position] = gradient
+    return tuple(gradients)
+
+
+linear_statistics.register_autograd(_linear_statistics_backward, setup_context=_save_inputs)

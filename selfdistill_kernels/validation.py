@@ -1,0 +1,126 @@
+"""Early errors: each names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+REDUCTIONS = ("mean", "sum", "sequence_mean", "none")
+
+
+def require_tensor(name: str, value: object) -> Tensor:
+    """Raise TypeError unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def require_float(name: str, value: Tensor) -> None:
+    """Raise TypeError unless `value` holds floats."""
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
+
+
+def require_shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    """Raise ValueError unless `value` has exactly the expected shape."""
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(
+            f"{name}: expected shape {tuple(expected)} ({meaning}), got {tuple(value.shape)}"
+        )
+
+
+def require_same(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless dtype (TypeError) and device (ValueError) agree with another tensor's."""
+    require_device(name, value, other_name, other)
+    if value.dtype != other.dtype:
+        raise TypeError(
+            f"{name}: expected dtype {other.dtype} like {other_name}, got {value.dtype}; "
+            "cast one of them"
+        )
+
+
+def require_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless both live on one device."""
+    if value.device != other.device:
+        raise ValueError(
+            f"{name}: expected device {other.device} like {other_name}, got {value.device}"
+        )
+
+
+def check_head(
+    role: str,
+    hidden_name: str,
+    hidden: Tensor,
+    weight_name: str,
+    weight: Tensor,
+    bias_name: str,
+    bias: Tensor | None,
+) -> None:
+    """Check hidden states [..., H] against an lm_head [V, H] and its bias [V]."""
+    for name, value in ((hidden_name, hidden), (weight_name, weight)):
+        require_float(name, require_tensor(name, value))
+    if hidden.dim() < 1:
+        raise ValueError(f"{hidden_name}: expected shape [..., H], got a scalar")
+    if weight.dim() != 2:
+        raise ValueError(f"{weight_name}: expected shape [V, H], got {tuple(weight.shape)}")
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"{weight_name}: an empty lm_head {tuple(weight.shape)} has no tokens")
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{hidden_name}: hidden size {hidden.shape[-1]} does not match {weight_name} "
+            f"{tuple(weight.shape)} (expected [..., {weight.shape[1]}] for the {role})"
+        )
+    require_same(weight_name, weight, hidden_name, hidden)
+    if bias is not None:
+        require_float(bias_name, require_tensor(bias_name, bias))
+        require_shape(bias_name, bias, (weight.shape[0],), "one value a vocabulary entry")
+        require_same(bias_name, bias, weight_name, weight)
+
+
+def check_per_token(
+    name: str,
+    value: Tensor | None,
+    leading: tuple[int, ...],
+    like_name: str,
+    like: Tensor,
+    kind: str,
+) -> None:
+    """Check an optional per-token tensor: shape [...], device, and "int", "bool" or "float"."""
+    if value is None:
+        return
+    require_tensor(name, value)
+    require_shape(name, value, leading, f"the leading shape of {like_name}")
+    require_device(name, value, like_name, like)
+    integers = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+    fits = {
+        "int": value.dtype in integers,
+        "bool": value.dtype == torch.bool,
+        "float": value.dtype in FLOATS,
+    }[kind]
+    if not fits:
+        raise TypeError(f"{name}: expected a tensor of {kind} values, got {value.dtype}")
+
+
+def check_reduction(reduction: str, leading: tuple[int, ...]) -> None:
+    """Raise ValueError for an unknown reduction, or one that the shape cannot serve."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"reduction: unknown {reduction!r}; expected one of {', '.join(REDUCTIONS)}"
+        )
+    if reduction == "sequence_mean" and len(leading) < 2:
+        raise ValueError(
+            "reduction: 'sequence_mean' averages over the last token dimension first; expected "
+            f"student_hidden of shape [batch, time, H], got leading shape {leading}"
+        )
+
+
+def workspace_bytes(workspace: str | int) -> int:
+    """Resolve the workspace option to bytes, 0 for "auto"."""
+    if workspace == "auto":
+        return 0
+    if isinstance(workspace, bool) or not isinstance(workspace, int):
+        raise TypeError(f"workspace: expected 'auto' or a number of bytes, got {workspace!r}")
+    if workspace <= 0:
+        raise ValueError(f"workspace: expected a positive number of bytes, got {workspace}")
+    return workspace
