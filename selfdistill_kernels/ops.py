@@ -184,6 +184,7 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _linear_loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    _refuse_double_backward()
     gradients: list[Tensor | None] = [None] * ctx.argument_count
     if grad_loss is None:
         return tuple(gradients)
@@ -191,6 +192,14 @@ def _linear_loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[
         if needed:
             gradients[position] = _scaled(saved, grad_loss)
     return tuple(gradients)
+
+
+def _refuse_double_backward() -> None:
+    # The saved gradients are constants to autograd: a second derivative would be silently wrong.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "selfdistill_kernels: double backward (create_graph=True) is not supported"
+        )
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -343,6 +352,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _linear_statistics_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    _refuse_double_backward()
     *tensors, statistics = ctx.saved_tensors
     term_weights = torch.stack([sign * grad[:, column] for column, sign in _TERM_COLUMNS], dim=1)
     needs = [ctx.needs_input_grad[position] for position in (0, 2, 4)]

@@ -1,6 +1,7 @@
-"""The oracle: materialises [N, V] in plain torch; float64-capable, runs on every device.
+"""The oracle: materialises [N, V] in plain torch, runs on every device.
 
-Each line is a line of math.md. Speed and memory are not its business.
+Each line is a line of docs/math.md. It computes in float64 on the CPU and in float32 elsewhere
+(not every device has float64); speed and memory are not its business.
 """
 
 from __future__ import annotations
@@ -64,8 +65,7 @@ class ReferenceBackend:
     def statistics(self, inputs: LinearInputs, objective: Objective, workspace: int) -> Tensor:
         rows = inputs.existing_rows()
         student, teacher = _distributions(inputs, rows)
-        dtype = statistics_dtype(inputs.student_hidden.dtype)
-        found = torch.zeros((rows.numel(), len(Column)), dtype=dtype, device=rows.device)
+        found = student.maximum.new_zeros((rows.numel(), len(Column)))
         found[:, Column.STUDENT_MAX] = student.maximum
         found[:, Column.STUDENT_LOGSUM] = student.logsum
         found[:, Column.ENTROPY] = student.entropy()
@@ -81,8 +81,9 @@ class ReferenceBackend:
             divergence, pivot = _divergence(student.logprobs, teacher.logprobs, objective)
             found[:, Column.DIVERGENCE] = divergence
             found[:, Column.PIVOT] = pivot
-        size = inputs.student_hidden.shape[0]
-        return found.new_zeros((size, len(Column))).index_copy(0, rows, found)
+        size, dtype = inputs.student_hidden.shape[0], inputs.student_hidden.dtype
+        statistics = found.new_zeros((size, len(Column))).index_copy(0, rows, found)
+        return statistics.to(statistics_dtype(dtype))
 
     def gradient(
         self,
@@ -99,19 +100,18 @@ class ReferenceBackend:
         rows = chosen.nonzero().squeeze(1)
         student, teacher = _distributions(inputs, rows)
         weights = term_weights[rows].to(student.logits.dtype)
-        found = statistics[rows].to(student.logits.dtype)
         log_s, p_s = student.logprobs, student.logprobs.exp()
         gradient = torch.zeros_like(log_s)
         if teacher is not None:
-            gradient += weights[:, 0:1] * _divergence_gradient(
-                log_s, teacher.logprobs, found[:, Column.PIVOT, None],
-                found[:, Column.DIVERGENCE, None], objective,
-            )  # fmt: skip
+            # Row constants anew rather than from `statistics`, which is rounded to float32.
+            constants = _divergence(log_s, teacher.logprobs, objective)
+            slope = _divergence_gradient(log_s, teacher.logprobs, *constants, objective)
+            gradient += weights[:, 0:1] * slope
         if inputs.targets is not None:
             gradient += weights[:, 1:2] * p_s
             target = inputs.targets[rows, None]
             gradient.scatter_add_(1, target, -weights[:, 1:2])
-        entropy = found[:, Column.ENTROPY, None]
+        entropy = student.entropy()[:, None]
         gradient -= weights[:, 2:3] * torch.where(p_s == 0, p_s, p_s * (log_s + entropy))
         return _through_head(inputs, rows, inputs.transform.chain(gradient, student.logits), needs)
 
@@ -143,7 +143,8 @@ class ReferenceBackend:
 def _distributions(
     inputs: LinearInputs, rows: Tensor
 ) -> tuple[_Distribution, _Distribution | None]:
-    dtype = statistics_dtype(inputs.student_hidden.dtype)
+    on_cpu = inputs.student_hidden.device.type == "cpu"
+    dtype = torch.float64 if on_cpu else torch.float32
 
     def distribution(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> _Distribution:
         raw = hidden[rows].to(dtype)
@@ -175,15 +176,20 @@ def _divergence(log_s: Tensor, log_t: Tensor, objective: Objective) -> tuple[Ten
         teacher = _expectation(log_t, log_t - log_m)
         return beta * teacher + (1.0 - beta) * student, student
     if kind == "skew_kl":
-        return _expectation(log_t, log_t - log_m), _expectation(log_s, (log_t - log_m).exp())
-    ratio = log_s - log_m - (1.0 - beta) * (log_s - log_m).exp()
-    return _expectation(log_s, log_s - log_m), _expectation(log_s, ratio)
+        return _expectation(log_t, log_t - log_m), _expectation(log_s, torch.expm1(log_t - log_m))
+    return _expectation(log_s, log_s - log_m), _expectation(log_s, _skew_slope(log_s, log_m, beta))
+
+
+def _skew_slope(log_s: Tensor, log_m: Tensor, beta: float) -> Tensor:
+    """r of math.md, shifted by its constant so that equal distributions give exactly 0."""
+    return log_s - log_m - (1.0 - beta) * torch.expm1(log_s - log_m)
 
 
 def _divergence_gradient(
-    log_s: Tensor, log_t: Tensor, pivot: Tensor, divergence: Tensor, objective: Objective
+    log_s: Tensor, log_t: Tensor, divergence: Tensor, pivot: Tensor, objective: Objective
 ) -> Tensor:
     """d divergence / d student logits, [n, V]."""
+    divergence, pivot = divergence[:, None], pivot[:, None]
     kind, beta = objective.kernel_divergence, objective.beta
     p_s = log_s.exp()
     if kind == "none":
@@ -200,9 +206,9 @@ def _divergence_gradient(
     if kind == "jsd":
         inner = (1.0 - beta) * (log_s - log_m - pivot)
     elif kind == "skew_kl":
-        inner = (1.0 - beta) * (pivot - (log_t - log_m).exp())
+        inner = (1.0 - beta) * (pivot - torch.expm1(log_t - log_m))
     else:
-        inner = log_s - log_m - (1.0 - beta) * (log_s - log_m).exp() - pivot
+        inner = _skew_slope(log_s, log_m, beta) - pivot
     return torch.where(p_s == 0, p_s, p_s * inner)
 
 
