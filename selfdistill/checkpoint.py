@@ -1,0 +1,280 @@
+"""Checkpoints that are whole or absent, and that are refused by name when they are neither.
+
+    checkpoints/
+      step-000042/   model.safetensors config.json tokenizer...   (a transformers folder)
+                     optimizer.safetensors rng.safetensors state.json
+      last -> step-000042
+      best -> step-000030
+
+A step folder is written under a temporary name, flushed to the disk and renamed; then `last` and
+`best`, symbolic links, are replaced in one system call each. state.json carries the SHA-256 of
+every other file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FORMAT = "selfdistill-checkpoint"
+VERSION = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; the message names it and says why."""
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What a run knows besides tensors.
+
+    Attributes:
+        step: finished optimiser steps.
+        best_step: the step whose held-out Avg@k was highest, or None before the first evaluation.
+        best_metric: that Avg@k, or None.
+        config: the run's configuration (`Config.model_dump(mode="json")`).
+        base_sha256: fingerprint of the weights that the run started from.
+    """
+
+    step: int
+    best_step: int | None
+    best_metric: float | None
+    config: dict[str, Any]
+    base_sha256: str
+
+
+class CheckpointStore:
+    """The checkpoints folder of one run.
+
+    Args:
+        directory: created when the first checkpoint is saved.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    @property
+    def last(self) -> Path:
+        """The newest finished state."""
+        return self.directory / "last"
+
+    @property
+    def best(self) -> Path:
+        """The state with the best held-out Avg@k."""
+        return self.directory / "best"
+
+    def save(
+        self,
+        state: TrainState,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        optimizer: torch.optim.Optimizer,
+    ) -> Path:
+        """Write one checkpoint, point `last` (and `best`, when it is the best) at it, tidy up.
+
+        Raises:
+            CheckpointError: the disk refused (full, read-only); earlier checkpoints are intact.
+        """
+        name = f"step-{state.step:06d}"
+        temporary = self.directory / f".writing-{name}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            tensors, groups = _flatten_optimizer(optimizer)
+            save_file(tensors, temporary / "optimizer.safetensors")
+            save_file(_rng_states(), temporary / "rng.safetensors")
+            document = {
+                "format": FORMAT,
+                "version": VERSION,
+                **asdict(state),
+                "optimizer_groups": groups,
+                "sha256": {p.name: _sha256(p) for p in sorted(temporary.iterdir())},
+            }
+            (temporary / "state.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+            for path in [*temporary.iterdir(), temporary]:
+                _flush(path)
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+            os.rename(temporary, self.directory / name)
+            self._point(self.last, name)
+            if state.best_step == state.step:
+                self._point(self.best, name)
+            _flush(self.directory)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(
+                f"cannot write checkpoint {self.directory / name}: {error}. "
+                "Earlier checkpoints are intact; make room or fix the folder, then resume."
+            ) from error
+        self._tidy()
+        return self.directory / name
+
+    def load(
+        self,
+        path: Path,
+        *,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        config: dict[str, Any],
+        base_sha256: str,
+        may_differ: Iterable[str] = (),
+    ) -> TrainState:
+        """Put a checkpoint's weights, optimiser state and random number states back in place.
+
+        Args:
+            path: a checkpoint folder (`last` or `best` of this store, or any other).
+            model: gets the weights.
+            optimizer: gets the moments; must hold the same parameters in the same order.
+            config: the configuration of the run that wants to continue.
+            base_sha256: fingerprint of the weights that this run starts from.
+            may_differ: settings of `config` that may differ from the checkpoint's.
+
+        Raises:
+            CheckpointError: the checkpoint is missing, torn, damaged, from another program, of
+                another configuration or of another model.
+        """
+        document = read_checkpoint(path)
+        state = TrainState(**{name: document[name] for name in TrainState.__dataclass_fields__})
+        ignored = set(may_differ)
+        differing = sorted(
+            name
+            for name in {*config, *state.config} - ignored
+            if config.get(name) != state.config.get(name)
+        )
+        if differing:
+            changes = ", ".join(
+                f"{n} ({state.config.get(n)!r} there, {config.get(n)!r} here)" for n in differing
+            )
+            raise CheckpointError(f"checkpoint {path} belongs to another configuration: {changes}")
+        if state.base_sha256 != base_sha256:
+            raise CheckpointError(
+                f"checkpoint {path} started from other weights than {config.get('model')!r} holds"
+            )
+        weights = load_file(path / "model.safetensors")
+        own = model.state_dict()
+        wrong = sorted(n for n, w in weights.items() if n not in own or own[n].shape != w.shape)
+        if wrong:
+            raise CheckpointError(f"checkpoint {path} is of another model: {', '.join(wrong[:5])}")
+        # Tied weights are stored once, hence strict=False; the shapes were checked above.
+        model.load_state_dict(weights, strict=False)
+        _restore_optimizer(
+            optimizer, load_file(path / "optimizer.safetensors"), document["optimizer_groups"]
+        )
+        _restore_rng(load_file(path / "rng.safetensors"))
+        return state
+
+    def _point(self, link: Path, name: str) -> None:
+        temporary = link.with_name(f".{link.name}.new")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(name)
+        os.replace(temporary, link)
+
+    def _tidy(self) -> None:
+        keep = {link.resolve() for link in (self.last, self.best) if link.is_symlink()}
+        for path in self.directory.glob("step-*"):
+            if path.resolve() not in keep:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's state.json after checking every file against its SHA-256.
+
+    Raises:
+        CheckpointError: missing, torn, damaged, or not a checkpoint of this program.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"there is no checkpoint at {path}")
+    try:
+        document = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is not a checkpoint: it has no state.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"checkpoint {path} is torn: state.json: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of selfdistill (state.json says so)")
+    if document.get("version") != VERSION:
+        raise CheckpointError(
+            f"checkpoint {path} has version {document.get('version')}, this program reads {VERSION}"
+        )
+    for name, digest in document["sha256"].items():
+        if not (path / name).is_file():
+            raise CheckpointError(f"checkpoint {path} is torn: {name} is missing")
+        if _sha256(path / name) != digest:
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} has other bytes")
+    return document
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over the names, shapes and bytes of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _flatten_optimizer(
+    optimizer: torch.optim.Optimizer,
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Split an optimiser's state into tensors ("<parameter>.<name>") and JSON."""
+    state = optimizer.state_dict()
+    tensors = {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, values in state["state"].items()
+        for name, value in values.items()
+    }
+    return tensors, state["param_groups"]
+
+
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, torch.Tensor],
+    groups: list[dict[str, Any]],
+) -> None:
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _rng_states() -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_rng(states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Make a file's or a folder's content survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

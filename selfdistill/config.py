@@ -1,0 +1,201 @@
+"""One typed configuration for a run: YAML in, YAML out.
+
+Every section refuses unknown keys, and what belongs to one choice only (the critic of StepAlign,
+the mixing weight of the Jensen-Shannon divergence) lives inside that choice, so that a combination
+which means nothing cannot be written down.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+
+class Section(BaseModel):
+    """A frozen group of settings; the string under a field says what the field does."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class ArithmeticTask(Section):
+    """Chained arithmetic with an exact checker (embedded, needs no download)."""
+
+    name: Literal["arithmetic"] = "arithmetic"
+    step_counts: tuple[Annotated[int, Field(ge=1, le=9)], ...] = Field(
+        default=(4, 5, 6), min_length=1
+    )
+    """The numbers of operations that a question may have."""
+    reference_dialect: int = Field(default=0, ge=0, le=5)
+    """The wording of the reference solutions; 0 is the shipped solver's usual one."""
+
+
+class StepAlignMethod(Section):
+    """StepAlignFB: the teacher sees a critique aligned step by step with the student's attempt."""
+
+    name: Literal["stepalign"] = "stepalign"
+    critic: Literal["scribe"] = "scribe"
+    """Who writes the critique; `scribe` is exact and belongs to the arithmetic task."""
+    group_size: PositiveInt = 8
+    """Rollouts drawn for each prompt; each one gets a critique of its own."""
+
+
+class RefSolMethod(Section):
+    """RefSol: the teacher sees the complete reference solution of the problem."""
+
+    name: Literal["refsol"] = "refsol"
+    group_size: PositiveInt = 8
+    """Rollouts drawn for each prompt; all of them share the reference."""
+
+
+MethodConfig = Annotated[StepAlignMethod | RefSolMethod, Field(discriminator="name")]
+
+
+class ForwardKL(Section):
+    """KL(teacher || student): the student covers all that the teacher considers likely."""
+
+    name: Literal["forward_kl"] = "forward_kl"
+
+
+class ReverseKL(Section):
+    """KL(student || teacher): the student drops what the teacher considers unlikely."""
+
+    name: Literal["reverse_kl"] = "reverse_kl"
+
+
+class GeneralizedJSD(Section):
+    """beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student.
+
+    GKD (arXiv 2306.13649).
+    """
+
+    name: Literal["jsd"] = "jsd"
+    beta: float = Field(default=0.5, ge=0, le=1)
+    """The teacher's share of the mixture m; 0 is defined as forward KL and 1 as reverse KL."""
+
+
+ObjectiveConfig = Annotated[ForwardKL | ReverseKL | GeneralizedJSD, Field(discriminator="name")]
+
+
+class AdvantageMaskConfig(Section):
+    """Which tokens learn, chosen by their advantage A = log p_teacher(y) - log p_student(y)."""
+
+    threshold: float = Field(default=0.0, ge=0)
+    """Tokens with |A| at or below it get no gradient."""
+    sign: Literal["any", "positive", "negative"] = "any"
+    """Keep both signs, only tokens the teacher prefers, or only tokens the teacher rejects."""
+
+
+class LossConfig(Section):
+    """The loss on the completion tokens, averaged over all tokens of the step."""
+
+    objective: ObjectiveConfig = ForwardKL()
+    """Which divergence between the teacher's and the student's next-token distributions."""
+    advantage_mask: AdvantageMaskConfig | None = None
+    """Restricts the gradient to some tokens; the dropped ones stay in the denominator."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides both models' logits before the divergence."""
+
+
+class RolloutConfig(Section):
+    """How the student's attempts are sampled, in training and in evaluation alike."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Softmax temperature of sampling."""
+    max_new_tokens: PositiveInt = 128
+    """Completions are cut off at this length."""
+    batch_size: PositiveInt = 256
+    """Rows sampled at once (whole groups); bounds the memory of the key/value cache."""
+
+
+class OptimizerConfig(Section):
+    """AdamW with a linear warm-up to a constant learning rate."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """The rate after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay of AdamW's running means of the gradient and of its square."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    warmup_steps: int = Field(default=10, ge=0)
+    """Step i of the warm-up runs at i / warmup_steps of the rate."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """The global gradient norm is clipped to this."""
+
+
+class EvaluationConfig(Section):
+    """Held-out evaluation during training; the best checkpoint is chosen by its Avg@k."""
+
+    every: PositiveInt = 15
+    """Evaluate after every so many steps, and once before the first and after the last."""
+    problems: PositiveInt = 100
+    """Problems of the dev split, the same ones each time."""
+    samples: PositiveInt = 4
+    """Attempts per problem: the k of Pass@k, Maj@k and Avg@k."""
+
+
+class CheckpointConfig(Section):
+    """What is kept on disk: the last finished state and the best one."""
+
+    every: PositiveInt = 1
+    """Write `last` after every so many steps; an interrupt (Ctrl-C) always writes it."""
+
+
+class Config(Section):
+    """One training run."""
+
+    model: str
+    """The solver: a folder or a Hub name. In a YAML file a folder may be relative to that file."""
+    output_dir: Path
+    """Where metrics, checkpoints and the report go; relative to the working directory."""
+    task: ArithmeticTask = ArithmeticTask()
+    """Where the problems come from and who checks the answers."""
+    method: MethodConfig = StepAlignMethod()
+    """What the teacher gets to see."""
+    teacher: Literal["base", "live"] = "base"
+    """Whose weights the self-teacher uses: a frozen copy of the solver, or the student's of now."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the models live; `auto` takes a GPU when there is one."""
+    seed: int = Field(default=0, ge=0)
+    """Chooses the training problems and every sampled token."""
+    steps: PositiveInt = 60
+    """Optimiser steps."""
+    prompts_per_step: PositiveInt = 8
+    """Problems per optimiser step."""
+    prompts_per_microbatch: PositiveInt = 8
+    """Problems scored at once: fewer need less memory, the gradient of the step stays the same."""
+    rollout: RolloutConfig = RolloutConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+def load_config(path: Path) -> Config:
+    """Read a YAML file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a YAML mapping, or (pydantic's ValidationError, which names
+            the field) it asks for something that does not exist.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a mapping of settings, got {type(data).__name__}")
+    model = data.get("model")
+    if isinstance(model, str) and (path.parent / model).is_dir():
+        data["model"] = str((path.parent / model).resolve())
+    return Config.model_validate(data)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write every setting, defaults included, as YAML that `load_config` reads back."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    path.write_text(text, encoding="utf-8")

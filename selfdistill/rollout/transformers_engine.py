@@ -1,0 +1,168 @@
+"""Batched sampling straight from a transformers causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from selfdistill.rollout import Rollout, SamplingParams
+
+
+class TransformersEngine:
+    """Samples from the very weights that are being trained, so there is nothing to synchronise.
+
+    An own loop over the model, not `model.generate`: it reads a prompt once for its whole group,
+    stops paying for finished rows, and draws from a generator of its own, so that a call with the
+    same seed returns the same rollouts whatever else used random numbers in between.
+
+    Args:
+        model: a causal language model whose cache is a `DynamicCache`; used in evaluation mode.
+        tokenizer: decodes the completions and knows the end-of-sequence token.
+        batch_size: rows sampled at once (at least one group is); bounds the memory of the cache.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int = 256,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.eos_token_ids = _eos_token_ids(model, tokenizer)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, group_size: int, params: SamplingParams
+    ) -> list[list[Rollout]]:
+        """Sample `group_size` completions for each prompt (token ids).
+
+        Returns:
+            One list of rollouts per prompt, in order.
+
+        Raises:
+            ValueError: an empty prompt, a prompt that leaves no room for `max_new_tokens`, or
+                sampling parameters outside their range.
+        """
+        self._check(prompts, group_size, params)
+        generator = torch.Generator(self.model.device).manual_seed(params.seed)
+        prompts_at_once = max(1, self.batch_size // group_size)
+        groups: list[list[Rollout]] = []
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for start in range(0, len(prompts), prompts_at_once):
+                batch = prompts[start : start + prompts_at_once]
+                groups.extend(self._sample(batch, group_size, params, generator))
+        finally:
+            self.model.train(was_training)
+        return groups
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        params: SamplingParams,
+        generator: torch.Generator,
+    ) -> list[list[Rollout]]:
+        device = self.model.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        width = int(lengths.max())
+        # Left padding, with a mask made from lengths: the pad id is never looked at.
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+        mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.model.config)
+        logits = self._forward(ids, mask, positions, cache).repeat_interleave(group_size, 0)
+        cache.batch_repeat_interleave(group_size)
+        mask = mask.repeat_interleave(group_size, 0)
+        position = lengths.repeat_interleave(group_size)[:, None]
+
+        eos = torch.tensor(self.eos_token_ids, device=device)
+        rows = torch.arange(len(prompts) * group_size, device=device)
+        tokens: list[list[int]] = [[] for _ in rows]
+        logprobs: list[list[float]] = [[] for _ in rows]
+        while True:
+            scores = torch.log_softmax(logits.float() / params.temperature, -1)
+            drawn = torch.multinomial(scores.exp(), 1, generator=generator)
+            drawn_scores = scores.gather(-1, drawn)
+            for row, token, score in zip(
+                rows.tolist(), drawn[:, 0].tolist(), drawn_scores[:, 0].tolist(), strict=True
+            ):
+                tokens[row].append(token)
+                logprobs[row].append(score)
+            alive = (~torch.isin(drawn[:, 0], eos)).nonzero()[:, 0]
+            if len(alive) == 0 or len(tokens[rows[alive[0]]]) == params.max_new_tokens:
+                break
+            if len(alive) < len(rows):
+                rows, drawn, mask, position = (t[alive] for t in (rows, drawn, mask, position))
+                cache.batch_select_indices(alive)
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], -1)
+            logits = self._forward(drawn, mask, position, cache)
+            position = position + 1
+
+        rollouts = [self._rollout(t, lp) for t, lp in zip(tokens, logprobs, strict=True)]
+        return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
+
+    def _forward(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        positions: torch.Tensor,
+        cache: DynamicCache,
+    ) -> torch.Tensor:
+        """Return the logits after the last token of every row, [rows, V]."""
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+    def _rollout(self, token_ids: list[int], logprobs: list[float]) -> Rollout:
+        return Rollout(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            text=self.tokenizer.decode(token_ids, skip_special_tokens=True),
+            finished=token_ids[-1] in self.eos_token_ids,
+        )
+
+    def _check(
+        self, prompts: Sequence[Sequence[int]], group_size: int, params: SamplingParams
+    ) -> None:
+        if group_size < 1:
+            raise ValueError(f"group_size must be at least 1, got {group_size}")
+        if params.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {params.temperature}")
+        if params.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {params.max_new_tokens}")
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompts[{index}] is empty; a prompt needs at least one token")
+            if limit is not None and len(prompt) + params.max_new_tokens > limit:
+                raise ValueError(
+                    f"prompts[{index}] has {len(prompt)} tokens; with max_new_tokens="
+                    f"{params.max_new_tokens} it exceeds the model's {limit} positions. "
+                    "Shorten the prompt or lower max_new_tokens."
+                )
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a completion: the generation config's and the tokenizer's."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    known = {token for token in [*ids, tokenizer.eos_token_id] if token is not None}
+    if not known:
+        raise ValueError("the tokenizer and the generation config name no end-of-sequence token")
+    return tuple(sorted(known))

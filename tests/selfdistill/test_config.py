@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from selfdistill.config import Config, GeneralizedJSD, RefSolMethod, load_config, save_config
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_yaml_round_trip_keeps_every_setting(tmp_path: Path) -> None:
+    config = Config.model_validate(
+        {
+            "model": "some/solver",
+            "output_dir": "runs/x",
+            "method": {"name": "refsol", "group_size": 3},
+            "loss": {"objective": {"name": "jsd", "beta": 0.25}},
+            "optimizer": {"learning_rate": 3e-4, "betas": [0.8, 0.95]},
+            "steps": 7,
+        }
+    )
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert config.method == RefSolMethod(group_size=3)
+    assert config.loss.objective == GeneralizedJSD(beta=0.25)
+
+
+def test_numbers_may_be_written_the_short_way(tmp_path: Path) -> None:
+    # YAML 1.1 reads 1e-4 as a string.
+    path = write(tmp_path, "model: m\noutput_dir: o\noptimizer: {learning_rate: 1e-4}\n")
+    assert load_config(path).optimizer.learning_rate == 1e-4
+
+
+def test_a_model_folder_is_found_next_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "solver").mkdir()
+    path = write(tmp_path, "model: solver\noutput_dir: o\n")
+    assert load_config(path).model == str(tmp_path / "solver")
+    path = write(tmp_path, "model: Qwen/Qwen3-1.7B\noutput_dir: o\n")
+    assert load_config(path).model == "Qwen/Qwen3-1.7B"
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"learning_rate": 1e-4}, "learning_rate"),
+        ({"method": {"name": "refsol", "critic": "scribe"}}, "method.refsol.critic"),
+        ({"method": {"name": "wishful"}}, "method"),
+        ({"loss": {"objective": {"name": "forward_kl", "beta": 0.5}}}, "forward_kl.beta"),
+        ({"loss": {"objective": {"name": "jsd", "beta": 1.5}}}, "jsd.beta"),
+        ({"loss": {"advantage_mask": {"threshold": -0.1}}}, "advantage_mask.threshold"),
+        ({"rollout": {"temperature": 0}}, "rollout.temperature"),
+        ({"teacher": "ema"}, "teacher"),
+        ({"steps": 0}, "steps"),
+    ],
+)
+def test_what_means_nothing_cannot_be_written(change: dict[str, Any], where: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Config.model_validate({"model": "m", "output_dir": "o", **change})
+    places = [".".join(map(str, error["loc"])) for error in caught.value.errors()]
+    assert any(place.endswith(where) for place in places), places
+
+
+def test_settings_cannot_change_during_a_run() -> None:
+    config = Config(model="m", output_dir=Path("o"))
+    with pytest.raises(ValidationError, match="frozen"):
+        config.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("text", "message"), [("- a\n- b\n", "mapping"), ("a: [", "valid YAML")])
+def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"run\.yaml.*{message}"):
+        load_config(write(tmp_path, text))
+
+
+def test_every_setting_says_what_it_does() -> None:
+    def sections(model: type[BaseModel]) -> list[type[BaseModel]]:
+        found = [model]
+        for field in model.model_fields.values():
+            for kind in [field.annotation, *typing.get_args(field.annotation)]:
+                if isinstance(kind, type) and issubclass(kind, BaseModel):
+                    found += sections(kind)
+        return found
+
+    silent = [
+        f"{section.__name__}.{name}"
+        for section in sections(Config)
+        for name, field in section.model_fields.items()
+        if not field.description
+        and name != "name"
+        and not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
+    ]
+    assert not silent
+    assert {"GeneralizedJSD", "AdvantageMaskConfig", "StepAlignMethod"} <= {
+        section.__name__ for section in sections(Config)
+    }
