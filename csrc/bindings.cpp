@@ -1,0 +1,49 @@
+// The operators of selfdistill and their schemas. The CPU kernels are registered in csrc/cpu/ops.cpp.
+//
+// Tiles are raw GEMM outputs hidden @ weight.T, float32 [rows, columns], contiguous along a row, any row stride. Logits are
+// softcap(logit_scale * (raw + bias)) / temperature (softcap 0: none); gradients are with respect to raw. A bias has one
+// float32 for each column of the tile. divergence: 0 none, 1 KL(T||S), 2 KL(S||T), 3 JSD, 4 KL(T||m), 5 KL(S||m), where
+// m = beta T + (1 - beta) S. statistics: float32 [rows, 10], state: float64 [rows, 16] (columns in csrc/divergence.h).
+#include <Python.h>
+#include <torch/library.h>
+
+TORCH_LIBRARY(selfdistill, m) {
+  // One visit of every row while it is in the cache: transform in place, statistics, advantage gate, gradient in place.
+  // Loss of a token: loss_weight * (divergence - policy_gradient * A * log p_s(y) - cross_entropy * log p_s(y) +
+  // entropy * H(p_s)), A = log p_t(y) - log p_s(y) held constant. Without loss_weight: statistics only.
+  // gate_sign: -2 none, 0 |A| > threshold, 1 A > threshold, -1 A < -threshold; a NaN advantage passes.
+  // active: in, the rows that may have a gradient; out, those that have one. The others' student rows are left as logits.
+  // gradient_in_bfloat16: a row's gradient fills the first half of its own memory (view: stride 2 * stride(0)).
+  m.def(
+      "row_visit_(Tensor(a!) student, Tensor(b!)? teacher, Tensor? student_bias, Tensor? teacher_bias, "
+      "Tensor? targets, Tensor? loss_weight, float logit_scale, float softcap, float temperature, int divergence, "
+      "float beta, float policy_gradient, float cross_entropy, float entropy, int gate_sign, float gate_threshold, "
+      "bool gradient_in_bfloat16, Tensor(c!) statistics, Tensor(d!) active) -> ()");
+  // Streaming over slabs of the vocabulary. The slabs are only read.
+  m.def(
+      "row_statistics_(Tensor student, Tensor? teacher, Tensor? student_bias, Tensor? teacher_bias, Tensor? targets, "
+      "float logit_scale, float softcap, float temperature, int divergence, int column_offset, bool first, "
+      "Tensor(a!) state) -> ()");
+  // The second sweep, for divergences 3 to 5: once over every slab, after row_statistics_ has seen all of them.
+  m.def(
+      "row_mixture_(Tensor student, Tensor teacher, Tensor? student_bias, Tensor? teacher_bias, float logit_scale, "
+      "float softcap, float temperature, int divergence, float beta, Tensor(a!) state) -> ()");
+  m.def("row_finish(Tensor state, bool has_teacher, bool has_targets, int divergence, float beta) -> Tensor");
+  // Raw slab in, gradient out. term_weights: float32 [rows, 3], of the divergence, of -log p_s(y), of the entropy; a row
+  // of zeros gives a gradient of zeros. The teacher is only read, and only for a divergence.
+  m.def(
+      "row_gradient_(Tensor(a!) student, Tensor? teacher, Tensor? student_bias, Tensor? teacher_bias, Tensor? targets, "
+      "Tensor statistics, Tensor term_weights, float logit_scale, float softcap, float temperature, int divergence, "
+      "float beta, int column_offset, bool gradient_in_bfloat16) -> ()");
+  // Moves the active rows of a tile of any dtype to its front; returns their original places, int64 [active rows].
+  m.def("gather_active_rows_(Tensor(a!) tile, Tensor active) -> Tensor");
+  // "avx512", "avx2" or "default": chosen from the processor, lowered by SELFDISTILL_CPU_CAPABILITY or by the setter.
+  m.def("cpu_capability() -> str");
+  m.def("set_cpu_capability(str capability) -> ()");
+}
+
+// Importing the module loads the library; nothing else is in it.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

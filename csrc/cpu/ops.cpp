@@ -1,0 +1,290 @@
+// The CPU side of csrc/bindings.cpp: checks, threads over rows, choice of the instruction set.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "vector.h"
+// (divergence.h is written in the functions of vector.h)
+#include "rows.h"
+
+namespace selfdistill {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- instruction sets -------------------------------------------------------------------------------------------------
+
+struct Capability {
+  const char* name;
+  bool available;
+  const Kernels* kernels;
+};
+
+const std::vector<Capability>& capabilities() {  // best first
+  static const std::vector<Capability> all = {
+#if defined(__x86_64__)
+      {"avx512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"),
+       &isa_avx512::kernels},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &isa_avx2::kernels},
+#endif
+      {"default", true, &isa_default::kernels},
+  };
+  return all;
+}
+
+const Capability& find_capability(const std::string& name) {
+  for (const Capability& c : capabilities()) {
+    if (name == c.name) {
+      TORCH_CHECK(c.available, "capability: this processor has no ", name);
+      return c;
+    }
+  }
+  TORCH_CHECK(false, "capability: got '", name, "', expected 'default', or on x86-64 'avx2' or 'avx512'");
+}
+
+const Capability& first_capability() {
+  if (const char* name = std::getenv("SELFDISTILL_CPU_CAPABILITY")) return find_capability(name);
+  for (const Capability& c : capabilities()) {
+    if (c.available) return c;
+  }
+  return capabilities().back();
+}
+
+std::atomic<const Capability*>& capability() {
+  static std::atomic<const Capability*> chosen = &first_capability();
+  return chosen;
+}
+
+const Kernels& kernels() { return *capability().load()->kernels; }
+
+std::string cpu_capability() { return capability().load()->name; }
+
+void set_cpu_capability(std::string name) { capability() = &find_capability(name); }
+
+// ---- checks -----------------------------------------------------------------------------------------------------------
+
+void check_vector(const char* name, const Tensor& t, at::ScalarType dtype, int64_t size) {
+  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == dtype && t.dim() == 1 && t.size(0) == size && t.is_contiguous(),
+              name, ": expected a contiguous ", dtype, " CPU tensor [", size, "], got ", t.scalar_type(), " ", t.sizes(),
+              " on ", t.device());
+}
+
+void check_matrix(const char* name, const Tensor& t, at::ScalarType dtype, int64_t rows, int64_t columns) {
+  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == dtype && t.dim() == 2 && t.size(0) == rows &&
+                  t.size(1) == columns && t.is_contiguous(),
+              name, ": expected a contiguous ", dtype, " CPU tensor [", rows, ", ", columns, "], got ", t.scalar_type(),
+              " ", t.sizes(), " on ", t.device());
+}
+
+void check_tile(const char* name, const Tensor& t) {
+  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.dim() == 2 && t.size(1) >= 1 &&
+                  (t.size(1) == 1 || t.stride(1) == 1) && (t.size(0) <= 1 || t.stride(0) >= t.size(1)),
+              name, ": expected a float32 CPU tensor [rows, columns] with contiguous, non-overlapping rows, got ",
+              t.scalar_type(), " ", t.sizes(), " with strides ", t.strides(), " on ", t.device());
+}
+
+Tile make_tile(const char* name, const Tensor& t, const char* bias_name, const OptionalTensor& bias) {
+  check_tile(name, t);
+  Tile tile;
+  tile.data = t.data_ptr<float>();
+  tile.stride = t.stride(0);
+  if (bias) {
+    check_vector(bias_name, *bias, at::kFloat, t.size(1));
+    tile.bias = bias->const_data_ptr<float>();
+  }
+  return tile;
+}
+
+Problem make_problem(const Tensor& student, const OptionalTensor& teacher, const OptionalTensor& student_bias,
+                     const OptionalTensor& teacher_bias, const OptionalTensor& targets, double logit_scale,
+                     double softcap, double temperature, int64_t divergence, double beta, int64_t column_offset) {
+  TORCH_CHECK(temperature > 0, "temperature: got ", temperature, ", expected more than 0");
+  TORCH_CHECK(softcap >= 0, "softcap: got ", softcap, ", expected 0 (none) or more");
+  TORCH_CHECK(divergence >= 0 && divergence <= 5, "divergence: got ", divergence, ", expected 0 to 5");
+  Problem p;
+  p.student = make_tile("student", student, "student_bias", student_bias);
+  p.columns = student.size(1);
+  if (teacher) {
+    p.teacher = make_tile("teacher", *teacher, "teacher_bias", teacher_bias);
+    TORCH_CHECK(teacher->sizes() == student.sizes(), "teacher: got ", teacher->sizes(), ", expected the student's ",
+                student.sizes());
+  } else {
+    TORCH_CHECK(divergence == 0, "teacher: None, but divergence ", divergence, " needs one");
+  }
+  if (targets) {
+    check_vector("targets", *targets, at::kLong, student.size(0));
+    p.targets = targets->const_data_ptr<int64_t>();
+  }
+  p.column_offset = column_offset;
+  p.logit_scale = logit_scale;
+  p.softcap = softcap;
+  p.temperature = temperature;
+  p.divergence = static_cast<Divergence>(divergence);
+  TORCH_CHECK(!needs_mixture(p.divergence) || (beta > 0 && beta < 1), "beta: got ", beta,
+              ", expected a value between 0 and 1, both excluded, for divergence ", divergence);
+  p.alpha = beta;
+  return p;
+}
+
+template <class F>
+void over_rows(int64_t rows, const F& f) {
+  at::parallel_for(0, rows, 1, f);
+}
+
+// ---- operators --------------------------------------------------------------------------------------------------------
+
+void row_visit_(Tensor& student, const OptionalTensor& teacher, const OptionalTensor& student_bias,
+                const OptionalTensor& teacher_bias, const OptionalTensor& targets, const OptionalTensor& loss_weight,
+                double logit_scale, double softcap, double temperature, int64_t divergence, double beta,
+                double policy_gradient, double cross_entropy, double entropy, int64_t gate_sign, double gate_threshold,
+                bool gradient_in_bfloat16, Tensor& statistics, Tensor& active) {
+  Problem p = make_problem(student, teacher, student_bias, teacher_bias, targets, logit_scale, softcap, temperature,
+                           divergence, beta, 0);
+  p.gradient_in_bfloat16 = gradient_in_bfloat16;
+  const int64_t rows = student.size(0);
+  check_matrix("statistics", statistics, at::kFloat, rows, kStatistics);
+  check_vector("active", active, at::kBool, rows);
+  TORCH_CHECK(gate_sign >= -2 && gate_sign <= 1, "gate_sign: got ", gate_sign, ", expected -2, -1, 0 or 1");
+  const bool needs_advantage = gate_sign != -2 || policy_gradient != 0;
+  TORCH_CHECK(targets || !(needs_advantage || cross_entropy != 0),
+              "targets: None, but a gate, policy_gradient or cross_entropy needs them");
+  TORCH_CHECK(teacher || !needs_advantage, "teacher: None, but a gate or policy_gradient needs one");
+  if (targets) {
+    for (int64_t r = 0; r < rows; ++r) {
+      TORCH_CHECK(p.targets[r] >= 0 && p.targets[r] < p.columns, "targets: got ", p.targets[r], " in row ", r,
+                  ", expected 0 to ", p.columns - 1);
+    }
+  }
+  VisitTerms v;
+  if (loss_weight) {
+    check_vector("loss_weight", *loss_weight, at::kFloat, rows);
+    v.loss_weight = loss_weight->const_data_ptr<float>();
+  }
+  v.policy_gradient = policy_gradient;
+  v.cross_entropy = cross_entropy;
+  v.entropy = entropy;
+  v.gate_sign = gate_sign;
+  v.gate_threshold = gate_threshold;
+  v.statistics = statistics.data_ptr<float>();
+  v.active = active.data_ptr<bool>();
+  const Kernels& k = kernels();
+  over_rows(rows, [&](int64_t begin, int64_t end) { k.visit(p, v, begin, end); });
+}
+
+void row_statistics_(const Tensor& student, const OptionalTensor& teacher, const OptionalTensor& student_bias,
+                     const OptionalTensor& teacher_bias, const OptionalTensor& targets, double logit_scale,
+                     double softcap, double temperature, int64_t divergence, int64_t column_offset, bool first,
+                     Tensor& state) {
+  // The first sweep does not depend on beta; any valid one passes the check.
+  const Problem p = make_problem(student, teacher, student_bias, teacher_bias, targets, logit_scale, softcap,
+                                 temperature, divergence, 0.5, column_offset);
+  const int64_t rows = student.size(0);
+  check_matrix("state", state, at::kDouble, rows, kStateColumns);
+  double* to = state.data_ptr<double>();
+  const Kernels& k = kernels();
+  over_rows(rows, [&](int64_t begin, int64_t end) { k.statistics(p, first, to, begin, end); });
+}
+
+void row_mixture_(const Tensor& student, const Tensor& teacher, const OptionalTensor& student_bias,
+                  const OptionalTensor& teacher_bias, double logit_scale, double softcap, double temperature,
+                  int64_t divergence, double beta, Tensor& state) {
+  const Problem p = make_problem(student, teacher, student_bias, teacher_bias, std::nullopt, logit_scale, softcap,
+                                 temperature, divergence, beta, 0);
+  TORCH_CHECK(needs_mixture(p.divergence), "divergence: got ", divergence, ", expected 3, 4 or 5 (one sweep is enough)");
+  const int64_t rows = student.size(0);
+  check_matrix("state", state, at::kDouble, rows, kStateColumns);
+  double* to = state.data_ptr<double>();
+  const Kernels& k = kernels();
+  over_rows(rows, [&](int64_t begin, int64_t end) { k.mixture(p, to, begin, end); });
+}
+
+Tensor row_finish(const Tensor& state, bool has_teacher, bool has_targets, int64_t divergence, double beta) {
+  TORCH_CHECK(divergence >= 0 && divergence <= 5, "divergence: got ", divergence, ", expected 0 to 5");
+  TORCH_CHECK(has_teacher || divergence == 0, "has_teacher: False, but divergence ", divergence, " needs one");
+  TORCH_CHECK(state.dim() == 2, "state: expected [rows, ", kStateColumns, "], got ", state.sizes());
+  const int64_t rows = state.size(0);
+  check_matrix("state", state, at::kDouble, rows, kStateColumns);
+  Tensor statistics = at::empty({rows, kStatistics}, state.options().dtype(at::kFloat));
+  const double* from = state.const_data_ptr<double>();
+  float* to = statistics.data_ptr<float>();
+  over_rows(rows, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      RowState row;
+      memcpy(&row, from + r * kStateColumns, sizeof row);
+      finish(row, has_teacher, has_targets, static_cast<Divergence>(divergence), beta, to + r * kStatistics);
+    }
+  });
+  return statistics;
+}
+
+void row_gradient_(Tensor& student, const OptionalTensor& teacher, const OptionalTensor& student_bias,
+                   const OptionalTensor& teacher_bias, const OptionalTensor& targets, const Tensor& statistics,
+                   const Tensor& term_weights, double logit_scale, double softcap, double temperature,
+                   int64_t divergence, double beta, int64_t column_offset, bool gradient_in_bfloat16) {
+  Problem p = make_problem(student, teacher, student_bias, teacher_bias, targets, logit_scale, softcap, temperature,
+                           divergence, beta, column_offset);
+  p.gradient_in_bfloat16 = gradient_in_bfloat16;
+  const int64_t rows = student.size(0);
+  check_matrix("statistics", statistics, at::kFloat, rows, kStatistics);
+  check_matrix("term_weights", term_weights, at::kFloat, rows, 3);
+  const float* from = statistics.const_data_ptr<float>();
+  const float* weights = term_weights.const_data_ptr<float>();
+  const Kernels& k = kernels();
+  over_rows(rows, [&](int64_t begin, int64_t end) { k.gradient(p, from, weights, begin, end); });
+}
+
+Tensor gather_active_rows_(Tensor& tile, const Tensor& active) {
+  TORCH_CHECK(tile.device().is_cpu() && tile.dim() == 2 && (tile.size(1) <= 1 || tile.stride(1) == 1) &&
+                  (tile.size(0) <= 1 || tile.stride(0) >= tile.size(1)),
+              "tile: expected a CPU tensor [rows, columns] with contiguous, non-overlapping rows, got ", tile.sizes(),
+              " with strides ", tile.strides(), " on ", tile.device());
+  const int64_t rows = tile.size(0);
+  check_vector("active", active, at::kBool, rows);
+  const bool* is_active = active.const_data_ptr<bool>();
+  int64_t count = 0;
+  for (int64_t r = 0; r < rows; ++r) count += is_active[r];
+  Tensor order = at::empty({count}, active.options().dtype(at::kLong));
+  int64_t* to = order.data_ptr<int64_t>();
+  std::vector<int64_t> holes;  // places to fill; to[hole] says from where. No source is a hole: any order is right.
+  int64_t source = count;
+  for (int64_t r = 0; r < count; ++r) {
+    to[r] = r;
+    if (is_active[r]) continue;
+    while (!is_active[source]) ++source;
+    to[r] = source++;
+    holes.push_back(r);
+  }
+  char* data = static_cast<char*>(tile.data_ptr());
+  const int64_t bytes = tile.size(1) * tile.element_size(), stride = tile.stride(0) * tile.element_size();
+  over_rows(static_cast<int64_t>(holes.size()), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) memcpy(data + holes[i] * stride, data + to[holes[i]] * stride, bytes);
+  });
+  return order;
+}
+
+}  // namespace
+}  // namespace selfdistill
+
+TORCH_LIBRARY_IMPL(selfdistill, CPU, m) {
+  m.impl("row_visit_", selfdistill::row_visit_);
+  m.impl("row_statistics_", selfdistill::row_statistics_);
+  m.impl("row_mixture_", selfdistill::row_mixture_);
+  m.impl("row_finish", selfdistill::row_finish);
+  m.impl("row_gradient_", selfdistill::row_gradient_);
+  m.impl("gather_active_rows_", selfdistill::gather_active_rows_);
+}
+
+TORCH_LIBRARY_IMPL(selfdistill, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", selfdistill::cpu_capability);
+  m.impl("set_cpu_capability", selfdistill::set_cpu_capability);
+}

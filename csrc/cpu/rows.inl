@@ -1,0 +1,361 @@
+// The row kernels. Included by rows_<isa>.cpp, each compiled with the flags of its instruction set.
+#include "vector.h"
+// (the order matters: divergence.h is written in the functions of vector.h)
+#include "rows.h"
+
+namespace selfdistill {
+namespace SELFDISTILL_ISA {
+namespace {
+
+// float32 lanes add up 64 elements, then go to float64. A block of both models and of both buffers stays in the L1 cache.
+constexpr int kBlock = 64 * kLanes;
+
+using FirstBlock = void (*)(const float*, const float*, int64_t, const Centre&, RowState&);
+using SecondBlock = void (*)(const float*, const float*, int64_t, const Normalised&, float, RowState&);
+template <class Out>
+using GradientBlock = void (*)(const float*, const float*, int64_t, const GradientTerms&, const Transform&, Out*);
+using TargetGradient = float (*)(float, float, GradientTerms);
+
+template <bool kTeacher, Divergence kDivergence>
+void first_block(const float* student, const float* teacher, int64_t n, const Centre& centre, RowState& state) {
+  FirstSums<Vector> lanes{};
+  FirstSums<float> tail{};
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    first_element<kTeacher, kDivergence>(load(student + j), kTeacher ? load(teacher + j) : Vector{}, centre, lanes);
+  }
+  for (; j < n; ++j) {
+    first_element<kTeacher, kDivergence>(student[j], kTeacher ? teacher[j] : 0.0f, centre, tail);
+  }
+  state.student_sum += sum_lanes(lanes.student) + tail.student;
+  state.student_moment += sum_lanes(lanes.student_moment) + tail.student_moment;
+  if constexpr (kTeacher) {
+    state.teacher_sum += sum_lanes(lanes.teacher) + tail.teacher;
+    state.teacher_moment += sum_lanes(lanes.teacher_moment) + tail.teacher_moment;
+  }
+  if constexpr (kDivergence != Divergence::kNone) state.excess += sum_lanes(lanes.excess) + tail.excess;
+  if constexpr (kDivergence == Divergence::kForwardKL || kDivergence == Divergence::kReverseKL) {
+    state.moment += sum_lanes(lanes.moment) + tail.moment;
+    state.curvature += sum_lanes(lanes.curvature) + tail.curvature;
+  }
+}
+
+FirstBlock first_block_of(bool has_teacher, Divergence divergence) {
+  if (!has_teacher) return first_block<false, Divergence::kNone>;
+  switch (divergence) {
+    case Divergence::kNone:
+      return first_block<true, Divergence::kNone>;
+    case Divergence::kForwardKL:
+      return first_block<true, Divergence::kForwardKL>;
+    case Divergence::kReverseKL:
+      return first_block<true, Divergence::kReverseKL>;
+    default:  // a mixture: its first sweep only normalises
+      return first_block<true, Divergence::kJSD>;
+  }
+}
+
+template <Divergence kDivergence>
+void second_block(const float* student, const float* teacher, int64_t n, const Normalised& normal, float alpha,
+                  RowState& state) {
+  SecondSums<Vector> lanes{};
+  SecondSums<float> tail{};
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    second_element<kDivergence>(load(student + j), load(teacher + j), normal, alpha, lanes);
+  }
+  for (; j < n; ++j) second_element<kDivergence>(student[j], teacher[j], normal, alpha, tail);
+  state.student_mixture += sum_lanes(lanes.student) + tail.student;
+  state.teacher_mixture += sum_lanes(lanes.teacher) + tail.teacher;
+  state.pivot += sum_lanes(lanes.pivot) + tail.pivot;
+}
+
+SecondBlock second_block_of(Divergence divergence) {
+  switch (divergence) {
+    case Divergence::kJSD:
+      return second_block<Divergence::kJSD>;
+    case Divergence::kSkewKL:
+      return second_block<Divergence::kSkewKL>;
+    default:
+      return second_block<Divergence::kSkewReverseKL>;
+  }
+}
+
+// `to` may be the student's own memory, also as bfloat16: it is read before it is written, from left to right.
+template <Divergence kDivergence, bool kEntropyTerm, class Out>
+void gradient_block(const float* student, const float* teacher, int64_t n, const GradientTerms& terms,
+                    const Transform& transform, Out* to) {
+  constexpr bool kTeacher = kDivergence != Divergence::kNone;
+  const bool capped = transform.ceiling > 0.0f;
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    const Vector z = load(student + j);
+    Vector g = gradient_element<kDivergence, kEntropyTerm>(z, kTeacher ? load(teacher + j) : Vector{}, terms);
+    if (capped) g *= cap_derivative(z, transform);
+    store(to + j, g);
+  }
+  for (; j < n; ++j) {
+    const float z = student[j];
+    float g = gradient_element<kDivergence, kEntropyTerm>(z, kTeacher ? teacher[j] : 0.0f, terms);
+    if (capped) g *= cap_derivative(z, transform);
+    store(to + j, g);
+  }
+}
+
+template <class Out>
+struct Gradient {
+  GradientBlock<Out> block;
+  TargetGradient target;
+};
+
+template <class Out, bool kEntropyTerm>
+Gradient<Out> gradient_with(Divergence divergence) {
+#define SELFDISTILL_CASE(D) \
+  case D:                   \
+    return {gradient_block<D, kEntropyTerm, Out>, target_gradient<D, kEntropyTerm>}
+  switch (divergence) {
+    SELFDISTILL_CASE(Divergence::kForwardKL);
+    SELFDISTILL_CASE(Divergence::kReverseKL);
+    SELFDISTILL_CASE(Divergence::kJSD);
+    SELFDISTILL_CASE(Divergence::kSkewKL);
+    SELFDISTILL_CASE(Divergence::kSkewReverseKL);
+    default:
+      return {gradient_block<Divergence::kNone, kEntropyTerm, Out>, target_gradient<Divergence::kNone, kEntropyTerm>};
+  }
+#undef SELFDISTILL_CASE
+}
+
+template <class Out>
+Gradient<Out> gradient_of(Divergence divergence, bool entropy_term) {
+  return entropy_term ? gradient_with<Out, true>(divergence) : gradient_with<Out, false>(divergence);
+}
+
+// Logits of a block: `raw` itself where nothing is to be done, else `to` (which may be `raw`).
+const float* logits(const float* raw, const float* bias, int64_t n, const Transform& transform, float* to) {
+  if (transform.identity) return raw;
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    const Vector u = bias ? load(raw + j) + load(bias + j) : load(raw + j);
+    store(to + j, transform_logit(u, transform));
+  }
+  for (; j < n; ++j) to[j] = transform_logit(bias ? raw[j] + bias[j] : raw[j], transform);
+  return to;
+}
+
+float block_max(const float* z, int64_t n) {
+  float top = z[0];
+  int64_t j = 0;
+  if (n >= kLanes) {
+    Vector lanes = load(z);
+    for (j = kLanes; j + kLanes <= n; j += kLanes) {
+      const Vector next = load(z + j);
+      lanes = select(next > lanes, next, lanes);
+    }
+    top = max_lanes(lanes);
+  }
+  for (; j < n; ++j) top = z[j] > top ? z[j] : top;
+  return top;
+}
+
+// One model's row, block by block: raw values in, logits out.
+struct Row {
+  float* raw;
+  const float* bias;
+  Transform transform;
+
+  Row(const Tile& tile, const Problem& p, int64_t row)
+      : raw(tile.data ? tile.data + row * tile.stride : nullptr),
+        bias(tile.bias),
+        transform(make_transform(p.logit_scale, p.softcap, p.temperature, tile.bias != nullptr)) {}
+
+  const float* block(int64_t j, int64_t n, float* to) const {
+    return raw ? logits(raw + j, bias ? bias + j : nullptr, n, transform, to) : nullptr;
+  }
+  void transform_in_place(int64_t j, int64_t n) const { block(j, n, raw + j); }
+  // The row now holds logits.
+  Row as_logits() const {
+    Row r = *this;
+    r.transform.identity = true;
+    return r;
+  }
+};
+
+// Sums of a row or of a slab of it, around its maxima. In place: the row holds logits afterwards.
+RowState first_sweep(const Problem& p, const Row& student, const Row& teacher, bool in_place) {
+  const bool has_teacher = teacher.raw != nullptr;
+  const FirstBlock add = first_block_of(has_teacher, p.divergence);
+  float student_buffer[kBlock], teacher_buffer[kBlock];
+  RowState state{};
+  Centre centre{};
+  for (int64_t j = 0; j < p.columns; j += kBlock) {
+    const int64_t n = p.columns - j < kBlock ? p.columns - j : kBlock;
+    const float* s = student.block(j, n, in_place ? student.raw + j : student_buffer);
+    const float* t = teacher.block(j, n, in_place ? teacher.raw + j : teacher_buffer);
+    const float s_max = block_max(s, n), t_max = has_teacher ? block_max(t, n) : 0.0f;
+    if (j == 0) {
+      state.student_max = s_max;
+      state.teacher_max = t_max;
+    } else {
+      raise_maxima(state, s_max, t_max, p.divergence);
+    }
+    centre.student = (float)state.student_max;
+    centre.teacher = (float)state.teacher_max;
+    centre.ratio = make_log_ratio(state.teacher_max - state.student_max);
+    add(s, t, n, centre, state);
+  }
+  return state;
+}
+
+void second_sweep(const Problem& p, const Row& student, const Row& teacher, RowState& state) {
+  float statistics[kStatistics];
+  finish(state, true, false, p.divergence, p.alpha, statistics);
+  const Normalised normal = normalised(statistics);
+  const SecondBlock add = second_block_of(p.divergence);
+  float student_buffer[kBlock], teacher_buffer[kBlock];
+  for (int64_t j = 0; j < p.columns; j += kBlock) {
+    const int64_t n = p.columns - j < kBlock ? p.columns - j : kBlock;
+    add(student.block(j, n, student_buffer), teacher.block(j, n, teacher_buffer), n, normal, (float)p.alpha, state);
+  }
+}
+
+// The target's column within this tile, or -1.
+int64_t target_column(const Problem& p, int64_t row) {
+  if (!p.targets) return -1;
+  const int64_t column = p.targets[row] - p.column_offset;
+  return column >= 0 && column < p.columns ? column : -1;
+}
+
+float logit_at(const Row& row, int64_t column) {
+  float z;
+  return *row.block(column, 1, &z);
+}
+
+template <class Out>
+void gradient_row(const Problem& p, const Row& student, const Row& teacher, int64_t target, const float* statistics,
+                  double divergence_weight, double token_weight, double entropy_weight) {
+  const Transform transform = make_transform(p.logit_scale, p.softcap, p.temperature, student.bias != nullptr);
+  const double slope = transform_slope(transform);
+  const bool divergent = p.divergence != Divergence::kNone && divergence_weight != 0.0;
+  Out* to = reinterpret_cast<Out*>(student.raw);
+  if (!divergent && token_weight == 0.0 && entropy_weight == 0.0) {  // also where the row holds NaN
+    memset(to, 0, (size_t)p.columns * sizeof(Out));
+    return;
+  }
+  GradientTerms terms;
+  terms.n = normalised(statistics);
+  terms.alpha = (float)p.alpha;
+  terms.entropy = statistics[kEntropy];
+  terms.divergence = statistics[kDivergence];
+  terms.pivot = statistics[kPivot];
+  terms.divergence_weight = (float)(slope * divergence_weight);
+  terms.token_weight = (float)(slope * token_weight);
+  terms.entropy_weight = (float)(slope * entropy_weight);
+  const Gradient<Out> gradient =
+      gradient_of<Out>(divergent ? p.divergence : Divergence::kNone, entropy_weight != 0.0);
+  float at_target = 0.0f;
+  if (target >= 0) {  // before the row is overwritten
+    const float z = logit_at(student, target);
+    at_target = gradient.target(z, divergent ? logit_at(teacher, target) : 0.0f, terms);
+    if (transform.ceiling > 0.0f) at_target *= cap_derivative(z, transform);
+  }
+  float student_buffer[kBlock], teacher_buffer[kBlock];
+  for (int64_t j = 0; j < p.columns; j += kBlock) {
+    const int64_t n = p.columns - j < kBlock ? p.columns - j : kBlock;
+    const float* s = student.block(j, n, student_buffer);
+    const float* t = divergent ? teacher.block(j, n, teacher_buffer) : nullptr;
+    gradient.block(s, t, n, terms, transform, to + j);
+  }
+  if (target >= 0) store(to + target, at_target);
+}
+
+void gradient_row_as(const Problem& p, const Row& student, const Row& teacher, int64_t target, const float* statistics,
+                     double divergence_weight, double token_weight, double entropy_weight) {
+  (p.gradient_in_bfloat16 ? gradient_row<uint16_t> : gradient_row<float>)(p, student, teacher, target, statistics,
+                                                                          divergence_weight, token_weight, entropy_weight);
+}
+
+// A NaN advantage passes: an error must be seen.
+bool passes_gate(float advantage, int64_t sign, float threshold) {
+  switch (sign) {
+    case 0:
+      return !(absolute(advantage) <= threshold);
+    case 1:
+      return !(advantage <= threshold);
+    case -1:
+      return !(advantage >= -threshold);
+    default:
+      return true;
+  }
+}
+
+void visit(const Problem& p, const VisitTerms& v, int64_t begin, int64_t end) {
+  const bool has_teacher = p.teacher.data != nullptr;
+  for (int64_t r = begin; r < end; ++r) {
+    const Row raw_student(p.student, p, r), raw_teacher(p.teacher, p, r);
+    const int64_t target = target_column(p, r);
+    RowState state = first_sweep(p, raw_student, raw_teacher, true);
+    const Row student = raw_student.as_logits(), teacher = raw_teacher.as_logits();
+    if (target >= 0) {
+      state.student_target = logit_at(student, target);
+      if (has_teacher) state.teacher_target = logit_at(teacher, target);
+    }
+    if (needs_mixture(p.divergence)) second_sweep(p, student, teacher, state);
+    float* statistics = v.statistics + r * kStatistics;
+    finish(state, has_teacher, target >= 0, p.divergence, p.alpha, statistics);
+
+    const float advantage = statistics[kTeacherLogprob] - statistics[kStudentLogprob];
+    const float weight = v.loss_weight ? v.loss_weight[r] : 1.0f;
+    v.active[r] = v.active[r] && weight != 0.0f && passes_gate(advantage, v.gate_sign, (float)v.gate_threshold);
+    if (!v.loss_weight || !v.active[r]) continue;
+    const double token = v.cross_entropy + (v.policy_gradient != 0.0 ? v.policy_gradient * advantage : 0.0);
+    gradient_row_as(p, student, teacher, target, statistics, weight, weight * token, weight * v.entropy);
+  }
+}
+
+void statistics(const Problem& p, bool first, double* state, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    const Row student(p.student, p, r), teacher(p.teacher, p, r);
+    RowState slab = first_sweep(p, student, teacher, false);
+    const int64_t target = target_column(p, r);
+    if (target >= 0) {
+      slab.student_target = logit_at(student, target);
+      if (teacher.raw) slab.teacher_target = logit_at(teacher, target);
+    }
+    double* row = state + r * kStateColumns;
+    if (!first) {
+      RowState whole;
+      memcpy(&whole, row, sizeof whole);
+      merge(whole, slab, p.divergence);
+      if (target >= 0) {
+        whole.student_target = slab.student_target;
+        whole.teacher_target = slab.teacher_target;
+      }
+      slab = whole;
+    }
+    memcpy(row, &slab, sizeof slab);
+  }
+}
+
+void mixture_sums(const Problem& p, double* state, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    RowState row;
+    memcpy(&row, state + r * kStateColumns, sizeof row);
+    second_sweep(p, Row(p.student, p, r), Row(p.teacher, p, r), row);
+    memcpy(state + r * kStateColumns, &row, sizeof row);
+  }
+}
+
+void gradient(const Problem& p, const float* statistics, const float* term_weights, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    const float* w = term_weights + 3 * r;
+    gradient_row_as(p, Row(p.student, p, r), Row(p.teacher, p, r), target_column(p, r), statistics + r * kStatistics,
+                    w[0], w[1], w[2]);
+  }
+}
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = {visit, statistics, mixture_sums, gradient};
+
+}  // namespace SELFDISTILL_ISA
+}  // namespace selfdistill

@@ -1,0 +1,2 @@
+#define SELFDISTILL_ISA isa_avx2
+#include "rows.inl"

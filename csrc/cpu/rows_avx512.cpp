@@ -1,0 +1,2 @@
+#define SELFDISTILL_ISA isa_avx512
+#include "rows.inl"

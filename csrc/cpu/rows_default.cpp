@@ -1,0 +1,2 @@
+#define SELFDISTILL_ISA isa_default
+#include "rows.inl"
