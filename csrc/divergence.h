@@ -53,13 +53,16 @@ static constexpr float kNear = 0.34f;
 
 struct Transform {
   float slope;     // before the cap
+  float rest;      // what rounding took from it: a relative error here would grow with the logits
   float ceiling;   // softcap / temperature, or 0: no cap
   bool identity;   // z == raw
 };
 
 SELFDISTILL_FN Transform make_transform(double scale, double softcap, double temperature, bool has_bias) {
   Transform t;
-  t.slope = (float)(softcap > 0 ? scale / softcap : scale / temperature);
+  const double slope = softcap > 0 ? scale / softcap : scale / temperature;
+  t.slope = (float)slope;
+  t.rest = (float)(slope - (double)t.slope);
   t.ceiling = (float)(softcap > 0 ? softcap / temperature : 0.0);
   t.identity = !has_bias && t.ceiling == 0.0f && t.slope == 1.0f;
   return t;
@@ -67,7 +70,7 @@ SELFDISTILL_FN Transform make_transform(double scale, double softcap, double tem
 
 template <class R>
 SELFDISTILL_FN R transform_logit(R raw_plus_bias, const Transform& t) {
-  const R u = raw_plus_bias * t.slope;
+  const R u = raw_plus_bias * t.slope + raw_plus_bias * t.rest;
   return t.ceiling > 0.0f ? t.ceiling * hyperbolic_tangent(u) : u;
 }
 
@@ -139,9 +142,9 @@ SELFDISTILL_FN void first_element(R student, R teacher, const Centre& centre, Fi
     sums.teacher_moment += e_t * b;
     if constexpr (kDivergence != Divergence::kNone) {
       const R x = log_ratio(student, teacher, centre.ratio);
-      const auto near = absolute(x) < kNear;
-      const R h = exponential_tail(x);
       const R xx = x * x;
+      const auto near = xx < kNear * kNear;
+      const R h = exponential_tail(x);
       const R difference = select(near, e_s * (xx * h + x), e_t - e_s);
       sums.excess += difference;
       if constexpr (kDivergence == Divergence::kForwardKL) {
@@ -285,8 +288,8 @@ SELFDISTILL_FN R teacher_logprob(R z, const Normalised& n) {
 // p_t - p_s, never as the difference of two roundings of nearly equal numbers.
 template <class R>
 SELFDISTILL_FN R probability_difference(R p_s, R p_t, R x) {
-  const R near = p_s * ((x * x) * exponential_tail(x) + x);
-  return select(absolute(x) < kNear, near, p_t - p_s);
+  const R xx = x * x;
+  return select(xx < kNear * kNear, p_s * (xx * exponential_tail(x) + x), p_t - p_s);
 }
 
 // ---- second sweep: the mixture m = alpha T + (1 - alpha) S ------------------------------------------------------------

@@ -10,6 +10,7 @@ All three are functional, so torch.compile and AOT autograd take them whole. Wit
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -51,6 +52,14 @@ def _linear_inputs(
         exists,
         LogitTransform(logit_scale, softcap, temperature),
     )
+
+
+def _float32_products(like: Tensor) -> AbstractContextManager[Any]:
+    """Autocast has done its work before the operator; inside, nothing may be rounded again."""
+    kind = like.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def _check_targets(targets: Tensor, exists: Tensor | None, vocabulary: int) -> None:
@@ -104,9 +113,10 @@ def linear_loss(
     objective = Objective(divergence, beta, policy_gradient, cross_entropy, entropy)
     gate = None if gate_sign is None else Gate(gate_sign, gate_threshold)
     needs = Needs(need_hidden, need_weight, need_bias)
-    statistics, active, gradients = get_backend(backend).visit(
-        inputs, objective, gate, loss_weight, needs, workspace
-    )
+    with _float32_products(student_hidden):
+        statistics, active, gradients = get_backend(backend).visit(
+            inputs, objective, gate, loss_weight, needs, workspace
+        )
     loss = token_loss(objective, statistics, loss_weight, active).sum(dtype=torch.float64)
     none = student_hidden.new_empty(0)
     return (
@@ -204,7 +214,8 @@ def _refuse_double_backward() -> None:
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """gradient * factor; hands the tensor itself over where that is safe (loss.backward())."""
-    if not torch.compiler.is_compiling() and factor.device.type == "cpu":
+    # A subclass is a tracer's tensor, which has no value to look at.
+    if type(factor) is Tensor and factor.device.type == "cpu":
         keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
         if not keeps_graph and factor.item() == 1.0:
             return gradient
@@ -240,7 +251,10 @@ def linear_statistics(
         student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, targets,
         exists, logit_scale, softcap, temperature,
     )  # fmt: skip
-    return get_backend(backend).statistics(inputs, _divergence_only(divergence, beta), workspace)
+    with _float32_products(student_hidden):
+        return get_backend(backend).statistics(
+            inputs, _divergence_only(divergence, beta), workspace
+        )
 
 
 def _divergence_only(divergence: str, beta: float) -> Objective:
@@ -298,14 +312,15 @@ def linear_statistics_backward(
         student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, targets,
         exists, logit_scale, softcap, temperature,
     )  # fmt: skip
-    gradients = get_backend(backend).gradient(
-        inputs,
-        _divergence_only(divergence, beta),
-        statistics,
-        term_weights,
-        Needs(need_hidden, need_weight, need_bias),
-        workspace,
-    )
+    with _float32_products(student_hidden):
+        gradients = get_backend(backend).gradient(
+            inputs,
+            _divergence_only(divergence, beta),
+            statistics,
+            term_weights,
+            Needs(need_hidden, need_weight, need_bias),
+            workspace,
+        )
     none = student_hidden.new_empty(0)
     return (
         none if gradients.hidden is None else gradients.hidden,

@@ -39,7 +39,8 @@ def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> st
         problem = native_problem()
         if problem is None:
             return "native"
-        _warn_once(problem)
+        if not torch.compiler.is_compiling():
+            _warn_once(problem)
     return "reference"
 
 
@@ -52,9 +53,7 @@ def get_backend(name: str) -> Backend:
     return ReferenceBackend()
 
 
-@functools.cache
-def native_problem() -> str | None:
-    """None when the compiled extension is loaded, else what is wrong and what mends it."""
+def _load_native() -> str | None:
     try:
         importlib.import_module("selfdistill_kernels._C")
     except ImportError as error:
@@ -63,6 +62,15 @@ def native_problem() -> str | None:
             "`pip install --no-build-isolation --force-reinstall --no-deps selfdistill`"
         )
     return None
+
+
+# At import, not on first use: torch.compile can then read the answer as a constant.
+_NATIVE_PROBLEM = _load_native()
+
+
+def native_problem() -> str | None:
+    """None when the compiled extension is loaded, else what is wrong and what mends it."""
+    return _NATIVE_PROBLEM
 
 
 @functools.cache

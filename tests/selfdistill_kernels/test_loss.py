@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.kernels import (
+from kernel_cases import (
     DIVERGENCES,
     assert_no_worse_than_torch,
     make_case,
@@ -60,7 +60,8 @@ def check_against_float64(case64, objective, backend, dtype=torch.float32, **kwa
     for name in STATISTICS:
         value = getattr(out, name)
         assert value.dtype == torch.float32
-        assert_no_worse_than_torch(name, value, torchs[name], exact[name])
+        # Sums of logits of order 1 and more cannot be better than their roundings.
+        assert_no_worse_than_torch(name, value, torchs[name], exact[name], floor=1.0)
     for name, ours, torchs_, exact_ in zip(
         ("student_hidden", "weight", "bias"), grads, plain_grads, grads64, strict=False
     ):
@@ -105,6 +106,35 @@ def test_odd_shapes(tokens, hidden, vocabulary, backend):
     check_against_float64(
         make_case(tokens, hidden, vocabulary, seed=6), Objective("forward_kl"), backend
     )
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_error_on_average(objective, temperature, backend):
+    """Over many problems, the root mean square error is no larger than plain torch's (10 % for the
+    luck of 40 draws; mixture divergences of peaked rows: 1.5 x, docs/decisions.md)."""
+    allowed = 1.5 if objective.kernel_divergence.startswith(("jsd", "skew")) else 1.1
+    totals: dict[str, list[float]] = {}
+    for seed in range(40):
+        case64 = make_case(9, 65, 507, seed=seed, temperature=temperature)
+        leaves64 = case64.leaves()
+        loss64, divergence64, _ = oracle(case64, objective)
+        exact = [divergence64.detach(), *torch.autograd.grad(loss64.mean(), leaves64)]
+        plain = case64.cast(torch.float32)
+        plain_leaves = plain.leaves()
+        loss, divergence, _ = oracle(plain, objective)
+        torchs = [divergence.detach(), *torch.autograd.grad(loss.mean(), plain_leaves)]
+        case = case64.cast(torch.float32)
+        leaves = case.leaves()
+        out = case.call(fused_linear_distillation, objective=objective, backend=backend)
+        ours = [out.divergence, *torch.autograd.grad(out.loss, leaves)]
+        for name, a, b, e in zip(("divergence", "dH", "dW"), ours, torchs, exact, strict=True):
+            total = totals.setdefault(name, [0.0, 0.0])
+            for i, value in enumerate((a, b)):
+                total[i] += float(((value.double() - e).norm() / e.norm().clamp(min=1e-30)) ** 2)
+    for name, (ours, torchs) in totals.items():
+        ratio = (ours / max(torchs, 1e-30)) ** 0.5
+        assert ratio <= allowed, f"{name}: {ratio:.2f} times the error of plain torch"
 
 
 @settings(deadline=None, max_examples=60)

@@ -148,10 +148,12 @@ def materialised_losses(case: Case, objective: Objective) -> tuple[Tensor, Tenso
 
 
 def assert_no_worse_than_torch(
-    name: str, ours: Tensor, torchs: Tensor, exact: Tensor, *, factor: float = 2.0
+    name: str, ours: Tensor, torchs: Tensor, exact: Tensor, *, factor: float = 3.0, floor: float = 0
 ) -> None:
-    """Error against float64 at most `factor` times that of plain torch, plus a few roundings."""
-    scale = exact.abs().max().clamp(min=1e-30)
+    """Largest error against float64 at most `factor` times that of plain torch on this one problem
+    (both are luck: test_error_on_average compares means), plus a few roundings of the largest
+    value or of `floor`."""
+    scale = exact.abs().max().clamp(min=max(floor, 1e-30))
     error = (ours.double() - exact).abs().max() / scale
     allowed = factor * (torchs.double() - exact).abs().max() / scale
     allowed = allowed + 8 * torch.finfo(ours.dtype).eps

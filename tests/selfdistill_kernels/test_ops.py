@@ -1,0 +1,132 @@
+"""The operators as torch sees them: opcheck, gradcheck, torch.compile, autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import DIVERGENCES, make_case
+
+from selfdistill_kernels import (
+    Objective,
+    distillation_from_logits,
+    fused_linear_distillation,
+    fused_linear_logprobs,
+)
+from selfdistill_kernels.ops import (
+    linear_loss,
+    linear_statistics,
+    linear_statistics_backward,
+)
+
+
+def op_tensors(requires_grad=True, teacher=True):
+    case = make_case(5, 8, 31, bias=True).cast(torch.float32)
+    if requires_grad:
+        case.leaves()
+    exists = torch.tensor([True, True, False, True, True])
+    return (
+        case.student_hidden,
+        case.teacher_hidden if teacher else None,
+        case.weight,
+        None,
+        case.bias,
+        case.bias.detach() if teacher else None,
+        case.targets,
+        exists,
+    )
+
+
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False)])
+@pytest.mark.parametrize("gate", [None, -1])
+def test_opcheck_loss(needs, gate, backend):
+    tensors = op_tensors()
+    if not needs[1]:
+        tensors = (tensors[0], *(t if t is None else t.detach() for t in tensors[1:]))
+    weight = torch.full((5,), 0.25)
+    terms = ("forward_kl", 0.5, 0.1, 0.2, 0.3)
+    arguments = (*tensors, weight, 1.0, None, 1.0, *terms, gate, 0.1, *needs, 0, backend)
+    torch.library.opcheck(linear_loss, arguments)
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+def test_opcheck_statistics(teacher, backend):
+    divergence = "jsd" if teacher else "none"
+    tensors = op_tensors(teacher=teacher)
+    torch.library.opcheck(linear_statistics, (*tensors, 1.0, 5.0, 0.8, divergence, 0.5, 0, backend))
+
+
+def test_opcheck_statistics_backward(backend):
+    tensors = op_tensors(requires_grad=False)
+    options = (1.0, 5.0, 0.8, "jsd", 0.5)
+    statistics = linear_statistics(*tensors, *options, 0, backend)
+    arguments = (*tensors, statistics, torch.rand(5, 3), *options, True, True, True, 0, backend)
+    torch.library.opcheck(linear_statistics_backward, arguments)
+
+
+@pytest.mark.parametrize("divergence", [*DIVERGENCES, "none"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck(divergence, reduction):
+    """Finite differences in float64, on the oracle. The advantage is a constant by definition,
+    so that the policy gradient has no primitive to difference; test_loss.py covers it."""
+    case = make_case(3, 4, 7, bias=True, temperature=0.8, softcap=4.0)
+    objective = Objective(divergence, beta=0.3, cross_entropy=0.2, entropy=-0.3)
+
+    def loss(student_hidden, weight, bias):
+        # The teacher keeps the head of the unperturbed case: no gradient flows to it.
+        return fused_linear_distillation(
+            student_hidden, case.teacher_hidden, weight, case.targets,
+            teacher_weight=case.weight.detach(), teacher_bias=case.bias.detach(), bias=bias,
+            objective=objective, reduction=reduction, backend="reference", **case.options,
+        ).loss  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, [leaf.clone() for leaf in case.leaves()])
+
+
+def test_gradcheck_logprobs_and_logits():
+    case = make_case(3, 4, 7)
+
+    def logprobs(hidden, weight):
+        out = fused_linear_logprobs(hidden, weight, case.targets, backend="reference")
+        return out.logprobs, out.entropy
+
+    assert torch.autograd.gradcheck(logprobs, case.leaves())
+    student, teacher = torch.randn(2, 3, 7, dtype=torch.float64)
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda logits: distillation_from_logits(logits, teacher, case.targets).loss, [student]
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_gradients_equal_eager_ones_bitwise(reduction, backend):
+    case = make_case(6, 8, 31, bias=True).cast(torch.float32)
+    leaves = case.leaves()
+    mask = torch.tensor([True, True, False, True, True, True])
+
+    def step(student_hidden, teacher_hidden, weight, bias):
+        out = fused_linear_distillation(
+            student_hidden * 1.5, teacher_hidden, weight, case.targets,
+            bias=bias, mask=mask, reduction=reduction, backend=backend,
+        )  # fmt: skip
+        return out.loss.sum() * 2.0, out.advantage
+
+    arguments = (case.student_hidden, case.teacher_hidden, case.weight, case.bias)
+    eager_loss, eager_advantage = step(*arguments)
+    eager = torch.autograd.grad(eager_loss, leaves)
+    loss, advantage = torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments)
+    compiled = torch.autograd.grad(loss, leaves)
+    assert torch.equal(loss, eager_loss)
+    assert torch.equal(advantage, eager_advantage)
+    for a, b in zip(compiled, eager, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_casts_like_a_linear_layer(backend):
+    case = make_case(5, 8, 31).cast(torch.float32)
+    case.leaves()
+    expected = case.cast(torch.bfloat16).call(fused_linear_distillation, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = case.call(fused_linear_distillation, backend=backend)
+    assert torch.equal(out.divergence, expected.divergence)
+    out.loss.backward()
+    assert case.weight.grad.dtype == torch.float32
