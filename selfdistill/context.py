@@ -1,0 +1,154 @@
+"""The only place that renders prompts, for the student and for the teacher.
+
+Both get one user turn through the tokenizer's chat template, question first:
+
+    student   question
+    teacher   question
+              <critique>
+              ...
+              </critique>                                       (or <reference> ... </reference>)
+
+so their longest common token prefix is the template's head and the question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from transformers import PreTrainedTokenizerBase
+
+from selfdistill.layout import PromptGroup
+from selfdistill.tasks import Problem
+
+ContextKind = Literal["critique", "reference"]
+
+
+@dataclass(frozen=True)
+class TeacherContext:
+    """What the teacher sees and the student does not.
+
+    Attributes:
+        kind: names the tag around the text.
+        text: the critique or the reference solution, not empty.
+
+    Raises:
+        ValueError: an unknown kind or an empty text.
+    """
+
+    kind: ContextKind
+    text: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(ContextKind):
+            raise ValueError(f"kind is {self.kind!r}, expected one of {get_args(ContextKind)}")
+        if not self.text.strip():
+            raise ValueError(
+                f"text of a {self.kind} is empty, so teacher and student would know the same: "
+                "leave that rollout out"
+            )
+
+
+class PromptTooLongError(ValueError):
+    """A prompt with its completion does not fit; nothing is ever cut silently.
+
+    Attributes:
+        rollout: which rollout of the group.
+        length: tokens of prompt and completion together.
+        max_length: the limit.
+    """
+
+    def __init__(self, role: str, *, rollout: int, length: int, max_length: int) -> None:
+        super().__init__(
+            f"{role} prompt and completion of rollout {rollout} have {length} tokens, expected at "
+            f"most {max_length}: raise max_length, shorten the context, or leave the rollout out"
+        )
+        self.rollout = rollout
+        self.length = length
+        self.max_length = max_length
+
+
+class ContextRenderer:
+    """Renders problems and contexts as token ids.
+
+    Args:
+        tokenizer: with a chat template.
+        max_length: most tokens that a prompt and its completion may have together; None: no limit.
+        student_template: more variables for the chat template, such as {"enable_thinking": False}.
+        teacher_template: the same for the teacher. The two prompts may then end differently; what
+            they share is decided by their tokens.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or max_length is not positive.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int | None = None,
+        student_template: Mapping[str, Any] | None = None,
+        teacher_template: Mapping[str, Any] | None = None,
+    ) -> None:
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"tokenizer {tokenizer.name_or_path!r} has no chat template: prompts are rendered "
+                "with it, so set tokenizer.chat_template"
+            )
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length is {max_length}, expected at least 1 or None")
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._student_template = dict(student_template or {})
+        self._teacher_template = dict(teacher_template or {})
+
+    def student_prompt(self, problem: Problem) -> list[int]:
+        """Return the question and the generation prompt as token ids."""
+        return self._render(problem.question, self._student_template)
+
+    def teacher_prompt(self, problem: Problem, context: TeacherContext) -> list[int]:
+        """Return the question, the tagged context and the generation prompt as token ids."""
+        block = f"<{context.kind}>\n{context.text}\n</{context.kind}>"
+        return self._render(f"{problem.question}\n{block}", self._teacher_template)
+
+    def prompt_group(
+        self,
+        problem: Problem,
+        contexts: Sequence[TeacherContext],
+        completions: Sequence[Sequence[int]],
+    ) -> PromptGroup:
+        """Return one problem's group, ready to be scored.
+
+        Args:
+            problem: what all rollouts answer.
+            contexts: one for each rollout.
+            completions: the rollouts' own token ids, never re-tokenised text.
+
+        Raises:
+            PromptTooLongError: a prompt and its completion exceed `max_length`.
+            ValueError: see `PromptGroup`.
+        """
+        group = PromptGroup(
+            student_prompt=self.student_prompt(problem),
+            teacher_prompts=[self.teacher_prompt(problem, context) for context in contexts],
+            completions=[list(completion) for completion in completions],
+        )
+        if self._max_length is not None:
+            for i, completion in enumerate(group.completions):
+                prompts = {"student": group.student_prompt, "teacher": group.teacher_prompts[i]}
+                for role, prompt in prompts.items():
+                    length = len(prompt) + len(completion)
+                    if length > self._max_length:
+                        raise PromptTooLongError(
+                            role, rollout=i, length=length, max_length=self._max_length
+                        )
+        return group
+
+    def _render(self, content: str, template: Mapping[str, Any]) -> list[int]:
+        return self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            return_dict=False,
+            **template,
+        )

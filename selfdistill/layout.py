@@ -1,0 +1,277 @@
+"""Longest common token prefix, and packing of prompt groups into one row for each role.
+
+A prompt group is one problem x with G rollouts y_i and one teacher prompt t_i for each. Student and
+teacher both score every y_i, so most of what they read is the same. Each role reads ONE packed
+row of batch size 1, cut into segments that form a prefix tree:
+
+    student  [ x | y_1[:-1] | ... | y_G[:-1] ]            one group after another
+    teacher  [ t[n:m] | t_1[m:] + y_1[:-1] | ... ]        m: what the t_i share, n: what is borrowed
+
+The first n tokens of x and of all t_i are equal: a teacher with the student's own weights borrows
+their keys and values from the student's pass (n > 0); any other teacher reads them itself (n = 0),
+still only once for the G rows. Tokens, never text, decide what is shared, and every mask follows
+from lengths, never from comparing with a padding token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class PromptGroup:
+    """One problem with its rollouts, as token ids.
+
+    Attributes:
+        student_prompt: what the student was given (x).
+        teacher_prompts: what the teacher is given, one for each rollout (t_i).
+        completions: the student's own rollouts (y_i), with their end-of-sequence token, if any.
+
+    Raises:
+        ValueError: a list is empty, or there is not one teacher prompt for each completion.
+    """
+
+    student_prompt: list[int]
+    teacher_prompts: list[list[int]]
+    completions: list[list[int]]
+
+    def __post_init__(self) -> None:
+        if not self.student_prompt:
+            raise ValueError(
+                "student_prompt is empty: at least one token must precede a completion"
+            )
+        if not self.completions:
+            raise ValueError("completions is empty: a prompt group needs at least one rollout")
+        if len(self.teacher_prompts) != len(self.completions):
+            raise ValueError(
+                f"teacher_prompts has {len(self.teacher_prompts)} entries for "
+                f"{len(self.completions)} completions: give one teacher prompt per rollout"
+            )
+        for name in ("teacher_prompts", "completions"):
+            empty = [i for i, tokens in enumerate(getattr(self, name)) if not tokens]
+            if empty:
+                raise ValueError(f"{name}{empty} are empty: leave those rollouts out of the group")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of consecutive tokens of a packed row, and the keys that it attends before its own.
+
+    Attributes:
+        borrowed: places in `PackedRow.borrowed_index`, the start of the sequence; may be empty.
+        trunk: row positions of what the group's sequences share next; may be empty.
+        own: row positions of the segment itself, never empty.
+
+    Together the three cover the positions 0, 1, 2, ... of one sequence without a gap, so the k-th
+    key has position k and the segment's queries are the last ones: its mask is lower-right causal.
+    """
+
+    borrowed: range
+    trunk: range
+    own: range
+
+    @property
+    def num_keys(self) -> int:
+        """Number of keys that the segment's last token attends."""
+        return len(self.borrowed) + len(self.trunk) + len(self.own)
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Everything one role reads in one forward pass.
+
+    Attributes:
+        input_ids: [1, L] int64.
+        position_ids: [1, L] int64, the position of each token in its own unpacked sequence.
+        segments: the prefix tree; every token of the row lies in exactly one segment.
+        prediction_index: [T] int64, the row position whose hidden state predicts each completion
+            token. A shared last prompt position appears once for every rollout that starts there.
+        borrowed_index: [B] int64, positions in the *student's* row whose keys and values come first
+            for this row's queries; empty when nothing is borrowed.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    segments: tuple[Segment, ...]
+    prediction_index: torch.Tensor
+    borrowed_index: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PackingStatistics:
+    """Tokens that go through the model, both roles together; the packed row against two usual ways.
+
+    Attributes:
+        packed_tokens: in the two packed rows.
+        unshared_tokens: every rollout a row of its own, no padding.
+        padded_tokens: the same rows padded to the longest of their role in this pack.
+
+    A row's last token predicts nothing and is counted nowhere. The saving depends on the lengths:
+    large for long prompts with short responses, small for long responses.
+    """
+
+    packed_tokens: int
+    unshared_tokens: int
+    padded_tokens: int
+
+    def __add__(self, other: PackingStatistics) -> PackingStatistics:
+        """Return the totals of two packs."""
+        return PackingStatistics(
+            self.packed_tokens + other.packed_tokens,
+            self.unshared_tokens + other.unshared_tokens,
+            self.padded_tokens + other.padded_tokens,
+        )
+
+    @property
+    def saved_by_sharing(self) -> float:
+        """Share of the tokens (0 to 1) that prefix sharing alone saves, padding aside."""
+        return 1.0 - self.packed_tokens / self.unshared_tokens
+
+    @property
+    def saved(self) -> float:
+        """Share of the tokens (0 to 1) saved against the padded two-pass step."""
+        return 1.0 - self.packed_tokens / self.padded_tokens
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One or several prompt groups, ready for one student pass and one teacher pass.
+
+    Attributes:
+        student, teacher: the rows.
+        targets: [T] int64, the completion tokens, rollout after rollout.
+        rollout_index: [T] int64, the rollout of each token, counted through all groups.
+        positions: [T] int64, the token's place within its completion.
+        statistics: tokens read here and by the usual ways.
+    """
+
+    student: PackedRow
+    teacher: PackedRow
+    targets: torch.Tensor
+    rollout_index: torch.Tensor
+    positions: torch.Tensor
+    statistics: PackingStatistics
+
+
+def common_prefix_length(sequences: Sequence[list[int]]) -> int:
+    """Return the number of leading tokens that all sequences have in common.
+
+    Raises:
+        ValueError: no sequence was given.
+    """
+    if not sequences:
+        raise ValueError("sequences is empty: a common prefix needs at least one sequence")
+    # The lexicographic extremes differ first where any two sequences differ.
+    low, high = min(sequences), max(sequences)
+    for length, (a, b) in enumerate(zip(low, high, strict=False)):
+        if a != b:
+            return length
+    return min(len(low), len(high))
+
+
+def pack_groups(groups: Sequence[PromptGroup], *, share_student_prefix: bool) -> Pack:
+    """Pack prompt groups into one row for the student and one for the teacher.
+
+    Args:
+        groups: one or several prompt groups.
+        share_student_prefix: the teacher borrows the keys and values of the longest common prefix
+            from the student's pass. Exact only when both have the same weights.
+
+    Raises:
+        ValueError: `groups` is empty.
+    """
+    if not groups:
+        raise ValueError("groups is empty: nothing to pack")
+    student, teacher = _RowBuilder(), _RowBuilder()
+    for group in groups:
+        group_start = len(student.input_ids)
+        student.add_group([group.student_prompt] * len(group.completions), group.completions)
+        borrowed = 0
+        if share_student_prefix:
+            # The position that predicts y_i[0] is scored in the teacher's own row.
+            borrowed = min(
+                common_prefix_length([group.student_prompt, *group.teacher_prompts]),
+                min(map(len, group.teacher_prompts)) - 1,
+            )
+        teacher.add_group(
+            group.teacher_prompts,
+            group.completions,
+            borrow=range(group_start, group_start + borrowed),
+        )
+
+    completions = [completion for group in groups for completion in group.completions]
+    lengths = torch.tensor([len(completion) for completion in completions])
+    return Pack(
+        student=student.build(),
+        teacher=teacher.build(),
+        targets=torch.tensor([token for completion in completions for token in completion]),
+        rollout_index=torch.repeat_interleave(torch.arange(len(completions)), lengths),
+        positions=torch.cat([torch.arange(len(completion)) for completion in completions]),
+        statistics=_statistics(groups, len(student.input_ids) + len(teacher.input_ids)),
+    )
+
+
+class _RowBuilder:
+    """Appends prompt groups to one packed row."""
+
+    def __init__(self) -> None:
+        self.input_ids: list[int] = []
+        self._position_ids: list[int] = []
+        self._prediction_index: list[int] = []
+        self._borrowed_index: list[int] = []
+        self._segments: list[Segment] = []
+
+    def add_group(
+        self,
+        prompts: Sequence[list[int]],
+        completions: Sequence[list[int]],
+        *,
+        borrow: range = range(0),
+    ) -> None:
+        """Append what all `prompts` share (less what they borrow), then one branch for each."""
+        shared = common_prefix_length(prompts)
+        borrowed = range(len(self._borrowed_index), len(self._borrowed_index) + len(borrow))
+        self._borrowed_index.extend(borrow)
+        trunk = self._append(prompts[0][len(borrow) : shared], first_position=len(borrow))
+        if trunk:
+            self._segments.append(Segment(borrowed=borrowed, trunk=range(0), own=trunk))
+        for prompt, completion in zip(prompts, completions, strict=True):
+            own = self._append(prompt[shared:] + completion[:-1], first_position=shared)
+            if own:
+                self._segments.append(Segment(borrowed=borrowed, trunk=trunk, own=own))
+            # The token at position p of this sequence predicts the one at p + 1.
+            for p in range(len(prompt) - 1, len(prompt) + len(completion) - 1):
+                row = trunk[p - len(borrow)] if p < shared else own[p - shared]
+                self._prediction_index.append(row)
+
+    def _append(self, tokens: list[int], *, first_position: int) -> range:
+        start = len(self.input_ids)
+        self.input_ids.extend(tokens)
+        self._position_ids.extend(range(first_position, first_position + len(tokens)))
+        return range(start, start + len(tokens))
+
+    def build(self) -> PackedRow:
+        """Return the row as tensors."""
+        return PackedRow(
+            input_ids=torch.tensor([self.input_ids]),
+            position_ids=torch.tensor([self._position_ids]),
+            segments=tuple(self._segments),
+            prediction_index=torch.tensor(self._prediction_index),
+            borrowed_index=torch.tensor(self._borrowed_index, dtype=torch.int64),
+        )
+
+
+def _statistics(groups: Sequence[PromptGroup], packed_tokens: int) -> PackingStatistics:
+    student, teacher = [], []
+    for group in groups:
+        for prompt, completion in zip(group.teacher_prompts, group.completions, strict=True):
+            student.append(len(group.student_prompt) + len(completion) - 1)
+            teacher.append(len(prompt) + len(completion) - 1)
+    return PackingStatistics(
+        packed_tokens=packed_tokens,
+        unshared_tokens=sum(student) + sum(teacher),
+        padded_tokens=len(student) * (max(student) + max(teacher)),
+    )

@@ -1,0 +1,128 @@
+"""Hidden states of student (with gradient) and teacher (without) for every completion token.
+
+Both roles read packed rows (`selfdistill.layout`) with prefix-tree attention
+(`selfdistill.attention`); the lm_head is left to the loss, so no logits are made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from selfdistill.attention import (
+    PrefixStash,
+    base_causal_lm,
+    enable_prefix_sharing,
+    run_packed_row,
+)
+from selfdistill.layout import PackingStatistics, PromptGroup, pack_groups
+from selfdistill.teacher import Teacher
+
+# Dropout of heads that a causal LM does not have.
+_OTHER_HEADS = ("classifier", "summary")
+
+
+@dataclass(frozen=True)
+class ScoredTokens:
+    """What a distillation loss needs, for T = the sum of the completion lengths.
+
+    Tokens follow each other rollout after rollout, in the order of the groups.
+
+    Attributes:
+        student_hidden: [T, H] final hidden states, with gradient, in the student's dtype.
+        teacher_hidden: [T, H_t] likewise of the teacher, without gradient.
+        targets: [T] int64, the completion tokens.
+        rollout_index: [T] int64, the rollout of each token, counted through all groups from 0.
+        positions: [T] int64, the token's place within its completion, from 0.
+        statistics: tokens read, against the usual two-pass step.
+    """
+
+    student_hidden: torch.Tensor
+    teacher_hidden: torch.Tensor
+    targets: torch.Tensor
+    rollout_index: torch.Tensor
+    positions: torch.Tensor
+    statistics: PackingStatistics
+
+
+def score(
+    student: torch.nn.Module,
+    teacher: Teacher,
+    groups: Sequence[PromptGroup],
+    *,
+    share_student_prefix: bool | None = None,
+) -> ScoredTokens:
+    """Score every completion token by student and teacher, each over one packed row.
+
+    Works with activation checkpointing on and off, in train and in eval mode: dropout must be 0, so
+    both give the same numbers. Sets prefix-tree attention on the models on first use.
+
+    Args:
+        student: a transformers causal LM, or a PEFT wrapper of one.
+        teacher: the teacher strategy.
+        groups: the prompt groups of this step; memory grows with their tokens.
+        share_student_prefix: let the teacher borrow the student's prefix keys and values; None does
+            so whenever that is exact.
+
+    Raises:
+        ValueError: dropout is on, or sharing was asked for a teacher with other weights.
+        UnsupportedModelError: the architecture cannot share prefixes exactly.
+    """
+    share = teacher.has_student_weights if share_student_prefix is None else share_student_prefix
+    if share and not teacher.has_student_weights:
+        raise ValueError(
+            f"share_student_prefix=True with the {teacher.name!r} teacher: keys and values made by "
+            "the student's weights are wrong for other weights (after 10 LoRA steps the error was "
+            "78 % of the signal). Leave it out: this teacher then reads the prefix once itself"
+        )
+    check_no_dropout(student)
+    enable_prefix_sharing(student)
+    pack = pack_groups(groups, share_student_prefix=share)
+
+    stash = PrefixStash(pack.teacher.borrowed_index) if share else None
+    student_hidden = run_packed_row(student, pack.student, capture=stash)
+    with torch.no_grad(), teacher.weights(student) as teacher_model:
+        check_no_dropout(teacher_model)
+        enable_prefix_sharing(teacher_model)
+        teacher_hidden = run_packed_row(teacher_model, pack.teacher, borrow=stash)
+    if stash is not None:
+        stash.free()
+
+    device = student_hidden.device
+    return ScoredTokens(
+        student_hidden=student_hidden,
+        teacher_hidden=teacher_hidden.to(device),
+        targets=pack.targets.to(device),
+        rollout_index=pack.rollout_index.to(device),
+        positions=pack.positions.to(device),
+        statistics=pack.statistics,
+    )
+
+
+def check_no_dropout(model: torch.nn.Module) -> None:
+    """Raise when a model has dropout: it would make student and teacher disagree at random.
+
+    It is refused whatever the mode, because activation checkpointing needs train mode.
+
+    Raises:
+        ValueError: names the configuration field, or the module, and its value.
+    """
+    configs = {"config": base_causal_lm(model).get_decoder().config}
+    configs |= {f"peft_config[{k!r}]": v for k, v in getattr(model, "peft_config", {}).items()}
+    for owner, config in configs.items():
+        for name, value in vars(config).items():
+            is_dropout = name.endswith(("dropout", "pdrop")) and not name.startswith(_OTHER_HEADS)
+            if is_dropout and isinstance(value, float) and value > 0.0:
+                raise _dropout_error(f"{owner}.{name}", value)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0.0:
+            raise _dropout_error(name, module.p)
+
+
+def _dropout_error(name: str, value: float) -> ValueError:
+    return ValueError(
+        f"{name} is {value}, expected 0: dropout in either pass makes student and teacher disagree "
+        "at random; set it to 0 before loading the model"
+    )
