@@ -10,6 +10,8 @@ namespace {
 // float32 lanes add up 64 elements, then go to float64. A block of both models and of both buffers stays in the L1 cache.
 constexpr int kBlock = 64 * kLanes;
 
+SELFDISTILL_FN void prefetch(const float* from) { __builtin_prefetch(from); }
+
 using FirstBlock = void (*)(const float*, const float*, int64_t, const Centre&, RowState&);
 using SecondBlock = void (*)(const float*, const float*, int64_t, const Normalised&, float, RowState&);
 template <class Out>
@@ -22,6 +24,8 @@ void first_block(const float* student, const float* teacher, int64_t n, const Ce
   FirstSums<float> tail{};
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) {
+    prefetch(student + kBlock + j);  // the next block arrives while this one is computed
+    if constexpr (kTeacher) prefetch(teacher + kBlock + j);
     first_element<kTeacher, kDivergence>(load(student + j), kTeacher ? load(teacher + j) : Vector{}, centre, lanes);
   }
   for (; j < n; ++j) {
@@ -144,13 +148,16 @@ const float* logits(const float* raw, const float* bias, int64_t n, const Transf
 float block_max(const float* z, int64_t n) {
   float top = z[0];
   int64_t j = 0;
-  if (n >= kLanes) {
-    Vector lanes = load(z);
-    for (j = kLanes; j + kLanes <= n; j += kLanes) {
-      const Vector next = load(z + j);
-      lanes = select(next > lanes, next, lanes);
+  if (n >= 4 * kLanes) {  // four chains hide the latency of a comparison
+    Vector lanes[4] = {load(z), load(z + kLanes), load(z + 2 * kLanes), load(z + 3 * kLanes)};
+    for (j = 4 * kLanes; j + 4 * kLanes <= n; j += 4 * kLanes) {
+      for (int i = 0; i < 4; ++i) {
+        const Vector next = load(z + j + i * kLanes);
+        lanes[i] = select(next > lanes[i], next, lanes[i]);
+      }
     }
-    top = max_lanes(lanes);
+    for (int i = 1; i < 4; ++i) lanes[0] = select(lanes[i] > lanes[0], lanes[i], lanes[0]);
+    top = max_lanes(lanes[0]);
   }
   for (; j < n; ++j) top = z[j] > top ? z[j] : top;
   return top;
