@@ -416,8 +416,8 @@ def check_model_supports_prefix_sharing(model: torch.nn.Module) -> None:
     if not error <= tolerance:
         raise UnsupportedModelError(
             f"{type(base).__name__} cannot share prefixes: packed hidden states differ from "
-            f"separate ones by {error:.1e} (relative), expected at most {tolerance:.0e}; some layer "
-            "mixes tokens outside its attention function"
+            f"separate ones by {error:.1e} (relative), expected at most {tolerance:.0e}; some "
+            "layer mixes tokens outside its attention function"
         )
 
 

@@ -232,7 +232,8 @@ class _RowBuilder:
         borrow: range = range(0),
     ) -> None:
         """Append what all `prompts` share (less what they borrow), then one branch for each."""
-        shared = common_prefix_length(prompts)
+        # A single rollout shares nothing: prompt and completion stay one segment.
+        shared = common_prefix_length(prompts) if len(prompts) > 1 else len(borrow)
         borrowed = range(len(self._borrowed_index), len(self._borrowed_index) + len(borrow))
         self._borrowed_index.extend(borrow)
         trunk = self._append(prompts[0][len(borrow) : shared], first_position=len(borrow))

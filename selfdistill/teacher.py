@@ -72,7 +72,7 @@ class BaseTeacher:
         if not hasattr(student, "disable_adapter"):
             raise ValueError(
                 f"the student is a {type(student).__name__} without PEFT adapters, so the base "
-                "model is not in it: pass BaseTeacher(model=frozen copy) or train adapters with peft"
+                "model is not in it: pass BaseTeacher(frozen_copy) or train adapters with peft"
             )
         return _adapters_disabled(student)
 

@@ -1,0 +1,308 @@
+"""The prefix-shared step equals a padded two-pass step, in values and in every gradient."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn.functional import kl_div, log_softmax
+from transformers import PreTrainedModel
+
+from selfdistill import attention, scoring
+from selfdistill.attention import PrefixStash
+from selfdistill.layout import PromptGroup
+from selfdistill.scoring import score
+from selfdistill.teacher import BaseTeacher, LiveTeacher, Teacher
+
+ModelFactory = Callable[..., PreTrainedModel]
+
+TOLERANCE = 5e-6
+
+
+def padded_hidden(
+    model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]
+) -> torch.Tensor:
+    """Hidden states that predict each completion token, [T, H]: one padded row per rollout."""
+    rows = [p + c for p, c in zip(prompts, completions, strict=True)]
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    hidden = base.get_decoder()(
+        input_ids=ids, attention_mask=mask, use_cache=False
+    ).last_hidden_state
+    return torch.cat(
+        [
+            hidden[i, len(p) - 1 : len(p) + len(c) - 1]
+            for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
+        ]
+    )
+
+
+def padded_two_pass(
+    student: PreTrainedModel, teacher: PreTrainedModel, groups: list[PromptGroup]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The usual step: every rollout a padded row of its own, for student and for teacher."""
+    completions = [c for g in groups for c in g.completions]
+    student_prompts = [g.student_prompt for g in groups for _ in g.completions]
+    teacher_prompts = [t for g in groups for t in g.teacher_prompts]
+    student_hidden = padded_hidden(student, student_prompts, completions)
+    with torch.no_grad():
+        teacher_hidden = padded_hidden(teacher, teacher_prompts, completions)
+    return student_hidden, teacher_hidden
+
+
+def forward_kl(
+    student: PreTrainedModel, student_hidden: torch.Tensor, teacher_hidden: torch.Tensor
+) -> torch.Tensor:
+    weight = student.get_output_embeddings().weight
+    student_logprobs = log_softmax(student_hidden @ weight.T, dim=-1)
+    teacher_logprobs = log_softmax(teacher_hidden @ weight.detach().T, dim=-1)
+    return kl_div(student_logprobs, teacher_logprobs, log_target=True, reduction="batchmean")
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def worst_relative_error(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Largest over the entries of max |difference| / max |expected|."""
+    assert got.keys() == expected.keys()
+    return max(
+        ((got[name] - expected[name]).abs().max() / expected[name].abs().max()).item()
+        for name in expected
+    )
+
+
+def step_errors(
+    student: PreTrainedModel,
+    teacher: Teacher,
+    reference: tuple[PreTrainedModel, PreTrainedModel],
+    groups: list[PromptGroup],
+) -> tuple[float, float]:
+    """Relative errors of hidden states and of gradients of one prefix-shared step."""
+    expected = padded_two_pass(*reference, groups)
+    forward_kl(reference[0], *expected).backward()
+    scored = score(student, teacher, groups)
+    forward_kl(student, scored.student_hidden, scored.teacher_hidden).backward()
+    values = {"student": scored.student_hidden, "teacher": scored.teacher_hidden}
+    return (
+        worst_relative_error(values, dict(zip(values, expected, strict=True))),
+        worst_relative_error(gradients(student), gradients(reference[0])),
+    )
+
+
+def make_step(
+    tiny_model: ModelFactory, family: str, teacher: str
+) -> tuple[PreTrainedModel, Teacher, tuple[PreTrainedModel, PreTrainedModel]]:
+    """Return the student, its teacher, and the models of the padded reference step."""
+    student, reference = tiny_model(family), tiny_model(family)
+    if teacher == "live":
+        return student, LiveTeacher(), (reference, reference)
+    base = tiny_model(family, seed=1)
+    return student, BaseTeacher(copy.deepcopy(base)), (reference, base)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:None of the inputs")
+@pytest.mark.parametrize("checkpointing", ["off", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize("teacher", ["live", "base"])
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_gradients_equal_a_padded_two_pass_step(
+    tiny_model: ModelFactory,
+    ragged_groups: list[PromptGroup],
+    family: str,
+    teacher: str,
+    checkpointing: str,
+) -> None:
+    student, strategy, reference = make_step(tiny_model, family, teacher)
+    if checkpointing != "off":
+        student.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    errors = step_errors(student, strategy, reference, ragged_groups)
+    assert max(errors) < TOLERANCE
+
+
+@pytest.mark.parametrize("teacher", ["live", "base"])
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+def test_sliding_windows_are_exact(
+    tiny_model: ModelFactory, ragged_groups: list[PromptGroup], family: str, teacher: str
+) -> None:
+    student, strategy, reference = make_step(tiny_model, family, teacher)
+    assert max(step_errors(student, strategy, reference, ragged_groups)) < TOLERANCE
+
+
+@pytest.mark.parametrize("teacher", ["live", "base"])
+@pytest.mark.parametrize(
+    "group",
+    [
+        PromptGroup([1, 5, 6], [[1, 5, 7, 8, 6]], [[9, 10, 11]]),
+        PromptGroup([1, 5, 6], [[1, 5, 7, 8, 6]] * 3, [[9, 10, 11], [12], [13, 14]]),
+        PromptGroup([4, 5, 6], [[1, 5, 7], [2, 5, 6, 6]], [[9, 10], [12, 13, 3]]),
+        PromptGroup([1, 5], [[2, 5]], [[9]]),
+    ],
+    ids=["one rollout", "one context for all", "nothing in common", "one token to predict"],
+)
+def test_other_shapes_of_a_group_are_exact(
+    tiny_model: ModelFactory, group: PromptGroup, teacher: str
+) -> None:
+    student, strategy, reference = make_step(tiny_model, "llama", teacher)
+    assert max(step_errors(student, strategy, reference, [group])) < TOLERANCE
+
+
+@pytest.mark.parametrize("teacher", ["live", "base"])
+def test_adapters_are_exact(
+    tiny_model: ModelFactory, ragged_groups: list[PromptGroup], teacher: str
+) -> None:
+    def adapted() -> PeftModel:
+        torch.manual_seed(3)
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        return get_peft_model(tiny_model("qwen3"), config)
+
+    student, reference = adapted(), adapted()
+    expected_teacher = reference if teacher == "live" else tiny_model("qwen3")
+    strategy: Teacher = LiveTeacher() if teacher == "live" else BaseTeacher()
+    errors = step_errors(student, strategy, (reference, expected_teacher), ragged_groups)
+    assert max(errors) < TOLERANCE
+    assert all("lora" in name for name in gradients(student))
+
+
+def test_a_detached_prefix_fails(
+    tiny_model: ModelFactory, ragged_groups: list[PromptGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gather = attention._Batch._gather
+
+    def detach_what_comes_before(
+        batch: attention._Batch, states: torch.Tensor, index: torch.Tensor
+    ) -> torch.Tensor:
+        gathered = gather(batch, states, index)
+        before = gathered.shape[2] - batch.query_position.shape[1]  # the prefix keys of a branch
+        return torch.cat([gathered[:, :, :before].detach(), gathered[:, :, before:]], dim=2)
+
+    monkeypatch.setattr(attention._Batch, "_gather", detach_what_comes_before)
+    student, strategy, reference = make_step(tiny_model, "llama", "live")
+    value_error, gradient_error = step_errors(student, strategy, reference, ragged_groups)
+    assert value_error < TOLERANCE  # nobody sees it in the log-probs
+    assert gradient_error > 0.05
+
+
+def test_borrowing_with_other_weights_is_refused_for_a_reason(
+    tiny_model: ModelFactory, ragged_groups: list[PromptGroup]
+) -> None:
+    student, strategy, reference = make_step(tiny_model, "llama", "base")
+    with pytest.raises(ValueError, match="'base' teacher: keys and values made by the student"):
+        score(student, strategy, ragged_groups, share_student_prefix=True)
+
+    class Liar(BaseTeacher):
+        has_student_weights = True
+
+    wrong = Liar(reference[1])
+    _, expected = padded_two_pass(*reference, ragged_groups)
+    hidden = score(student, wrong, ragged_groups).teacher_hidden
+    assert (hidden - expected).abs().max() > 0.1 * expected.abs().max()
+
+
+def test_sharing_is_a_saving_and_nothing_else(
+    tiny_model: ModelFactory, ragged_groups: list[PromptGroup]
+) -> None:
+    student = tiny_model("qwen3")
+    shared = score(student, LiveTeacher(), ragged_groups)
+    alone = score(student, LiveTeacher(), ragged_groups, share_student_prefix=False)
+    torch.testing.assert_close(shared.teacher_hidden, alone.teacher_hidden)
+    assert shared.statistics.packed_tokens == alone.statistics.packed_tokens - 9 - 4  # the heads
+    assert shared.statistics.unshared_tokens == alone.statistics.unshared_tokens
+
+
+def test_tokens_come_rollout_after_rollout(
+    tiny_model: ModelFactory, ragged_groups: list[PromptGroup]
+) -> None:
+    scored = score(tiny_model("llama"), LiveTeacher(), ragged_groups)
+    completions = [c for g in ragged_groups for c in g.completions]
+    assert scored.targets.tolist() == [token for c in completions for token in c]
+    assert scored.rollout_index.tolist() == [i for i, c in enumerate(completions) for _ in c]
+    assert scored.positions.tolist() == [p for c in completions for p in range(len(c))]
+    assert scored.student_hidden.shape == scored.teacher_hidden.shape == (len(scored.targets), 48)
+    assert scored.student_hidden.requires_grad
+    assert not scored.teacher_hidden.requires_grad
+
+
+def test_two_runs_give_the_same_bits(
+    tiny_model: ModelFactory, ragged_groups: list[PromptGroup]
+) -> None:
+    results = []
+    for _ in range(2):
+        student = tiny_model("qwen3")
+        scored = score(student, LiveTeacher(), ragged_groups)
+        forward_kl(student, scored.student_hidden, scored.teacher_hidden).backward()
+        results.append(gradients(student))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_stash_is_filled_once_and_freed(
+    tiny_model: ModelFactory, ragged_groups: list[PromptGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stashes, borrowed = [], []
+
+    class Spy(PrefixStash):
+        def __init__(self, index: torch.Tensor) -> None:
+            super().__init__(index)
+            stashes.append(self)
+
+        def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+            borrowed.append(layer)
+            return super().__getitem__(layer)
+
+    monkeypatch.setattr(scoring, "PrefixStash", Spy)
+    student = tiny_model("llama")
+    student.gradient_checkpointing_enable()
+    scored = score(student, LiveTeacher(), ragged_groups)
+    assert borrowed == [0, 1, 2]
+    forward_kl(student, scored.student_hidden, scored.teacher_hidden).backward()
+    assert [len(stash) for stash in stashes] == [0]  # neither kept nor captured by the replay
+
+
+def test_no_logits_are_made(tiny_model: ModelFactory, ragged_groups: list[PromptGroup]) -> None:
+    student = tiny_model("llama")
+
+    def fail(module: torch.nn.Module, args: object) -> None:
+        pytest.fail("the lm_head ran")
+
+    student.lm_head.register_forward_pre_hook(fail)
+    score(student, LiveTeacher(), ragged_groups)
+
+
+def test_half_precision_loses_no_more_than_a_padded_step(
+    tiny_model: ModelFactory, ragged_groups: list[PromptGroup]
+) -> None:
+    exact = padded_two_pass(*[tiny_model("llama")] * 2, ragged_groups)
+    half = tiny_model("llama").to(torch.bfloat16)
+    padded = padded_two_pass(half, half, ragged_groups)
+    scored = score(half, LiveTeacher(), ragged_groups)
+    packed = (scored.student_hidden, scored.teacher_hidden)
+    for got, usual, expected in zip(packed, padded, exact, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got - expected).square().mean() < 1.5 * (usual - expected).square().mean()
+
+
+def test_dropout_is_refused_by_name(
+    tiny_model: ModelFactory, ragged_groups: list[PromptGroup]
+) -> None:
+    student = tiny_model("llama", attention_dropout=0.1)
+    with pytest.raises(ValueError, match=r"config\.attention_dropout is 0\.1, expected 0"):
+        score(student, LiveTeacher(), ragged_groups)
+    config = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.2)
+    adapted = get_peft_model(tiny_model("llama"), config)
+    with pytest.raises(ValueError, match=r"peft_config\['default'\]\.lora_dropout is 0\.2"):
+        score(adapted, LiveTeacher(), ragged_groups)
+    student = tiny_model("llama")
+    student.model.layers[0].mlp.act_fn = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Dropout(0.3))
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.act_fn\.1 is 0\.3"):
+        score(student, LiveTeacher(), ragged_groups)
+    teacher = BaseTeacher(tiny_model("llama", attention_dropout=0.1))
+    with pytest.raises(ValueError, match="attention_dropout"):
+        score(tiny_model("llama"), teacher, ragged_groups)
