@@ -7,97 +7,97 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from selfdistill_kernels.backends.base import LinearInputs
-
 # Columns of the head that are widened at a time: large enough for the GEMM, small beside a tile.
-SLAB = 4096
+WIDENED_COLUMNS = 4096
 
 
-class Gemm(Protocol):
-    """The three products of one tile."""
+class Head(Protocol):
+    """The three products of a tile with the columns [start, stop) of an lm_head [V, H]."""
 
-    narrow_gradient: bool
-
-    def logits(self, hidden: Tensor, weight: Tensor | None, *, out: Tensor) -> None:
-        """out [r, V] float32 = hidden [r, H] weight[V, H]^T."""
+    def logits(self, hidden: Tensor, start: int, stop: int, *, out: Tensor) -> None:
+        """out [r, c] float32 = hidden [r, H] weight[start:stop]^T."""
         ...
 
-    def gradient_view(self, rows: Tensor) -> Tensor:
-        """The gradient [p, V] that the row kernels left in workspace rows."""
+    def hidden_gradient(self, gradient: Tensor, start: int, stop: int) -> Tensor:
+        """Part of dH, [r, H] float32 = gradient [r, c] weight[start:stop]."""
         ...
 
-    def hidden_gradient(self, gradient: Tensor, weight: Tensor | None) -> Tensor:
-        """dH [p, H] = gradient [p, V] weight [V, H]."""
-        ...
-
-    def add_weight_gradient(
-        self, gradient: Tensor, hidden: Tensor, total: Tensor, *, first: bool
-    ) -> None:
-        """total [V, H] float32 += gradient [p, V]^T hidden [p, H] (`first`: =)."""
+    def weight_gradient(self, gradient: Tensor, hidden: Tensor, *, out: Tensor, add: bool) -> None:
+        """out [c, H] float32 (+)= gradient [r, c]^T hidden [r, H]."""
         ...
 
 
-class Float32Gemm:
-    """torch.mm."""
+class Float32Head:
+    """torch.mm.
 
-    narrow_gradient = False
+    Args:
+        weight: [V, H] float32.
+    """
 
-    def logits(self, hidden: Tensor, weight: Tensor | None, *, out: Tensor) -> None:
-        assert weight is not None
-        torch.mm(hidden, weight.T, out=out)
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
 
-    def gradient_view(self, rows: Tensor) -> Tensor:
-        return rows
+    def logits(self, hidden: Tensor, start: int, stop: int, *, out: Tensor) -> None:
+        torch.mm(hidden, self.weight[start:stop].T, out=out)
 
-    def hidden_gradient(self, gradient: Tensor, weight: Tensor | None) -> Tensor:
-        assert weight is not None
-        return gradient @ weight
+    def hidden_gradient(self, gradient: Tensor, start: int, stop: int) -> Tensor:
+        return gradient @ self.weight[start:stop]
 
-    def add_weight_gradient(
-        self, gradient: Tensor, hidden: Tensor, total: Tensor, *, first: bool
-    ) -> None:
-        if first:
-            torch.mm(gradient.T, hidden, out=total)
+    def weight_gradient(self, gradient: Tensor, hidden: Tensor, *, out: Tensor, add: bool) -> None:
+        if add:
+            out.addmm_(gradient.T, hidden)
         else:
-            total.addmm_(gradient.T, hidden)
+            torch.mm(gradient.T, hidden, out=out)
 
 
-class WideningGemm(Float32Gemm):
-    """float32 products of bfloat16 inputs: slabs of the head are widened on the way."""
+class WideningHead:
+    """float32 products of 16-bit inputs: columns of the head are widened on the way.
 
-    def logits(self, hidden: Tensor, weight: Tensor | None, *, out: Tensor) -> None:
-        assert weight is not None
+    Args:
+        weight: [V, H] bfloat16.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def logits(self, hidden: Tensor, start: int, stop: int, *, out: Tensor) -> None:
         wide = hidden.to(torch.float32)
-        for start in range(0, weight.shape[0], SLAB):
-            slab = weight[start : start + SLAB].to(torch.float32)
-            out[:, start : start + SLAB] = wide @ slab.T
+        for low in range(start, stop, WIDENED_COLUMNS):
+            high = min(low + WIDENED_COLUMNS, stop)
+            part = self.weight[low:high].to(torch.float32)
+            out[:, low - start : high - start] = wide @ part.T
 
-    def hidden_gradient(self, gradient: Tensor, weight: Tensor | None) -> Tensor:
-        assert weight is not None
-        total = gradient.new_zeros((gradient.shape[0], weight.shape[1]))
-        for start in range(0, weight.shape[0], SLAB):
-            slab = weight[start : start + SLAB].to(torch.float32)
-            total.addmm_(gradient[:, start : start + SLAB], slab)
+    def hidden_gradient(self, gradient: Tensor, start: int, stop: int) -> Tensor:
+        total = gradient.new_zeros((gradient.shape[0], self.weight.shape[1]))
+        for low in range(start, stop, WIDENED_COLUMNS):
+            high = min(low + WIDENED_COLUMNS, stop)
+            part = self.weight[low:high].to(torch.float32)
+            total.addmm_(gradient[:, low - start : high - start], part)
         return total
 
-    def add_weight_gradient(
-        self, gradient: Tensor, hidden: Tensor, total: Tensor, *, first: bool
-    ) -> None:
-        super().add_weight_gradient(gradient, hidden.to(torch.float32), total, first=first)
+    def weight_gradient(self, gradient: Tensor, hidden: Tensor, *, out: Tensor, add: bool) -> None:
+        wide = hidden.to(torch.float32)
+        if add:
+            out.addmm_(gradient.T, wide)
+        else:
+            torch.mm(gradient.T, wide, out=out)
 
 
-class IdentityGemm(Float32Gemm):
-    """No head: the "hidden states" are logits already and so is their gradient."""
+class NoHead:
+    """The "hidden states" are logits already, and so is their gradient."""
 
-    def logits(self, hidden: Tensor, weight: Tensor | None, *, out: Tensor) -> None:
-        out.copy_(hidden)
+    def logits(self, hidden: Tensor, start: int, stop: int, *, out: Tensor) -> None:
+        out.copy_(hidden[:, start:stop])
 
-    def hidden_gradient(self, gradient: Tensor, weight: Tensor | None) -> Tensor:
+    def hidden_gradient(self, gradient: Tensor, start: int, stop: int) -> Tensor:
         return gradient
 
+    def weight_gradient(self, gradient: Tensor, hidden: Tensor, *, out: Tensor, add: bool) -> None:
+        raise AssertionError("logits have no weight")
 
-def gemm_for(inputs: LinearInputs) -> Gemm:
-    """The products for these inputs."""
-    if inputs.weight is None:
-        return IdentityGemm()
-    return Float32Gemm() if inputs.weight.dtype == torch.float32 else WideningGemm()
+
+def head_for(weight: Tensor | None) -> Head:
+    """The products with this lm_head."""
+    if weight is None:
+        return NoHead()
+    return Float32Head(weight) if weight.dtype == torch.float32 else WideningHead(weight)

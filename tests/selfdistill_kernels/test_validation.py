@@ -127,7 +127,7 @@ def test_distillation_refuses(name):
 
 
 def test_native_refuses_a_workspace_without_room_for_a_tile():
-    with pytest.raises(ValueError, match=r"workspace: 100 bytes .*at least 248 bytes"):
+    with pytest.raises(ValueError, match=r"workspace: 100 bytes .*at least 128 bytes"):
         fused_linear_distillation(**arguments(workspace=100, backend="native"))
 
 

@@ -1,0 +1,101 @@
+"""Strategy `recompute`: slabs of the vocabulary outermost, one sweep for statistics and one for
+gradients.
+
+Workspace: a tile [r, c] of logits for each model. In the gradient sweep each slab of dW is complete
+after its tiles and written once, so no [V, H] accumulator exists whatever the input dtype; dH is
+accumulated in float32 over the slabs. Only tokens with a weight take part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from selfdistill_kernels.backends.base import Gradients, Needs
+from selfdistill_kernels.backends.rows import RowKernels
+from selfdistill_kernels.plan import TilePlan
+
+
+def sweep_statistics(kernels: RowKernels, tokens: Tensor, plan: TilePlan) -> Tensor:
+    """Statistics [n, 10] of the tokens [n]."""
+    state = kernels.new_state(tokens.numel())
+    for start, stop, part, buffer in _tiles(tokens, plan, kernels.inputs.vocabulary):
+        tile = kernels.tile(tokens[part], start, stop, buffer, with_teacher=True)
+        kernels.accumulate(tile, state[part])
+    if kernels.needs_mixture:
+        for start, stop, part, buffer in _tiles(tokens, plan, kernels.inputs.vocabulary):
+            tile = kernels.tile(tokens[part], start, stop, buffer, with_teacher=True)
+            kernels.accumulate_mixture(tile, state[part])
+    return kernels.finish(state)
+
+
+def sweep_gradients(
+    kernels: RowKernels,
+    tokens: Tensor,
+    plan: TilePlan,
+    *,
+    statistics: Tensor,
+    term_weights: Tensor,
+    needs: Needs,
+) -> Gradients:
+    """Gradients for statistics [N, 10] and weights [N, 3]; `tokens` [n] are those with a weight."""
+    inputs = kernels.inputs
+    dtype = inputs.student_hidden.dtype
+    with_teacher = inputs.teacher_hidden is not None and bool((term_weights[:, 0] != 0).any())
+    hidden = weight = bias = slab = None
+    if needs.hidden:
+        # Logits of a caller get each element of their gradient once; dH is a sum over slabs.
+        hidden = torch.zeros(
+            inputs.student_hidden.shape, dtype=dtype if inputs.weight is None else torch.float32
+        )
+    if needs.weight:
+        assert inputs.weight is not None
+        weight = (
+            torch.zeros_like(inputs.weight)
+            if tokens.numel() == 0
+            else (torch.empty_like(inputs.weight))
+        )
+    if needs.bias:
+        bias = torch.zeros(inputs.vocabulary, dtype=torch.float32)
+
+    for start, stop, part, buffer in _tiles(tokens, plan, inputs.vocabulary):
+        rows = tokens[part]
+        tile = kernels.tile(rows, start, stop, buffer, with_teacher=with_teacher)
+        kernels.gradient(tile, statistics, term_weights)
+        if hidden is not None:
+            made = kernels.head.hidden_gradient(tile.student, start, stop)
+            if inputs.weight is None:
+                hidden[rows, start:stop] = made.to(dtype)
+            else:
+                hidden.index_add_(0, rows, made)
+        if weight is not None:
+            if part.start == 0:
+                target = weight[start:stop]
+                slab = target if dtype == torch.float32 else target.to(torch.float32)
+            assert slab is not None
+            kernels.head.weight_gradient(
+                tile.student, inputs.student_hidden[rows], out=slab, add=part.start > 0
+            )
+            if part.stop >= tokens.numel() and dtype != torch.float32:
+                weight[start:stop] = slab
+        if bias is not None:
+            bias[start:stop] += tile.student.sum(dim=0)
+    return Gradients(
+        None if hidden is None else hidden.to(dtype),
+        weight,
+        None if bias is None else bias.to(dtype),
+    )
+
+
+def _tiles(
+    tokens: Tensor, plan: TilePlan, vocabulary: int
+) -> Iterator[tuple[int, int, slice, Tensor]]:
+    """Yield vocabulary start and stop, the slice of `tokens` and the workspace of each tile."""
+    count = tokens.numel()
+    buffer = torch.empty(plan.heads * plan.rows * plan.columns, dtype=torch.float32)
+    for start in range(0, vocabulary, plan.columns):
+        for first in range(0, count, plan.rows):
+            part = slice(first, min(first + plan.rows, count))
+            yield start, min(start + plan.columns, vocabulary), part, buffer

@@ -1,0 +1,144 @@
+"""The compiled row kernels of csrc/, bound to one problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selfdistill_kernels.backends.base import Gate, LinearInputs
+from selfdistill_kernels.backends.gemm import Head, head_for
+from selfdistill_kernels.objective import DIVERGENCES, Objective
+from selfdistill_kernels.statistics import Column
+
+NO_GATE = Gate(sign=-2, threshold=0.0)
+STATE_COLUMNS = 16  # of the float64 streaming state, csrc/divergence.h
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Raw scores of r tokens for the vocabulary entries [start, start + c).
+
+    Attributes:
+        rows: [r] int64, the tokens.
+        student: [r, c] float32.
+        teacher: [r, c] float32 or None.
+        start: first vocabulary entry.
+    """
+
+    rows: Tensor
+    student: Tensor
+    teacher: Tensor | None
+    start: int
+
+
+class RowKernels:
+    """Makes tiles of logits and runs the row kernels over them.
+
+    Args:
+        inputs: the problem.
+        objective: the loss of a token.
+    """
+
+    def __init__(self, inputs: LinearInputs, objective: Objective) -> None:
+        self.inputs = inputs
+        self.objective = objective
+        self.divergence = DIVERGENCES[objective.kernel_divergence]
+        self.head: Head = head_for(inputs.weight)
+        self.teacher_head: Head = (
+            self.head if inputs.teacher_weight is None else head_for(inputs.teacher_weight)
+        )
+        transform = inputs.transform
+        self.transform = (transform.logit_scale, transform.softcap or 0.0, transform.temperature)
+        self._bias = None if inputs.bias is None else inputs.bias.to(torch.float32)
+        self._teacher_bias = (
+            None if inputs.teacher_bias is None else inputs.teacher_bias.to(torch.float32)
+        )
+
+    @property
+    def needs_mixture(self) -> bool:
+        """True when the divergence needs both normalisers before its own sweep."""
+        return self.divergence >= DIVERGENCES["jsd"]
+
+    def tile(
+        self, rows: Tensor, start: int, stop: int, buffer: Tensor, *, with_teacher: bool
+    ) -> Tile:
+        """Raw scores of `rows` in the front of `buffer`, the student's before the teacher's."""
+        inputs, count, columns = self.inputs, rows.numel(), stop - start
+        flat = buffer.view(-1)
+        student = inputs.student_hidden[rows]
+        first = flat[: count * columns].view(count, columns)
+        if inputs.teacher_hidden is None or not with_teacher:
+            self.head.logits(student, start, stop, out=first)
+            return Tile(rows, first, None, start)
+        second = flat[count * columns : 2 * count * columns].view(count, columns)
+        teacher = inputs.teacher_hidden[rows]
+        if inputs.teacher_weight is None:
+            # One reading of the head serves both.
+            both = flat[: 2 * count * columns].view(2 * count, columns)
+            self.head.logits(torch.cat([student, teacher]), start, stop, out=both)
+        else:
+            self.head.logits(student, start, stop, out=first)
+            self.teacher_head.logits(teacher, start, stop, out=second)
+        return Tile(rows, first, second, start)
+
+    def visit(self, tile: Tile, loss_weight: Tensor | None, gate: Gate) -> tuple[Tensor, Tensor]:
+        """One visit of whole rows: statistics [r, 10] and active [r]; with `loss_weight` [r] the
+        student's scores of active rows become gradients in place."""
+        count = tile.rows.numel()
+        statistics = tile.student.new_empty((count, len(Column)))
+        active = torch.ones(count, dtype=torch.bool)
+        objective = self.objective
+        torch.ops.selfdistill.row_visit_(
+            tile.student, tile.teacher, *self._biases(tile), self._targets(tile), loss_weight,
+            *self.transform, self.divergence, objective.beta, objective.policy_gradient,
+            objective.cross_entropy, objective.entropy, gate.sign, gate.threshold, False,
+            statistics, active,
+        )  # fmt: skip
+        return statistics, active
+
+    def new_state(self, count: int) -> Tensor:
+        """Streaming state of `count` tokens, to be filled by `accumulate`."""
+        return torch.empty((count, STATE_COLUMNS), dtype=torch.float64)
+
+    def accumulate(self, tile: Tile, state: Tensor) -> None:
+        """First sweep: merge a slab into `state` [r, 16]."""
+        torch.ops.selfdistill.row_statistics_(
+            tile.student, tile.teacher, *self._biases(tile), self._targets(tile),
+            *self.transform, self.divergence, tile.start, tile.start == 0, state,
+        )  # fmt: skip
+
+    def accumulate_mixture(self, tile: Tile, state: Tensor) -> None:
+        """Second sweep of the mixture divergences."""
+        torch.ops.selfdistill.row_mixture_(
+            tile.student, tile.teacher, *self._biases(tile),
+            *self.transform, self.divergence, self.objective.beta, state,
+        )  # fmt: skip
+
+    def finish(self, state: Tensor) -> Tensor:
+        """Statistics [r, 10] from a state that has seen the whole vocabulary."""
+        inputs = self.inputs
+        has_teacher, has_targets = inputs.teacher_hidden is not None, inputs.targets is not None
+        return torch.ops.selfdistill.row_finish(
+            state, has_teacher, has_targets, self.divergence, self.objective.beta
+        )
+
+    def gradient(self, tile: Tile, statistics: Tensor, term_weights: Tensor) -> None:
+        """The student's scores of a slab become gradients, from statistics and weights of all
+        tokens."""
+        torch.ops.selfdistill.row_gradient_(
+            tile.student, tile.teacher, *self._biases(tile), self._targets(tile),
+            statistics[tile.rows], term_weights[tile.rows], *self.transform,
+            0 if tile.teacher is None else self.divergence, self.objective.beta, tile.start, False,
+        )  # fmt: skip
+
+    def _targets(self, tile: Tile) -> Tensor | None:
+        return None if self.inputs.targets is None else self.inputs.targets[tile.rows]
+
+    def _biases(self, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
+        part = slice(tile.start, tile.start + tile.student.shape[1])
+        return (
+            None if self._bias is None else self._bias[part],
+            None if self._teacher_bias is None else self._teacher_bias[part],
+        )
