@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+
+class ConfigError(ValueError):
+    """A configuration file that asks for something that does not exist."""
 
 
 class Section(BaseModel):
@@ -180,19 +184,26 @@ def load_config(path: Path) -> Config:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not a YAML mapping, or (pydantic's ValidationError, which names
-            the field) it asks for something that does not exist.
+        ConfigError: the file is not a YAML mapping, or asks for something that does not exist; the
+            message names the file and every field that is wrong.
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a mapping of settings, got {type(data).__name__}")
+        raise ConfigError(f"{path} must hold a mapping of settings, got {type(data).__name__}")
     model = data.get("model")
     if isinstance(model, str) and (path.parent / model).is_dir():
         data["model"] = str((path.parent / model).resolve())
-    return Config.model_validate(data)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        wrong = "\n".join(
+            f"  {'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}"
+            for e in error.errors()
+        )
+        raise ConfigError(f"{path} is not a configuration:\n{wrong}") from error
 
 
 def save_config(config: Config, path: Path) -> None:

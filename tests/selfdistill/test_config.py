@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from selfdistill.config import Config, GeneralizedJSD, RefSolMethod, load_config, save_config
+from selfdistill.config import (
+    Config,
+    ConfigError,
+    GeneralizedJSD,
+    RefSolMethod,
+    load_config,
+    save_config,
+)
 
 
 def write(folder: Path, text: str) -> Path:
@@ -76,8 +83,14 @@ def test_settings_cannot_change_during_a_run() -> None:
 
 @pytest.mark.parametrize(("text", "message"), [("- a\n- b\n", "mapping"), ("a: [", "valid YAML")])
 def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=rf"run\.yaml.*{message}"):
+    with pytest.raises(ConfigError, match=rf"run\.yaml.*{message}"):
         load_config(write(tmp_path, text))
+
+
+def test_a_wrong_file_names_itself_and_every_wrong_field(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: m\noutput_dir: o\nsteps: -1\nrollout: {top_k: 5}\n")
+    with pytest.raises(ConfigError, match=r"(?s)run\.yaml.*steps: .*-1.*rollout\.top_k: .*got 5"):
+        load_config(path)
 
 
 def test_every_setting_says_what_it_does() -> None:

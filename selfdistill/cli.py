@@ -1,0 +1,148 @@
+"""The command line: selfdistill train | evaluate | demo."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Self-distillation of language models, on one machine.",
+)
+
+EXIT_INTERRUPTED = 130
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+    ] = False,
+) -> None:
+    """Train a solver as a YAML file says."""
+    from selfdistill.config import load_config
+    from selfdistill.train import train as run_training
+
+    console = Console()
+    settings = load_config(config)
+    result = run_training(settings, resume=resume, console=console)
+    if result.interrupted:
+        console.print(f"Stopped after step {result.step}; go on with --resume.")
+        raise typer.Exit(EXIT_INTERRUPTED)
+    console.print(
+        f"Best held-out Avg@{settings.evaluation.samples}: {result.best_metric:.3f} at step "
+        f"{result.best_step}, in {settings.output_dir / 'checkpoints' / 'best'}"
+    )
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A run's folder, a model folder or a Hub name.")],
+    split: Annotated[Literal["dev", "test"], typer.Option(help="Which problems.")] = "test",
+    problems: Annotated[int, typer.Option(min=1, help="How many of them.")] = 200,
+    samples: Annotated[int, typer.Option(min=1, help="Attempts per problem: the k of @k.")] = 12,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampled tokens.")] = 0,
+    checkpoint: Annotated[
+        Literal["best", "last"], typer.Option(help="Which weights of a run.")
+    ] = "best",
+    output: Annotated[Path | None, typer.Option(help="Also write the result as JSON.")] = None,
+) -> None:
+    """Measure Pass@k, Maj@k and Avg@k with 95 % intervals."""
+    from selfdistill.checkpoint import read_checkpoint
+    from selfdistill.config import Config, load_config
+    from selfdistill.evaluate import summarize
+    from selfdistill.progress import progress_bars
+    from selfdistill.runlog import write_atomically
+    from selfdistill.solver import load_solver
+    from selfdistill.tables import evaluation_table
+
+    console = Console()
+    if (Path(model) / "config.yaml").is_file():
+        settings = load_config(Path(model) / "config.yaml")
+        weights = Path(model) / "checkpoints" / checkpoint
+        read_checkpoint(weights)
+        solver = load_solver(settings, weights)
+    else:
+        solver = load_solver(Config(model=model, output_dir=Path(".")))
+    with progress_bars(console) as bars:
+        bar = bars.add_task("evaluate", total=problems, note=split)
+        attempts = solver.attempt(
+            split=split,
+            problems=problems,
+            samples=samples,
+            seed=seed,
+            progress=lambda count: bars.advance(bar, count),
+        )
+    result = summarize(attempts, solver.task, split=split)
+    if output is not None:
+        write_atomically(output, result.to_json())
+    console.print(evaluation_table({model: result}))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
+) -> None:
+    """Watch a small solver improve itself in a few minutes, and open the report."""
+    from selfdistill.config import load_config
+    from selfdistill.demo import demo as run_demo
+
+    settings = load_config(demo_config()).model_copy(update={"output_dir": output})
+    if run_demo(settings, fresh=fresh) is None:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def demo_config() -> Path:
+    """Find the demo's configuration and make sure that its solver is there.
+
+    Raises:
+        FileNotFoundError: the repository's examples are not at hand.
+    """
+    repository = Path(__file__).resolve().parents[1]
+    for folder in (repository, Path.cwd()):
+        path = folder / "examples" / "arithmetic" / "demo.yaml"
+        if path.is_file() and (path.parent / "solver" / "config.json").is_file():
+            return path
+    raise FileNotFoundError(
+        "examples/arithmetic/demo.yaml and examples/arithmetic/solver/ are neither in "
+        f"{repository} nor in the working directory. They come with the repository, not with the "
+        "installed package: run the demo in a clone of it."
+    )
+
+
+def main() -> None:
+    """Run the command line; what a user can mend ends in one message, without a traceback."""
+    try:
+        app()
+    except Exception as error:
+        # Imported late, so that --help need not wait for torch.
+        from selfdistill.attention import UnsupportedModelError
+        from selfdistill.checkpoint import CheckpointError
+        from selfdistill.config import ConfigError
+        from selfdistill.context import PromptTooLongError
+        from selfdistill.methods.loss import UnsupportedHeadError
+        from selfdistill.train import DivergedError, RunExistsError
+
+        known = (
+            CheckpointError,
+            ConfigError,
+            DivergedError,
+            OSError,
+            PromptTooLongError,
+            RunExistsError,
+            UnsupportedHeadError,
+            UnsupportedModelError,
+        )
+        if not isinstance(error, known):
+            raise
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(1)

@@ -1,0 +1,219 @@
+"""The demo: evaluate the shipped solver, let it improve itself, evaluate again, write the report.
+
+Every stage leaves a file in the run's folder and is skipped when that file is there, so an
+interrupted demo goes on where it was.
+
+    held_out_before.json    accuracy on the test split before training
+    analysis_before.json    per-token advantage of wrong attempts
+    metrics.jsonl ...       the training run (selfdistill.train)
+    held_out_after.json     the same test problems, best checkpoint by the dev split
+    analysis_after.json
+    summary.json            what the table shows
+    report.html
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from selfdistill.analysis import analyze, erroneous_attempts, localise
+from selfdistill.checkpoint import CheckpointStore
+from selfdistill.config import Config
+from selfdistill.evaluate import Evaluation, Interval, avg_difference, summarize
+from selfdistill.methods import build_method
+from selfdistill.methods.loss import lm_head
+from selfdistill.progress import progress_bars
+from selfdistill.runlog import JsonLines, peak_rss_mib, write_atomically
+from selfdistill.solver import Solver, load_solver
+from selfdistill.tables import evaluation_table, percent
+from selfdistill.train import RunExistsError, build_teacher, derive_seed, train
+
+HELD_OUT_PROBLEMS = 200
+HELD_OUT_SAMPLES = 12
+ANALYSED_ATTEMPTS = 100
+# Everything that a demo writes; what `fresh` removes, and nothing else.
+ARTIFACTS = (
+    "held_out_before.json",
+    "analysis_before.json",
+    "config.yaml",
+    "metrics.jsonl",
+    "evaluations.jsonl",
+    "checkpoints",
+    "held_out_after.json",
+    "analysis_after.json",
+    "summary.json",
+    "report.html",
+)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Accuracy on the test split, and the seconds that it took to measure."""
+
+    evaluation: Evaluation
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the demo shows in the end.
+
+    Attributes:
+        config: the run's configuration.
+        before, after: accuracy on the same held-out problems.
+        difference: of Avg@k, paired by problem.
+        best_step: the step whose weights were evaluated, chosen on the dev split.
+        tokens_saved: share of the tokens that prefix sharing kept from being read, 0 to 1.
+        minutes: working time of all stages, interruptions left out.
+        peak_rss_mib: highest resident memory.
+    """
+
+    config: dict[str, Any]
+    before: Evaluation
+    after: Evaluation
+    difference: Interval
+    best_step: int
+    tokens_saved: float
+    minutes: float
+    peak_rss_mib: float
+
+
+def demo(config: Config, *, fresh: bool = False, console: Console | None = None) -> Summary | None:
+    """Run what is left of the demo and print its table.
+
+    Args:
+        config: the run; `config.output_dir` holds what is already done.
+        fresh: remove what an earlier demo wrote there, and start over.
+        console: where progress and the table go; the standard output by default.
+
+    Returns:
+        The summary, or None when an interrupt stopped the training.
+
+    Raises:
+        RunExistsError: the folder holds a finished demo of another configuration.
+    """
+    transformers_logging.disable_progress_bar()
+    console = console or Console()
+    run = config.output_dir
+    if fresh:
+        remove_artifacts(run)
+    if (run / "summary.json").exists():
+        summary = TypeAdapter(Summary).validate_json((run / "summary.json").read_text("utf-8"))
+        if summary.config != config.model_dump(mode="json"):
+            raise RunExistsError(
+                f"{run} holds a finished demo of another configuration; start over with --fresh"
+            )
+        console.print(f"The demo in {run} is finished; --fresh starts over.")
+    else:
+        before = held_out("before", config, load_solver(config), console)
+        result = train(config, resume=True, console=console)
+        if result.interrupted:
+            console.print(f"Stopped after step {result.step}; the same command goes on from there.")
+            return None
+        best = CheckpointStore(run / "checkpoints").best
+        after = held_out("after", config, load_solver(config, best), console)
+        summary = summarise(config, before, after)
+        write_atomically(
+            run / "summary.json", TypeAdapter(Summary).dump_json(summary, indent=1).decode()
+        )
+    if not (run / "report.html").exists():
+        from selfdistill.report import write_report  # matplotlib is not needed before
+
+        write_report(run)
+    console.print(summary_table(summary))
+    console.print(f"Report: {(run / 'report.html').resolve()}", soft_wrap=True)
+    return summary
+
+
+def held_out(name: str, config: Config, solver: Solver, console: Console) -> HeldOut:
+    """Measure accuracy on the test split and score wrong attempts token by token, once."""
+    path = config.output_dir / f"held_out_{name}.json"
+    if path.exists():
+        return TypeAdapter(HeldOut).validate_json(path.read_text("utf-8"))
+    start = time.perf_counter()
+    with progress_bars(console) as bars:
+        bar = bars.add_task(name, total=HELD_OUT_PROBLEMS, note="held-out problems")
+        attempts = solver.attempt(
+            split="test",
+            problems=HELD_OUT_PROBLEMS,
+            samples=HELD_OUT_SAMPLES,
+            seed=derive_seed("held out"),
+            progress=lambda count: bars.advance(bar, count),
+        )
+    evaluation = summarize(attempts, solver.task, split="test")
+    base = load_solver(config).model
+    teacher, teacher_model = build_teacher(config, solver.model, base=base)
+    records = analyze(
+        solver,
+        teacher,
+        build_method(config, solver.task),
+        erroneous_attempts(attempts, limit=ANALYSED_ATTEMPTS),
+        heads=(lm_head(solver.model), lm_head(teacher_model)),
+    )
+    analysis = {
+        "localisation": asdict(localise(records)),
+        "attempts": [asdict(record) for record in records],
+    }
+    write_atomically(config.output_dir / f"analysis_{name}.json", json.dumps(analysis))
+    result = HeldOut(evaluation, time.perf_counter() - start)
+    write_atomically(path, TypeAdapter(HeldOut).dump_json(result).decode())
+    return result
+
+
+def summarise(config: Config, before: HeldOut, after: HeldOut) -> Summary:
+    """Put the stages' figures together."""
+    metrics = JsonLines(config.output_dir / "metrics.jsonl").read()
+    evaluations = JsonLines(config.output_dir / "evaluations.jsonl").read()
+    training = (
+        sum(sum(line["seconds"].values()) for line in metrics)
+        + evaluations[0]["seconds"]["evaluate"]
+    )
+    packed = sum(line["packed_tokens"] for line in metrics)
+    unshared = sum(line["unshared_tokens"] for line in metrics)
+    state = json.loads(
+        (CheckpointStore(config.output_dir / "checkpoints").last / "state.json").read_text("utf-8")
+    )
+    return Summary(
+        config=config.model_dump(mode="json"),
+        before=before.evaluation,
+        after=after.evaluation,
+        difference=avg_difference(before.evaluation, after.evaluation),
+        best_step=state["best_step"],
+        tokens_saved=1 - packed / unshared,
+        minutes=(before.seconds + training + after.seconds) / 60,
+        peak_rss_mib=max(peak_rss_mib(), *(line["peak_rss_mib"] for line in metrics)),
+    )
+
+
+def summary_table(summary: Summary) -> Table:
+    """Return the table that the demo ends with."""
+    table = evaluation_table({"before": summary.before, "after": summary.after})
+    table.add_section()
+    for label, value in (
+        (f"Avg@{summary.before.samples} rose by", percent(summary.difference, sign=True)),
+        ("tokens saved by prefix sharing", f"{summary.tokens_saved:.0%}"),
+        ("minutes", f"{summary.minutes:.1f}"),
+        ("peak memory", f"{summary.peak_rss_mib / 1024:.1f} GiB"),
+    ):
+        table.add_row(label, "", value)
+    return table
+
+
+def remove_artifacts(run: Path) -> None:
+    """Remove what a demo wrote, and nothing else."""
+    for name in ARTIFACTS:
+        path = run / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,50 @@
+"""Methods: what the self-teacher gets to see, and which loss makes the student follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from selfdistill.config import Config
+from selfdistill.context import TeacherContext
+from selfdistill.methods.loss import DistillationLoss, Loss
+from selfdistill.methods.refsol import RefSol
+from selfdistill.methods.stepalign import StepAlign
+from selfdistill.rollout import Rollout
+from selfdistill.tasks import Problem
+from selfdistill.tasks.arithmetic import ArithmeticTask
+
+__all__ = ["Method", "RefSol", "StepAlign", "build_method"]
+
+
+class Method(Protocol):
+    """One way of learning from one's own rollouts; a new one is one file.
+
+    Attributes:
+        name: as written in a configuration.
+        group_size: rollouts drawn for each prompt.
+        loss: what is minimised on the completion tokens.
+    """
+
+    name: str
+    group_size: int
+    loss: Loss
+
+    def contexts(
+        self, problems: Sequence[Problem], groups: Sequence[Sequence[Rollout]]
+    ) -> list[list[TeacherContext]]:
+        """Return what the teacher sees beside the question: one context per rollout."""
+        ...
+
+
+def build_method(config: Config, task: ArithmeticTask) -> Method:
+    """Build the configured method."""
+    loss = DistillationLoss(config.loss)
+    settings = config.method
+    match settings.name:
+        case "stepalign":
+            from selfdistill.critic.scribe import ScribeCritic
+
+            return StepAlign(critic=ScribeCritic(task), group_size=settings.group_size, loss=loss)
+        case "refsol":
+            return RefSol(group_size=settings.group_size, loss=loss)

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from selfdistill.config import Config
+from selfdistill.critic import Critique
+from selfdistill.methods import RefSol, StepAlign, build_method
+from selfdistill.methods.loss import DistillationLoss
+from selfdistill.rollout import Rollout
+from selfdistill.tasks import Problem
+from selfdistill.tasks.arithmetic import ArithmeticTask
+
+PROBLEMS = [Problem("p", "1 + 2", "3", "reference of p"), Problem("q", "2 + 2", "4", "that of q")]
+
+
+def rollout(text: str) -> Rollout:
+    return Rollout([5, 2], [-0.1, -0.2], text, True)
+
+
+GROUPS = [[rollout("p one"), rollout("p two")], [rollout("q one")]]
+
+
+class EchoCritic:
+    """Writes down whom it criticised."""
+
+    def critique(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Critique]:
+        return [
+            Critique("D", f"{problem.id}: {response}", 1)
+            for problem, response in zip(problems, responses, strict=True)
+        ]
+
+
+def configured(**settings: object) -> Config:
+    return Config.model_validate({"model": "m", "output_dir": "o", **settings})
+
+
+def test_stepalign_gives_every_rollout_its_own_critique() -> None:
+    loss = DistillationLoss(configured().loss)
+    method = StepAlign(critic=EchoCritic(), group_size=2, loss=loss)
+    contexts = method.contexts(PROBLEMS, GROUPS)
+    texts = [[context.text for context in group] for group in contexts]
+    assert texts == [["p: p one", "p: p two"], ["q: q one"]]
+    assert {context.kind for group in contexts for context in group} == {"critique"}
+
+
+def test_refsol_gives_the_reference_whatever_the_attempt() -> None:
+    method = RefSol(group_size=2, loss=DistillationLoss(configured().loss))
+    contexts = method.contexts(PROBLEMS, GROUPS)
+    texts = [[context.text for context in group] for group in contexts]
+    assert texts == [["reference of p"] * 2, ["that of q"]]
+    assert {context.kind for group in contexts for context in group} == {"reference"}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("stepalign", StepAlign), ("refsol", RefSol)])
+def test_methods_are_built_from_their_name(name: str, kind: type) -> None:
+    config = configured(method={"name": name, "group_size": 5})
+    method = build_method(config, ArithmeticTask())
+    assert isinstance(method, kind)
+    assert (method.name, method.group_size) == (name, 5)
+
+
+def test_the_scribe_corrects_a_wrong_attempt_in_its_own_words() -> None:
+    task = ArithmeticTask(step_counts=(3,))
+    (problem,) = task.problems(split="train", count=1)
+    attempt = problem.reference.rsplit(" ", 1)[0] + " 00"
+    assert not task.check(problem, attempt).correct
+    ((context,),) = build_method(configured(), task).contexts([problem], [[rollout(attempt)]])
+    assert context.text == problem.reference

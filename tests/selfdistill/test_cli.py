@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import selfdistill.demo
+import selfdistill.train
+from selfdistill import cli
+from selfdistill.config import load_config
+from selfdistill.evaluate import Evaluation
+from selfdistill.train import TrainResult
+
+YAML = """
+model: {model}
+output_dir: {output}
+device: cpu
+steps: {steps}
+prompts_per_step: 1
+task: {{name: arithmetic, step_counts: [1]}}
+method: {{name: refsol, group_size: 2}}
+rollout: {{max_new_tokens: 6}}
+evaluation: {{every: 5, problems: 2, samples: 2}}
+"""
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    """Run the command line as its entry point does; return the exit status."""
+    monkeypatch.setattr(sys, "argv", ["selfdistill", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0)
+
+
+def write_config(folder: Path, solver_dir: Path, *, steps: int = 1) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(YAML.format(model=solver_dir, output=folder / "run", steps=steps))
+    return path
+
+
+def test_train_then_resume_then_evaluate(
+    solver_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(monkeypatch, "train", write_config(tmp_path, solver_dir)) == 0
+    assert "Best held-out Avg@2" in capsys.readouterr().out
+    assert run(monkeypatch, "train", write_config(tmp_path, solver_dir)) == 1
+    assert "already holds a run" in capsys.readouterr().err
+    config = write_config(tmp_path, solver_dir, steps=2)
+    assert run(monkeypatch, "train", config, "--resume") == 0
+    assert "Resuming after step 1 of 2" in capsys.readouterr().out
+
+    report = tmp_path / "result.json"
+    options = ["--problems", "3", "--samples", "2", "--output", str(report)]
+    assert run(monkeypatch, "evaluate", tmp_path / "run", *options) == 0
+    assert "Avg@2" in capsys.readouterr().out
+    result = Evaluation.from_json(report.read_text())
+    assert (result.split, len(result.problems), result.samples) == ("test", 3, 2)
+    options = ["--problems", "1", "--samples", "1", "--split", "dev"]
+    assert run(monkeypatch, "evaluate", solver_dir, *options) == 0
+
+
+def test_a_torn_checkpoint_is_not_evaluated(
+    solver_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run(monkeypatch, "train", write_config(tmp_path, solver_dir))
+    (tmp_path / "run" / "checkpoints" / "best" / "model.safetensors").write_bytes(b"torn")
+    assert run(monkeypatch, "evaluate", tmp_path / "run") == 1
+    error = capsys.readouterr().err.replace("\n", "")
+    assert "error:" in error
+    assert "model.safetensors has other bytes" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("model: m\noutput_dir: o\nstep: 3\n", "step:"), ("[", "not valid YAML")],
+)
+def test_what_a_user_can_mend_is_one_message(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    message: str,
+) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    assert run(monkeypatch, "train", tmp_path / "bad.yaml") == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert run(monkeypatch, "train", tmp_path / "absent.yaml") == 1
+    assert "absent.yaml" in capsys.readouterr().err
+
+
+def test_a_programming_error_keeps_its_traceback(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise KeyError("bug")
+
+    monkeypatch.setattr(selfdistill.train, "train", broken)
+    monkeypatch.setattr(
+        sys, "argv", ["selfdistill", "train", str(write_config(tmp_path, solver_dir))]
+    )
+    with pytest.raises(KeyError, match="bug"):
+        cli.main()
+
+
+def test_an_interrupted_run_has_a_status_of_its_own(
+    solver_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stopped = TrainResult(step=1, interrupted=True, best_step=0, best_metric=0.0)
+    monkeypatch.setattr(selfdistill.train, "train", lambda *args, **kwargs: stopped)
+    assert run(monkeypatch, "train", write_config(tmp_path, solver_dir)) == 130
+    assert "go on with --resume" in capsys.readouterr().out
+    monkeypatch.setattr(selfdistill.demo, "demo", lambda *args, **kwargs: None)
+    monkeypatch.setattr(cli, "demo_config", lambda: write_config(tmp_path, solver_dir))
+    assert run(monkeypatch, "demo") == 130
+
+
+def test_the_demo_says_what_is_missing_outside_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "selfdistill" / "cli.py"))
+    assert run(monkeypatch, "demo") == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "examples/arithmetic/demo.yaml" in error
+    assert "clone" in error
+
+
+def test_the_shipped_demo_configuration_is_valid() -> None:
+    path = Path(__file__).parents[2] / "examples" / "arithmetic" / "demo.yaml"
+    config = load_config(path)
+    assert config.teacher == "base"
+    assert config.method.name == "stepalign"
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['selfdistill', '--help']\n"
+        "from selfdistill.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print('torch' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.endswith("False\n")
+    for command in ("train", "evaluate", "demo"):
+        assert command in result.stdout
+    module = subprocess.run(
+        [sys.executable, "-m", "selfdistill", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "evaluate" in module.stdout

@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+import selfdistill.train
+from selfdistill.checkpoint import CheckpointError
+from selfdistill.config import Config, load_config
+from selfdistill.evaluate import Evaluation
+from selfdistill.layout import PromptGroup
+from selfdistill.methods.loss import lm_head
+from selfdistill.methods.stepalign import StepAlign
+from selfdistill.runlog import JsonLines
+from selfdistill.scoring import score
+from selfdistill.train import (
+    DivergedError,
+    RunExistsError,
+    accumulate_gradients,
+    build_teacher,
+    derive_seed,
+    train,
+)
+
+
+def make_config(solver_dir: Path, output_dir: Path, **changes: Any) -> Config:
+    settings: dict[str, Any] = {
+        "model": str(solver_dir),
+        "output_dir": output_dir,
+        "task": {"step_counts": [1, 2]},
+        "method": {"name": "stepalign", "group_size": 2},
+        "device": "cpu",
+        "seed": 3,
+        "steps": 4,
+        "prompts_per_step": 2,
+        "rollout": {"max_new_tokens": 12},
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 3},
+        "evaluation": {"every": 2, "problems": 3, "samples": 2},
+    }
+    return Config.model_validate({**settings, **changes})
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints" / "last"
+    files = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
+    return {
+        f"{name}/{key}": tensor
+        for name in files
+        for key, tensor in load_file(folder / name).items()
+    }
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    expected, got = weights(one), weights(other)
+    assert expected.keys() == got.keys()
+    different = [name for name in expected if not torch.equal(expected[name], got[name])]
+    assert not different
+    for log in ("metrics.jsonl", "evaluations.jsonl"):
+        volatile = {"seconds", "peak_rss_mib"}
+        lines = [
+            [{k: v for k, v in line.items() if k not in volatile} for line in JsonLines(p).read()]
+            for p in (one / log, other / log)
+        ]
+        assert lines[0] == lines[1]
+
+
+def interrupt_at_call(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Press Ctrl-C in the middle of the `call`-th scoring of the run."""
+    calls = 0
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGINT)
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(selfdistill.train, "score", interrupted)
+
+
+def test_a_run_leaves_what_it_promises(solver_dir: Path, tmp_path: Path) -> None:
+    config = make_config(solver_dir, tmp_path / "run")
+    result = train(config)
+    assert (result.step, result.interrupted) == (4, False)
+    assert load_config(tmp_path / "run" / "config.yaml") == config
+    metrics = JsonLines(tmp_path / "run" / "metrics.jsonl").read()
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    assert [line["learning_rate"] for line in metrics] == pytest.approx(
+        [1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2]
+    )
+    for line in metrics:
+        assert line["loss"] == pytest.approx(line["kl"], rel=1e-5)  # no advantage mask
+        assert line["kl"] > 0
+        assert line["entropy"] > 0
+        assert line["active"] == 1
+        assert line["grad_norm"] > 0
+        assert 4 <= line["tokens"] <= 4 * 12
+        assert 0 < line["packed_tokens"] < line["unshared_tokens"]
+        assert line["peak_rss_mib"] > 10
+        assert {"rollout", "critique", "score", "update"} <= line["seconds"].keys()
+    evaluations = JsonLines(tmp_path / "run" / "evaluations.jsonl").read()
+    assert [line["step"] for line in evaluations] == [0, 2, 4]
+    values = {}
+    for line in evaluations:
+        step = line.pop("step")
+        evaluation = Evaluation.from_json(json.dumps(line))
+        assert (len(evaluation.problems), evaluation.samples) == (3, 2)
+        values[step] = evaluation.avg_at_k.value
+    assert result.best_metric == max(values.values()) == values[result.best_step or 0]
+    best = (tmp_path / "run" / "checkpoints" / "best").resolve()
+    assert best.name == f"step-{result.best_step:06d}"
+
+
+def test_training_moves_the_student_towards_the_teacher(
+    make_model: Callable[..., LlamaForCausalLM], solver_dir: Path, tmp_path: Path
+) -> None:
+    model = make_model()
+    for parameter in model.parameters():
+        parameter.data *= 5  # so that the context changes what the model expects next
+    model.save_pretrained(solver_dir)
+    config = make_config(solver_dir, tmp_path / "run", steps=30, prompts_per_step=4)
+    train(config)
+    kl = [line["kl"] for line in JsonLines(tmp_path / "run" / "metrics.jsonl").read()]
+    assert sum(kl[-5:]) < 0.7 * sum(kl[:5])
+
+
+def test_the_same_seed_gives_the_same_numbers(solver_dir: Path, tmp_path: Path) -> None:
+    train(make_config(solver_dir, tmp_path / "one"))
+    torch.manual_seed(1234)  # what else the process did must not matter
+    saved_rng = torch.get_rng_state()
+    train(make_config(solver_dir, tmp_path / "two"))
+    assert torch.equal(torch.get_rng_state(), saved_rng)
+    one, two = (JsonLines(tmp_path / run / "metrics.jsonl").read() for run in ("one", "two"))
+    assert [line["loss"] for line in one] == [line["loss"] for line in two]
+    train(make_config(solver_dir, tmp_path / "three", seed=4))
+    three = JsonLines(tmp_path / "three" / "metrics.jsonl").read()
+    assert [line["loss"] for line in one] != [line["loss"] for line in three]
+
+
+@pytest.mark.parametrize("teacher", ["base", "live"])
+def test_stopped_and_resumed_gives_the_same_bits(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: str
+) -> None:
+    torch.manual_seed(0)
+    undisturbed = make_config(solver_dir, tmp_path / "undisturbed", teacher=teacher)
+    train(undisturbed)
+
+    torch.manual_seed(0)
+    config = make_config(solver_dir, tmp_path / "stopped", teacher=teacher)
+    interrupt_at_call(monkeypatch, 2)
+    stopped = train(config)
+    assert (stopped.step, stopped.interrupted) == (2, True)
+    # Whatever a killed process left behind in the logs is forgotten.
+    log = tmp_path / "stopped" / "metrics.jsonl"
+    log.write_text(
+        log.read_text()
+        + log.read_text().splitlines()[-1].replace('"step": 2', '"step": 3')
+        + '\n{"st'
+    )
+    torch.manual_seed(99)
+    assert train(config, resume=True).step == 4
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "stopped")
+
+
+def test_ctrl_c_loses_no_finished_step(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(solver_dir, tmp_path / "run", checkpoint={"every": 100})
+    interrupt_at_call(monkeypatch, 3)
+    before = signal.getsignal(signal.SIGINT)
+    assert train(config).step == 3
+    assert signal.getsignal(signal.SIGINT) is before
+    state = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())
+    assert state["step"] == 3
+
+
+def test_a_second_ctrl_c_stops_at_once(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("still running")
+
+    monkeypatch.setattr(selfdistill.train, "score", twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(make_config(solver_dir, tmp_path / "run"))
+
+
+def test_a_run_is_not_overwritten_and_a_foreign_one_not_continued(
+    solver_dir: Path, tmp_path: Path
+) -> None:
+    train(make_config(solver_dir, tmp_path / "run", steps=1))
+    with pytest.raises(RunExistsError, match="already holds a run"):
+        train(make_config(solver_dir, tmp_path / "run", steps=1))
+    with pytest.raises(CheckpointError, match=r"seed \(3 there, 4 here\)"):
+        train(make_config(solver_dir, tmp_path / "run", steps=1, seed=4), resume=True)
+    assert train(make_config(solver_dir, tmp_path / "run", steps=2), resume=True).step == 2
+
+
+def test_a_torn_last_checkpoint_is_refused(solver_dir: Path, tmp_path: Path) -> None:
+    config = make_config(solver_dir, tmp_path / "run", steps=2)
+    train(config)
+    model = tmp_path / "run" / "checkpoints" / "last" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"last is damaged: model\.safetensors"):
+        train(config, resume=True)
+
+
+def test_divergence_stops_before_the_weights_are_ruined(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        scored = score(*args, **kwargs)
+        if calls == 2:
+            scored.student_hidden.data[0, 0] = torch.nan
+        return scored
+
+    monkeypatch.setattr(selfdistill.train, "score", poisoned)
+    with pytest.raises(DivergedError, match=r"step 2: .*nan.*learning_rate"):
+        train(make_config(solver_dir, tmp_path / "run"))
+    saved = weights(tmp_path / "run")
+    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+    assert len(JsonLines(tmp_path / "run" / "metrics.jsonl").read()) == 1
+
+
+@pytest.mark.parametrize("objective", ["forward_kl", "reverse_kl", "jsd"])
+def test_accumulated_gradients_equal_the_whole_batch(
+    make_model: Callable[..., LlamaForCausalLM],
+    ragged_groups: list[PromptGroup],
+    solver_dir: Path,
+    tmp_path: Path,
+    objective: str,
+) -> None:
+    config = make_config(
+        solver_dir,
+        tmp_path,
+        loss={"objective": {"name": objective}, "advantage_mask": {"threshold": 0.001}},
+    )
+    groups = [*ragged_groups, ragged_groups[0]]
+    results = []
+    for groups_per_pass in (1, 2, 3):
+        student = make_model()
+        teacher, teacher_model = build_teacher(config, student)
+        method = selfdistill.train.build_method(config, None)  # type: ignore[arg-type]
+        assert isinstance(method, StepAlign)
+        totals = accumulate_gradients(
+            student,
+            teacher,
+            method.loss,
+            groups,
+            heads=(lm_head(student), lm_head(teacher_model)),
+            groups_per_pass=groups_per_pass,
+        )
+        results.append((totals, {n: p.grad for n, p in student.named_parameters()}))
+    totals, gradients = results[-1]
+    for other_totals, other in results[:-1]:
+        assert other_totals.loss == pytest.approx(totals.loss, rel=1e-6)
+        assert other_totals.kl == pytest.approx(totals.kl, rel=1e-6)
+        assert other_totals.active == totals.active
+        for name, gradient in gradients.items():
+            assert gradient is not None
+            error = (other[name] - gradient).norm() / gradient.norm()
+            assert error < 5e-6, name
+
+
+def test_seeds_of_different_uses_differ() -> None:
+    seeds = {
+        derive_seed(seed, use, step)
+        for seed in range(3)
+        for use in ("rollout", "evaluate")
+        for step in range(50)
+    }
+    assert len(seeds) == 300
+    assert all(0 <= seed < 2**63 for seed in seeds)
