@@ -42,7 +42,7 @@ enum Statistic : int {
   kEntropy = 6,
   kTeacherEntropy = 7,
   kDivergence = 8,
-  kPivot = 9,  // JSD: KL(S || m); skew KL: sum p_s p_t/m - 1; skew reverse KL: sum p_s r (see gradient_element)
+  kPivot = 9,  // JSD: KL(S || m); skew KL: see skew_pivot(); skew reverse KL: sum p_s r + 1 - alpha
   kStatistics = 10,
 };
 
@@ -85,22 +85,25 @@ SELFDISTILL_FN R cap_derivative(R z, const Transform& t) {
 
 // ---- log-ratio --------------------------------------------------------------------------------------------------------
 
-// x = (z_t - z_s) - offset. Close normalisers keep z_t - z_s together, which is exact for close logits; a large offset is
-// taken off the teacher first.
+// x = (z_t - centre_t) - (z_s - centre_s). Where the centres are close, so are the logits that matter, and z_t - z_s is
+// exact: then the difference comes first. Otherwise each logit goes to its own centre first.
 struct LogRatio {
-  float shift, rest;
+  float student, teacher, rest;
 };
 
-SELFDISTILL_FN LogRatio make_log_ratio(double offset) {
+SELFDISTILL_FN LogRatio make_log_ratio(double student_centre, double teacher_centre) {
+  const double offset = teacher_centre - student_centre;
   LogRatio r;
-  r.shift = fabs(offset) < 8.0 ? 0.0f : (float)offset;
-  r.rest = (float)(offset - (double)r.shift);
+  const bool close = fabs(offset) < 0.5;
+  r.student = close ? 0.0f : (float)student_centre;
+  r.teacher = close ? 0.0f : (float)teacher_centre;
+  r.rest = (float)(offset - ((double)r.teacher - (double)r.student));
   return r;
 }
 
 template <class R>
 SELFDISTILL_FN R log_ratio(R student, R teacher, const LogRatio& r) {
-  return ((teacher - r.shift) - student) - r.rest;
+  return ((teacher - r.teacher) - (student - r.student)) - r.rest;
 }
 
 // ---- first sweep: sums around the maxima, and their merge ------------------------------------------------------------
@@ -114,7 +117,8 @@ struct RowState {
   double curvature;                       // forward: sum e_s (x e^x - expm1(x)); reverse: sum e_s (expm1(x) - x)
   double student_moment, teacher_moment;  // sum e (z - max)
   double student_target, teacher_target;  // z of the target, once its column was seen
-  double student_mixture, teacher_mixture, pivot;  // second sweep: KL(S || m), KL(T || m), the pivot of Statistic
+  double student_mixture, teacher_mixture;  // second sweep: KL(S || m); KL(T || m)
+  double pivot, kappa;                      // the pivot of Statistic; for skew KL kappa - 1 and kappa = sum p_s p_t / m
 };
 static constexpr int kStateColumns = 16;  // a row of the float64 state is a RowState and two unused places
 static_assert(sizeof(RowState) <= kStateColumns * sizeof(double), "state row");
@@ -223,6 +227,12 @@ SELFDISTILL_FN double finish_kl(const RowState& s, Divergence divergence) {
   return near ? s.curvature / s.student_sum + (log_sums - u) : log_sums - s.moment / s.student_sum;
 }
 
+// 0 <= kappa <= 1, near 1 for close distributions, near 0 for distant ones. One float keeps the digits of both:
+// kappa - 1 (not positive) in the upper half, kappa (positive) in the lower.
+SELFDISTILL_FN float skew_pivot(double kappa_less_1, double kappa) {
+  return kappa > 0.0 && kappa < 0.5 ? (float)kappa : (float)kappa_less_1;
+}
+
 SELFDISTILL_FN void finish(const RowState& s, bool has_teacher, bool has_targets, Divergence divergence, double alpha,
                            float* statistics) {
   for (int i = 0; i < kStatistics; ++i) statistics[i] = 0.0f;
@@ -250,7 +260,7 @@ SELFDISTILL_FN void finish(const RowState& s, bool has_teacher, bool has_targets
       break;
     case Divergence::kSkewKL:
       statistics[kDivergence] = (float)s.teacher_mixture;
-      statistics[kPivot] = (float)s.pivot;
+      statistics[kPivot] = skew_pivot(s.pivot, s.kappa);
       break;
     case Divergence::kSkewReverseKL:
       statistics[kDivergence] = (float)s.student_mixture;
@@ -272,7 +282,7 @@ SELFDISTILL_FN Normalised normalised(const float* statistics) {
   n.student_low = statistics[kStudentLogsum];
   n.teacher = statistics[kTeacherReference];
   n.teacher_low = statistics[kTeacherLogsum];
-  n.ratio = make_log_ratio(((double)n.teacher - (double)n.student) + ((double)n.teacher_low - (double)n.student_low));
+  n.ratio = make_log_ratio((double)n.student + (double)n.student_low, (double)n.teacher + (double)n.teacher_low);
   return n;
 }
 
@@ -280,9 +290,14 @@ template <class R>
 SELFDISTILL_FN R student_logprob(R z, const Normalised& n) {
   return (z - n.student) - n.student_low;
 }
+// The low part goes in where the argument is reduced, and costs no rounding.
 template <class R>
-SELFDISTILL_FN R teacher_logprob(R z, const Normalised& n) {
-  return (z - n.teacher) - n.teacher_low;
+SELFDISTILL_FN R student_probability(R z, const Normalised& n) {
+  return exponential(z - n.student, n.student_low);
+}
+template <class R>
+SELFDISTILL_FN R teacher_probability(R z, const Normalised& n) {
+  return exponential(z - n.teacher, n.teacher_low);
 }
 
 // p_t - p_s, never as the difference of two roundings of nearly equal numbers.
@@ -297,7 +312,8 @@ SELFDISTILL_FN R probability_difference(R p_s, R p_t, R x) {
 template <class R>
 struct Mixture {
   R log_student, log_teacher;          // log(m / p_s), log(m / p_t)
-  R share_student, share_teacher;      // 1 - p_s / m, 1 - p_t / m
+  R share_student;                     // 1 - p_s/m
+  R share_teacher;                     // 1 - p_t/m where |x| < kNear, -p_t/m elsewhere: no digits lost in either
   R deficit_student, deficit_teacher;  // v - log(1 + v) for v = m/p_s - 1 and for v = m/p_t - 1; only where |x| < kNear
 };
 
@@ -320,20 +336,20 @@ SELFDISTILL_FN Mixture<R> mixture(R x, float alpha) {
   r.log_student = select(near, v - r.deficit_student, select(up, log_m + size, log_m));
   r.log_teacher = select(near, y - r.deficit_teacher, select(up, log_m, log_m + size));
   r.share_student = select(near, v, m - select(up, n, one)) / select(near, 1.0f + v, m);
-  r.share_teacher = select(near, y, m - select(up, one, n)) / select(near, 1.0f + y, m);
+  r.share_teacher = select(near, y, -select(up, one, n)) / select(near, 1.0f + y, m);
   return r;
 }
 
 template <class R>
 struct SecondSums {
-  R student, teacher, pivot;
+  R student, teacher, pivot, kappa;
 };
 
 template <Divergence kDivergence, class R>
 SELFDISTILL_FN void second_element(R student, R teacher, const Normalised& n, float alpha, SecondSums<R>& sums) {
   const R x = log_ratio(student, teacher, n.ratio);
-  const R p_s = exponential(student_logprob(student, n));
-  const R p_t = exponential(teacher_logprob(teacher, n));
+  const R p_s = student_probability(student, n);
+  const R p_t = teacher_probability(teacher, n);
   const R difference = probability_difference(p_s, p_t, x);
   const Mixture<R> m = mixture(x, alpha);
   const auto near = absolute(x) < kNear;
@@ -344,7 +360,10 @@ SELFDISTILL_FN void second_element(R student, R teacher, const Normalised& n, fl
   if constexpr (kDivergence != Divergence::kSkewReverseKL) {
     sums.teacher += select(near, p_t * m.deficit_teacher, (alpha - 1.0f) * difference - p_t * m.log_teacher);
   }
-  if constexpr (kDivergence == Divergence::kSkewKL) sums.pivot -= p_s * m.share_teacher;
+  if constexpr (kDivergence == Divergence::kSkewKL) {
+    sums.pivot -= p_s * select(near, m.share_teacher, 1.0f + m.share_teacher);
+    sums.kappa += p_s * select(near, 1.0f - m.share_teacher, -m.share_teacher);
+  }
   if constexpr (kDivergence == Divergence::kSkewReverseKL) {
     sums.pivot += p_s * ((1.0f - alpha) * m.share_student - m.log_student);
   }
@@ -361,14 +380,13 @@ struct GradientTerms {
 // d loss / d z_s of one element that is not the target. The target's own part is target_gradient().
 template <Divergence kDivergence, bool kEntropyTerm, class R>
 SELFDISTILL_FN R gradient_element(R student, R teacher, const GradientTerms& t) {
-  const R log_p = student_logprob(student, t.n);
-  const R p_s = exponential(log_p);
+  const R p_s = student_probability(student, t.n);
   R slope = splat<R>(t.token_weight);
-  if constexpr (kEntropyTerm) slope = slope - t.entropy_weight * (log_p + t.entropy);
+  if constexpr (kEntropyTerm) slope = slope - t.entropy_weight * (student_logprob(student, t.n) + t.entropy);
   if constexpr (kDivergence == Divergence::kNone) return p_s * slope;
   const R x = log_ratio(student, teacher, t.n.ratio);
   if constexpr (kDivergence == Divergence::kForwardKL) {
-    const R p_t = exponential(teacher_logprob(teacher, t.n));
+    const R p_t = teacher_probability(teacher, t.n);
     return p_s * slope - t.divergence_weight * probability_difference(p_s, p_t, x);
   }
   R g = x;
@@ -377,7 +395,12 @@ SELFDISTILL_FN R gradient_element(R student, R teacher, const GradientTerms& t) 
     const Mixture<R> m = mixture(x, t.alpha);
     const float rest = 1.0f - t.alpha;
     if constexpr (kDivergence == Divergence::kJSD) g = -rest * (m.log_student + t.pivot);
-    if constexpr (kDivergence == Divergence::kSkewKL) g = rest * (m.share_teacher + t.pivot);
+    if constexpr (kDivergence == Divergence::kSkewKL) {
+      const float kappa = t.pivot > 0.0f ? t.pivot : 1.0f + t.pivot;
+      const float kappa_less_1 = t.pivot > 0.0f ? t.pivot - 1.0f : t.pivot;
+      const auto near = absolute(x) < kNear;
+      g = rest * (m.share_teacher + select(near, splat<R>(kappa_less_1), splat<R>(kappa)));
+    }
     // r = log(p_s/m) - (1 - alpha) p_s/m, here plus the constant 1 - alpha, which its mean takes away again.
     if constexpr (kDivergence == Divergence::kSkewReverseKL) g = (rest * m.share_student - m.log_student) - t.pivot;
   }

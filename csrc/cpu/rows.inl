@@ -71,6 +71,7 @@ void second_block(const float* student, const float* teacher, int64_t n, const N
   state.student_mixture += sum_lanes(lanes.student) + tail.student;
   state.teacher_mixture += sum_lanes(lanes.teacher) + tail.teacher;
   state.pivot += sum_lanes(lanes.pivot) + tail.pivot;
+  if constexpr (kDivergence == Divergence::kSkewKL) state.kappa += sum_lanes(lanes.kappa) + tail.kappa;
 }
 
 SecondBlock second_block_of(Divergence divergence) {
@@ -206,7 +207,7 @@ RowState first_sweep(const Problem& p, const Row& student, const Row& teacher, b
     }
     centre.student = (float)state.student_max;
     centre.teacher = (float)state.teacher_max;
-    centre.ratio = make_log_ratio(state.teacher_max - state.student_max);
+    centre.ratio = make_log_ratio(state.student_max, state.teacher_max);
     add(s, t, n, centre, state);
   }
   return state;

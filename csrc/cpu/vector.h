@@ -72,21 +72,21 @@ SELFDISTILL_FN R exponential_tail(R x) {
   return h * x + 0.5f;
 }
 
-// e^x for x <= 88, below 1.1 ulp; 0 below the smallest normal number.
+// e^(x - low) for x <= 88 and a small low, below 1.1 ulp; 0 below the smallest normal number.
 template <class R>
-SELFDISTILL_FN R exponential(R x) {
+SELFDISTILL_FN R exponential(R x, float low) {
   // Adding 1.5 * 2^23 rounds to an integer and leaves it, plus the exponent's bias, in the low bits.
   const float round = 0x1.8p23f + 127.0f;
   const R shifted = x * 0x1.715476p+0f + round;
   const R n = shifted - round;
-#if defined(__FMA__) || defined(__aarch64__)
-  const R r = x - n * 0x1.62e430p-1f;  // one rounding; |x| 3e-9 from log(2)'s own, far below that of x
-#else
-  const R r = (x - n * 0x1.62e400p-1f) - n * 0x1.7f7d1cp-20f;
-#endif
+  const R r = ((x - n * 0x1.62e400p-1f) - n * 0x1.7f7d1cp-20f) - low;  // log(2) in two parts, n times the first is exact
   const R power = from_bits(bits(shifted) << 23);
   const R result = power * ((r * r) * exponential_tail(r) + r) + power;
   return select(x < -87.33654f, splat<R>(0.0f), result);
+}
+template <class R>
+SELFDISTILL_FN R exponential(R x) {
+  return exponential(x, 0.0f);
 }
 
 // x - log(1 + x) for sqrt(1/2) - 1 <= x <= sqrt(2) - 1, second order in x and without cancellation (relative error 1e-7).
