@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -40,7 +41,7 @@ OPTIONS = [
 STATISTICS = ("divergence", "student_logprob", "teacher_logprob", "advantage", "entropy")
 
 
-def check_against_float64(case64, objective, backend, dtype=torch.float32, **kwargs):
+def check_against_float64(case64, objective, backend, dtype=torch.float32, roundings=8, **kwargs):
     """Loss, statistics and gradients of one case, against float64 and plain float32 torch."""
     leaves64 = case64.leaves()
     loss64, divergence64, extra64 = oracle(case64, objective)
@@ -67,7 +68,7 @@ def check_against_float64(case64, objective, backend, dtype=torch.float32, **kwa
     ):
         assert ours.dtype == dtype
         rounded = torchs_.to(dtype)
-        assert_no_worse_than_torch(f"d {name}", ours, rounded, exact_)
+        assert_no_worse_than_torch(f"d {name}", ours, rounded, exact_, roundings=roundings)
 
 
 def oracle(case, objective):
@@ -87,8 +88,10 @@ def test_values_and_gradients(objective, options, bias, backend):
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_two_heads_of_different_hidden_size(objective, backend):
+    # Unrelated heads give nearly disjoint distributions, where the gradient of the skew KL is a
+    # small difference of constants near 1.
     case = make_case(6, 17, 123, teacher_hidden=29, bias=True, seed=4)
-    check_against_float64(case, objective, backend)
+    check_against_float64(case, objective, backend, roundings=48)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES[:5], ids=str)
@@ -111,10 +114,9 @@ def test_odd_shapes(tokens, hidden, vocabulary, backend):
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_error_on_average(objective, temperature, backend):
-    """Over many problems, the root mean square error is no larger than plain torch's (10 % for the
-    luck of 40 draws; mixture divergences of peaked rows: 1.5 x, docs/decisions.md)."""
-    allowed = 1.5 if objective.kernel_divergence.startswith(("jsd", "skew")) else 1.1
-    totals: dict[str, list[float]] = {}
+    """Over many problems, the error is no larger than plain torch's (geometric mean of ratios:
+    single problems differ by luck, and now and then by a lot)."""
+    ratios: dict[str, list[float]] = {"divergence": [], "dH": [], "dW": []}
     for seed in range(40):
         case64 = make_case(9, 65, 507, seed=seed, temperature=temperature)
         leaves64 = case64.leaves()
@@ -128,13 +130,12 @@ def test_error_on_average(objective, temperature, backend):
         leaves = case.leaves()
         out = case.call(fused_linear_distillation, objective=objective, backend=backend)
         ours = [out.divergence, *torch.autograd.grad(out.loss, leaves)]
-        for name, a, b, e in zip(("divergence", "dH", "dW"), ours, torchs, exact, strict=True):
-            total = totals.setdefault(name, [0.0, 0.0])
-            for i, value in enumerate((a, b)):
-                total[i] += float(((value.double() - e).norm() / e.norm().clamp(min=1e-30)) ** 2)
-    for name, (ours, torchs) in totals.items():
-        ratio = (ours / max(torchs, 1e-30)) ** 0.5
-        assert ratio <= allowed, f"{name}: {ratio:.2f} times the error of plain torch"
+        for ratio, a, b, e in zip(ratios.values(), ours, torchs, exact, strict=True):
+            if e.any():
+                ratio.append(math.log(float((a - e).norm() / (b - e).norm())))
+    for name, logs in ratios.items():
+        mean = math.exp(sum(logs) / max(len(logs), 1))
+        assert mean <= 1.1, f"{name}: {mean:.2f} times the error of plain torch"
 
 
 @settings(deadline=None, max_examples=60)
