@@ -150,7 +150,14 @@ def materialised_losses(case: Case, objective: Objective) -> tuple[Tensor, Tenso
 
 
 def assert_no_worse_than_torch(
-    name: str, ours: Tensor, torchs: Tensor, exact: Tensor, *, factor: float = 3.0, floor: float = 0
+    name: str,
+    ours: Tensor,
+    torchs: Tensor,
+    exact: Tensor,
+    *,
+    factor: float = 3.0,
+    floor: float = 0,
+    roundings: int = 8,
 ) -> None:
     """Largest error against float64 at most `factor` times that of plain torch on this one problem
     (both are luck: test_error_on_average compares means), plus a few roundings of the largest
