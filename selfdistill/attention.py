@@ -285,14 +285,13 @@ def prefix_tree_attention(
     Args:
         query: [batch, heads, L, head_dim].
         key, value: [batch, kv_heads, L, head_dim].
-        attention_mask: used by `sdpa` only; a tree knows its own masks.
+        attention_mask, dropout: used by `sdpa` only; a tree knows its own masks and drops nothing.
 
     Returns:
         [batch, L, heads, head_dim] and None (no attention weights).
 
     Raises:
         UnsupportedModelError: the layer changes its scores in a way that no fused kernel offers.
-        ValueError: dropout in a packed pass.
     """
     if prefix_tree is None:
         return sdpa_attention_forward(
@@ -312,10 +311,6 @@ def prefix_tree_attention(
                 f"{type(module).__name__} passes {name} to its attention, which prefix-tree "
                 "attention does not compute: use a family without it"
             )
-    if dropout > 0.0:
-        raise ValueError(
-            f"attention dropout is {dropout} in a packed pass, expected 0: set it to 0"
-        )
     layer = cast(int, module.layer_idx)
     out = prefix_tree.attend(
         layer, query, key, value, scaling=scaling, sliding_window=sliding_window

@@ -72,14 +72,18 @@ def test_batches_follow_the_cost() -> None:
     assert num_batches(*[1500] * 2) == 3  # large ones gain nothing together
 
 
+@torch.no_grad()
 def test_generation_is_unchanged(tiny_model: ModelFactory) -> None:
     model = tiny_model("gemma3").eval()
-    ids = torch.tensor([[0, 0, 5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16, 17, 18]])
-    options = {"attention_mask": (ids > 0).long(), "max_new_tokens": 12, "do_sample": False}
-    expected = model.generate(ids, **options)
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16, 17, 18]])
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0  # left padding
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    expected = model(ids, attention_mask=mask).logits, model.generate(ids, **options)
     enable_prefix_sharing(model)
     assert model.config._attn_implementation == IMPLEMENTATION
-    assert torch.equal(model.generate(ids, **options), expected)
+    assert torch.equal(model(ids, attention_mask=mask).logits, expected[0])
+    assert torch.equal(model.generate(ids, **options), expected[1])
 
 
 def test_a_checkpoint_does_not_remember_the_attention(
