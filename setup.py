@@ -1,8 +1,8 @@
-"""Builds the native rows (csrc/) as ``selfdistill_kernels._C``. Everything else is in pyproject.toml.
+"""Builds the native rows (csrc/) as ``selfdistill_kernels._C``; the rest is in pyproject.toml.
 
-The extension is optional: where torch or a C++ compiler is missing the installation goes on without it and says so in one
-line. ``SELFDISTILL_KERNELS_BUILD=0`` skips it, ``=1`` makes a failure an error. It is compiled against the torch that is
-already installed, so install with ``--no-build-isolation``.
+The extension is optional: where torch or a C++ compiler is missing, the installation goes on
+without it and says so in one line. ``SELFDISTILL_KERNELS_BUILD=0`` skips it, ``=1`` makes a failure
+an error. It is compiled against the installed torch: use ``pip install --no-build-isolation``.
 """
 
 import os
@@ -14,11 +14,18 @@ from typing import Any
 from setuptools import Command, Extension, setup
 
 BUILD = os.environ.get("SELFDISTILL_KERNELS_BUILD", "auto")
-# One source, compiled once per instruction set; csrc/cpu/ops.cpp chooses at run time. Never -march=native.
+# One source, compiled once per instruction set; csrc/cpu/ops.cpp chooses at run time.
+# Never -march=native: what is built here may run elsewhere.
 INSTRUCTION_SETS: dict[str, list[str]] = {"rows_default": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS["rows_avx2"] = ["-mavx2", "-mfma"]
-    INSTRUCTION_SETS["rows_avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+    INSTRUCTION_SETS["rows_avx512"] = [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mfma",
+    ]
 
 
 def skip(reason: str) -> None:
@@ -69,7 +76,9 @@ def native_extension() -> tuple[list[Extension], dict[str, type[Command]]]:
     extension = CppExtension(
         "selfdistill_kernels._C",
         sources,
-        depends=[str(path) for path in sorted(Path("csrc").rglob("*")) if path.suffix in (".h", ".inl")],
+        depends=[
+            str(path) for path in sorted(Path("csrc").rglob("*")) if path.suffix in (".h", ".inl")
+        ],
         extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *openmp],
         extra_link_args=[*openmp, "-Wl,-s"] if sys.platform == "linux" else [],
     )

@@ -1,0 +1,496 @@
+"""The row operators of csrc/ against float64 autograd, on every instruction set of this machine."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip(
+    "selfdistill_kernels._C", reason="native rows not built: pip install --no-build-isolation -e ."
+)
+ops = torch.ops.selfdistill
+
+CAPABILITIES = ["avx512", "avx2", "default"]
+DIVERGENCES = [0, 1, 2, 3, 4, 5]
+NEEDS_TEACHER = [1, 2, 3, 4, 5]
+(
+    STUDENT_REFERENCE, STUDENT_LOGSUM, TEACHER_REFERENCE, TEACHER_LOGSUM, STUDENT_LOGPROB,
+    TEACHER_LOGPROB, ENTROPY, TEACHER_ENTROPY, DIVERGENCE, PIVOT,
+) = range(10)  # fmt: skip
+
+
+@pytest.fixture(params=CAPABILITIES)
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    best = ops.cpu_capability()
+    try:
+        ops.set_cpu_capability(request.param)
+    except RuntimeError:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    ops.set_cpu_capability(best)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A problem: raw tiles and the loss upon them."""
+
+    student: Tensor
+    teacher: Tensor
+    targets: Tensor
+    weight: Tensor
+    student_bias: Tensor | None = None
+    teacher_bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float = 0.0
+    temperature: float = 1.0
+    divergence: int = 1
+    beta: float = 0.3
+    policy_gradient: float = 0.0
+    cross_entropy: float = 0.0
+    entropy: float = 0.0
+
+
+def make_rows(
+    rows: int = 6, columns: int = 507, *, spread: float = 3.0, closeness: float = 1.0,
+    offset: float = 0.0, teacher_offset: float = 0.0, bias: bool = False, seed: int = 0,
+    **options: float,
+) -> Row:  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+    student = spread * torch.randn(rows, columns, generator=g)
+    teacher = student + closeness * torch.randn(rows, columns, generator=g)
+    return Row(
+        student + offset,
+        teacher + offset + teacher_offset,
+        torch.randint(columns, (rows,), generator=g),
+        torch.rand(rows, generator=g) + 0.5,
+        torch.randn(columns, generator=g) if bias else None,
+        torch.randn(columns, generator=g) if bias else None,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def visit(
+    p: Row, *, teacher: bool = True, targets: bool = True, loss: bool = True, gate_sign: int = -2,
+    gate_threshold: float = 0.0, bfloat16: bool = False, active: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(gradient or what is left in the student's tile, statistics, active) of one row_visit_."""
+    rows = p.student.shape[0]
+    tile = p.student.clone()
+    statistics = torch.full((rows, 10), math.nan)
+    active = torch.ones(rows, dtype=torch.bool) if active is None else active.clone()
+    ops.row_visit_(
+        tile, p.teacher.clone() if teacher else None, p.student_bias,
+        p.teacher_bias if teacher else None, p.targets if targets else None,
+        p.weight if loss else None, p.scale, p.softcap, p.temperature, p.divergence, p.beta,
+        p.policy_gradient, p.cross_entropy, p.entropy, gate_sign, gate_threshold, bfloat16,
+        statistics, active,
+    )  # fmt: skip
+    return tile, statistics, active
+
+
+def oracle(p: Row, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(gradient, statistics without their normalisers) by plain torch in `dtype`."""
+
+    def logits(raw: Tensor, bias: Tensor | None) -> Tensor:
+        u = raw if bias is None else raw + bias.to(dtype)
+        u = u * p.scale
+        if p.softcap:
+            u = p.softcap * torch.tanh(u / p.softcap)
+        return u / p.temperature
+
+    raw = p.student.to(dtype).requires_grad_()
+    s = torch.log_softmax(logits(raw, p.student_bias), -1)
+    t = torch.log_softmax(logits(p.teacher.to(dtype), p.teacher_bias), -1)
+    m = torch.log((1 - p.beta) * s.exp() + p.beta * t.exp())
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a.exp() * (a - b)).sum(-1)
+
+    divergence = [
+        lambda: 0.0 * s.sum(-1),
+        lambda: kl(t, s),
+        lambda: kl(s, t),
+        lambda: p.beta * kl(t, m) + (1 - p.beta) * kl(s, m),
+        lambda: kl(t, m),
+        lambda: kl(s, m),
+    ][p.divergence]()
+    s_y, t_y = (x.gather(1, p.targets[:, None])[:, 0] for x in (s, t))
+    entropy, teacher_entropy = (-(x.exp() * x).sum(-1) for x in (s, t))
+    loss = (
+        divergence
+        - p.policy_gradient * (t_y - s_y).detach() * s_y
+        - p.cross_entropy * s_y
+        + p.entropy * entropy
+    )
+    (gradient,) = torch.autograd.grad((loss * p.weight.to(dtype)).sum(), raw)
+    columns = [s_y, t_y, entropy, teacher_entropy, divergence]
+    return gradient, torch.stack([c.detach() for c in columns], 1)
+
+
+def assert_as_good_as_torch(p: Row, gradient: Tensor, statistics: Tensor) -> None:
+    """Error against float64 at most twice that of plain torch, plus two roundings."""
+    exact, plain = oracle(p, torch.float64), oracle(p, torch.float32)
+    for name, ours, e, t in (
+        ("gradient", gradient, exact[0], plain[0]),
+        *((f"column {STUDENT_LOGPROB + i}", statistics[:, STUDENT_LOGPROB + i], *columns)
+          for i, columns in enumerate(zip(exact[1].T, plain[1].T, strict=True))),
+    ):  # fmt: skip
+        size = e.norm()
+        error, allowed = (ours.double() - e).norm(), 2 * (t.double() - e).norm() + 1.5e-7 * size
+        assert error <= allowed, f"{name}: error {error / size:.1e}, allowed {allowed / size:.1e}"
+
+
+MIXED = {"policy_gradient": 0.5, "cross_entropy": 0.2, "entropy": 0.1}
+TRANSFORMS = [
+    {},
+    {"bias": True},
+    {"bias": True, "scale": 1.3, "softcap": 8.0, "temperature": 0.7},
+    {"scale": 0.8, "temperature": 1.7},
+]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("terms", [{}, MIXED], ids=["pure", "mixed"])
+def test_visit_against_float64(capability, divergence, transform, terms):
+    p = make_rows(divergence=divergence, **transform, **terms)
+    gradient, statistics, active = visit(p)
+    assert active.all()
+    assert_as_good_as_torch(p, gradient, statistics)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 17, 1023, 50257])
+@pytest.mark.parametrize("divergence", [1, 3])
+def test_odd_vocabularies(capability, columns, divergence):
+    p = make_rows(3, columns, divergence=divergence, **MIXED)
+    gradient, statistics, _ = visit(p)
+    assert_as_good_as_torch(p, gradient, statistics)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(
+    ("spread", "closeness", "offset", "teacher_offset"),
+    [
+        (3.0, 1.0, 500.0, 0.0),  # a common offset
+        (3.0, 1.0, 0.0, 300.0),  # one model's own
+        (11.0, 5.0, 0.0, 0.0),  # peaked
+        (4.0, 30.0, 0.0, 0.0),  # hardly any common support
+        (3.0, 0.01, 0.0, 0.0),  # close
+    ],
+)
+def test_hard_distributions(capability, divergence, spread, closeness, offset, teacher_offset):
+    for seed in range(5):
+        p = make_rows(
+            8, 1500, spread=spread, closeness=closeness, offset=offset,
+            teacher_offset=teacher_offset, divergence=divergence, seed=seed,
+            cross_entropy=0.0 if divergence else 1.0,
+        )  # fmt: skip
+        gradient, statistics, _ = visit(p)
+        assert_as_good_as_torch(p, gradient, statistics)
+
+
+@pytest.mark.parametrize("divergence", NEEDS_TEACHER)
+@pytest.mark.parametrize("closeness", [1e-2, 1e-4])
+def test_digits_of_nearly_equal_distributions(capability, divergence, closeness):
+    """Five digits of a divergence of order 1e-9, of which plain float32 has none."""
+    p = make_rows(4, 3000, closeness=closeness, divergence=divergence)
+    gradient, statistics, _ = visit(p)
+    exact_gradient, exact = oracle(p, torch.float64)
+    # float64 autograd itself loses digits here: KL ~ closeness^2 out of terms of order closeness.
+    tolerance = 1e-5 if closeness > 1e-3 else 1e-4
+    torch.testing.assert_close(
+        statistics[:, DIVERGENCE].double(), exact[:, 4], rtol=tolerance, atol=0
+    )
+    error = (gradient.double() - exact_gradient).norm() / exact_gradient.norm()
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize("divergence", NEEDS_TEACHER)
+@pytest.mark.parametrize("offset", [0.0, 500.0])
+def test_equal_models_give_exact_zero(capability, divergence, offset):
+    p = make_rows(5, 1203, offset=offset, divergence=divergence, policy_gradient=1.0)
+    p = replace(p, teacher=p.student)
+    gradient, statistics, _ = visit(p)
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+    assert torch.equal(statistics[:, DIVERGENCE], torch.zeros(5))
+    assert torch.equal(statistics[:, STUDENT_LOGPROB], statistics[:, TEACHER_LOGPROB])
+
+
+def test_normaliser_columns_hold_the_log_sum_exp(capability):
+    p = make_rows(offset=500.0)
+    _, statistics, _ = visit(p)
+    for raw, reference in ((p.student, STUDENT_REFERENCE), (p.teacher, TEACHER_REFERENCE)):
+        pair = statistics[:, reference].double() + statistics[:, reference + 1].double()
+        assert (pair - raw.double().logsumexp(-1)).abs().max() < 1e-6  # a float32 at 500: 3e-5
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("transform", [{}, TRANSFORMS[2]], ids=str)
+@pytest.mark.parametrize("slab", [1, 64, 1000, 2500])
+def test_slabs_equal_one_visit(capability, divergence, transform, slab):
+    p = make_rows(4, 2500, divergence=divergence, **transform, **MIXED)
+    gradient, statistics, _ = visit(p)
+    transform_options = (p.scale, p.softcap, p.temperature)
+    columns = p.student.shape[1]
+    pieces = [slice(i, min(i + slab, columns)) for i in range(0, columns, slab)]
+
+    def cut(x: Tensor | None, piece: slice) -> Tensor | None:
+        return None if x is None else x[..., piece]
+
+    before = p.student.clone(), p.teacher.clone()
+    state = torch.full((4, 16), math.nan, dtype=torch.float64)
+    for piece in pieces:
+        ops.row_statistics_(
+            cut(p.student, piece), cut(p.teacher, piece), cut(p.student_bias, piece),
+            cut(p.teacher_bias, piece), p.targets, *transform_options, divergence, piece.start,
+            piece.start == 0, state,
+        )  # fmt: skip
+    if divergence >= 3:
+        for piece in pieces:
+            ops.row_mixture_(
+                cut(p.student, piece), cut(p.teacher, piece), cut(p.student_bias, piece),
+                cut(p.teacher_bias, piece), *transform_options, divergence, p.beta, state,
+            )  # fmt: skip
+    streamed = ops.row_finish(state, True, True, divergence, p.beta)
+    assert torch.equal(p.student, before[0])
+    assert torch.equal(p.teacher, before[1])
+    # The pair of a normaliser is one number.
+    for reference in (STUDENT_REFERENCE, TEACHER_REFERENCE):
+        a, b = (x[:, reference].double() + x[:, reference + 1] for x in (streamed, statistics))
+        torch.testing.assert_close(a, b, rtol=0, atol=4e-7)  # float32 sums of 64
+    rest = slice(STUDENT_LOGPROB, None)
+    torch.testing.assert_close(streamed[:, rest], statistics[:, rest], rtol=2e-6, atol=1e-6)
+
+    advantage = streamed[:, TEACHER_LOGPROB] - streamed[:, STUDENT_LOGPROB]
+    weights = torch.stack(
+        [
+            p.weight,
+            p.weight * (p.policy_gradient * advantage + p.cross_entropy),
+            p.weight * p.entropy,
+        ],
+        1,
+    )
+    tile = p.student.clone()
+    for piece in pieces:
+        ops.row_gradient_(
+            tile[:, piece], cut(p.teacher, piece) if divergence else None,
+            cut(p.student_bias, piece), cut(p.teacher_bias, piece) if divergence else None,
+            p.targets, streamed, weights, *transform_options, divergence, p.beta, piece.start,
+            False,
+        )  # fmt: skip
+    torch.testing.assert_close(tile, gradient, rtol=4e-6, atol=4e-7)
+
+
+def test_statistics_without_teacher_or_targets(capability):
+    p = make_rows(divergence=0)
+    _, both, _ = visit(p, loss=False)
+    left, alone, _ = visit(p, teacher=False, targets=False, loss=False)
+    kept = [STUDENT_REFERENCE, STUDENT_LOGSUM, ENTROPY]
+    assert torch.equal(alone[:, kept], both[:, kept])
+    others = [i for i in range(10) if i not in kept]
+    assert torch.equal(alone[:, others], torch.zeros(6, len(others)))
+    assert torch.equal(left, p.student)
+
+
+def test_transform_leaves_logits_in_rows_without_a_gradient(capability):
+    p = make_rows(bias=True, scale=1.3, softcap=8.0, temperature=0.7)
+    logits, _, _ = visit(p, loss=False)
+    wanted = p.softcap * torch.tanh(p.scale * (p.student + p.student_bias).double() / p.softcap)
+    torch.testing.assert_close(logits.double(), wanted / p.temperature, rtol=3e-7, atol=3e-7)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.4])
+@pytest.mark.parametrize(
+    ("sign", "passes"),
+    [
+        (-2, lambda a, threshold: torch.ones_like(a, dtype=torch.bool)),
+        (0, lambda a, threshold: a.abs() > threshold),
+        (1, lambda a, threshold: a > threshold),
+        (-1, lambda a, threshold: a < -threshold),
+    ],
+)
+def test_gate(capability, sign, passes, threshold):
+    p = make_rows(40, 101)
+    p = replace(p, teacher=torch.cat([p.student[:4], p.teacher[4:]]))  # four advantages of 0
+    p.weight[5] = 0.0
+    allowed = torch.rand(40, generator=torch.Generator().manual_seed(1)) < 0.8
+    gradient, statistics, active = visit(
+        p, gate_sign=sign, gate_threshold=threshold, active=allowed
+    )
+    advantage = statistics[:, TEACHER_LOGPROB] - statistics[:, STUDENT_LOGPROB]
+    wanted = allowed & (p.weight != 0) & passes(advantage, threshold)
+    assert 0 < wanted.sum() < 40
+    assert torch.equal(active, wanted)
+    ungated, all_statistics, _ = visit(p)
+    assert torch.equal(gradient[active], ungated[active])
+    assert torch.equal(statistics, all_statistics)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_bad_rows_stay_bad_and_alone(capability, divergence, poison):
+    p = make_rows(5, 507, divergence=divergence, cross_entropy=1.0)
+    clean_gradient, clean, _ = visit(p)
+    p.student[1, 300] = poison
+    p.teacher[3, 2] = poison
+    gradient, statistics, active = visit(p, gate_sign=0)
+    good = [0, 2, 4]
+    assert torch.equal(gradient[good], clean_gradient[good])
+    assert torch.equal(statistics[good], clean[good])
+    assert active.all()  # a NaN advantage is seen, not hidden
+    assert gradient[1].isnan().all()
+    assert statistics[1, [STUDENT_LOGPROB, ENTROPY]].isnan().all()
+    assert statistics[3, [TEACHER_LOGPROB, TEACHER_ENTROPY]].isnan().all()
+    assert not statistics[3, [STUDENT_LOGPROB, ENTROPY]].isnan().any()
+    if divergence:
+        assert statistics[[1, 3], DIVERGENCE].isnan().all()
+        assert gradient[3].isnan().all()
+
+
+@pytest.mark.parametrize("columns", [3, 507, 4096])
+def test_bfloat16_gradient_is_the_rounded_gradient(capability, columns):
+    p = make_rows(5, columns, softcap=8.0, **MIXED)
+    gradient, _, _ = visit(p)
+    tile, _, _ = visit(p, bfloat16=True)
+    narrow = tile.view(torch.bfloat16)[:, :columns]
+    assert torch.equal(narrow, gradient.to(torch.bfloat16))
+    p.student[2, 1] = math.nan
+    tile, _, _ = visit(p, bfloat16=True)
+    assert tile.view(torch.bfloat16)[2, :columns].isnan().all()
+
+
+def test_rows_with_a_stride(capability):
+    p = make_rows(5, 333, divergence=3, **MIXED)
+    gradient, statistics, _ = visit(p)
+    wide = torch.full((5, 400), 7.0)
+    wide[:, :333] = p.student
+    found = torch.empty(5, 10)
+    ops.row_visit_(
+        wide[:, :333], p.teacher.clone(), None, None, p.targets, p.weight, 1.0, 0.0, 1.0, 3, p.beta,
+        p.policy_gradient, p.cross_entropy, p.entropy, -2, 0.0, False, found,
+        torch.ones(5, dtype=torch.bool),
+    )  # fmt: skip
+    assert torch.equal(wide[:, :333], gradient)
+    assert torch.equal(wide[:, 333:], torch.full((5, 67), 7.0))
+    assert torch.equal(found, statistics)
+
+
+def test_rows_without_weight_have_zero_gradient(capability):
+    p = make_rows(3, 50)
+    p.student[1, 4] = math.nan
+    _, statistics, _ = visit(p, loss=False)
+    weights = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    tile = p.student.clone()
+    ops.row_gradient_(
+        tile, p.teacher, None, None, p.targets, statistics, weights, 1.0, 0.0, 1.0, 1, 0.5, 0, False
+    )
+    assert torch.equal(tile[1], torch.zeros(50))
+    assert tile[[0, 2]].abs().sum(1).gt(0).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_gather_active_rows(share, narrow):
+    g = torch.Generator().manual_seed(0)
+    whole = torch.randint(-9, 9, (41, 24), generator=g).float()
+    tile = (whole.view(torch.bfloat16) if narrow else whole)[:, :19]
+    before = tile.clone()
+    active = torch.rand(41, generator=g) < share
+    order = ops.gather_active_rows_(tile, active)
+    assert order.dtype == torch.int64
+    assert torch.equal(order.sort().values, active.nonzero()[:, 0])
+    assert torch.equal(tile[: len(order)], before[order])
+
+
+def test_same_bits_for_any_number_of_threads():
+    p = make_rows(33, 1000, divergence=3, **MIXED)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(visit(p))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def _visit_in_child(queue: multiprocessing.Queue) -> None:
+    queue.put(visit(make_rows(8, 600))[0].sum().item())
+
+
+def test_works_in_a_forked_process():
+    expected = visit(make_rows(8, 600))[0].sum().item()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_visit_in_child, args=(queue,))
+    child.start()
+    try:
+        assert queue.get(timeout=60) == expected
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_capability_from_the_environment():
+    code = (
+        "import torch, selfdistill_kernels._C\n"
+        "print(torch.ops.selfdistill.cpu_capability(), end='')"
+    )
+
+    def run(value: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "SELFDISTILL_CPU_CAPABILITY": value},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    assert run("default").stdout == "default"
+    assert "expected 'default'" in run("sse9").stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student": torch.zeros(6, 507, dtype=torch.float64)}, "student: expected a float32"),
+        ({"student": torch.zeros(507, 6).T}, "student: expected a float32"),
+        ({"teacher": torch.zeros(6, 506)}, "teacher: got"),
+        ({"targets": torch.zeros(6, dtype=torch.int32)}, "targets: expected a contiguous Long"),
+        ({"targets": torch.full((6,), 507)}, "targets: got 507"),
+        ({"weight": torch.ones(5)}, "loss_weight: expected"),
+        ({"student_bias": torch.zeros(6)}, "student_bias: expected"),
+        ({"temperature": 0.0}, "temperature: got 0"),
+        ({"softcap": -1.0}, "softcap: got -1"),
+        ({"divergence": 6}, "divergence: got 6"),
+        ({"divergence": 3, "beta": 1.0}, "beta: got 1"),
+    ],
+)
+def test_errors_name_the_argument(change, message):
+    with pytest.raises(RuntimeError, match=message):
+        visit(replace(make_rows(), **change))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher": False}, "teacher: None"),
+        ({"targets": False, "gate_sign": 0}, "targets: None"),
+        ({"gate_sign": 3}, "gate_sign: got 3"),
+        ({"active": torch.ones(5, dtype=torch.bool)}, "active: expected"),
+    ],
+)
+def test_errors_of_missing_inputs(options, message):
+    with pytest.raises(RuntimeError, match=message):
+        visit(make_rows(), **options)
