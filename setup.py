@@ -48,7 +48,7 @@ def native_extension() -> tuple[list[Extension], dict[str, type[Command]]]:
         skip("torch is not installed here; install it first and use --no-build-isolation")
         return [], {}
 
-    class BuildNative(BuildExtension):  # type: ignore[misc]
+    class BuildNative(BuildExtension):
         """Adds each file's own flags, and survives a missing compiler."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
