@@ -1,0 +1,85 @@
+"""The exact scribe: a critic that never errs, for tasks whose steps can be checked and written.
+
+It follows the A-D schema of arXiv 2606.11173 to the letter, so that what the teacher sees differs
+from the student's attempt where that attempt is wrong and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from selfdistill.critic import Critique, CritiqueCase
+from selfdistill.tasks import Problem, Task, Verdict
+
+
+class StepTask(Task, Protocol):
+    """A task that can cut a response into steps and write any step rightly."""
+
+    def leading_steps(self, problem: Problem, response: str) -> list[str]:
+        """Return, verbatim, the right steps that a response starts with."""
+        ...
+
+    def write_steps(self, problem: Problem, *, first: int, like: str) -> list[str]:
+        """Write the right steps from number `first` on, and the answer, worded as in `like`."""
+        ...
+
+
+class ScribeCritic:
+    """Rewrites an attempt and changes only what is wrong (implements `selfdistill.critic.Critic`).
+
+    - A, fully correct: the attempt, verbatim.
+    - B, right answer but a step missing or unjustified: the missing step inserted, the rest
+      verbatim; where inserting does not mend it, as D.
+    - C, incomplete but right so far: the attempt's whole steps, then the rest up to the answer.
+    - D, wrong: the right steps verbatim, up to and not including the first wrong one; that step
+      written anew in the attempt's own wording; then on to the answer.
+    """
+
+    def __init__(self, task: StepTask) -> None:
+        self.task = task
+
+    def critique(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Critique]:
+        """Return one critique per (problem, response) pair, in order.
+
+        Raises:
+            ValueError: the two sequences differ in length.
+        """
+        if len(problems) != len(responses):
+            raise ValueError(
+                f"responses: got {len(responses)} for {len(problems)} problems, "
+                "expected one response for each problem (repeat a problem for its rollouts)"
+            )
+        return [self._one(p, response) for p, response in zip(problems, responses, strict=True)]
+
+    def _one(self, problem: Problem, response: str) -> Critique:
+        verdict = self.task.check(problem, response)
+        if verdict.strict:
+            return Critique("A", response, None)
+        first = len(self.task.leading_steps(problem, response)) + 1
+        text = self._insert_missing(problem, response, verdict) if verdict.correct else None
+        return Critique(_case(verdict), text or self._rewrite(problem, response, first), first)
+
+    def _rewrite(self, problem: Problem, response: str, first: int) -> str:
+        kept = self.task.leading_steps(problem, response)
+        return " ".join([*kept, *self.task.write_steps(problem, first=first, like=response)])
+
+    def _insert_missing(self, problem: Problem, response: str, verdict: Verdict) -> str | None:
+        """Insert steps until the response holds; None when something else than that is wrong."""
+        text = response
+        while not verdict.strict:
+            if verdict.wrong_span is None or verdict.first_wrong_step is None:
+                return None
+            right = self.task.write_steps(problem, first=verdict.first_wrong_step, like=response)
+            if len(right) == 1:  # only the answer is left: nothing can be missing before it
+                return None
+            at = verdict.wrong_span[0]
+            text = f"{text[:at]}{right[0]} {text[at:]}"
+            verdict = self.task.check(problem, text)
+        return text
+
+
+def _case(verdict: Verdict) -> CritiqueCase:
+    if verdict.correct:
+        return "B"
+    return "C" if verdict.first_wrong_step is None else "D"

@@ -1,0 +1,97 @@
+"""The exact scribe: schema A-D of arXiv 2606.11173, case by case."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from selfdistill.critic.scribe import ScribeCritic
+from selfdistill.tasks.arithmetic import ArithmeticTask
+from selfdistill.tasks.arithmetic.corpus import Corpus, CorpusConfig, SolverNoise
+from selfdistill.tasks.arithmetic.traces import Operation, Question
+
+TASK = ArithmeticTask()
+PROBLEM = TASK.problem(Question(47, (Operation("+", 8), Operation("+", 5), Operation("+", 9))))
+ONE = "<step_1> now 47 plus 8 makes 55"
+TWO = "<step_2> now 55 plus 5 makes 60"
+THREE = "<step_3> now 60 plus 9 makes 69"
+ANSWER = "<answer> 69"
+RIGHT = " ".join([ONE, TWO, THREE, ANSWER])
+
+
+@pytest.mark.parametrize(
+    ("response", "case", "first", "text"),
+    [
+        pytest.param(RIGHT, "A", None, RIGHT, id="A-verbatim"),
+        pytest.param(
+            RIGHT.replace("47", "4 7"), "A", None, RIGHT.replace("47", "4 7"), id="A-to-the-letter"
+        ),
+        pytest.param(f"{ONE} {THREE} {ANSWER}", "B", 2, RIGHT, id="B-inserts-the-missing-step"),
+        pytest.param(f"{TWO} {THREE} {ANSWER}", "B", 1, RIGHT, id="B-first-step-missing"),
+        pytest.param(f"{THREE} {ANSWER}", "B", 1, RIGHT, id="B-two-steps-missing"),
+        pytest.param(ANSWER, "B", 1, RIGHT, id="B-answer-alone"),
+        pytest.param(
+            f"{ONE} <step_3> so 6 0 gain 9 yields 69 {ANSWER}",
+            "B",
+            2,
+            f"{ONE} {TWO} <step_3> so 6 0 gain 9 yields 69 {ANSWER}",
+            id="B-keeps-the-rest-verbatim",
+        ),
+        pytest.param(
+            f"{ONE} <step_2> now 55 plus 6 makes 60 {THREE} {ANSWER}",
+            "B",
+            2,
+            RIGHT,
+            id="B-unjustified-step-is-rewritten",
+        ),
+        pytest.param(f"{RIGHT} now", "B", 4, RIGHT, id="B-drops-what-follows-the-answer"),
+        pytest.param(f"{ONE} {TWO} <step_3> now 6", "C", 3, RIGHT, id="C-finishes"),
+        pytest.param("", "C", 1, RIGHT, id="C-empty"),
+        pytest.param(f"{ONE} {TWO} {THREE}", "C", 4, RIGHT, id="C-answer-missing"),
+        pytest.param(
+            f"{ONE} <step_2> now 55 plus 5 makes 50 <step_3> now 50 plus 9 makes 59 <answer> 59",
+            "D",
+            2,
+            RIGHT,
+            id="D-rewrites-from-the-first-wrong-step",
+        ),
+        pytest.param(
+            "<step_1> so 4 7 gain 8 yields 55 <step_2> so 55 gain 5 yields 50 <answer> 50",
+            "D",
+            2,
+            "<step_1> so 4 7 gain 8 yields 55 <step_2> so 55 gain 5 yields 60 "
+            "<step_3> so 60 gain 9 yields 69 <answer> 69",
+            id="D-keeps-the-attempts-dialect",
+        ),
+        pytest.param(f"{ONE} {TWO} {THREE} <answer> 79", "D", 4, RIGHT, id="D-wrong-answer-line"),
+        pytest.param("plus ( 9", "C", 1, RIGHT, id="C-one-piece-of-trash"),
+        pytest.param(f"7 7 {RIGHT[:-2]}70", "D", 1, RIGHT, id="D-trash-first"),
+    ],
+)
+def test_schema(response: str, case: str, first: int | None, text: str) -> None:
+    (critique,) = ScribeCritic(TASK).critique([PROBLEM], [response])
+    assert (critique.case, critique.first_wrong_step) == (case, first)
+    assert critique.text == text
+
+
+def test_wrong_step_is_never_quoted_and_right_ones_always_are() -> None:
+    noise = SolverNoise.draw(seed=0, low=0.05, high=0.6)
+    corpus = Corpus(noise, random.Random(0), CorpusConfig(plain=1.0))
+    documents = [corpus.document() for _ in range(300)]
+    problems = [document.problem for document in documents]
+    attempts = [" ".join(piece.text for piece in document.target) for document in documents]
+    critiques = ScribeCritic(TASK).critique(problems, attempts)
+    assert {critique.case for critique in critiques} >= {"A", "D"}
+    for problem, attempt, critique in zip(problems, attempts, critiques, strict=True):
+        assert TASK.check(problem, critique.text).strict
+        assert critique.text.startswith(" ".join(TASK.leading_steps(problem, attempt)))
+        span = TASK.check(problem, attempt).wrong_span
+        marked = "" if span is None else attempt[slice(*span)]
+        if critique.case == "D" and marked.startswith(f"<step_{critique.first_wrong_step}>"):
+            assert marked not in critique.text
+
+
+def test_unequal_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="responses: got 1 for 2 problems"):
+        ScribeCritic(TASK).critique([PROBLEM, PROBLEM], [RIGHT])
