@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from selfdistill_kernels.advantage import SIGNS, AdvantageMask
 from selfdistill_kernels.backends import choose_backend
+from selfdistill_kernels.backends.base import token_losses
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.ops import linear_loss, linear_statistics
@@ -40,6 +41,7 @@ class DistillationOutput:
         teacher_logprob: [...] log T(y), or None without targets.
         advantage: [...] log T(y) - log S(y), or None without targets.
         entropy: [...] entropy of the student.
+        teacher_entropy: [...] entropy of the teacher.
         active: [...] bool, tokens that carry a gradient.
     """
 
@@ -49,6 +51,7 @@ class DistillationOutput:
     teacher_logprob: Tensor | None
     advantage: Tensor | None
     entropy: Tensor
+    teacher_entropy: Tensor
     active: Tensor
 
 
@@ -70,6 +73,8 @@ def fused_linear_distillation(
     teacher_bias: Tensor | None = None,
     mask: Tensor | None = None,
     token_weight: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    step_ids: Tensor | None = None,
     objective: str | Objective = "forward_kl",
     advantage_mask: AdvantageMask | None = None,
     ignore_index: int = -100,
@@ -97,6 +102,10 @@ def fused_linear_distillation(
         bias, teacher_bias: [V] or None. With a shared head, teacher_bias None means `bias`.
         mask: [...] bool, False where no token exists; such rows are never read (NaN is fine).
         token_weight: [...] float, multiplies each token's loss (not the denominator).
+        old_logprobs: [...] float, log-probs of the policy that sampled the tokens, for an
+            objective's `importance_clip`.
+        step_ids: [..., time] int for AdvantageMask(per_step=True): the tokens of one step of a
+            sequence share a number in [0, time); negative outside of steps.
         objective: a divergence name or an Objective.
         advantage_mask: which tokens carry a gradient; dropped ones keep their statistics and stay
             in the denominator.
@@ -135,6 +144,8 @@ def fused_linear_distillation(
         targets,
         mask=mask,
         token_weight=token_weight,
+        old_logprobs=old_logprobs,
+        step_ids=step_ids,
         objective=objective,
         advantage_mask=advantage_mask,
         ignore_index=ignore_index,
@@ -153,6 +164,8 @@ def distillation_from_logits(
     *,
     mask: Tensor | None = None,
     token_weight: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    step_ids: Tensor | None = None,
     objective: str | Objective = "forward_kl",
     advantage_mask: AdvantageMask | None = None,
     ignore_index: int = -100,
@@ -195,6 +208,8 @@ def distillation_from_logits(
         targets,
         mask=mask,
         token_weight=token_weight,
+        old_logprobs=old_logprobs,
+        step_ids=step_ids,
         objective=objective,
         advantage_mask=advantage_mask,
         ignore_index=ignore_index,
@@ -218,6 +233,8 @@ def _distillation(
     *,
     mask: Tensor | None,
     token_weight: Tensor | None,
+    old_logprobs: Tensor | None,
+    step_ids: Tensor | None,
     objective: str | Objective,
     advantage_mask: AdvantageMask | None,
     ignore_index: int,
@@ -232,8 +249,11 @@ def _distillation(
     budget = workspace_bytes(workspace)
     leading = tuple(student_hidden.shape[:-1])
     _check_tokens(input_name, leading, student_hidden, targets, mask, token_weight)
+    check_per_token("old_logprobs", old_logprobs, leading, input_name, student_hidden, "float")
+    check_per_token("step_ids", step_ids, leading, input_name, student_hidden, "int")
     check_reduction(reduction, leading)
     _check_targets_given(input_name, objective, advantage_mask, targets)
+    _check_companions(objective, advantage_mask, old_logprobs, step_ids)
     name = choose_backend(backend, device=student_hidden.device, dtype=student_hidden.dtype)
 
     exists = _existing(leading, student_hidden.device, targets, mask, ignore_index)
@@ -248,6 +268,9 @@ def _distillation(
         None if targets is None else targets.reshape(-1).to(torch.int64),
         exists.reshape(-1),
     )
+    flat_old_logprobs = (
+        None if old_logprobs is None else old_logprobs.detach().reshape(-1).to(loss_weight.dtype)
+    )
     options = (transform.logit_scale, transform.softcap, transform.temperature)
 
     if reduction == "none" or not (advantage_mask is None or advantage_mask.is_token_local):
@@ -259,8 +282,10 @@ def _distillation(
         frozen = statistics.detach()
         active = exists.reshape(-1) & (loss_weight != 0)
         if advantage_mask is not None:
-            active = active & advantage_mask.select(advantage_of(frozen), exists.reshape(-1))
-        per_token = _compose(objective, statistics, loss_weight, active)
+            steps = None if step_ids is None else _flat_step_ids(step_ids, leading)
+            advantage = advantage_of(frozen)
+            active = active & advantage_mask.select(advantage, exists.reshape(-1), steps)
+        per_token = token_losses(objective, statistics, loss_weight, active, flat_old_logprobs)
         loss = per_token.reshape(leading) if reduction == "none" else per_token.sum()
         divergence = statistics[:, Column.DIVERGENCE]
         if reduction != "none":
@@ -272,9 +297,10 @@ def _distillation(
         ]
         gate = advantage_mask
         loss, statistics, active, *_ = linear_loss(
-            *tensors, loss_weight, *options,
+            *tensors, loss_weight, flat_old_logprobs, *options,
             objective.divergence, objective.beta, objective.policy_gradient,
             objective.cross_entropy, objective.entropy,
+            objective.divergence_clip, objective.importance_clip,
             None if gate is None else SIGNS[gate.sign],
             0.0 if gate is None else gate.threshold,
             *needs, budget, name,
@@ -293,6 +319,7 @@ def _distillation(
         teacher_logprob=column(Column.TEACHER_LOGPROB) if has_targets else None,
         advantage=advantage_of(frozen).reshape(leading) if has_targets else None,
         entropy=column(Column.ENTROPY),
+        teacher_entropy=column(Column.TEACHER_ENTROPY),
         active=active.reshape(leading),
     )
 
@@ -394,6 +421,8 @@ class FusedLinearDistillationLoss(nn.Module):
         teacher_bias: Tensor | None = None,
         mask: Tensor | None = None,
         token_weight: Tensor | None = None,
+        old_logprobs: Tensor | None = None,
+        step_ids: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> DistillationOutput:
         """See `fused_linear_distillation`."""
@@ -407,6 +436,8 @@ class FusedLinearDistillationLoss(nn.Module):
             teacher_bias=teacher_bias,
             mask=mask,
             token_weight=token_weight,
+            old_logprobs=old_logprobs,
+            step_ids=step_ids,
             normalizer=normalizer,
             objective=self.objective,
             advantage_mask=self.advantage_mask,
@@ -496,7 +527,8 @@ def _check_targets_given(
         return
     if objective.needs_targets:
         raise ValueError(
-            "targets: policy_gradient and cross_entropy are defined by the sampled tokens; pass "
+            "targets: policy_gradient, cross_entropy and importance_clip are defined by the "
+            "sampled tokens; pass "
             f"targets of the leading shape of {input_name}"
         )
     if advantage_mask is not None:
@@ -504,6 +536,44 @@ def _check_targets_given(
             "targets: advantage_mask needs the sampled tokens to know their advantage; pass "
             f"targets of the leading shape of {input_name}"
         )
+
+
+def _check_companions(
+    objective: Objective,
+    advantage_mask: AdvantageMask | None,
+    old_logprobs: Tensor | None,
+    step_ids: Tensor | None,
+) -> None:
+    for name, value, wanted, owner in (
+        (
+            "old_logprobs",
+            old_logprobs,
+            objective.importance_clip is not None,
+            "objective.importance_clip",
+        ),
+        (
+            "step_ids",
+            step_ids,
+            advantage_mask is not None and advantage_mask.per_step,
+            "advantage_mask.per_step",
+        ),
+    ):
+        if (value is not None) != wanted:
+            state = "missing" if wanted else "given"
+            raise ValueError(
+                f"{name}: {state}, but {owner} is {'set' if wanted else 'not set'}; the two go "
+                "together"
+            )
+
+
+def _flat_step_ids(step_ids: Tensor, leading: tuple[int, ...]) -> Tensor:
+    """[N] int64 step numbers that are unique over the batch, -1 outside of steps."""
+    time = leading[-1] if leading else 1
+    step_ids = step_ids.to(torch.int64).reshape(-1, time)
+    first = torch.arange(step_ids.shape[0], device=step_ids.device)[:, None] * time
+    # A number beyond the time axis names no step of this sequence.
+    inside = (step_ids >= 0) & (step_ids < time)
+    return torch.where(inside, step_ids + first, torch.full_like(step_ids, -1)).reshape(-1)
 
 
 def _existing(
@@ -539,21 +609,3 @@ def _loss_weight(
     elif reduction == "mean":
         weight = weight / exists.sum().clamp(min=1)
     return weight.reshape(-1)
-
-
-def _compose(
-    objective: Objective, statistics: Tensor, loss_weight: Tensor, active: Tensor
-) -> Tensor:
-    """Differentiable weighted loss of each token, [N]."""
-    logprob = statistics[:, Column.STUDENT_LOGPROB]
-    loss = torch.zeros_like(logprob)
-    if objective.divergence != "none":
-        loss = loss + statistics[:, Column.DIVERGENCE]
-    if objective.policy_gradient:
-        advantage = advantage_of(statistics).detach()
-        loss = loss - objective.policy_gradient * advantage * logprob
-    if objective.cross_entropy:
-        loss = loss - objective.cross_entropy * logprob
-    if objective.entropy:
-        loss = loss + objective.entropy * statistics[:, Column.ENTROPY]
-    return torch.where(active, loss * loss_weight, torch.zeros_like(loss))

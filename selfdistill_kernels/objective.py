@@ -21,7 +21,8 @@ class Objective:
 
         divergence + policy_gradient * (-A log S(y)) + cross_entropy * (-log S(y)) + entropy * H(S)
 
-    with the advantage A = log T(y) - log S(y) taken as a constant (arXiv 2606.11173).
+    with the advantage A = log T(y) - log S(y) taken as a constant (arXiv 2606.11173). With
+    `importance_clip` the sum is multiplied by min(S(y) / S_old(y), importance_clip), also constant.
 
     Attributes:
         divergence: one of
@@ -34,9 +35,13 @@ class Objective:
         policy_gradient: weight of the sampled-token policy gradient term.
         cross_entropy: weight of the negative log-likelihood of the target.
         entropy: weight of the student's entropy in the loss; negative for an entropy bonus.
+        divergence_clip: a token's divergence counts at most this much (nats); clipped tokens get no
+            gradient from it. None: no limit.
+        importance_clip: largest importance weight of tokens that an older policy sampled; needs
+            `old_logprobs`. None: no weight.
 
     Raises:
-        ValueError: unknown divergence, beta outside [0, 1], or no term at all.
+        ValueError: unknown divergence, beta outside [0, 1], a clip <= 0, or no term at all.
     """
 
     divergence: str = "forward_kl"
@@ -44,6 +49,8 @@ class Objective:
     policy_gradient: float = 0.0
     cross_entropy: float = 0.0
     entropy: float = 0.0
+    divergence_clip: float | None = None
+    importance_clip: float | None = None
 
     def __post_init__(self) -> None:
         if self.divergence not in DIVERGENCES:
@@ -53,6 +60,10 @@ class Objective:
             )
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"objective: beta must lie in [0, 1], got {self.beta}")
+        for name in ("divergence_clip", "importance_clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0.0:
+                raise ValueError(f"objective: {name} must be > 0 or None, got {value}")
         if self.divergence == "none" and not (
             self.policy_gradient or self.cross_entropy or self.entropy
         ):
@@ -104,4 +115,9 @@ class Objective:
     @property
     def needs_targets(self) -> bool:
         """True when a term is defined by the sampled token."""
-        return bool(self.policy_gradient or self.cross_entropy)
+        return bool(self.policy_gradient or self.cross_entropy or self.importance_clip)
+
+    @property
+    def needs_statistics_first(self) -> bool:
+        """True when a token's weight depends on its own statistics."""
+        return self.divergence_clip is not None or self.importance_clip is not None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from selfdistill_kernels.backends import get_backend
-from selfdistill_kernels.backends.base import Gate, LinearInputs, Needs, term_weights_of
+from selfdistill_kernels.backends.base import Gate, LinearInputs, Needs, token_losses
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.statistics import Column, statistics_dtype
@@ -86,6 +86,7 @@ def linear_loss(
     targets: Tensor | None,
     exists: Tensor | None,
     loss_weight: Tensor,
+    old_logprobs: Tensor | None,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
@@ -94,6 +95,8 @@ def linear_loss(
     policy_gradient: float,
     cross_entropy: float,
     entropy: float,
+    divergence_clip: float | None,
+    importance_clip: float | None,
     gate_sign: int | None,
     gate_threshold: float,
     need_hidden: bool,
@@ -110,14 +113,17 @@ def linear_loss(
         student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, targets,
         exists, logit_scale, softcap, temperature,
     )  # fmt: skip
-    objective = Objective(divergence, beta, policy_gradient, cross_entropy, entropy)
+    objective = Objective(
+        divergence, beta, policy_gradient, cross_entropy, entropy, divergence_clip, importance_clip
+    )
     gate = None if gate_sign is None else Gate(gate_sign, gate_threshold)
     needs = Needs(need_hidden, need_weight, need_bias)
     with _float32_products(student_hidden):
         statistics, active, gradients = get_backend(backend).visit(
-            inputs, objective, gate, loss_weight, needs, workspace
+            inputs, objective, gate, loss_weight, old_logprobs, needs, workspace
         )
-    loss = token_loss(objective, statistics, loss_weight, active).sum(dtype=torch.float64)
+    loss = token_losses(objective, statistics, loss_weight, active, old_logprobs)
+    loss = loss.sum(dtype=torch.float64)
     none = student_hidden.new_empty(0)
     return (
         loss.to(statistics.dtype),
@@ -127,20 +133,6 @@ def linear_loss(
         none.clone() if gradients.weight is None else gradients.weight,
         none.clone() if gradients.bias is None else gradients.bias,
     )
-
-
-def token_loss(
-    objective: Objective, statistics: Tensor, loss_weight: Tensor, active: Tensor
-) -> Tensor:
-    """Weighted loss of each token, [N]; exactly 0 where a token is not active."""
-    weights = term_weights_of(objective, statistics, loss_weight)
-    loss = sum(
-        sign * weights[:, i] * statistics[:, column]
-        for i, (column, sign) in enumerate(_TERM_COLUMNS)
-        if (objective.divergence != "none", objective.needs_targets, objective.entropy != 0.0)[i]
-    )
-    assert isinstance(loss, Tensor)
-    return torch.where(active, loss, torch.zeros_like(loss))
 
 
 @linear_loss.register_fake
@@ -154,6 +146,7 @@ def _(
     targets: Tensor | None,
     exists: Tensor | None,
     loss_weight: Tensor,
+    old_logprobs: Tensor | None,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
@@ -162,6 +155,8 @@ def _(
     policy_gradient: float,
     cross_entropy: float,
     entropy: float,
+    divergence_clip: float | None,
+    importance_clip: float | None,
     gate_sign: int | None,
     gate_threshold: float,
     need_hidden: bool,
@@ -187,7 +182,7 @@ def _(
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.needs = inputs[19:22]
+    ctx.needs = inputs[-5:-2]
     ctx.argument_count = len(inputs)
     ctx.save_for_backward(*output[3:])
     ctx.set_materialize_grads(False)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
-from selfdistill_kernels.statistics import advantage_of
+from selfdistill_kernels.statistics import Column, advantage_of
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ class Backend(Protocol):
         objective: Objective,
         gate: Gate | None,
         loss_weight: Tensor,
+        old_logprobs: Tensor | None,
         needs: Needs,
         workspace: int,
     ) -> tuple[Tensor, Tensor, Gradients]:
@@ -122,15 +123,61 @@ class Backend(Protocol):
         ...
 
 
-def term_weights_of(objective: Objective, statistics: Tensor, loss_weight: Tensor) -> Tensor:
+def importance_of(objective: Objective, logprob: Tensor, old_logprobs: Tensor | None) -> Tensor:
+    """[N] truncated importance weight min(S(y) / S_old(y), clip), a constant."""
+    if objective.importance_clip is None:
+        return torch.ones_like(logprob)
+    assert old_logprobs is not None
+    # Clamped before exp: a ratio that overflows is clipped anyway, and 0 * inf must not occur.
+    log_ratio = (logprob.detach() - old_logprobs).clamp(-20.0, 20.0)
+    return log_ratio.exp().clamp(max=objective.importance_clip)
+
+
+def term_weights_of(
+    objective: Objective, statistics: Tensor, loss_weight: Tensor, old_logprobs: Tensor | None
+) -> Tensor:
     """[N, 3] weights of divergence, -log S(y) and entropy for a weighted sum of token losses."""
-    divergence = float(objective.divergence != "none")
+    importance = importance_of(objective, statistics[:, Column.STUDENT_LOGPROB], old_logprobs)
+    # Tokens without a weight may hold anything: 0 * nan must not occur.
+    weight = torch.where(loss_weight == 0, loss_weight, loss_weight * importance)
     likelihood = objective.cross_entropy + objective.policy_gradient * advantage_of(statistics)
+    divergence = weight * float(objective.divergence != "none")
+    if objective.divergence_clip is not None:
+        clipped = statistics[:, Column.DIVERGENCE] > objective.divergence_clip
+        divergence = divergence.masked_fill(clipped, 0.0)
     return torch.stack(
         [
-            loss_weight * divergence,
-            torch.where(loss_weight == 0, loss_weight, loss_weight * likelihood),
-            loss_weight * objective.entropy,
+            divergence,
+            torch.where(weight == 0, weight, weight * likelihood),
+            weight * objective.entropy,
         ],
         dim=1,
     )
+
+
+def token_losses(
+    objective: Objective,
+    statistics: Tensor,
+    loss_weight: Tensor,
+    active: Tensor,
+    old_logprobs: Tensor | None,
+) -> Tensor:
+    """Weighted loss of each token, [N], exactly 0 where a token is not active.
+
+    Differentiable with respect to the statistics' DIVERGENCE, STUDENT_LOGPROB and ENTROPY.
+    """
+    logprob = statistics[:, Column.STUDENT_LOGPROB]
+    loss = torch.zeros_like(logprob)
+    if objective.divergence != "none":
+        divergence = statistics[:, Column.DIVERGENCE]
+        if objective.divergence_clip is not None:
+            divergence = divergence.clamp(max=objective.divergence_clip)
+        loss = loss + divergence
+    if objective.policy_gradient:
+        loss = loss - objective.policy_gradient * advantage_of(statistics).detach() * logprob
+    if objective.cross_entropy:
+        loss = loss - objective.cross_entropy * logprob
+    if objective.entropy:
+        loss = loss + objective.entropy * statistics[:, Column.ENTROPY]
+    importance = importance_of(objective, logprob, old_logprobs)
+    return torch.where(active, loss * importance * loss_weight, torch.zeros_like(loss))

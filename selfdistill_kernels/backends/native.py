@@ -35,7 +35,8 @@ class NativeBackend:
         else:
             store.visit(
                 kernels, tokens, plan,
-                gate=NO_GATE, loss_weight=None, needs=NO_NEEDS, statistics=statistics,
+                gate=NO_GATE, loss_weight=None, old_logprobs=None, needs=NO_NEEDS,
+                statistics=statistics,
             )  # fmt: skip
         return statistics
 
@@ -45,6 +46,7 @@ class NativeBackend:
         objective: Objective,
         gate: Gate | None,
         loss_weight: Tensor,
+        old_logprobs: Tensor | None,
         needs: Needs,
         workspace: int,
     ) -> tuple[Tensor, Tensor, Gradients]:
@@ -56,7 +58,8 @@ class NativeBackend:
         if plan.strategy == "store":
             active, gradients = store.visit(
                 kernels, tokens, plan,
-                gate=gate or NO_GATE, loss_weight=loss_weight, needs=needs, statistics=statistics,
+                gate=gate or NO_GATE, loss_weight=loss_weight, old_logprobs=old_logprobs,
+                needs=needs, statistics=statistics,
             )  # fmt: skip
             return statistics, active, gradients
         statistics[tokens] = recompute.sweep_statistics(kernels, tokens, plan)
@@ -65,7 +68,7 @@ class NativeBackend:
             active &= inputs.exists
         if gate is not None:
             active &= token_gate(advantage_of(statistics), gate.sign, gate.threshold)
-        weights = term_weights_of(objective, statistics, loss_weight * active)
+        weights = term_weights_of(objective, statistics, loss_weight * active, old_logprobs)
         gradients = self.gradient(inputs, objective, statistics, weights, needs, workspace)
         return statistics, active, gradients
 

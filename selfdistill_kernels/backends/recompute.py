@@ -63,7 +63,7 @@ def sweep_gradients(
     for start, stop, part, buffer in _tiles(tokens, plan, inputs.vocabulary):
         rows = tokens[part]
         tile = kernels.tile(rows, start, stop, buffer, with_teacher=with_teacher)
-        kernels.gradient(tile, statistics, term_weights)
+        kernels.gradient(tile, statistics[rows], term_weights[rows])
         if hidden is not None:
             made = kernels.head.hidden_gradient(tile.student, start, stop)
             if inputs.weight is None:

@@ -121,6 +121,7 @@ class ReferenceBackend:
         objective: Objective,
         gate: Gate | None,
         loss_weight: Tensor,
+        old_logprobs: Tensor | None,
         needs: Needs,
         workspace: int,
     ) -> tuple[Tensor, Tensor, Gradients]:
@@ -130,7 +131,7 @@ class ReferenceBackend:
             active &= inputs.exists
         if gate is not None:
             active &= token_gate(advantage_of(statistics), gate.sign, gate.threshold)
-        weights = term_weights_of(objective, statistics, loss_weight * active)
+        weights = term_weights_of(objective, statistics, loss_weight * active, old_logprobs)
         return (
             statistics,
             active,

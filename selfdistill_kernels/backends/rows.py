@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from selfdistill_kernels.backends.base import Gate, LinearInputs
+from selfdistill_kernels.advantage import token_gate
+from selfdistill_kernels.backends.base import Gate, LinearInputs, term_weights_of
 from selfdistill_kernels.backends.gemm import Head, head_for
 from selfdistill_kernels.objective import DIVERGENCES, Objective
-from selfdistill_kernels.statistics import Column
+from selfdistill_kernels.statistics import Column, advantage_of
 
 NO_GATE = Gate(sign=-2, threshold=0.0)
 STATE_COLUMNS = 16  # of the float64 streaming state, csrc/divergence.h
@@ -83,9 +84,17 @@ class RowKernels:
             self.teacher_head.logits(teacher, start, stop, out=second)
         return Tile(rows, first, second, start)
 
-    def visit(self, tile: Tile, loss_weight: Tensor | None, gate: Gate) -> tuple[Tensor, Tensor]:
+    def visit(
+        self,
+        tile: Tile,
+        loss_weight: Tensor | None,
+        gate: Gate,
+        old_logprobs: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         """One visit of whole rows: statistics [r, 10] and active [r]; with `loss_weight` [r] the
         student's scores of active rows become gradients in place."""
+        if loss_weight is not None and self.objective.needs_statistics_first:
+            return self._visit_twice(tile, loss_weight, gate, old_logprobs)
         count = tile.rows.numel()
         statistics = tile.student.new_empty((count, len(Column)))
         active = torch.ones(count, dtype=torch.bool)
@@ -96,6 +105,23 @@ class RowKernels:
             objective.cross_entropy, objective.entropy, gate.sign, gate.threshold, False,
             statistics, active,
         )  # fmt: skip
+        return statistics, active
+
+    def _visit_twice(
+        self, tile: Tile, loss_weight: Tensor, gate: Gate, old_logprobs: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`visit` for weights that depend on the row's own statistics: the tile is read again
+        (a few percent of its GEMMs)."""
+        state = self.new_state(tile.rows.numel())
+        self.accumulate(tile, state)
+        if self.needs_mixture:
+            self.accumulate_mixture(tile, state)
+        statistics = self.finish(state)
+        active = loss_weight != 0
+        if gate != NO_GATE:
+            active &= token_gate(advantage_of(statistics), gate.sign, gate.threshold)
+        weights = term_weights_of(self.objective, statistics, loss_weight * active, old_logprobs)
+        self.gradient(tile, statistics, weights)
         return statistics, active
 
     def new_state(self, count: int) -> Tensor:
@@ -125,11 +151,11 @@ class RowKernels:
         )
 
     def gradient(self, tile: Tile, statistics: Tensor, term_weights: Tensor) -> None:
-        """The student's scores of a slab become gradients, from statistics and weights of all
-        tokens."""
+        """The student's scores of a slab become gradients, from statistics [r, 10] and weights
+        [r, 3] of its tokens."""
         torch.ops.selfdistill.row_gradient_(
             tile.student, tile.teacher, *self._biases(tile), self._targets(tile),
-            statistics[tile.rows], term_weights[tile.rows], *self.transform,
+            statistics, term_weights, *self.transform,
             0 if tile.teacher is None else self.divergence, self.objective.beta, tile.start, False,
         )  # fmt: skip
 

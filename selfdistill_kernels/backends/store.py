@@ -30,6 +30,7 @@ def visit(
     *,
     gate: Gate,
     loss_weight: Tensor | None,
+    old_logprobs: Tensor | None,
     needs: Needs,
     statistics: Tensor,
 ) -> tuple[Tensor, Gradients]:
@@ -41,6 +42,7 @@ def visit(
         plan: of strategy "store".
         gate: token-local advantage mask.
         loss_weight: [N] float32, or None for statistics only.
+        old_logprobs: [N] or None, for importance weights.
         needs: the gradients that are wanted.
         statistics: [N, 10], filled for `tokens`.
 
@@ -53,7 +55,8 @@ def visit(
     for rows in _cut(tokens, pending, plan.heads):
         tile = kernels.tile(rows, 0, plan.columns, pending.free_rows, with_teacher=True)
         weight = None if loss_weight is None else loss_weight[rows]
-        found, chosen = kernels.visit(tile, weight if wants_gradient else None, gate)
+        old = None if old_logprobs is None else old_logprobs[rows]
+        found, chosen = kernels.visit(tile, weight if wants_gradient else None, gate, old)
         statistics[rows] = found
         if weight is not None:
             active[rows] = chosen & (weight != 0)

@@ -38,7 +38,14 @@ OPTIONS = [
     {"temperature": 0.7},
     {"logit_scale": 1.7, "softcap": 6.0, "temperature": 1.3},
 ]
-STATISTICS = ("divergence", "student_logprob", "teacher_logprob", "advantage", "entropy")
+STATISTICS = (
+    "divergence",
+    "student_logprob",
+    "teacher_logprob",
+    "advantage",
+    "entropy",
+    "teacher_entropy",
+)
 
 
 def check_against_float64(case64, objective, backend, dtype=torch.float32, roundings=8, **kwargs):
@@ -311,6 +318,80 @@ class TestAdvantageMask:
         torch.testing.assert_close(out.divergence.double(), divergence64, rtol=1e-4, atol=1e-5)
         for ours, exact in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
             torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-6)
+
+
+class TestClips:
+    """Weights that depend on the token's own statistics."""
+
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    @pytest.mark.parametrize("workspace", ["auto", 4 * 2 * 57 * 3])
+    def test_divergence_clip(self, reduction, workspace, backend):
+        case64 = make_case(23, 9, 57, bias=True, seed=31)
+        leaves64 = case64.leaves()
+        base = Objective("jsd", 0.3, cross_entropy=0.1)
+        loss64, divergence64, _ = oracle(case64, base)
+        limit = float(divergence64.detach().median()) + 1e-3
+        loss64 = loss64 - divergence64 + divergence64.clamp(max=limit)
+        expected = torch.autograd.grad(loss64.mean(), leaves64)
+        case = case64.cast(torch.float32)
+        leaves = case.leaves()
+        out = case.call(
+            fused_linear_distillation,
+            objective=Objective("jsd", 0.3, cross_entropy=0.1, divergence_clip=limit),
+            reduction=reduction, workspace=workspace, backend=backend,
+        )  # fmt: skip
+        torch.testing.assert_close(out.loss.mean().double(), loss64.mean(), rtol=1e-5, atol=1e-6)
+        assert out.divergence.max() > limit, "statistics are not clipped"
+        grads = torch.autograd.grad(out.loss.mean(), leaves)
+        for ours, exact in zip(grads, expected, strict=True):
+            torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    @pytest.mark.parametrize("workspace", ["auto", 4 * 2 * 57 * 3])
+    def test_importance_clip(self, reduction, workspace, backend):
+        case64 = make_case(23, 9, 57, bias=True, seed=32)
+        leaves64 = case64.leaves()
+        loss64, _, extra64 = oracle(case64, Objective("forward_kl", policy_gradient=0.5))
+        old = extra64["student_logprob"] + torch.linspace(-2, 2, 23, dtype=torch.float64)
+        ratio = (extra64["student_logprob"] - old).exp().clamp(max=2.0)
+        assert 5 < (ratio == 2.0).sum() < 18, "some tokens are clipped and some are not"
+        expected = torch.autograd.grad((loss64 * ratio).mean(), leaves64)
+        case = case64.cast(torch.float32)
+        leaves = case.leaves()
+        out = case.call(
+            fused_linear_distillation,
+            objective=Objective("forward_kl", policy_gradient=0.5, importance_clip=2.0),
+            old_logprobs=old.float(), reduction=reduction, workspace=workspace, backend=backend,
+        )  # fmt: skip
+        grads = torch.autograd.grad(out.loss.mean(), leaves)
+        for ours, exact in zip(grads, expected, strict=True):
+            torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-6)
+
+
+def test_per_step_mask(backend):
+    """A step is active when the mean advantage of its existing tokens passes."""
+    case = make_case(12, 8, 31, seed=33).cast(torch.float32)
+    steps = torch.tensor([[0, 0, 0, 2, 2, -1], [0, 0, 5, 5, 5, 9]])
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[0, 1] = False
+
+    def call(**options):
+        return fused_linear_distillation(
+            case.student_hidden.view(2, 6, 8), case.teacher_hidden.view(2, 6, 8), case.weight,
+            case.targets.view(2, 6), mask=mask, backend=backend, **options,
+        )  # fmt: skip
+
+    advantage = call().advantage
+    expected = torch.zeros(2, 6, dtype=torch.bool)
+    for row in range(2):
+        for step in (0, 2, 5):
+            there = (steps[row] == step) & mask[row]
+            if there.any():
+                expected[row, there] = advantage[row, there].mean() < -0.2
+    assert 0 < expected.sum() < 10
+    gate = AdvantageMask(0.2, "negative", per_step=True)
+    out = call(advantage_mask=gate, step_ids=steps)
+    assert torch.equal(out.active, expected)
 
 
 class TestReduction:

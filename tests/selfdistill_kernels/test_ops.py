@@ -44,7 +44,9 @@ def test_opcheck_loss(needs, gate, backend):
         tensors = (tensors[0], *(t if t is None else t.detach() for t in tensors[1:]))
     weight = torch.full((5,), 0.25)
     terms = ("forward_kl", 0.5, 0.1, 0.2, 0.3)
-    arguments = (*tensors, weight, 1.0, None, 1.0, *terms, gate, 0.1, *needs, 0, backend)
+    arguments = (
+        *tensors, weight, None, 1.0, None, 1.0, *terms, None, None, gate, 0.1, *needs, 0, backend
+    )  # fmt: skip
     torch.library.opcheck(linear_loss, arguments)
 
 

@@ -111,6 +111,21 @@ BAD = {
         ValueError,
         "targets: policy_gradient",
     ),
+    "importance clip without old log-probs": (
+        {"objective": Objective(importance_clip=2.0)},
+        ValueError,
+        "old_logprobs: missing",
+    ),
+    "old log-probs that nothing uses": (
+        {"old_logprobs": torch.zeros(N)},
+        ValueError,
+        "old_logprobs: given",
+    ),
+    "per-step mask without steps": (
+        {"advantage_mask": AdvantageMask(per_step=True)},
+        ValueError,
+        "step_ids: missing",
+    ),
     "advantage mask without targets": (
         {"targets": None, "advantage_mask": AdvantageMask(0.1)},
         ValueError,
@@ -142,6 +157,8 @@ def test_objective_refuses():
         Objective("jsd", beta=1.5)
     with pytest.raises(ValueError, match="unknown divergence 'kl'"):
         Objective("kl")
+    with pytest.raises(ValueError, match="divergence_clip must be > 0"):
+        Objective(divergence_clip=0.0)
     with pytest.raises(ValueError, match='"none" needs'):
         Objective("none")
 
@@ -181,5 +198,5 @@ def test_logits_refuse():
         distillation_from_logits(torch.ones(2, 3), torch.ones(2, 4))
     with pytest.raises(TypeError, match="teacher_logits: expected dtype"):
         distillation_from_logits(torch.ones(2, 3), torch.ones(2, 3).double())
-    with pytest.raises(ValueError, match=r"targets: policy_gradient .*student_logits"):
+    with pytest.raises(ValueError, match=r"targets: policy_gradient.*student_logits"):
         distillation_from_logits(torch.ones(2, 3), torch.ones(2, 3), objective="policy_gradient")

@@ -145,6 +145,7 @@ def materialised_losses(case: Case, objective: Objective) -> tuple[Tensor, Tenso
         "teacher_logprob": teacher_logprob,
         "advantage": advantage,
         "entropy": entropy,
+        "teacher_entropy": -(teacher.exp() * teacher).sum(-1),
     }
     return loss, divergence, {k: v.detach() for k, v in extra.items()}
 
