@@ -100,16 +100,18 @@ class Objective:
 
     @property
     def kernel_divergence(self) -> str:
-        """The divergence with the end points of beta replaced by what they are defined as.
+        """The divergence with the end points of beta replaced by what they are.
 
-        skew: m = T at beta = 1 (plain reverse KL for KL(S||m), zero for KL(T||m)), m = S at 0.
+        jsd: by definition (GKD). skew: m = S at beta = 0 and m = T at beta = 1, so that one end is
+        a plain KL and the other compares a distribution with itself.
         """
-        if self.divergence == "jsd":
-            return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, "jsd")
-        if self.divergence == "skew_kl" and self.beta == 0.0:
-            return "forward_kl"
-        if self.divergence == "skew_reverse_kl" and self.beta == 1.0:
-            return "reverse_kl"
+        ends = {
+            "jsd": ("forward_kl", "reverse_kl"),
+            "skew_kl": ("forward_kl", "none"),
+            "skew_reverse_kl": ("none", "reverse_kl"),
+        }
+        if self.divergence in ends and self.beta in (0.0, 1.0):
+            return ends[self.divergence][int(self.beta)]
         return self.divergence
 
     @property
