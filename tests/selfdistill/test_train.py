@@ -170,6 +170,15 @@ def test_stopped_and_resumed_gives_the_same_bits(
     assert_same_run(tmp_path / "undisturbed", tmp_path / "stopped")
 
 
+def test_a_finished_run_can_be_lengthened(solver_dir: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    train(make_config(solver_dir, tmp_path / "long"))
+    torch.manual_seed(0)
+    train(make_config(solver_dir, tmp_path / "short", steps=2))
+    train(make_config(solver_dir, tmp_path / "short"), resume=True)
+    assert_same_run(tmp_path / "long", tmp_path / "short")
+
+
 def test_ctrl_c_loses_no_finished_step(
     solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +283,48 @@ def test_accumulated_gradients_equal_the_whole_batch(
             assert gradient is not None
             error = (other[name] - gradient).norm() / gradient.norm()
             assert error < 5e-6, name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"task": {"step_counts": [2]}},
+        {"task": {"step_counts": [1, 2], "reference_dialect": 3}},
+        {"method": {"name": "stepalign", "group_size": 2}},
+        {"method": {"name": "refsol", "group_size": 3}},
+        {"teacher": "live"},
+        {"prompts_per_step": 3},
+        {"rollout": {"max_new_tokens": 11}},
+        {"rollout": {"max_new_tokens": 12, "temperature": 0.8}},
+        {"rollout": {"max_new_tokens": 12, "batch_size": 2}},
+        {"loss": {"objective": {"name": "reverse_kl"}}},
+        {"loss": {"objective": {"name": "jsd", "beta": 0.4}}},
+        {"loss": {"advantage_mask": {"threshold": 0.002}}},
+        {"loss": {"temperature": 1.5}},
+        {"optimizer": {"learning_rate": 2e-2, "warmup_steps": 3}},
+        {"optimizer": {"learning_rate": 1e-2, "warmup_steps": 4}},
+        {"optimizer": {"learning_rate": 1e-2, "warmup_steps": 3, "betas": [0.8, 0.99]}},
+        {"optimizer": {"learning_rate": 1e-2, "warmup_steps": 3, "weight_decay": 0.1}},
+        {"optimizer": {"learning_rate": 1e-2, "warmup_steps": 3, "max_grad_norm": 1e-8}},
+        {"evaluation": {"every": 1, "problems": 3, "samples": 2}},
+        {"evaluation": {"every": 2, "problems": 4, "samples": 2}},
+        {"evaluation": {"every": 2, "problems": 3, "samples": 3}},
+    ],
+    ids=lambda change: json.dumps(change)[:70],
+)
+def test_no_setting_does_nothing(solver_dir: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    runs = []
+    for name, settings in (("default", {}), ("changed", change)):
+        common = {"steps": 2, "method": {"name": "refsol", "group_size": 2}}
+        train(make_config(solver_dir, tmp_path / name, **{**common, **settings}))
+        lines = [
+            {k: v for k, v in line.items() if k not in {"seconds", "peak_rss_mib"}}
+            for log in ("metrics.jsonl", "evaluations.jsonl")
+            for line in JsonLines(tmp_path / name / log).read()
+        ]
+        tensors = {name: tensor.tolist() for name, tensor in weights(tmp_path / name).items()}
+        runs.append((lines, tensors))
+    assert runs[0] != runs[1]
 
 
 def test_seeds_of_different_uses_differ() -> None:
