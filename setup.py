@@ -14,18 +14,16 @@ from typing import Any
 from setuptools import Command, Extension, setup
 
 BUILD = os.environ.get("SELFDISTILL_KERNELS_BUILD", "auto")
-# One source, compiled once per instruction set; csrc/cpu/ops.cpp chooses at run time.
+# The flags of single files. csrc/cpu/ops.cpp chooses among the rows_* (one source) at run time.
 # Never -march=native: what is built here may run elsewhere.
-INSTRUCTION_SETS: dict[str, list[str]] = {"rows_default": []}
+FILE_FLAGS: dict[str, str] = {"rows_default": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    INSTRUCTION_SETS["rows_avx2"] = ["-mavx2", "-mfma"]
-    INSTRUCTION_SETS["rows_avx512"] = [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx512vl",
-        "-mfma",
-    ]
+    FILE_FLAGS["rows_avx2"] = "-mavx2 -mfma"
+    FILE_FLAGS["rows_avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma"
+    # GCC warns of its own intrinsics (bug 105593).
+    FILE_FLAGS["pack_avx512"] = (
+        FILE_FLAGS["rows_avx512"] + " -Wno-uninitialized -Wno-maybe-uninitialized"
+    )
 
 
 def skip(reason: str) -> None:
@@ -60,7 +58,7 @@ def native_extension() -> tuple[list[Extension], dict[str, type[Command]]]:
             def compile_with_flags(
                 obj: str, src: str, ext: str, cc_args: Any, postargs: list[str], pp_opts: Any
             ) -> None:
-                flags = INSTRUCTION_SETS.get(Path(src).stem, [])
+                flags = FILE_FLAGS.get(Path(src).stem, "").split()
                 compile_file(obj, src, ext, cc_args, [*postargs, *flags], pp_opts)
 
             self.compiler._compile = compile_with_flags
@@ -70,14 +68,19 @@ def native_extension() -> tuple[list[Extension], dict[str, type[Command]]]:
                 skip(f"the C++ build failed: {error}")
                 self.extensions.clear()
 
-    sources = ["csrc/bindings.cpp", "csrc/cpu/ops.cpp"]
-    sources += [f"csrc/cpu/{stem}.cpp" for stem in INSTRUCTION_SETS]
+    sources = ["csrc/bindings.cpp", "csrc/cpu/ops.cpp", "csrc/cpu/gemm.cpp"]
+    sources += [f"csrc/cpu/{stem}.cpp" for stem in FILE_FLAGS]
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     extension = CppExtension(
         "selfdistill_kernels._C",
         sources,
         depends=[
-            str(path) for path in sorted(Path("csrc").rglob("*")) if path.suffix in (".h", ".inl")
+            "setup.py",
+            *(
+                str(path)
+                for path in sorted(Path("csrc").rglob("*"))
+                if path.suffix in (".h", ".inl")
+            ),
         ],
         extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *openmp],
         extra_link_args=[*openmp, "-Wl,-s"] if sys.platform == "linux" else [],
