@@ -200,8 +200,8 @@ def summary_table(summary: Summary) -> Table:
     table = evaluation_table({"before": summary.before, "after": summary.after})
     table.add_section()
     for label, value in (
-        (f"Avg@{summary.before.samples} rose by", percent(summary.difference, sign=True)),
-        ("tokens saved by prefix sharing", f"{summary.tokens_saved:.0%}"),
+        (f"Avg@{summary.before.samples} rose by, points", percent(summary.difference, sign=True)),
+        ("tokens saved by sharing", f"{summary.tokens_saved:.0%}"),
         ("minutes", f"{summary.minutes:.1f}"),
         ("peak memory", f"{summary.peak_rss_mib / 1024:.1f} GiB"),
     ):

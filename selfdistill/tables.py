@@ -32,9 +32,9 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
 
 
 def percent(interval: Interval, *, sign: bool = False) -> str:
-    """Return "36.5 % [33.1, 39.8]"; with `sign`, as a difference in percentage points."""
-    form, unit = ("+.1f", "points") if sign else (".1f", "%")
+    """Return "36.5 % [33.1, 39.8]"; with `sign`, a difference in points: "+3.1 [+1.0, +5.2]"."""
+    form, unit = ("+.1f", "") if sign else (".1f", " %")
     value, low, high = (
         format(100 * x, form) for x in (interval.value, interval.low, interval.high)
     )
-    return f"{value} {unit} [{low}, {high}]"
+    return f"{value}{unit} [{low}, {high}]"
