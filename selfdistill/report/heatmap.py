@@ -1,0 +1,194 @@
+"""Attempts as heat maps: one line a step, one coloured cell a token, the critique beside it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from html import escape
+from itertools import accumulate, pairwise, zip_longest
+
+from selfdistill.analysis import TokenAnalysis
+
+# Nats of advantage from which on a cell has its full colour, and shows its number.
+FULL_COLOUR = 2.0
+NUMBERED = 0.5
+_TAG = re.compile(r"<(?:step_\d+|answer)>")
+
+LEGEND = f"""<div class="legend">
+<span>teacher <b>disagrees</b></span>
+<span class="scale"><i></i><small>&minus;{FULL_COLOUR:g} nats</small>
+<small>&minus;{FULL_COLOUR / 2:g}</small><small>0</small><small>+{FULL_COLOUR / 2:g}</small>
+<small>+{FULL_COLOUR:g} nats</small></span>
+<span>teacher <b>agrees more</b></span></div>"""
+
+
+def pick_examples(attempts: Sequence[TokenAnalysis], *, count: int) -> list[TokenAnalysis]:
+    """Return up to `count` wrong attempts, from the sharpest disagreement to the faintest."""
+    wrong = sorted((a for a in attempts if a.wrong_tokens), key=_lowest_advantage)
+    # Those that begin rightly also show what the critique leaves as it is.
+    wrong = [a for a in wrong if a.wrong_tokens and a.wrong_tokens[0] > 0] or wrong
+    if len(wrong) <= count:
+        return wrong
+    return [wrong[round(i * (len(wrong) - 1) / (count - 1))] for i in range(count)]
+
+
+def verdict(record: TokenAnalysis) -> str:
+    """Say in words what went wrong in an attempt and what the teacher thinks of it."""
+    rows = align(record)
+    row = next((r for r in rows if r[0] is not None and _is_wrong(record, r[0])), None)
+    if row is None or row[0] is None:
+        return ""
+    wrote, critique = _body(row[1]), _body(row[2])
+    token = min(row[0], key=record.advantage.__getitem__)
+    return (
+        f'<p class="verdict">The student wrote <q class="bad">{escape(wrote)}</q>, '
+        f'the critique <q class="good">{escape(critique)}</q>. '
+        f"Chance of token <b>{escape(record.tokens[token].strip())}</b>: "
+        f"<b>{probability(record.student_logprob[token])}</b> for the student, "
+        f"<b>{probability(record.teacher_logprob[token])}</b> for the teacher.</p>"
+    )
+
+
+def heat_map(record: TokenAnalysis, *, context_name: str) -> str:
+    """Return the attempt's rows, each beside the critique's step of the same tag.
+
+    Args:
+        record: the attempt.
+        context_name: what the teacher saw beside the question, such as "critique".
+    """
+    rows = align(record)
+    wrong = next(
+        (i for i, row in enumerate(rows) if row[0] is not None and _is_wrong(record, row[0])), None
+    )
+    glued = _glued(record.tokens, record.response)
+    html = [
+        '<div class="row head"><span></span><span>The student&rsquo;s attempt</span>'
+        f"<span>The {escape(context_name)}, seen by the teacher only</span></div>"
+    ]
+    for i, (tokens, attempt, critique) in enumerate(rows):
+        label, kind = "", ""
+        if i == wrong:
+            label, kind = '<b class="flag">first error</b>', " wrong"
+        elif wrong is None or i < wrong:
+            label = '<span class="right">right</span>'
+        cells = "".join(_cell(record, t, glued[t]) for t in tokens or ())
+        html.append(
+            f'<div class="row{kind}"><span class="label">{label}</span>'
+            f'<span class="attempt">{cells}</span>{_critique(attempt, critique)}</div>'
+        )
+    return f'<div class="heat">{"".join(html)}</div>'
+
+
+def align(record: TokenAnalysis) -> list[tuple[range | None, str, str]]:
+    """Pair the steps of attempt and critique by their tags.
+
+    Returns:
+        rows of (the attempt's tokens, its text, the critique's text); what only one of the two has
+        stands alone, with None and "" for the other.
+    """
+    attempts = list(zip_longest(step_tokens(record.tokens), split_steps(record.response)))
+    critiques = split_steps(record.context)
+    matcher = SequenceMatcher(
+        a=[_tag(text or "") for _, text in attempts],
+        b=[_tag(text) for text in critiques],
+        autojunk=False,
+    )
+    rows = []
+    for _, a0, a1, b0, b1 in matcher.get_opcodes():
+        for attempt, critique in zip_longest(attempts[a0:a1], critiques[b0:b1]):
+            tokens, text = attempt or (None, None)
+            rows.append((tokens, text or "", critique or ""))
+    return rows
+
+
+def step_tokens(tokens: Sequence[str]) -> list[range]:
+    """Cut tokens into steps; a tag may be spread over several tokens."""
+    text = "".join(tokens)
+    ends = list(accumulate(map(len, tokens)))
+    begins = {next(i for i, end in enumerate(ends) if end > m.start()) for m in _TAG.finditer(text)}
+    cuts = sorted({0, len(tokens)} | begins)
+    return [range(start, stop) for start, stop in pairwise(cuts)]
+
+
+def split_steps(text: str) -> list[str]:
+    """Cut a text at its step tags."""
+    cuts = [0, *(match.start() for match in _TAG.finditer(text)), len(text)]
+    steps = (text[start:stop].strip() for start, stop in pairwise(cuts))
+    return [step for step in steps if step]
+
+
+def probability(logprob: float) -> str:
+    """Return a log-probability as a percentage."""
+    percent = 100 * math.exp(logprob)
+    if percent < 0.01:
+        return "&lt;0.01&nbsp;%"
+    return f"{percent:.1f}&nbsp;%" if percent >= 10 else f"{percent:.2g}&nbsp;%"
+
+
+def _lowest_advantage(record: TokenAnalysis) -> float:
+    start, stop = record.wrong_tokens or (0, len(record.tokens))
+    return min(record.advantage[start:stop])
+
+
+def _is_wrong(record: TokenAnalysis, tokens: range) -> bool:
+    return record.wrong_tokens is not None and record.wrong_tokens[0] in tokens
+
+
+def _tag(step: str) -> str:
+    match = _TAG.match(step)
+    return match[0] if match else ""
+
+
+def _body(step: str) -> str:
+    return _TAG.sub("", step).strip() or "nothing"
+
+
+def _glued(tokens: Sequence[str], response: str) -> list[bool]:
+    """Tell which tokens follow the one before without a blank, such as the digits of a number."""
+    glued, position = [], 0
+    for token in tokens:
+        rest = response[position:]
+        blanks = len(rest) - len(rest.lstrip())
+        bare = token.strip()
+        found = bool(bare) and rest.startswith(bare, blanks)
+        glued.append(found and position > 0 and blanks == 0)
+        if found:
+            position += blanks + len(bare)
+    return glued
+
+
+def _cell(record: TokenAnalysis, i: int, glued: bool) -> str:
+    advantage = record.advantage[i]
+    strength = min(1.0, abs(advantage) / FULL_COLOUR)
+    classes = ["t", "neg" if advantage < 0 else "pos"]
+    classes += ["glued"] * glued + ["strong"] * (strength > 0.6)
+    title = (
+        f"{escape(record.tokens[i])}&#10;advantage {advantage:+.3f} nats&#10;"
+        f"student {probability(record.student_logprob[i])}, "
+        f"teacher {probability(record.teacher_logprob[i])}&#10;"
+        f"KL {record.kl[i]:.3f} nats&#10;entropy {record.entropy[i]:.3f} nats"
+    )
+    number = f"<small>{advantage:+.1f}</small>" if abs(advantage) >= NUMBERED else ""
+    return (
+        f'<span class="{" ".join(classes)}" style="--a:{strength:.2f}" title="{title}">'
+        f"{escape(record.tokens[i].strip())}{number}</span>"
+    )
+
+
+def _critique(attempt: str, critique: str) -> str:
+    """Return the critique's step: copied, rewritten (with the changed words marked), or added."""
+    if not critique:
+        return '<span class="critique copied"><em>left out</em></span>'
+    old, new = attempt.split(), critique.split()
+    if old == new:
+        return f'<span class="critique copied">{escape(critique)}<em>copied</em></span>'
+    words = []
+    matcher = SequenceMatcher(a=old, b=new, autojunk=False)
+    for kind, _, _, start, stop in matcher.get_opcodes():
+        text = escape(" ".join(new[start:stop]))
+        if text:
+            words.append(text if kind == "equal" else f"<mark>{text}</mark>")
+    done = "rewritten" if attempt else "added"
+    return f'<span class="critique rewritten">{" ".join(words)}<em>{done}</em></span>'
