@@ -78,7 +78,7 @@ def headline(run: Run) -> str:
     )
     return (
         f"{what}: {_percent(before.avg_at_k.value)} &rarr; {_percent(after.avg_at_k.value)} "
-        f"<small>({rise} points, 95&nbsp;% interval {low} to {high})</small>"
+        f"<small>{rise} points (95&nbsp;% interval {low} to {high})</small>"
     )
 
 
@@ -264,8 +264,9 @@ def curves(run: Run) -> str:
         ),
     )
     return (
-        '<section id="curves"><h2>Over the training steps</h2><p>Bars are 95&nbsp;% bootstrap '
-        "intervals over problems. The points&rsquo; values show when hovered.</p>"
+        '<section id="curves"><h2>Over the training steps</h2>'
+        "<p>Vertical bars are 95&nbsp;% bootstrap intervals over problems. "
+        "Hover over a point for its value.</p>"
         f'<div class="charts">{"".join(charts)}</div></section>'
     )
 

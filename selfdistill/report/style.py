@@ -14,7 +14,7 @@ body { margin: 0; background: var(--bg); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 main { max-width: 1180px; margin: 0 auto; padding: 1.25rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .25rem; }
-h1 small { font-size: .68em; font-weight: normal; white-space: nowrap; }
+h1 small { font-size: .68em; font-weight: normal; display: block; }
 h2 { font-size: 1.3rem; margin: 2rem 0 .4rem; }
 h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
 article h3, figure h3 { margin-top: 0; }

@@ -180,9 +180,9 @@ def test_the_page_needs_nothing_from_elsewhere(finished: Path) -> None:
 def test_the_numbers_are_those_of_the_files(finished: Path) -> None:
     text = read(write_report(finished)).within().replace("\N{NO-BREAK SPACE}", " ")
     before, after = make_evaluation([0, 1, 2, 1]), make_evaluation([3, 3, 2, 4])
-    assert "Avg@4 on 4 held-out problems: 25.0 % → 75.0 % (+50.0 points" in text
+    assert "Avg@4 on 4 held-out problems: 25.0 % → 75.0 % +50.0 points (95 % interval" in text
     rise = avg_difference(before, after)
-    assert f"interval {100 * rise.low:+.1f} to {100 * rise.high:+.1f})" in text
+    assert f"(95 % interval {100 * rise.low:+.1f} to {100 * rise.high:+.1f})" in text
     for evaluation in (before, after):
         for metric in ("avg_at_k", "maj_at_k", "pass_at_k", "strict_avg_at_k"):
             interval = getattr(evaluation, metric)
