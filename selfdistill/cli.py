@@ -91,12 +91,13 @@ def evaluate(
 def demo(
     output: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
+    seed: Annotated[int, typer.Option(help="Of training; the demo's own is 0.")] = 0,
 ) -> None:
     """Watch a small solver improve itself in a few minutes, and open the report."""
     from selfdistill.config import load_config
     from selfdistill.demo import demo as run_demo
 
-    settings = load_config(demo_config()).model_copy(update={"output_dir": output})
+    settings = load_config(demo_config()).model_copy(update={"output_dir": output, "seed": seed})
     if run_demo(settings, fresh=fresh) is None:
         raise typer.Exit(EXIT_INTERRUPTED)
 

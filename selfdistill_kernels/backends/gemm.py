@@ -12,7 +12,14 @@ WIDENED_COLUMNS = 4096
 
 
 class Head(Protocol):
-    """The three products of a tile with the columns [start, stop) of an lm_head [V, H]."""
+    """The three products of a tile with the columns [start, stop) of an lm_head [V, H].
+
+    Attributes:
+        narrow_gradient: True when the products take the gradient of the logits in bfloat16, which
+            the row kernels then write into the first half of each row.
+    """
+
+    narrow_gradient: bool
 
     def logits(self, hidden: Tensor, start: int, stop: int, *, out: Tensor) -> None:
         """out [r, c] float32 = hidden [r, H] weight[start:stop]^T."""
@@ -34,6 +41,8 @@ class Float32Head:
         weight: [V, H] float32.
     """
 
+    narrow_gradient = False
+
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
 
@@ -50,12 +59,44 @@ class Float32Head:
             torch.mm(gradient.T, hidden, out=out)
 
 
+class BrgemmHead:
+    """bfloat16 products with float32 results (csrc/cpu/gemm.cpp), where the processor has them.
+
+    The gradient of the logits is rounded to bfloat16 for its GEMMs, after it was made in float32;
+    the results are rounded to the inputs' dtype anyway (docs/decisions.md).
+
+    Args:
+        weight: [V, H] bfloat16.
+    """
+
+    narrow_gradient = True
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def logits(self, hidden: Tensor, start: int, stop: int, *, out: Tensor) -> None:
+        torch.ops.selfdistill.gemm_bf16_logits_(hidden, self.weight[start:stop], out)
+
+    def hidden_gradient(self, gradient: Tensor, start: int, stop: int) -> Tensor:
+        size = (gradient.shape[0], self.weight.shape[1])
+        out = torch.empty(size, dtype=torch.float32)
+        torch.ops.selfdistill.gemm_bf16_hidden_gradient_(
+            gradient, self.weight[start:stop], False, out
+        )
+        return out
+
+    def weight_gradient(self, gradient: Tensor, hidden: Tensor, *, out: Tensor, add: bool) -> None:
+        torch.ops.selfdistill.gemm_bf16_weight_gradient_(gradient, hidden, add, out)
+
+
 class WideningHead:
     """float32 products of 16-bit inputs: columns of the head are widened on the way.
 
     Args:
         weight: [V, H] bfloat16.
     """
+
+    narrow_gradient = False
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
@@ -86,6 +127,8 @@ class WideningHead:
 class NoHead:
     """The "hidden states" are logits already, and so is their gradient."""
 
+    narrow_gradient = False
+
     def logits(self, hidden: Tensor, start: int, stop: int, *, out: Tensor) -> None:
         out.copy_(hidden[:, start:stop])
 
@@ -100,4 +143,8 @@ def head_for(weight: Tensor | None) -> Head:
     """The products with this lm_head."""
     if weight is None:
         return NoHead()
-    return Float32Head(weight) if weight.dtype == torch.float32 else WideningHead(weight)
+    if weight.dtype == torch.float32:
+        return Float32Head(weight)
+    if torch.ops.selfdistill.gemm_bf16_available():
+        return BrgemmHead(weight)
+    return WideningHead(weight)

@@ -64,8 +64,9 @@ def sweep_gradients(
         rows = tokens[part]
         tile = kernels.tile(rows, start, stop, buffer, with_teacher=with_teacher)
         kernels.gradient(tile, statistics[rows], term_weights[rows])
+        gradient = kernels.gradient_rows(tile.student)
         if hidden is not None:
-            made = kernels.head.hidden_gradient(tile.student, start, stop)
+            made = kernels.head.hidden_gradient(gradient, start, stop)
             if inputs.weight is None:
                 hidden[rows, start:stop] = made.to(dtype)
             else:
@@ -76,12 +77,12 @@ def sweep_gradients(
                 slab = target if dtype == torch.float32 else target.to(torch.float32)
             assert slab is not None
             kernels.head.weight_gradient(
-                tile.student, inputs.student_hidden[rows], out=slab, add=part.start > 0
+                gradient, inputs.student_hidden[rows], out=slab, add=part.start > 0
             )
             if part.stop >= tokens.numel() and dtype != torch.float32:
                 weight[start:stop] = slab
         if bias is not None:
-            bias[start:stop] += tile.student.sum(dim=0)
+            bias[start:stop] += gradient.sum(dim=0, dtype=torch.float32)
     return Gradients(
         None if hidden is None else hidden.to(dtype),
         weight,

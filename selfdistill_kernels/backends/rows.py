@@ -102,7 +102,8 @@ class RowKernels:
         torch.ops.selfdistill.row_visit_(
             tile.student, tile.teacher, *self._biases(tile), self._targets(tile), loss_weight,
             *self.transform, self.divergence, objective.beta, objective.policy_gradient,
-            objective.cross_entropy, objective.entropy, gate.sign, gate.threshold, False,
+            objective.cross_entropy, objective.entropy, gate.sign, gate.threshold,
+            self.head.narrow_gradient,
             statistics, active,
         )  # fmt: skip
         return statistics, active
@@ -156,8 +157,15 @@ class RowKernels:
         torch.ops.selfdistill.row_gradient_(
             tile.student, tile.teacher, *self._biases(tile), self._targets(tile),
             statistics, term_weights, *self.transform,
-            0 if tile.teacher is None else self.divergence, self.objective.beta, tile.start, False,
+            0 if tile.teacher is None else self.divergence, self.objective.beta, tile.start,
+            self.head.narrow_gradient,
         )  # fmt: skip
+
+    def gradient_rows(self, scores: Tensor) -> Tensor:
+        """The gradient [r, c] that `visit` or `gradient` left in rows [r, c] of scores."""
+        if not self.head.narrow_gradient:
+            return scores
+        return scores.view(torch.bfloat16)[:, : scores.shape[1]]
 
     def _targets(self, tile: Tile) -> Tensor | None:
         return None if self.inputs.targets is None else self.inputs.targets[tile.rows]

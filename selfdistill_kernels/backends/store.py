@@ -81,7 +81,7 @@ class _Pending:
 
     def __init__(self, kernels: RowKernels, plan: TilePlan, needs: Needs) -> None:
         inputs = kernels.inputs
-        self._inputs, self._head = inputs, kernels.head
+        self._kernels, self._inputs = kernels, inputs
         self._buffer = torch.empty((plan.heads * plan.rows, plan.columns), dtype=torch.float32)
         self._waiting: list[Tensor] = []  # tokens of the first `_count` rows, in order
         self._count = 0
@@ -111,16 +111,17 @@ class _Pending:
         """The gradient GEMMs of the waiting rows."""
         if self._count == 0:
             return
-        rows, gradient = torch.cat(self._waiting), self._buffer[: self._count]
+        rows, head = torch.cat(self._waiting), self._kernels.head
+        gradient = self._kernels.gradient_rows(self._buffer[: self._count])
         if self._hidden is not None:
-            made = self._head.hidden_gradient(gradient, 0, gradient.shape[1])
+            made = head.hidden_gradient(gradient, 0, gradient.shape[1])
             self._hidden.index_copy_(0, rows, made.to(self._hidden.dtype))
         if self._weight is not None:
             hidden = self._inputs.student_hidden[rows]
-            self._head.weight_gradient(gradient, hidden, out=self._weight, add=self._has_weight)
+            head.weight_gradient(gradient, hidden, out=self._weight, add=self._has_weight)
             self._has_weight = True
         if self._bias is not None:
-            self._bias += gradient.sum(dim=0)
+            self._bias += gradient.sum(dim=0, dtype=torch.float32)
         self._waiting, self._count = [], 0
 
     def finish(self) -> Gradients:
