@@ -105,8 +105,9 @@ def test_random_problems(chunk):
             continue
         assert torch.equal(ours[0], exact[0]), f"active tokens differ, seed {seed}"
         for i, (a, b) in enumerate(zip(ours[1:], exact[1:], strict=True)):
-            # Gradients come back in the inputs' dtype.
-            rounding = 2.0**-8 if a.dtype == torch.bfloat16 else 2e-5
+            # Gradients come back in the inputs' dtype; where 16-bit products are used, so is the
+            # gradient of the logits on the way.
+            rounding = 2.0**-7 if a.dtype == torch.bfloat16 else 2e-5
             limit = rounding * b.abs().max().clamp(min=1.0) if b.numel() else 0.0
             error = (a.double() - b).abs().max() if b.numel() else 0.0
             assert error <= limit, f"result {i} is off by {error:.2e}, seed {seed}"
