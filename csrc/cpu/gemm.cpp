@@ -125,23 +125,24 @@ void gemm_bf16_hidden_gradient_(const Tensor& gradient, const Tensor& weight, bo
   const int64_t steps = (columns + 31) / 32;  // a thread's share of H is whole steps of 32
   const int64_t across = std::min(threads, steps), down = std::min((threads + across - 1) / across, (rows + 31) / 32);
   at::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
-    const Tensor memory = buffer(kSlab * round_up((steps / across + 1) * 32, kPanel));
-    BFloat16* panels = memory.data_ptr<BFloat16>();
+    Tensor memory;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t i = unit % across, j = unit / across;
-      const int64_t left = std::min(i * steps / across * 32, columns), right = std::min((i + 1) * steps / across * 32, columns);
+      const int64_t left = i * steps / across * 32, right = std::min((i + 1) * steps / across * 32, columns);
       const int64_t top = j * rows / down, bottom = (j + 1) * rows / down;
+      // Even panels of at most 256: each one reads the gradient again.
+      const int64_t panels = (right - left + 255) / 256, width = round_up((right - left + panels - 1) / panels, 32);
+      memory = buffer(kSlab * panels * width);
+      BFloat16* packed = memory.data_ptr<BFloat16>();
       for (int64_t k = 0; k < depth; k += kSlab) {
         const bool whole = k < tail_begin;
         const BFloat16* a = whole ? g + k : tail.data;
         const int64_t a_stride = whole ? g_stride : tail.stride, a_depth = whole ? kSlab : tail.depth;
-        for (int64_t n = left; n < right; n += kPanel) {
-          const int64_t width = std::min(kPanel, right - n);
-          BFloat16* panel = panels + (n - left) * kSlab;
-          pack_pairs(words(w + k * w_stride + n), w_stride, std::min(kSlab, depth - k), width, a_depth, kPanel,
-                     words(panel));
-          multiply(bottom - top, width, a_depth, a + top * a_stride, a_stride, panel, kPanel, c + top * c_stride + n,
-                   c_stride, accumulate || k > 0);
+        pack_pairs(words(w + k * w_stride + left), w_stride, std::min(kSlab, depth - k), right - left, a_depth, width,
+                   words(packed));
+        for (int64_t n = 0; n < right - left; n += width) {
+          multiply(bottom - top, std::min(width, right - left - n), a_depth, a + top * a_stride, a_stride,
+                   packed + n * a_depth, width, c + top * c_stride + left + n, c_stride, accumulate || k > 0);
         }
       }
     }

@@ -10,7 +10,7 @@ namespace selfdistill {
 // The products are cut along their depth into multiples of this, the depth of an AMX tile.
 static constexpr int64_t kDepthStep = 32;
 
-// from [depth, columns] -> pairs [padded_depth, width]
+// from [depth, columns] -> one after the other, pairs [padded_depth, width] of each `width` columns (a multiple of 32)
 void pack_pairs(const uint16_t* from, int64_t stride, int64_t depth, int64_t columns, int64_t padded_depth, int64_t width,
                 uint16_t* to);
 // from [columns, depth] -> pairs [padded_depth, width] of its transpose

@@ -59,12 +59,14 @@ void pack_pairs(const uint16_t* from, int64_t stride, int64_t depth, int64_t col
                 uint16_t* to) {
   const Interleave interleave;
   for (int64_t k = 0; k < padded_depth; k += 2) {
-    for (int64_t n = 0; n < width; n += 32) {
-      const __m512i a = k < depth ? load_row(from + k * stride + n, columns - n) : _mm512_setzero_si512();
-      const __m512i b = k + 1 < depth ? load_row(from + (k + 1) * stride + n, columns - n) : _mm512_setzero_si512();
-      uint16_t* pair = to + k * width + 2 * n;
-      _mm512_storeu_si512(pair, interleave.first16(a, b));
-      if (n + 16 < width) _mm512_storeu_si512(pair + 32, interleave.second16(a, b));
+    for (int64_t panel = 0; panel < columns; panel += width) {
+      uint16_t* pair = to + panel * padded_depth + k * width;
+      for (int64_t n = panel; n < panel + width; n += 32, pair += 64) {
+        const __m512i a = k < depth ? load_row(from + k * stride + n, columns - n) : _mm512_setzero_si512();
+        const __m512i b = k + 1 < depth ? load_row(from + (k + 1) * stride + n, columns - n) : _mm512_setzero_si512();
+        _mm512_storeu_si512(pair, interleave.first16(a, b));
+        _mm512_storeu_si512(pair + 32, interleave.second16(a, b));
+      }
     }
   }
 }
