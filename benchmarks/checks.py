@@ -1,0 +1,123 @@
+"""Nothing is timed before it has given the right loss and gradients on a small problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers import Contender, Step, StepResult, materialised_loss
+from benchmarks.problems import CHECK_SHAPE, Problem, make_problem
+
+# Largest error allowed, relative to the largest value; gradients come back in the inputs' dtype.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+# Logits of size 20 rounded to bfloat16 are off by 0.06, and so are log-probs.
+TOLERANCE_ROUNDED_LOGITS = 0.3
+
+
+class WrongResultError(RuntimeError):
+    """A contender does not compute what it is timed for."""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Largest error against float64, relative to the largest value; None where there is none."""
+
+    loss: float | None
+    hidden: float | None
+    weight: float | None
+
+    def within(self, tolerance: float) -> bool:
+        """False for NaN."""
+        return all(error <= tolerance for error in asdict(self).values() if error is not None)
+
+
+def truth(problem: Problem, rho: float | None = None) -> StepResult:
+    """Loss and gradients by float64 autograd from the definition, on the problem's own values."""
+    hidden, head = (
+        tensor.detach().double().requires_grad_()
+        for tensor in (problem.student_hidden, problem.weight)
+    )
+    teacher = problem.teacher_hidden.double()
+    # Dropped tokens have no loss, and stay in the denominator.
+    kept = (
+        torch.ones_like(problem.targets, dtype=torch.bool) if rho is None else problem.active(rho)
+    )
+    loss = materialised_loss(hidden[kept], teacher[kept], head, problem.divergence)
+    loss = loss * kept.double().mean()
+    dh, dw = torch.autograd.grad(loss, [hidden, head])
+    return StepResult(loss.detach(), dh, dw)
+
+
+def check(
+    contender: Contender,
+    dtype: torch.dtype,
+    *,
+    device: str = "cpu",
+    divergence: str = "reverse_kl",
+) -> Errors:
+    """Compare a contender with the truth on a small problem.
+
+    Raises:
+        WrongResultError: an error above the tolerance, or a dW for a frozen head.
+    """
+    problem = make_problem(CHECK_SHAPE, dtype, device=device, divergence=divergence)
+    result = contender.build(problem)()
+    if contender.is_floor:
+        return Errors(None, None, None)
+    if (result.weight is not None) != contender.trained_head:
+        raise WrongResultError(f"{contender.key}: dW is computed for a frozen head, or missing")
+    expected = truth(problem, contender.rho)
+    errors, tolerance = _errors(result, expected), _tolerance(contender, dtype)
+    if not errors.within(tolerance):
+        raise WrongResultError(f"{contender.key}, {dtype}: {errors}, allowed {tolerance}")
+    return errors
+
+
+def check_agreement(
+    running: Sequence[Contender],
+    steps: Mapping[str, Step],
+    dtype: torch.dtype,
+    *,
+    on_step: Callable[[str], None] = lambda key: None,
+) -> None:
+    """Run every step once and compare loss and dH of those that keep all tokens.
+
+    On a problem too large for float64, where the small check does not reach: many tiles, the whole
+    vocabulary.
+
+    Raises:
+        WrongResultError: two contenders differ by more than the tolerances of both.
+    """
+    expected: StepResult | None = None
+    allowed = 0.0
+    for contender in running:
+        on_step(contender.key)
+        result = steps[contender.key]()
+        if contender.is_floor or contender.rho is not None:
+            continue
+        tolerance = _tolerance(contender, dtype)
+        if expected is None:
+            expected, allowed = result._replace(weight=None), tolerance
+            continue
+        errors = _errors(result, expected)
+        if not errors.within(tolerance + allowed):
+            raise WrongResultError(f"{contender.key} at the timed shape: {errors}")
+
+
+def _tolerance(contender: Contender, dtype: torch.dtype) -> float:
+    rounded = contender.rounds_logits and dtype != torch.float32
+    return TOLERANCE_ROUNDED_LOGITS if rounded else TOLERANCE[dtype]
+
+
+def _errors(result: StepResult, expected: StepResult) -> Errors:
+    return Errors(*(_error(got, want) for got, want in zip(result, expected, strict=True)))
+
+
+def _error(got: Tensor | None, want: Tensor | None) -> float | None:
+    if got is None or want is None:
+        return None
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).abs().max() / want.abs().max())

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.memory import MEBIBYTE, measure, peak_extra_bytes
+from benchmarks.peers import StepResult
+from benchmarks.problems import Shape
+
+SHAPE = Shape(256, 16, 16384)
+LOGITS = 4 * 256 * 16384  # 16 MiB
+
+
+def test_measure_counts_the_peak_without_what_is_returned():
+    def step():
+        kept = torch.ones(64 * MEBIBYTE // 4)
+        torch.ones(48 * MEBIBYTE // 4)
+        return StepResult(None, kept, None)
+
+    assert measure(step, "cpu") / MEBIBYTE == pytest.approx(48, abs=4)
+
+
+def test_a_fresh_process_sees_the_logits_of_materialised_torch():
+    """Whatever the resident set of the process that asks: ru_maxrss would start at that."""
+    ballast = torch.ones(512 * MEBIBYTE // 4)
+    assert peak_extra_bytes("torch", SHAPE, "float32") > 3 * LOGITS
+    del ballast
+
+
+def test_workspace_bounds_ours():
+    workspace = 4 * MEBIBYTE
+    assert peak_extra_bytes("ours", SHAPE, "float32", workspace=workspace) < 3 * workspace
+
+
+def test_a_failing_process_says_why():
+    with pytest.raises(RuntimeError, match=r"memory of ours at 256/16/16384(.|\n)*workspace: 8"):
+        peak_extra_bytes("ours", SHAPE, "float32", workspace=8)
