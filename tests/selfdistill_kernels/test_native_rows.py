@@ -1,4 +1,4 @@
-"""The row operators of csrc/ against float64 autograd, on every instruction set of this machine."""
+"""The operators of csrc/: rows against float64 autograd, on every instruction set; products."""
 
 from __future__ import annotations
 
@@ -423,6 +423,99 @@ def test_same_bits_for_any_number_of_threads():
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def make_products(
+    rows: int, hidden: int, columns: int, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [R, H], weight [V, H] and gradient [R, V] (among NaNs, as in a visited tile)."""
+    g = torch.Generator().manual_seed(seed)
+    h, w, dz = (
+        torch.randn(*shape, generator=g).to(torch.bfloat16)
+        for shape in ((rows, hidden), (columns, hidden), (rows, columns))
+    )
+    tile = torch.full((rows, 2 * columns), math.nan, dtype=torch.bfloat16)
+    tile[:, :columns] = dz
+    return h, w, tile[:, :columns]
+
+
+needs_amx = pytest.mark.skipif(
+    not ops.gemm_bf16_available(), reason="needs a processor with AMX bfloat16 tiles"
+)
+
+
+@needs_amx
+@pytest.mark.parametrize("rows", [1, 3, 33, 130])
+@pytest.mark.parametrize("hidden", [1, 2, 31, 65, 576])
+@pytest.mark.parametrize("columns", [1, 17, 64, 507, 1025])
+def test_bfloat16_products(rows, hidden, columns):
+    """float32 results: closer to float64 than bfloat16 could hold, also with odd shapes."""
+    h, w, dz = make_products(rows, hidden, columns)
+    frame = torch.full((rows, columns + 3), 7.0)
+    logits = frame[:, :columns]
+    ops.gemm_bf16_logits_(h, w, logits)
+    h64, w64, dz64 = h.double(), w.double(), dz.double()
+    assert_near(logits, h64 @ w64.T, hidden)
+    assert torch.equal(frame[:, columns:], torch.full((rows, 3), 7.0))
+    for accumulate in (False, True):
+        for operator, left, right, exact, depth in (
+            (ops.gemm_bf16_hidden_gradient_, dz, w, dz64 @ w64, columns),
+            (ops.gemm_bf16_weight_gradient_, dz, h, dz64.T @ h64, rows),
+        ):
+            out = torch.randn(exact.shape) if accumulate else torch.full(exact.shape, math.nan)
+            expected = exact + out if accumulate else exact
+            operator(left, right, accumulate, out)
+            assert_near(out, expected, depth)
+
+
+def assert_near(ours: Tensor, exact: Tensor, depth: int) -> None:
+    """Within the rounding of a float32 sum of `depth` products of order 1."""
+    error = (ours.double() - exact).abs().max()
+    assert error <= 6e-7 * max(depth, 16) ** 0.5 * max(1.0, float(exact.abs().max())) ** 0.5
+
+
+@needs_amx
+def test_bfloat16_products_do_not_depend_on_the_threads():
+    h, w, dz = make_products(70, 200, 1500)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5, 9):
+            torch.set_num_threads(count)
+            out = torch.empty(70, 1500), torch.empty(70, 200), torch.empty(1500, 200)
+            ops.gemm_bf16_logits_(h, w, out[0])
+            ops.gemm_bf16_hidden_gradient_(dz, w, False, out[1])
+            ops.gemm_bf16_weight_gradient_(dz, h, False, out[2])
+            results.append(out)
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_amx
+def test_bfloat16_products_of_nothing():
+    h, w, dz = make_products(0, 8, 5)
+    out = torch.full((5, 8), 3.0)
+    ops.gemm_bf16_weight_gradient_(dz, h, True, out)
+    assert torch.equal(out, torch.full((5, 8), 3.0))
+    ops.gemm_bf16_weight_gradient_(dz, h, False, out)
+    assert torch.equal(out, torch.zeros(5, 8))
+    ops.gemm_bf16_logits_(h, w, torch.empty(0, 5))
+    ops.gemm_bf16_hidden_gradient_(dz, w, False, torch.empty(0, 8))
+
+
+@pytest.mark.parametrize(
+    ("operands", "message"),
+    [
+        ((torch.zeros(2, 4), torch.zeros(3, 4).bfloat16()), "hidden: expected a BFloat16"),
+        ((torch.zeros(2, 4).bfloat16(), torch.zeros(3, 5).bfloat16()), "weight: expected"),
+        ((torch.zeros(2, 4).bfloat16(), torch.zeros(4, 3).bfloat16().T), "weight: expected"),
+    ],
+)
+def test_errors_of_products(operands, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.gemm_bf16_logits_(*operands, torch.empty(2, 3))
 
 
 def _visit_in_child(queue: multiprocessing.Queue) -> None:
