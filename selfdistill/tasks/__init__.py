@@ -51,7 +51,10 @@ class Task(Protocol):
     name: str
 
     def problems(self, *, split: str, count: int, seed: int = 0) -> list[Problem]:
-        """Return `count` distinct problems of a split ("train", "dev", "test"); splits never overlap."""
+        """Return `count` distinct problems of a split ("train", "dev", "test").
+
+        Splits never overlap.
+        """
         ...
 
     def check(self, problem: Problem, response: str) -> Verdict:
