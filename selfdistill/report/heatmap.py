@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from html import escape
 from itertools import accumulate, pairwise, zip_longest
+from typing import TypeAlias, TypeVar
 
 from selfdistill.analysis import TokenAnalysis
 
@@ -24,27 +25,40 @@ LEGEND = f"""<div class="legend">
 <span>teacher <b>agrees more</b></span></div>"""
 
 
-def pick_examples(attempts: Sequence[TokenAnalysis], *, count: int) -> list[TokenAnalysis]:
-    """Return up to `count` wrong attempts, from the sharpest disagreement to the faintest."""
-    wrong = sorted((a for a in attempts if a.wrong_tokens), key=_lowest_advantage)
-    # Those that begin rightly also show what the critique leaves as it is.
-    wrong = [a for a in wrong if a.wrong_tokens and a.wrong_tokens[0] > 0] or wrong
-    if len(wrong) <= count:
-        return wrong
-    return [wrong[round(i * (len(wrong) - 1) / (count - 1))] for i in range(count)]
+T = TypeVar("T")
+Row: TypeAlias = tuple[range | None, str, str]
+"""One step: the attempt's tokens and text, and the critique's text; None and "" where absent."""
+
+
+def clear_examples(attempts: Sequence[TokenAnalysis]) -> list[TokenAnalysis]:
+    """Return the attempts whose first error follows a right step, sharpest disagreement first.
+
+    They show best what a critique keeps and what it changes; steps that were left out do not.
+    """
+    return sorted(filter(_follows_a_right_step, attempts), key=_lowest_advantage)
+
+
+def spread(items: Sequence[T], *, count: int) -> list[T]:
+    """Return `count` items at even distances, the first and the last included."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 def verdict(record: TokenAnalysis) -> str:
     """Say in words what went wrong in an attempt and what the teacher thinks of it."""
     rows = align(record)
-    row = next((r for r in rows if r[0] is not None and _is_wrong(record, r[0])), None)
-    if row is None or row[0] is None:
+    wrong = _wrong_row(record, rows)
+    if wrong is None:
         return ""
-    wrote, critique = _body(row[1]), _body(row[2])
-    token = min(row[0], key=record.advantage.__getitem__)
+    tokens, attempt, critique = rows[wrong]
+    assert tokens is not None  # the wrong row holds the wrong tokens
+    said = f'wrote <q class="bad">{_body(attempt)}</q>, the critique'
+    if _is_missing(rows, wrong - 1):
+        said, critique = "left out", rows[wrong - 1][2]
+    token = min(tokens, key=record.advantage.__getitem__)
     return (
-        f'<p class="verdict">The student wrote <q class="bad">{escape(wrote)}</q>, '
-        f'the critique <q class="good">{escape(critique)}</q>. '
+        f'<p class="verdict">The student {said} <q class="good">{_body(critique)}</q>. '
         f"Chance of token <b>{escape(record.tokens[token].strip())}</b>: "
         f"<b>{probability(record.student_logprob[token])}</b> for the student, "
         f"<b>{probability(record.teacher_logprob[token])}</b> for the teacher.</p>"
@@ -59,9 +73,7 @@ def heat_map(record: TokenAnalysis, *, context_name: str) -> str:
         context_name: what the teacher saw beside the question, such as "critique".
     """
     rows = align(record)
-    wrong = next(
-        (i for i, row in enumerate(rows) if row[0] is not None and _is_wrong(record, row[0])), None
-    )
+    wrong = _wrong_row(record, rows)
     glued = _glued(record.tokens, record.response)
     html = [
         '<div class="row head"><span></span><span>The student&rsquo;s attempt</span>'
@@ -71,8 +83,10 @@ def heat_map(record: TokenAnalysis, *, context_name: str) -> str:
         label, kind = "", ""
         if i == wrong:
             label, kind = '<b class="flag">first error</b>', " wrong"
+        elif tokens is None:
+            label = '<span class="note">missing</span>'
         elif wrong is None or i < wrong:
-            label = '<span class="right">right</span>'
+            label = '<span class="note">right</span>'
         cells = "".join(_cell(record, t, glued[t]) for t in tokens or ())
         html.append(
             f'<div class="row{kind}"><span class="label">{label}</span>'
@@ -81,13 +95,8 @@ def heat_map(record: TokenAnalysis, *, context_name: str) -> str:
     return f'<div class="heat">{"".join(html)}</div>'
 
 
-def align(record: TokenAnalysis) -> list[tuple[range | None, str, str]]:
-    """Pair the steps of attempt and critique by their tags.
-
-    Returns:
-        rows of (the attempt's tokens, its text, the critique's text); what only one of the two has
-        stands alone, with None and "" for the other.
-    """
+def align(record: TokenAnalysis) -> list[Row]:
+    """Pair the steps of attempt and critique by their tags; what only one has stands alone."""
     attempts = list(zip_longest(step_tokens(record.tokens), split_steps(record.response)))
     critiques = split_steps(record.context)
     matcher = SequenceMatcher(
@@ -132,8 +141,21 @@ def _lowest_advantage(record: TokenAnalysis) -> float:
     return min(record.advantage[start:stop])
 
 
-def _is_wrong(record: TokenAnalysis, tokens: range) -> bool:
-    return record.wrong_tokens is not None and record.wrong_tokens[0] in tokens
+def _wrong_row(record: TokenAnalysis, rows: Sequence[Row]) -> int | None:
+    if record.wrong_tokens is None:
+        return None
+    start = record.wrong_tokens[0]
+    return next(i for i, (tokens, _, _) in enumerate(rows) if tokens and start in tokens)
+
+
+def _is_missing(rows: Sequence[Row], i: int) -> bool:
+    return i >= 0 and rows[i][0] is None
+
+
+def _follows_a_right_step(record: TokenAnalysis) -> bool:
+    rows = align(record)
+    wrong = _wrong_row(record, rows)
+    return wrong is not None and wrong > 0 and not _is_missing(rows, wrong - 1)
 
 
 def _tag(step: str) -> str:
@@ -142,7 +164,7 @@ def _tag(step: str) -> str:
 
 
 def _body(step: str) -> str:
-    return _TAG.sub("", step).strip() or "nothing"
+    return escape(_TAG.sub("", step).strip()) or "nothing"
 
 
 def _glued(tokens: Sequence[str], response: str) -> list[bool]:

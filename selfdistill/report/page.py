@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
+from selfdistill import __version__
 from selfdistill.analysis import NEGATIVE, TokenAnalysis
 from selfdistill.evaluate import Evaluation
 from selfdistill.report.charts import Series, bars, line_chart
-from selfdistill.report.heatmap import LEGEND, heat_map, pick_examples, verdict
+from selfdistill.report.heatmap import LEGEND, clear_examples, heat_map, spread, verdict
 from selfdistill.report.run import Run, read_run
 from selfdistill.report.style import STYLE
 from selfdistill.runlog import write_atomically
@@ -131,7 +132,8 @@ def facts(run: Run) -> str:
     rows["seed, threads"] = f"{run.config.get('seed', '?')}, {torch.get_num_threads()}"
     rows["software"] = ", ".join(
         [
-            *(f"{name} {version(name)}" for name in ("selfdistill", "torch", "transformers")),
+            f"selfdistill {__version__}",
+            *(f"{name} {version(name)}" for name in ("torch", "transformers")),
             f"Python {platform.python_version()}",
         ]
     )
@@ -141,8 +143,9 @@ def facts(run: Run) -> str:
 def examples(run: Run) -> str:
     """Attempts as heat maps beside their critiques, and how local the advantage is."""
     attempts = run.before.attempts
-    picked = pick_examples(attempts, count=EXAMPLES)
-    cards = "".join(example(run, record, first=i == 0) for i, record in enumerate(picked))
+    clear = clear_examples(attempts)
+    picked = spread(clear or attempts, count=EXAMPLES)
+    cards = "".join(example(run, record) for record in picked)
     name = context_name(run)
     return (
         '<section id="examples"><h2>Where the model erred, and what the critique changed</h2>'
@@ -150,11 +153,11 @@ def examples(run: Run) -> str:
         "<b>red</b> tokens are those that it would now rather not write, <b>blue</b> ones those "
         "that it is surer of. Training moves the student towards this teacher.</p>"
         f"{LEGEND}{cards or MISSING}"
-        f"{_selection(picked, attempts)}{localisation_table(run)}</section>"
+        f"{_selection(picked, clear, attempts)}{localisation_table(run)}</section>"
     )
 
 
-def example(run: Run, record: TokenAnalysis, *, first: bool) -> str:
+def example(run: Run, record: TokenAnalysis) -> str:
     """One attempt before training, and what became of its question."""
     name = context_name(run)
     before, after = (stage.right_attempts(record.problem_id) for stage in (run.before, run.after))
@@ -325,13 +328,22 @@ def context_name(run: Run) -> str:
     return "reference solution" if method == "refsol" else "critique"
 
 
-def _selection(picked: Sequence[TokenAnalysis], attempts: Sequence[TokenAnalysis]) -> str:
+def _selection(
+    picked: Sequence[TokenAnalysis],
+    clear: Sequence[TokenAnalysis],
+    attempts: Sequence[TokenAnalysis],
+) -> str:
     if not picked:
         return ""
+    chosen = (
+        f"{len(picked)} of the {len(clear)} whose first error follows a right step, evenly from "
+        "the one that the teacher disputes most sharply to the one that it disputes least"
+        if clear
+        else f"{len(picked)} of them"
+    )
     return (
-        f'<p class="about">Shown: {len(picked)} of the {len(attempts)} wrong held-out attempts '
-        "analysed before training, evenly from the one that the teacher disputes most sharply to "
-        "the one it disputes least, among those that begin with a right step if there are any.</p>"
+        f'<p class="about">{len(attempts)} wrong held-out attempts were analysed before training. '
+        f"Shown: {chosen}.</p>"
     )
 
 

@@ -53,7 +53,7 @@ q.good { background: var(--mark); color: var(--mark-ink); }
 .row.wrong { border-color: var(--error); background: var(--bg); }
 .flag { background: var(--error); color: var(--bg); border-radius: 4px; padding: .1rem .45rem;
   font: bold .85rem system-ui, sans-serif; white-space: nowrap; }
-.right { color: var(--muted); font: .85rem system-ui, sans-serif; }
+.note { color: var(--muted); font: .85rem system-ui, sans-serif; }
 .t { display: inline-block; vertical-align: top; min-width: 1.1em; min-height: 1.65em;
   text-align: center; padding: .05em .25em; margin: 1px 0 1px 5px; border-radius: 3px; cursor: help;
   box-shadow: inset 0 0 0 1px var(--line); }
@@ -105,7 +105,7 @@ pre { background: var(--panel); border: 1px solid var(--line); border-radius: 6p
   .scale { grid-template-columns: repeat(5, 2.7rem); }
   .scale i { margin: 0 1.35rem; }
   .row { grid-template-columns: minmax(0, 1fr); padding: .2rem .35rem .35rem; }
-  .row.head span:first-child, .right { display: none; }
+  .row.head span:first-child, .note { display: none; }
   .t { margin-left: 2px; padding: .05em .18em; font-size: .92em; }
   .critique { margin-top: .2rem; font-size: .92em; }
   .bar-row { grid-template-columns: 1fr auto; gap: 0 .6rem; }

@@ -19,7 +19,7 @@ from selfdistill.demo import demo
 from selfdistill.evaluate import Evaluation, ProblemScore, avg_difference, bootstrap
 from selfdistill.report import write_report
 from selfdistill.report.charts import ticks
-from selfdistill.report.heatmap import align, pick_examples
+from selfdistill.report.heatmap import align, clear_examples, spread
 from selfdistill.train import StepMetrics
 
 SECTIONS = ["result", "examples", "curves", "costs", "reproduction"]
@@ -223,6 +223,23 @@ def test_the_first_wrong_step_and_what_the_critique_made_of_it_stand_out(finishe
     assert "64.0 % for the student, 2.5 % for the teacher" in verdict
 
 
+def test_a_step_that_was_left_out_is_called_missing(finished: Path) -> None:
+    record = make_record(
+        tokens=["<step_2>", "3", "4", "<answer>", "3", "4"],
+        response="<step_2> 34 <answer> 34",
+        context="<step_1> 33 <step_2> 42 <answer> 42",
+        wrong_tokens=(0, 3),
+        first_wrong_step=1,
+        advantage=[-1.0, 0, 0, 0, 0, 0],
+    )
+    write_stage(finished, "before", [0, 1, 2, 1], [record])
+    write_stage(finished, "after", [3, 3, 2, 4], [])
+    page = read(write_report(finished))
+    assert page.within("note") == "missing"
+    assert page.within("wrong", "attempt") == "<step_2>-1.034"
+    assert page.within("verdict").startswith("The student left out 33. Chance of token")
+
+
 def test_a_cell_is_coloured_by_the_advantage_and_tells_the_rest(finished: Path) -> None:
     cells = re.findall(
         r'<span class="t ([^"]*)" style="--a:([\d.]+)" title="([^"]*)">',
@@ -311,16 +328,25 @@ def test_steps_are_paired_by_their_tags() -> None:
     assert align(empty) == [(range(1), "", "<answer> 42")]
 
 
-def test_examples_go_from_the_sharpest_to_the_faintest() -> None:
+def test_examples_have_a_right_step_first_and_go_from_sharp_to_faint(finished: Path) -> None:
     def with_lowest(value: float) -> TokenAnalysis:
         return make_record(advantage=[value if i == 14 else 0.0 for i in range(20)])
 
-    records = [with_lowest(-value) for value in (3, 1, 4, 5, 0.5)]
+    records = [with_lowest(-value) for value in (3, 1, 4, 2, 5, 0.5, 6)]
     at_once = make_record(wrong_tokens=(0, 8))
+    skipped = make_record(context="<step_1> 34 <step_3> 3 <step_2> 42 <answer> 42")
     right = make_record(wrong_tokens=None)
-    picked = pick_examples([right, at_once, *records], count=3)
-    assert [min(record.advantage) for record in picked] == [-5, -3, -0.5]
-    assert pick_examples([right, at_once], count=3) == [at_once]
+    attempts = [right, at_once, skipped, *records]
+    clear = clear_examples(attempts)
+    assert [min(record.advantage) for record in clear] == [-6, -5, -4, -3, -2, -1, -0.5]
+    assert spread(clear, count=3) == [clear[0], clear[3], clear[6]]
+    assert spread(clear, count=9) == clear
+    write_stage(finished, "before", [0, 1, 2, 1], attempts)
+    text = read(write_report(finished)).within()
+    assert "10 wrong held-out attempts were analysed" in text
+    assert "Shown: 5 of the 7 whose first error follows a right step" in text
+    write_stage(finished, "before", [0, 1, 2, 1], [at_once])
+    assert "Shown: 1 of them" in read(write_report(finished)).within()
 
 
 def test_ticks_are_round_and_cover_the_values() -> None:
