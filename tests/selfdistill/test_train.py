@@ -200,8 +200,13 @@ def test_a_second_ctrl_c_stops_at_once(
         raise AssertionError("still running")
 
     monkeypatch.setattr(selfdistill.train, "score", twice)
-    with pytest.raises(KeyboardInterrupt):
-        train(make_config(solver_dir, tmp_path / "run"))
+    # A test run in the background inherits an ignored SIGINT; a terminal's process has this one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(make_config(solver_dir, tmp_path / "run"))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_run_is_not_overwritten_and_a_foreign_one_not_continued(

@@ -519,6 +519,9 @@ def test_errors_of_products(operands, message):
 
 
 def _visit_in_child(queue: multiprocessing.Queue) -> None:
+    # As DataLoader workers do: with more threads any torch operator hangs in a forked child,
+    # because libgomp's threads do not survive a fork.
+    torch.set_num_threads(1)
     queue.put(visit(make_rows(8, 600))[0].sum().item())
 
 
