@@ -238,12 +238,12 @@ def _progress(console: Console, total: int) -> Iterator[Tick]:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
         TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
+    # Drawn between steps only: a thread that draws would take time from what is timed.
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
         task = progress.add_task("start", total=total)
 
         def tick(name: str) -> None:
-            progress.update(task, description=name)
-            progress.advance(task)
+            progress.update(task, description=name, advance=1, refresh=True)
 
         yield tick
 
