@@ -127,7 +127,7 @@ def demo(config: Config, *, fresh: bool = False, console: Console | None = None)
             run / "summary.json", TypeAdapter(Summary).dump_json(summary, indent=1).decode()
         )
     if not (run / "report.html").exists():
-        from selfdistill.report import write_report  # matplotlib is not needed before
+        from selfdistill.report import write_report
 
         write_report(run)
     console.print(summary_table(summary))
