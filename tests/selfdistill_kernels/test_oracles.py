@@ -128,3 +128,51 @@ def test_liger_chunked_jsd(beta, backend):
     grads = torch.autograd.grad(out.loss, our_leaves)
     for a, b in zip(grads, torch.autograd.grad(expected, their_leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("objective", "alpha"),
+    [
+        (Objective("forward_kl"), 0.0),
+        (Objective("jsd", beta=0.5), 0.5),
+        (Objective("reverse_kl"), 1.0),
+    ],
+    ids=str,
+)
+def test_trl_sdpo_full_logit_loss_with_importance_clipping(objective, alpha, backend):
+    from trl.experimental.sdpo.loss_utils import (
+        apply_importance_sampling_clipping,
+        compute_full_logit_self_distillation_loss,
+    )
+
+    ours, theirs = case32(), case32()
+    our_leaves, their_leaves = ours.leaves(), theirs.leaves()
+    student = (theirs.student_hidden @ theirs.weight.T)[None]
+    teacher = (theirs.teacher_hidden @ theirs.weight.detach().T)[None]
+    loss = compute_full_logit_self_distillation_loss(student, teacher, distillation_alpha=alpha)
+    logprobs = torch.log_softmax(student, -1).gather(2, theirs.targets[None, :, None])[..., 0]
+    old = logprobs.detach() + torch.linspace(-1.5, 1.5, 12)
+    expected = apply_importance_sampling_clipping(loss, logprobs, old, 1.5).mean()
+    out = ours.call(
+        fused_linear_distillation,
+        objective=Objective(objective.divergence, objective.beta, importance_clip=1.5),
+        old_logprobs=old[0], backend=backend,
+    )  # fmt: skip
+    torch.testing.assert_close(out.loss, expected, rtol=1e-4, atol=1e-5)
+    grads = torch.autograd.grad(out.loss, our_leaves)
+    for a, b in zip(grads, torch.autograd.grad(expected, their_leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_trl_sdpo_sampled_token_loss(backend):
+    from trl.experimental.sdpo.loss_utils import compute_sampled_token_self_distillation_loss
+
+    case = case32()
+    student, teacher = case.student_hidden @ case.weight.T, case.teacher_hidden @ case.weight.T
+    expected = compute_sampled_token_self_distillation_loss(
+        student[None], teacher[None], case.targets[None], distillation_alpha=1.0
+    )
+    out = case.call(
+        fused_linear_distillation, objective="policy_gradient", reduction="none", backend=backend
+    )
+    torch.testing.assert_close(out.loss, expected[0], rtol=1e-4, atol=1e-5)
