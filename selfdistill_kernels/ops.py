@@ -213,7 +213,7 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     if type(factor) is Tensor and factor.device.type == "cpu":
         keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
         if not keeps_graph and factor.item() == 1.0:
-            return gradient
+            return gradient.detach()
     return gradient * factor.to(gradient.dtype)
 
 

@@ -477,6 +477,9 @@ class TestAutograd:
         loss = case.call(fused_linear_distillation, backend=backend).loss
         once = torch.autograd.grad(loss, leaves, retain_graph=True)
         thrice = torch.autograd.grad(3.0 * loss, leaves)
+        assert not any(gradient.requires_grad for gradient in (*once, *thrice))
+        again = case.call(fused_linear_distillation, backend=backend).loss
+        assert not any(g.requires_grad for g in torch.autograd.grad(again, leaves))
         for a, b in zip(once, thrice, strict=True):
             torch.testing.assert_close(3.0 * a, b)
 
