@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from selfdistill_kernels.advantage import SIGNS, AdvantageMask
-from selfdistill_kernels.backends import choose_backend
+from selfdistill_kernels.backends import check_backend_name, choose_backend
 from selfdistill_kernels.backends.base import token_losses
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
@@ -18,6 +18,7 @@ from selfdistill_kernels.ops import linear_loss, linear_statistics
 from selfdistill_kernels.statistics import Column, advantage_of, statistics_dtype
 from selfdistill_kernels.validation import (
     check_head,
+    check_normalizer,
     check_per_token,
     check_reduction,
     require_float,
@@ -125,10 +126,13 @@ def fused_linear_distillation(
     Raises:
         TypeError, ValueError: bad input; the message names the argument.
     """
-    check_head("student", "student_hidden", student_hidden, "weight", weight, "bias", bias)
-    student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias = _autocast(
-        student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias
+    student_hidden = _autocast(require_tensor("student_hidden", student_hidden))
+    teacher_hidden = _autocast(require_tensor("teacher_hidden", teacher_hidden))
+    weight = _autocast(require_tensor("weight", weight))
+    teacher_weight, bias, teacher_bias = map(
+        _autocast_optional, (teacher_weight, bias, teacher_bias)
     )
+    check_head("student", "student_hidden", student_hidden, "weight", weight, "bias", bias)
     leading = tuple(student_hidden.shape[:-1])
     _check_teacher(leading, weight, teacher_hidden, teacher_weight, bias, teacher_bias)
     if teacher_weight is None and teacher_bias is None:
@@ -252,6 +256,7 @@ def _distillation(
     check_per_token("old_logprobs", old_logprobs, leading, input_name, student_hidden, "float")
     check_per_token("step_ids", step_ids, leading, input_name, student_hidden, "int")
     check_reduction(reduction, leading)
+    check_normalizer(normalizer)
     _check_targets_given(input_name, objective, advantage_mask, targets)
     _check_companions(objective, advantage_mask, old_logprobs, step_ids)
     name = choose_backend(backend, device=student_hidden.device, dtype=student_hidden.dtype)
@@ -280,16 +285,17 @@ def _distillation(
             *tensors, *options, objective.divergence, objective.beta, budget, name
         )
         frozen = statistics.detach()
-        active = exists.reshape(-1) & (loss_weight != 0)
+        kept = exists.reshape(-1)
         if advantage_mask is not None:
             steps = None if step_ids is None else _flat_step_ids(step_ids, leading)
-            advantage = advantage_of(frozen)
-            active = active & advantage_mask.select(advantage, exists.reshape(-1), steps)
+            kept = advantage_mask.select(advantage_of(frozen), kept, steps)
+        active = kept & (loss_weight != 0)
         per_token = token_losses(objective, statistics, loss_weight, active, flat_old_logprobs)
         loss = per_token.reshape(leading) if reduction == "none" else per_token.sum()
-        divergence = statistics[:, Column.DIVERGENCE]
-        if reduction != "none":
-            divergence = divergence.detach()
+        divergence = frozen[:, Column.DIVERGENCE]
+        if reduction == "none":
+            # Dropped tokens keep their value and lose their gradient.
+            divergence = torch.where(kept, statistics[:, Column.DIVERGENCE], divergence)
     else:
         needs = [
             torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
@@ -355,8 +361,10 @@ def fused_linear_logprobs(
     """
     transform = LogitTransform(logit_scale, softcap, temperature)
     budget = workspace_bytes(workspace)
+    hidden = _autocast(require_tensor("hidden", hidden))
+    weight = _autocast(require_tensor("weight", weight))
+    bias = _autocast_optional(bias)
     check_head("model", "hidden", hidden, "weight", weight, "bias", bias)
-    hidden, _, weight, _, bias, _ = _autocast(hidden, None, weight, None, bias, None)
     leading = tuple(hidden.shape[:-1])
     require_tensor("targets", targets)
     _check_tokens("hidden", leading, hidden, targets, mask, None)
@@ -400,6 +408,7 @@ class FusedLinearDistillationLoss(nn.Module):
         LogitTransform(logit_scale, softcap, temperature)
         workspace_bytes(workspace)
         check_reduction(reduction, (1, 1))
+        check_backend_name(backend)
         self.advantage_mask = advantage_mask
         self.ignore_index = ignore_index
         self.temperature = temperature
@@ -454,18 +463,21 @@ class FusedLinearDistillationLoss(nn.Module):
         return f"{self.objective}, reduction={self.reduction!r}, backend={self.backend!r}"
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor]:
-    """Under autocast, cast as torch.nn.functional.linear would."""
-    first = tensors[0]
-    assert first is not None
-    kind = first.device.type
-    if not torch.is_autocast_enabled(kind):
-        return list(tensors)  # type: ignore[arg-type]
-    dtype = torch.get_autocast_dtype(kind)
-    return [
-        tensor.to(dtype) if isinstance(tensor, Tensor) else tensor  # type: ignore[misc]
-        for tensor in tensors
-    ]
+def _autocast(tensor: Tensor) -> Tensor:
+    """Under autocast, cast as torch.nn.functional.linear would (float64 stays)."""
+    kind = tensor.device.type
+    if (
+        not torch.amp.is_autocast_available(kind)
+        or not torch.is_autocast_enabled(kind)
+        or not tensor.is_floating_point()
+        or tensor.dtype == torch.float64
+    ):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))
+
+
+def _autocast_optional(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _autocast(tensor)
 
 
 def _check_teacher(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from selfdistill_kernels.backends import get_backend
-from selfdistill_kernels.backends.base import Gate, LinearInputs, Needs, token_losses
+from selfdistill_kernels.backends.base import Gate, Gradients, LinearInputs, Needs, token_losses
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.statistics import Column, statistics_dtype
@@ -57,9 +57,34 @@ def _linear_inputs(
 def _float32_products(like: Tensor) -> AbstractContextManager[Any]:
     """Autocast has done its work before the operator; inside, nothing may be rounded again."""
     kind = like.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
+
+
+def _returned(gradients: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dH, dW, db as an operator returns them: an empty tensor of its own where not needed."""
+    hidden, weight, bias = (like.new_empty(0) if g is None else g for g in gradients)
+    return hidden, weight, bias
+
+
+def _fake_gradients(
+    student_hidden: Tensor,
+    _teacher_hidden: Tensor | None,
+    weight: Tensor | None,
+    _teacher_weight: Tensor | None,
+    bias: Tensor | None,
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_returned` gives, without values; both operators end in (needs, workspace, backend)."""
+    *_, need_hidden, need_weight, need_bias, _workspace, _backend = others
+
+    def like(tensor: Tensor | None, needed: bool) -> Tensor:
+        if tensor is None or not needed:
+            return student_hidden.new_empty(0)
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+    return like(student_hidden, need_hidden), like(weight, need_weight), like(bias, need_bias)
 
 
 def _check_targets(targets: Tensor, exists: Tensor | None, vocabulary: int) -> None:
@@ -124,60 +149,19 @@ def linear_loss(
         )
     loss = token_losses(objective, statistics, loss_weight, active, old_logprobs)
     loss = loss.sum(dtype=torch.float64)
-    none = student_hidden.new_empty(0)
-    return (
-        loss.to(statistics.dtype),
-        statistics,
-        active,
-        none if gradients.hidden is None else gradients.hidden,
-        none.clone() if gradients.weight is None else gradients.weight,
-        none.clone() if gradients.bias is None else gradients.bias,
-    )
+    return (loss.to(statistics.dtype), statistics, active, *_returned(gradients, student_hidden))
 
 
 @linear_loss.register_fake
 def _(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor | None,
-    weight: Tensor | None,
-    teacher_weight: Tensor | None,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    targets: Tensor | None,
-    exists: Tensor | None,
-    loss_weight: Tensor,
-    old_logprobs: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    divergence: str,
-    beta: float,
-    policy_gradient: float,
-    cross_entropy: float,
-    entropy: float,
-    divergence_clip: float | None,
-    importance_clip: float | None,
-    gate_sign: int | None,
-    gate_threshold: float,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    workspace: int,
-    backend: str,
+    student_hidden: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tokens = student_hidden.shape[0]
-    dtype = statistics_dtype(student_hidden.dtype)
+    tokens, dtype = student_hidden.shape[0], statistics_dtype(student_hidden.dtype)
     return (
         student_hidden.new_empty((), dtype=dtype),
         student_hidden.new_empty((tokens, len(Column)), dtype=dtype),
         student_hidden.new_empty(tokens, dtype=torch.bool),
-        torch.empty_like(student_hidden, memory_format=torch.contiguous_format)
-        if need_hidden
-        else student_hidden.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format)
-        if need_weight and weight is not None
-        else student_hidden.new_empty(0),
-        torch.empty_like(bias) if need_bias and bias is not None else student_hidden.new_empty(0),
+        *_fake_gradients(student_hidden, *others),
     )
 
 
@@ -258,23 +242,7 @@ def _divergence_only(divergence: str, beta: float) -> Objective:
 
 
 @linear_statistics.register_fake
-def _(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor | None,
-    weight: Tensor | None,
-    teacher_weight: Tensor | None,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    targets: Tensor | None,
-    exists: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    divergence: str,
-    beta: float,
-    workspace: int,
-    backend: str,
-) -> Tensor:
+def _(student_hidden: Tensor, *_others: Any) -> Tensor:
     dtype = statistics_dtype(student_hidden.dtype)
     return student_hidden.new_empty((student_hidden.shape[0], len(Column)), dtype=dtype)
 
@@ -316,43 +284,12 @@ def linear_statistics_backward(
             Needs(need_hidden, need_weight, need_bias),
             workspace,
         )
-    none = student_hidden.new_empty(0)
-    return (
-        none if gradients.hidden is None else gradients.hidden,
-        none.clone() if gradients.weight is None else gradients.weight,
-        none.clone() if gradients.bias is None else gradients.bias,
-    )
+    return _returned(gradients, student_hidden)
 
 
 @linear_statistics_backward.register_fake
-def _(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor | None,
-    weight: Tensor | None,
-    teacher_weight: Tensor | None,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    targets: Tensor | None,
-    exists: Tensor | None,
-    statistics: Tensor,
-    term_weights: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    divergence: str,
-    beta: float,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    workspace: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    none = student_hidden.new_empty
-    return (
-        torch.empty_like(student_hidden) if need_hidden else none(0),
-        torch.empty_like(weight) if need_weight and weight is not None else none(0),
-        torch.empty_like(bias) if need_bias and bias is not None else none(0),
-    )
+def _(student_hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_gradients(student_hidden, *others)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

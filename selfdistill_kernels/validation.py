@@ -115,6 +115,24 @@ def check_reduction(reduction: str, leading: tuple[int, ...]) -> None:
         )
 
 
+def check_normalizer(normalizer: float | Tensor | None) -> None:
+    """Raise unless `normalizer` is None, a number > 0 or a tensor with one element.
+
+    A tensor's value is not read: it may live on another device or in a traced graph.
+    """
+    if normalizer is None:
+        return
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(
+                f"normalizer: expected one number, got a tensor of shape {tuple(normalizer.shape)}"
+            )
+    elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+        raise TypeError(f"normalizer: expected a number or a tensor, got {normalizer!r}")
+    elif not normalizer > 0:
+        raise ValueError(f"normalizer: expected a number > 0, got {normalizer}")
+
+
 def workspace_bytes(workspace: str | int) -> int:
     """Resolve the workspace option to bytes, 0 for "auto"."""
     if workspace == "auto":

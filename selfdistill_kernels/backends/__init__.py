@@ -22,8 +22,7 @@ def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> st
         ValueError: unknown name, or a named backend that does not fit the device or dtype.
         RuntimeError: "native" was asked for and its extension is not built.
     """
-    if name not in BACKENDS:
-        raise ValueError(f"backend: unknown name {name!r}; expected one of {', '.join(BACKENDS)}")
+    check_backend_name(name)
     fits_native = device.type == "cpu" and dtype in NATIVE_DTYPES
     if name == "native":
         if not fits_native:
@@ -42,6 +41,12 @@ def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> st
         if not torch.compiler.is_compiling():
             _warn_once(problem)
     return "reference"
+
+
+def check_backend_name(name: str) -> None:
+    """Raise ValueError for a name that is no backend."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend: unknown name {name!r}; expected one of {', '.join(BACKENDS)}")
 
 
 def get_backend(name: str) -> Backend:

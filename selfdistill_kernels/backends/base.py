@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from selfdistill_kernels.advantage import token_gate
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.statistics import Column, advantage_of
@@ -121,6 +122,18 @@ class Backend(Protocol):
         """Statistics [N, 10], active tokens [N] bool and the gradient of
         sum_i active_i loss_weight_i loss_i, where everything is known before the visit."""
         ...
+
+
+def active_tokens(
+    statistics: Tensor, loss_weight: Tensor, exists: Tensor | None, gate: Gate | None
+) -> Tensor:
+    """[N] bool, the tokens that carry a gradient: they exist, have a weight and pass the gate."""
+    active = loss_weight != 0
+    if exists is not None:
+        active &= exists
+    if gate is not None:
+        active &= token_gate(advantage_of(statistics), gate.sign, gate.threshold)
+    return active
 
 
 def importance_of(objective: Objective, logprob: Tensor, old_logprobs: Tensor | None) -> Tensor:

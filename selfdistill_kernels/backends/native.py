@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from selfdistill_kernels.advantage import token_gate
 from selfdistill_kernels.backends import recompute, store
 from selfdistill_kernels.backends.base import (
     Gate,
     Gradients,
     LinearInputs,
     Needs,
+    active_tokens,
     term_weights_of,
 )
-from selfdistill_kernels.backends.rows import NO_GATE, RowKernels
+from selfdistill_kernels.backends.rows import RowKernels
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.plan import TilePlan
-from selfdistill_kernels.statistics import Column, advantage_of
+from selfdistill_kernels.statistics import Column
 
 NO_NEEDS = Needs(False, False, False)
 
@@ -35,7 +35,7 @@ class NativeBackend:
         else:
             store.visit(
                 kernels, tokens, plan,
-                gate=NO_GATE, loss_weight=None, old_logprobs=None, needs=NO_NEEDS,
+                gate=None, loss_weight=None, old_logprobs=None, needs=NO_NEEDS,
                 statistics=statistics,
             )  # fmt: skip
         return statistics
@@ -58,16 +58,12 @@ class NativeBackend:
         if plan.strategy == "store":
             active, gradients = store.visit(
                 kernels, tokens, plan,
-                gate=gate or NO_GATE, loss_weight=loss_weight, old_logprobs=old_logprobs,
+                gate=gate, loss_weight=loss_weight, old_logprobs=old_logprobs,
                 needs=needs, statistics=statistics,
             )  # fmt: skip
             return statistics, active, gradients
         statistics[tokens] = recompute.sweep_statistics(kernels, tokens, plan)
-        active = loss_weight != 0
-        if inputs.exists is not None:
-            active &= inputs.exists
-        if gate is not None:
-            active &= token_gate(advantage_of(statistics), gate.sign, gate.threshold)
+        active = active_tokens(statistics, loss_weight, inputs.exists, gate)
         weights = term_weights_of(objective, statistics, loss_weight * active, old_logprobs)
         gradients = self.gradient(inputs, objective, statistics, weights, needs, workspace)
         return statistics, active, gradients

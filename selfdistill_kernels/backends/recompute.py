@@ -52,11 +52,9 @@ def sweep_gradients(
         )
     if needs.weight:
         assert inputs.weight is not None
-        weight = (
-            torch.zeros_like(inputs.weight)
-            if tokens.numel() == 0
-            else (torch.empty_like(inputs.weight))
-        )
+        # Every slab is written, unless there is no token at all.
+        new = torch.empty_like if tokens.numel() else torch.zeros_like
+        weight = new(inputs.weight)
     if needs.bias:
         bias = torch.zeros(inputs.vocabulary, dtype=torch.float32)
 
@@ -74,7 +72,7 @@ def sweep_gradients(
         if weight is not None:
             if part.start == 0:
                 target = weight[start:stop]
-                slab = target if dtype == torch.float32 else target.to(torch.float32)
+                slab = target if dtype == torch.float32 else torch.empty(target.shape)
             assert slab is not None
             kernels.head.weight_gradient(
                 gradient, inputs.student_hidden[rows], out=slab, add=part.start > 0

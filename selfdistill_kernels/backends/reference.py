@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from selfdistill_kernels.advantage import token_gate
 from selfdistill_kernels.backends.base import (
     Gate,
     Gradients,
     LinearInputs,
     Needs,
+    active_tokens,
     term_weights_of,
 )
 from selfdistill_kernels.objective import Objective
-from selfdistill_kernels.statistics import Column, advantage_of, statistics_dtype
+from selfdistill_kernels.statistics import Column, statistics_dtype
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,7 @@ class ReferenceBackend:
         workspace: int,
     ) -> tuple[Tensor, Tensor, Gradients]:
         statistics = self.statistics(inputs, objective, workspace)
-        active = loss_weight != 0
-        if inputs.exists is not None:
-            active &= inputs.exists
-        if gate is not None:
-            active &= token_gate(advantage_of(statistics), gate.sign, gate.threshold)
+        active = active_tokens(statistics, loss_weight, inputs.exists, gate)
         weights = term_weights_of(objective, statistics, loss_weight * active, old_logprobs)
         return (
             statistics,

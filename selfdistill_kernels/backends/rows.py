@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from selfdistill_kernels.advantage import token_gate
-from selfdistill_kernels.backends.base import Gate, LinearInputs, term_weights_of
+from selfdistill_kernels.backends.base import Gate, LinearInputs, active_tokens, term_weights_of
 from selfdistill_kernels.backends.gemm import Head, head_for
 from selfdistill_kernels.objective import DIVERGENCES, Objective
-from selfdistill_kernels.statistics import Column, advantage_of
+from selfdistill_kernels.statistics import Column
 
 NO_GATE = Gate(sign=-2, threshold=0.0)
 STATE_COLUMNS = 16  # of the float64 streaming state, csrc/divergence.h
@@ -88,7 +87,7 @@ class RowKernels:
         self,
         tile: Tile,
         loss_weight: Tensor | None,
-        gate: Gate,
+        gate: Gate | None,
         old_logprobs: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """One visit of whole rows: statistics [r, 10] and active [r]; with `loss_weight` [r] the
@@ -98,18 +97,18 @@ class RowKernels:
         count = tile.rows.numel()
         statistics = tile.student.new_empty((count, len(Column)))
         active = torch.ones(count, dtype=torch.bool)
-        objective = self.objective
+        objective, kernel_gate = self.objective, gate or NO_GATE
         torch.ops.selfdistill.row_visit_(
             tile.student, tile.teacher, *self._biases(tile), self._targets(tile), loss_weight,
             *self.transform, self.divergence, objective.beta, objective.policy_gradient,
-            objective.cross_entropy, objective.entropy, gate.sign, gate.threshold,
+            objective.cross_entropy, objective.entropy, kernel_gate.sign, kernel_gate.threshold,
             self.head.narrow_gradient,
             statistics, active,
         )  # fmt: skip
         return statistics, active
 
     def _visit_twice(
-        self, tile: Tile, loss_weight: Tensor, gate: Gate, old_logprobs: Tensor | None
+        self, tile: Tile, loss_weight: Tensor, gate: Gate | None, old_logprobs: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """`visit` for weights that depend on the row's own statistics: the tile is read again
         (a few percent of its GEMMs)."""
@@ -118,9 +117,7 @@ class RowKernels:
         if self.needs_mixture:
             self.accumulate_mixture(tile, state)
         statistics = self.finish(state)
-        active = loss_weight != 0
-        if gate != NO_GATE:
-            active &= token_gate(advantage_of(statistics), gate.sign, gate.threshold)
+        active = active_tokens(statistics, loss_weight, None, gate)
         weights = term_weights_of(self.objective, statistics, loss_weight * active, old_logprobs)
         self.gradient(tile, statistics, weights)
         return statistics, active

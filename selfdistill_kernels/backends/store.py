@@ -28,7 +28,7 @@ def visit(
     tokens: Tensor,
     plan: TilePlan,
     *,
-    gate: Gate,
+    gate: Gate | None,
     loss_weight: Tensor | None,
     old_logprobs: Tensor | None,
     needs: Needs,
@@ -40,7 +40,7 @@ def visit(
         kernels: the problem.
         tokens: [n] int64, the tokens that exist.
         plan: of strategy "store".
-        gate: token-local advantage mask.
+        gate: token-local advantage mask, or None.
         loss_weight: [N] float32, or None for statistics only.
         old_logprobs: [N] or None, for importance weights.
         needs: the gradients that are wanted.

@@ -24,6 +24,7 @@ from selfdistill_kernels import (
     fused_linear_distillation,
     fused_linear_logprobs,
 )
+from selfdistill_kernels.backends import gemm, rows
 
 OBJECTIVES = [
     *[Objective(name, beta=0.3) for name in DIVERGENCES],
@@ -103,7 +104,12 @@ def test_two_heads_of_different_hidden_size(objective, backend):
 
 @pytest.mark.parametrize("objective", OBJECTIVES[:5], ids=str)
 @pytest.mark.parametrize("workspace", ["auto", 4 * 2 * 507, 4 * 507 * 7])
-def test_bfloat16_inputs(objective, workspace, backend):
+@pytest.mark.parametrize("widening", [False, True])
+def test_bfloat16_inputs(objective, workspace, widening, backend, monkeypatch):
+    """`widening`: the way of processors without 16-bit matrix products, whatever runs this."""
+    if widening:
+        monkeypatch.setattr(gemm, "WIDENED_COLUMNS", 100)
+        monkeypatch.setattr(rows, "head_for", gemm.WideningHead)
     case = make_case(11, 64, 507, seed=5)
     check_against_float64(case, objective, backend, torch.bfloat16, workspace=workspace)
 
@@ -318,6 +324,19 @@ class TestAdvantageMask:
         torch.testing.assert_close(out.divergence.double(), divergence64, rtol=1e-4, atol=1e-5)
         for ours, exact in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
             torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-6)
+
+
+def test_dropped_tokens_lose_the_gradient_of_their_divergence_too(backend):
+    case = make_case(23, 9, 57, seed=11).cast(torch.float32)
+    leaves = case.leaves()
+    out = case.call(
+        fused_linear_distillation,
+        advantage_mask=AdvantageMask(0.8), reduction="none", backend=backend,
+    )  # fmt: skip
+    assert 0 < out.active.sum() < 23
+    hidden, _ = torch.autograd.grad(out.divergence.sum(), leaves)
+    assert hidden[out.active].any(dim=1).all()
+    assert not hidden[~out.active].any()
 
 
 class TestClips:

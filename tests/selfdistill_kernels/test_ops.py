@@ -132,3 +132,31 @@ def test_autocast_casts_like_a_linear_layer(backend):
     assert torch.equal(out.divergence, expected.divergence)
     out.loss.backward()
     assert case.weight.grad.dtype == torch.float32
+
+
+def test_autocast_takes_hidden_states_that_are_rounded_already(backend):
+    """A model under autocast hands over bfloat16 states beside its float32 lm_head."""
+    case = make_case(5, 8, 31, bias=True).cast(torch.float32)
+    case.leaves()
+    rounded = case.cast(torch.bfloat16)
+    expected = rounded.call(fused_linear_distillation, backend=backend)
+    expected_logprobs = fused_linear_logprobs(
+        rounded.student_hidden, rounded.weight, rounded.targets, bias=rounded.bias, backend=backend
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        case.student_hidden = rounded.student_hidden
+        out = case.call(fused_linear_distillation, backend=backend)
+        logprobs = fused_linear_logprobs(
+            case.student_hidden, case.weight, case.targets, bias=case.bias, backend=backend
+        )
+    assert torch.equal(out.divergence, expected.divergence)
+    assert torch.equal(logprobs.logprobs, expected_logprobs.logprobs)
+    out.loss.backward()
+    assert case.weight.grad.dtype == torch.float32
+
+
+def test_autocast_leaves_float64_alone():
+    case = make_case(5, 8, 31)
+    expected = case.call(fused_linear_distillation)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(case.call(fused_linear_distillation).divergence, expected.divergence)

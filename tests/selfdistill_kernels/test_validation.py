@@ -103,6 +103,9 @@ BAD = {
     "softcap": ({"softcap": -1.0}, ValueError, "softcap must be > 0"),
     "reduction": ({"reduction": "avg"}, ValueError, "reduction: .*'avg'.*sequence_mean"),
     "sequence_mean of a flat batch": ({"reduction": "sequence_mean"}, ValueError, "sequence_mean"),
+    "normalizer of nothing": ({"normalizer": 0}, ValueError, "normalizer: .*> 0, got 0"),
+    "normalizer of many": ({"normalizer": torch.ones(2)}, ValueError, "normalizer: .*one number"),
+    "normalizer of another type": ({"normalizer": "n"}, TypeError, "normalizer: .*'n'"),
     "unknown backend": ({"backend": "cuda"}, ValueError, "backend: .*'cuda'.*native"),
     "workspace name": ({"workspace": "big"}, TypeError, "workspace: .*'big'"),
     "workspace of nothing": ({"workspace": 0}, ValueError, "workspace: .*0"),
@@ -183,6 +186,8 @@ def test_module_refuses_when_it_is_made():
         FusedLinearDistillationLoss(temperature=-1.0)
     with pytest.raises(ValueError, match="reduction"):
         FusedLinearDistillationLoss(reduction="avg")
+    with pytest.raises(ValueError, match="backend: unknown name 'cuda'"):
+        FusedLinearDistillationLoss(backend="cuda")
 
 
 def test_logprobs_refuse():
