@@ -5,11 +5,11 @@ For figures to publish use benchmarks.compare: it interleaves, this runs one aft
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.checks import check
 from benchmarks.peers import contenders
@@ -26,7 +26,7 @@ def problem_of(shape: Shape, dtype: str, device: str) -> Problem:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("key", CONTENDERS)
 def test_loss(
-    benchmark: Callable[..., object], request: pytest.FixtureRequest, key: str, dtype: str
+    benchmark: BenchmarkFixture, request: pytest.FixtureRequest, key: str, dtype: str
 ) -> None:
     """Forward and backward, after a check of loss and gradients."""
     shape, device = request.config.getoption("--shape"), request.config.getoption("--device")
@@ -41,5 +41,5 @@ def test_loss(
         if device == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.group = f"N/H/V {shape}, {dtype}"  # type: ignore[attr-defined]
-    benchmark.pedantic(finished_step, rounds=5, warmup_rounds=1)  # type: ignore[attr-defined]
+    benchmark.group = f"N/H/V {shape}, {dtype}"
+    benchmark.pedantic(finished_step, rounds=5, warmup_rounds=1)

@@ -267,7 +267,7 @@ def liger(problem: Problem, *, rows: int) -> Step:
 
     It has no frozen head: dW is always computed.
     """
-    from liger_kernel.chunked_loss import (  # type: ignore[import-untyped]
+    from liger_kernel.chunked_loss import (
         LigerFusedLinearJSDLoss,
     )
 

@@ -12,7 +12,6 @@ from selfdistill.evaluate import Attempts
 from selfdistill.methods import Method
 from selfdistill.methods.loss import Head
 from selfdistill.rollout import Rollout
-from selfdistill.rollout.transformers_engine import decode
 from selfdistill.scoring import score
 from selfdistill.solver import Solver
 from selfdistill.tasks import Problem, Verdict
@@ -169,7 +168,8 @@ def token_span(
         return None
     # The text grows token by token, so the length of each beginning is where the next one starts.
     ends = [
-        len(decode(tokenizer, rollout.token_ids[: i + 1])) for i in range(len(rollout.token_ids))
+        len(tokenizer.decode(rollout.token_ids[: i + 1], skip_special_tokens=True))
+        for i in range(len(rollout.token_ids))
     ]
     begins = [0, *ends[:-1]]
     inside = [

@@ -133,7 +133,7 @@ class TransformersEngine:
         return Rollout(
             token_ids=token_ids,
             logprobs=logprobs,
-            text=decode(self.tokenizer, token_ids),
+            text=str(self.tokenizer.decode(token_ids, skip_special_tokens=True)),
             finished=token_ids[-1] in self.eos_token_ids,
         )
 
@@ -156,17 +156,6 @@ class TransformersEngine:
                     f"{params.max_new_tokens} it exceeds the model's {limit} positions. "
                     "Shorten the prompt or lower max_new_tokens."
                 )
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """Return a completion's text without special tokens; "" when there is nothing else.
-
-    Some decoders fail on no tokens at all, which is what skip_special_tokens leaves of a lone
-    end-of-sequence token.
-    """
-    special = set(tokenizer.all_special_ids)
-    visible = [token for token in token_ids if token not in special]
-    return str(tokenizer.decode(visible)) if visible else ""
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -83,6 +83,6 @@ def test_bad_arguments_are_named(words: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="no chat template"):
         ContextRenderer(words)
     with pytest.raises(ValueError, match="kind is 'hint'"):
-        TeacherContext("hint", "3")  # type: ignore[arg-type]
+        TeacherContext("hint", "3")
     with pytest.raises(ValueError, match="text of a critique is empty"):
         TeacherContext("critique", " \n")

@@ -26,7 +26,7 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         return run / "report.html"
 
     module = types.ModuleType("selfdistill.report")
-    module.write_report = write_report  # type: ignore[attr-defined]
+    module.write_report = write_report
     monkeypatch.setitem(sys.modules, "selfdistill.report", module)
     monkeypatch.setattr(selfdistill.demo, "HELD_OUT_PROBLEMS", 6)
     monkeypatch.setattr(selfdistill.demo, "HELD_OUT_SAMPLES", 3)

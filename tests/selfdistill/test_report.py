@@ -101,7 +101,7 @@ def make_record(**changes: object) -> TokenAnalysis:
         student_logprob=[math.log(0.64)] * len(tokens),
         teacher_logprob=[math.log(0.64) + a for a in advantage],
     )
-    return replace(record, **changes)  # type: ignore[arg-type]
+    return replace(record, **changes)
 
 
 def write_stage(run: Path, name: str, correct: list[int], records: list[TokenAnalysis]) -> None:

@@ -268,7 +268,7 @@ def test_accumulated_gradients_equal_the_whole_batch(
     for groups_per_pass in (1, 2, 3):
         student = make_model()
         teacher, teacher_model = build_teacher(config, student)
-        method = selfdistill.train.build_method(config, None)  # type: ignore[arg-type]
+        method = selfdistill.train.build_method(config, None)
         assert isinstance(method, StepAlign)
         totals = accumulate_gradients(
             student,

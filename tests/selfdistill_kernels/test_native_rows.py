@@ -74,7 +74,7 @@ def make_rows(
         torch.rand(rows, generator=g) + 0.5,
         torch.randn(columns, generator=g) if bias else None,
         torch.randn(columns, generator=g) if bias else None,
-        **options,  # type: ignore[arg-type]
+        **options,
     )
 
 

@@ -62,7 +62,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
             decoders.Replace(Regex("$"), " "),
             decoders.Fuse(),
             decoders.Replace(Regex(r"(?<=\d) (?=\d)"), ""),
-            decoders.Strip(" ", 0, 1),
+            # Not decoders.Strip: it panics on an empty text, such as a lone <eos> that is skipped.
+            decoders.Replace(Regex(" $"), ""),
         ]
     )
     tokenizer = PreTrainedTokenizerFast(

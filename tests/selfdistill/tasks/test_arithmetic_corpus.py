@@ -30,7 +30,7 @@ TASK = ArithmeticTask()
 
 
 def draw(count: int, **config: float) -> list[Document]:
-    corpus = Corpus(NOISE, random.Random(0), CorpusConfig(**config))  # type: ignore[arg-type]
+    corpus = Corpus(NOISE, random.Random(0), CorpusConfig(**config))
     return [corpus.document() for _ in range(count)]
 
 

@@ -90,3 +90,14 @@ def test_saved_tokenizer_loads_alike(tmp_path: Path) -> None:
     assert loaded.chat_template == TOKENIZER.chat_template
     assert (loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id) == (0, 1, 2)
     assert set(loaded.all_special_tokens) == set(TOKENIZER.all_special_tokens)
+
+
+def test_nothing_but_special_tokens_decodes_to_nothing() -> None:
+    assert TOKENIZER.decode([TOKENIZER.eos_token_id], skip_special_tokens=True) == ""
+
+
+def test_the_shipped_tokenizer_is_the_built_one() -> None:
+    solver = Path(__file__).parents[3] / "examples" / "arithmetic" / "solver"
+    shipped = AutoTokenizer.from_pretrained(solver)
+    assert shipped.backend_tokenizer.to_str() == TOKENIZER.backend_tokenizer.to_str()
+    assert shipped.chat_template == TOKENIZER.chat_template
