@@ -68,7 +68,7 @@ def native_extension() -> tuple[list[Extension], dict[str, type[Command]]]:
                 skip(f"the C++ build failed: {error}")
                 self.extensions.clear()
 
-    sources = ["csrc/bindings.cpp", "csrc/cpu/ops.cpp", "csrc/cpu/gemm.cpp"]
+    sources = ["csrc/bindings.cpp", "csrc/cpu/ops.cpp", "csrc/cpu/gemm.cpp", "csrc/cpu/memory.cpp"]
     sources += [f"csrc/cpu/{stem}.cpp" for stem in FILE_FLAGS]
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     extension = CppExtension(

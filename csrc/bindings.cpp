@@ -37,14 +37,16 @@ TORCH_LIBRARY(selfdistill, m) {
       "float beta, int column_offset, bool gradient_in_bfloat16) -> ()");
   // Moves the active rows of a tile of any dtype to its front; returns their original places, int64 [active rows].
   m.def("gather_active_rows_(Tensor(a!) tile, Tensor active) -> Tensor");
-  // bfloat16 x bfloat16 -> float32, where the processor has AMX. Operands with contiguous rows, any row stride; out float32.
+  // Asks for large pages before a fresh tensor is touched. Values stay undefined.
+  m.def("advise_huge_pages_(Tensor tensor) -> ()");
+  // bfloat16 x bfloat16 -> float32, where the processor has AMX. Operands with contiguous rows, any row stride.
   m.def("gemm_bf16_available() -> bool");
   // out [R, V] = hidden [R, H] weight [V, H]^T
   m.def("gemm_bf16_logits_(Tensor hidden, Tensor weight, Tensor(a!) out) -> ()");
   // out [R, H] (+)= gradient [R, V] weight [V, H]
   m.def("gemm_bf16_hidden_gradient_(Tensor gradient, Tensor weight, bool accumulate, Tensor(a!) out) -> ()");
-  // out [V, H] (+)= gradient [R, V]^T hidden [R, H]
-  m.def("gemm_bf16_weight_gradient_(Tensor gradient, Tensor hidden, bool accumulate, Tensor(a!) out) -> ()");
+  // out [V, H] float32 or bfloat16 = gradient [R, V]^T hidden [R, H] (+ add [V, H] float32, which may be out itself)
+  m.def("gemm_bf16_weight_gradient_(Tensor gradient, Tensor hidden, Tensor? add, Tensor(a!) out) -> ()");
   // "avx512", "avx2" or "default": chosen from the processor, lowered by SELFDISTILL_CPU_CAPABILITY or by the setter.
   m.def("cpu_capability() -> str");
   m.def("set_cpu_capability(str capability) -> ()");

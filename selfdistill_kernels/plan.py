@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 MEBIBYTE = 1 << 20
+# Constants of CPU GEMMs, measured; the figures are in docs/decisions.md.
 # A tile of this many tokens is where the head is read seldom enough for the GEMMs to run at full
-# speed; the cap keeps large vocabularies from taking it all (docs/decisions.md).
-AUTO_TOKENS = 256
+# speed; the cap keeps large vocabularies from taking it all.
+AUTO_TOKENS = 512
 AUTO_CAP = 256 * MEBIBYTE
 # Below this many tokens a tile, reading and writing all of dW for each tile costs more than a
 # second sweep over slabs of the vocabulary.
 FEW_TOKENS = 32
+# The float32 GEMM of dW is slower a row with 48 to about 95 rows than with 47.
+SLOW_ROWS = range(48, 96)
 # Slabs: wide enough for the GEMMs, and a multiple of every vector width.
 SLAB_TOKENS = 512
 SLAB_COLUMNS = 8192
@@ -31,7 +34,8 @@ class TilePlan:
         rows: tokens in a tile.
         columns: vocabulary entries in a tile.
         heads: 2 with a teacher, 1 without.
-        accumulator_bytes: float32 dW kept beside the tile (`store` with 16-bit inputs).
+        accumulator_bytes: float32 dW kept beside the tile (`store` with 16-bit inputs and several
+            tiles).
     """
 
     strategy: Literal["store", "recompute"]
@@ -64,10 +68,15 @@ class TilePlan:
             ValueError: the workspace cannot hold the smallest tile.
         """
         tokens = max(tokens, 1)
-        accumulator = 4 * vocabulary * hidden if need_weight and itemsize < 4 else 0
         row_bytes = 4 * heads * vocabulary
-        budget = workspace or max(min(AUTO_TOKENS * row_bytes + accumulator, AUTO_CAP), row_bytes)
-        rows = min((budget - accumulator) // row_bytes, tokens)
+        budget = workspace or max(min(AUTO_TOKENS * row_bytes, AUTO_CAP), row_bytes)
+        rows, accumulator = min(budget // row_bytes, tokens), 0
+        if need_weight and itemsize < 4 and rows < tokens:
+            accumulator = 4 * vocabulary * hidden
+            budget = workspace or min(budget + accumulator, AUTO_CAP)
+            rows = (budget - accumulator) // row_bytes
+        elif need_weight and rows in SLOW_ROWS and rows < tokens:
+            rows = SLOW_ROWS.start - 1
         if rows >= min(FEW_TOKENS, tokens) or (rows >= 1 and not need_weight):
             return cls("store", rows, vocabulary, heads, accumulator)
         return cls.slabs(

@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "pack.h"
 
@@ -151,23 +152,31 @@ void gemm_bf16_hidden_gradient_(const Tensor& gradient, const Tensor& weight, bo
 #endif
 }
 
-// out [V, H] (+)= gradient [R, V]^T hidden [R, H]. Threads share the vocabulary.
-void gemm_bf16_weight_gradient_(const Tensor& gradient, const Tensor& hidden, bool accumulate, Tensor& out) {
+// out [V, H] float32 or bfloat16 = gradient [R, V]^T hidden [R, H] (+ add [V, H] float32, which may be out itself). Threads
+// share the vocabulary. A bfloat16 result is rounded once, from sums that never leave the cache.
+void gemm_bf16_weight_gradient_(const Tensor& gradient, const Tensor& hidden, const std::optional<Tensor>& add, Tensor& out) {
   const int64_t depth = gradient.size(0), rows = gradient.size(1), columns = hidden.size(1);
   check_operand("gradient", gradient, at::kBFloat16, depth, rows);
   check_operand("hidden", hidden, at::kBFloat16, depth, columns);
-  check_operand("out", out, at::kFloat, rows, columns);
+  const bool narrow = out.scalar_type() == at::kBFloat16;
+  check_operand("out", out, narrow ? at::kBFloat16 : at::kFloat, rows, columns);
+  if (add) check_operand("add", *add, at::kFloat, rows, columns);
   check_available();
 #if defined(__x86_64__)
   if (depth == 0) {
-    if (!accumulate) out.zero_();
+    if (add) {
+      out.copy_(*add);
+    } else {
+      out.zero_();
+    }
     return;
   }
   constexpr int64_t kRows = 64;  // of the vocabulary, transposed together
   const BFloat16* g = gradient.const_data_ptr<BFloat16>();
   const BFloat16* h = hidden.const_data_ptr<BFloat16>();
-  const int64_t g_stride = gradient.stride(0), h_stride = hidden.stride(0), c_stride = out.stride(0);
-  float* c = out.data_ptr<float>();
+  const float* before = add ? add->const_data_ptr<float>() : nullptr;
+  const int64_t g_stride = gradient.stride(0), h_stride = hidden.stride(0), add_stride = add ? add->stride(0) : 0;
+  const int64_t out_stride = out.stride(0);
   const int64_t padded = round_up(depth, kDepthStep), panels = (columns + kPanel - 1) / kPanel;
   const Tensor packed = buffer(panels * kPanel * padded);
   BFloat16* b = packed.data_ptr<BFloat16>();
@@ -180,12 +189,22 @@ void gemm_bf16_weight_gradient_(const Tensor& gradient, const Tensor& hidden, bo
   at::parallel_for(0, (rows + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
     const Tensor memory = buffer(kRows * padded);
     BFloat16* a = memory.data_ptr<BFloat16>();
+    const Tensor sums = narrow ? at::empty({kRows, columns}, at::TensorOptions().dtype(at::kFloat)) : out;
     for (int64_t v = begin * kRows; v < std::min(end * kRows, rows); v += kRows) {
       const int64_t height = std::min(kRows, rows - v);
       transpose(words(g + v), g_stride, depth, height, padded, words(a));
+      float* c = sums.data_ptr<float>() + (narrow ? 0 : v * out_stride);
+      const int64_t c_stride = narrow ? columns : out_stride;
+      for (int64_t r = 0; before && r < height; ++r) {
+        const float* from = before + (v + r) * add_stride;
+        if (from != c + r * c_stride) std::copy(from, from + columns, c + r * c_stride);
+      }
       for (int64_t p = 0; p < panels; ++p) {
         multiply(height, std::min(kPanel, columns - p * kPanel), padded, a, padded, b + p * kPanel * padded, kPanel,
-                 c + v * c_stride + p * kPanel, c_stride, accumulate);
+                 c + p * kPanel, c_stride, before != nullptr);
+      }
+      for (int64_t r = 0; narrow && r < height; ++r) {
+        round_to_bfloat16(c + r * columns, columns, words(out.data_ptr<BFloat16>() + (v + r) * out_stride));
       }
     }
     at::native::cpublas::brgemm_release();

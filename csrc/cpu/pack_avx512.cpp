@@ -2,6 +2,8 @@
 
 #include <immintrin.h>
 
+#include "vector.h"
+
 namespace selfdistill {
 namespace {
 
@@ -105,6 +107,12 @@ void transpose(const uint16_t* from, int64_t stride, int64_t rows, int64_t colum
       }
     }
   }
+}
+
+void round_to_bfloat16(const float* from, int64_t count, uint16_t* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  for (; i < count; ++i) store(to + i, from[i]);
 }
 
 }  // namespace selfdistill

@@ -29,8 +29,13 @@ class Head(Protocol):
         """Part of dH, [r, H] float32 = gradient [r, c] weight[start:stop]."""
         ...
 
-    def weight_gradient(self, gradient: Tensor, hidden: Tensor, *, out: Tensor, add: bool) -> None:
-        """out [c, H] float32 (+)= gradient [r, c]^T hidden [r, H]."""
+    def weight_gradient(
+        self, gradient: Tensor, hidden: Tensor, *, out: Tensor, add: Tensor | None
+    ) -> None:
+        """out [c, H] = gradient [r, c]^T hidden [r, H] (+ add [c, H] float32).
+
+        `out` has the dtype of the head, or is float32; `add` may be `out` itself.
+        """
         ...
 
 
@@ -52,11 +57,13 @@ class Float32Head:
     def hidden_gradient(self, gradient: Tensor, start: int, stop: int) -> Tensor:
         return gradient @ self.weight[start:stop]
 
-    def weight_gradient(self, gradient: Tensor, hidden: Tensor, *, out: Tensor, add: bool) -> None:
-        if add:
-            out.addmm_(gradient.T, hidden)
-        else:
+    def weight_gradient(
+        self, gradient: Tensor, hidden: Tensor, *, out: Tensor, add: Tensor | None
+    ) -> None:
+        if add is None:
             torch.mm(gradient.T, hidden, out=out)
+        else:
+            torch.addmm(add, gradient.T, hidden, out=out)
 
 
 class BrgemmHead:
@@ -85,7 +92,9 @@ class BrgemmHead:
         )
         return out
 
-    def weight_gradient(self, gradient: Tensor, hidden: Tensor, *, out: Tensor, add: bool) -> None:
+    def weight_gradient(
+        self, gradient: Tensor, hidden: Tensor, *, out: Tensor, add: Tensor | None
+    ) -> None:
         torch.ops.selfdistill.gemm_bf16_weight_gradient_(gradient, hidden, add, out)
 
 
@@ -116,12 +125,14 @@ class WideningHead:
             total.addmm_(gradient[:, low - start : high - start], part)
         return total
 
-    def weight_gradient(self, gradient: Tensor, hidden: Tensor, *, out: Tensor, add: bool) -> None:
+    def weight_gradient(
+        self, gradient: Tensor, hidden: Tensor, *, out: Tensor, add: Tensor | None
+    ) -> None:
         wide = hidden.to(torch.float32)
-        if add:
-            out.addmm_(gradient.T, wide)
-        else:
-            torch.mm(gradient.T, wide, out=out)
+        for low in range(0, gradient.shape[1], WIDENED_COLUMNS):
+            part = slice(low, low + WIDENED_COLUMNS)
+            made = gradient[:, part].T @ wide
+            out[part] = made if add is None else made.add_(add[part])
 
 
 class NoHead:
@@ -135,7 +146,9 @@ class NoHead:
     def hidden_gradient(self, gradient: Tensor, start: int, stop: int) -> Tensor:
         return gradient
 
-    def weight_gradient(self, gradient: Tensor, hidden: Tensor, *, out: Tensor, add: bool) -> None:
+    def weight_gradient(
+        self, gradient: Tensor, hidden: Tensor, *, out: Tensor, add: Tensor | None
+    ) -> None:
         raise AssertionError("logits have no weight")
 
 

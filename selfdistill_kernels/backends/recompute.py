@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from selfdistill_kernels.backends import memory
 from selfdistill_kernels.backends.base import Gradients, Needs
 from selfdistill_kernels.backends.rows import RowKernels
 from selfdistill_kernels.plan import TilePlan
@@ -44,7 +45,8 @@ def sweep_gradients(
     inputs = kernels.inputs
     dtype = inputs.student_hidden.dtype
     with_teacher = inputs.teacher_hidden is not None and bool((term_weights[:, 0] != 0).any())
-    hidden = weight = bias = slab = None
+    hidden = weight = bias = None
+    slab: Tensor | None = None  # dW [c, H] of the rows so far, float32 until the last
     if needs.hidden:
         # Logits of a caller get each element of their gradient once; dH is a sum over slabs.
         hidden = torch.zeros(
@@ -52,9 +54,9 @@ def sweep_gradients(
         )
     if needs.weight:
         assert inputs.weight is not None
-        # Every slab is written, unless there is no token at all.
-        new = torch.empty_like if tokens.numel() else torch.zeros_like
-        weight = new(inputs.weight)
+        weight = memory.empty(inputs.weight.shape, dtype)
+        if tokens.numel() == 0:  # else every slab is written
+            weight.zero_()
     if needs.bias:
         bias = torch.zeros(inputs.vocabulary, dtype=torch.float32)
 
@@ -70,15 +72,14 @@ def sweep_gradients(
             else:
                 hidden.index_add_(0, rows, made)
         if weight is not None:
-            if part.start == 0:
-                target = weight[start:stop]
-                slab = target if dtype == torch.float32 else torch.empty(target.shape)
-            assert slab is not None
+            out = weight[start:stop]
+            if part.stop < tokens.numel() and dtype != torch.float32:
+                out = torch.empty(out.shape) if part.start == 0 else slab
+            student = inputs.student_hidden[rows]
             kernels.head.weight_gradient(
-                gradient, inputs.student_hidden[rows], out=slab, add=part.start > 0
+                gradient, student, out=out, add=None if part.start == 0 else slab
             )
-            if part.stop >= tokens.numel() and dtype != torch.float32:
-                weight[start:stop] = slab
+            slab = out
         if bias is not None:
             bias[start:stop] += gradient.sum(dim=0, dtype=torch.float32)
     return Gradients(
@@ -93,8 +94,8 @@ def _tiles(
 ) -> Iterator[tuple[int, int, slice, Tensor]]:
     """Yield vocabulary start and stop, the slice of `tokens` and the workspace of each tile."""
     count = tokens.numel()
-    buffer = torch.empty(plan.heads * plan.rows * plan.columns, dtype=torch.float32)
-    for start in range(0, vocabulary, plan.columns):
-        for first in range(0, count, plan.rows):
-            part = slice(first, min(first + plan.rows, count))
-            yield start, min(start + plan.columns, vocabulary), part, buffer
+    with memory.workspace(plan.heads * plan.rows * plan.columns) as buffer:
+        for start in range(0, vocabulary, plan.columns):
+            for first in range(0, count, plan.rows):
+                part = slice(first, min(first + plan.rows, count))
+                yield start, min(start + plan.columns, vocabulary), part, buffer

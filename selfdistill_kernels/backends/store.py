@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from selfdistill_kernels.backends import memory
 from selfdistill_kernels.backends.base import Gate, Gradients, Needs
 from selfdistill_kernels.backends.rows import RowKernels
 from selfdistill_kernels.plan import TilePlan
@@ -50,26 +51,27 @@ def visit(
         active [N] bool and the gradients.
     """
     active = torch.zeros(statistics.shape[0], dtype=torch.bool)
-    pending = _Pending(kernels, plan, needs)
     wants_gradient = bool(needs) and loss_weight is not None
-    for rows in _cut(tokens, pending, plan.heads):
-        tile = kernels.tile(rows, 0, plan.columns, pending.free_rows, with_teacher=True)
-        weight = None if loss_weight is None else loss_weight[rows]
-        old = None if old_logprobs is None else old_logprobs[rows]
-        found, chosen = kernels.visit(tile, weight if wants_gradient else None, gate, old)
-        statistics[rows] = found
-        if weight is not None:
-            active[rows] = chosen & (weight != 0)
-        if wants_gradient:
-            pending.take(tile.student, rows, chosen)
-    return active, pending.finish()
+    with memory.workspace(plan.heads * plan.rows * plan.columns) as buffer:
+        pending = _Pending(kernels, buffer.view(-1, plan.columns), needs)
+        for rows in _cut(tokens, pending, plan.heads):
+            tile = kernels.tile(rows, 0, plan.columns, pending.free_rows, with_teacher=True)
+            weight = None if loss_weight is None else loss_weight[rows]
+            old = None if old_logprobs is None else old_logprobs[rows]
+            found, chosen = kernels.visit(tile, weight if wants_gradient else None, gate, old)
+            statistics[rows] = found
+            if weight is not None:
+                active[rows] = chosen & (weight != 0)
+            if wants_gradient:
+                pending.take(tile.student, rows, chosen)
+        return active, pending.finish()
 
 
 def _cut(tokens: Tensor, pending: _Pending, heads: int) -> Iterator[Tensor]:
     """Yield the tokens of each tile, as many as the workspace has room for at that time."""
     start, total = 0, tokens.numel()
     while start < total:
-        room = pending.free_rows.shape[0] // heads
+        room = pending.make_room().shape[0] // heads
         tiles = -(-(total - start) // room)
         stop = start + -(-(total - start) // tiles)  # even tiles: no small last one
         yield tokens[start:stop]
@@ -79,36 +81,39 @@ def _cut(tokens: Tensor, pending: _Pending, heads: int) -> Iterator[Tensor]:
 class _Pending:
     """The workspace, the gradient rows that wait in it, and the gradients made so far."""
 
-    def __init__(self, kernels: RowKernels, plan: TilePlan, needs: Needs) -> None:
+    def __init__(self, kernels: RowKernels, buffer: Tensor, needs: Needs) -> None:
         inputs = kernels.inputs
-        self._kernels, self._inputs = kernels, inputs
-        self._buffer = torch.empty((plan.heads * plan.rows, plan.columns), dtype=torch.float32)
+        self._kernels, self._inputs, self._buffer = kernels, inputs, buffer
         self._waiting: list[Tensor] = []  # tokens of the first `_count` rows, in order
         self._count = 0
         self._hidden = torch.zeros_like(inputs.student_hidden) if needs.hidden else None
         self._weight: Tensor | None = None
         if needs.weight:
             assert inputs.weight is not None
-            self._weight = torch.empty(inputs.weight.shape, dtype=torch.float32)
-        self._has_weight = False
-        self._bias = torch.zeros(plan.columns, dtype=torch.float32) if needs.bias else None
+            self._weight = memory.empty(inputs.weight.shape, inputs.weight.dtype)
+        self._weight_sum: Tensor | None = None  # float32, of the rows so far
+        self._bias = torch.zeros(inputs.vocabulary) if needs.bias else None
 
     @property
     def free_rows(self) -> Tensor:
         return self._buffer[self._count :]
+
+    def make_room(self) -> Tensor:
+        """The rows of the workspace for the next tile."""
+        # Below a quarter of the workspace it is cheaper to wait for more rows than to read and
+        # write all of dW for a few.
+        if 4 * self._count >= self._buffer.shape[0]:
+            self._flush(last=False)
+        return self.free_rows
 
     def take(self, gradient: Tensor, rows: Tensor, active: Tensor) -> None:
         """Keep the active rows of a tile that lies at the front of the free rows."""
         order = torch.ops.selfdistill.gather_active_rows_(gradient, active)
         self._waiting.append(rows[order])
         self._count += order.numel()
-        # Below a quarter of the workspace it is cheaper to wait for more rows than to read and
-        # write all of dW for a few.
-        if 4 * self._count >= self._buffer.shape[0]:
-            self._flush()
 
-    def _flush(self) -> None:
-        """The gradient GEMMs of the waiting rows."""
+    def _flush(self, *, last: bool) -> None:
+        """The gradient GEMMs of the waiting rows. Only the last may round dW to its dtype."""
         if self._count == 0:
             return
         rows, head = torch.cat(self._waiting), self._kernels.head
@@ -117,20 +122,24 @@ class _Pending:
             made = head.hidden_gradient(gradient, 0, gradient.shape[1])
             self._hidden.index_copy_(0, rows, made.to(self._hidden.dtype))
         if self._weight is not None:
+            out = self._weight
+            if not last and out.dtype != torch.float32:
+                out = memory.empty(out.shape) if self._weight_sum is None else self._weight_sum
             hidden = self._inputs.student_hidden[rows]
-            head.weight_gradient(gradient, hidden, out=self._weight, add=self._has_weight)
-            self._has_weight = True
+            head.weight_gradient(gradient, hidden, out=out, add=self._weight_sum)
+            self._weight_sum = out
         if self._bias is not None:
             self._bias += gradient.sum(dim=0, dtype=torch.float32)
         self._waiting, self._count = [], 0
 
     def finish(self) -> Gradients:
-        self._flush()
-        if self._weight is not None and not self._has_weight:
-            self._weight.zero_()
+        self._flush(last=True)
+        if self._weight is not None:
+            if self._weight_sum is None:
+                self._weight.zero_()
+            elif self._weight_sum is not self._weight:
+                self._weight.copy_(self._weight_sum)
         dtype = self._inputs.student_hidden.dtype
         return Gradients(
-            self._hidden,
-            None if self._weight is None else self._weight.to(dtype),
-            None if self._bias is None else self._bias.to(dtype),
+            self._hidden, self._weight, None if self._bias is None else self._bias.to(dtype)
         )

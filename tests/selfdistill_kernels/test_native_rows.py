@@ -457,15 +457,28 @@ def test_bfloat16_products(rows, hidden, columns):
     h64, w64, dz64 = h.double(), w.double(), dz.double()
     assert_near(logits, h64 @ w64.T, hidden)
     assert torch.equal(frame[:, columns:], torch.full((rows, 3), 7.0))
-    for accumulate in (False, True):
-        for operator, left, right, exact, depth in (
-            (ops.gemm_bf16_hidden_gradient_, dz, w, dz64 @ w64, columns),
-            (ops.gemm_bf16_weight_gradient_, dz, h, dz64.T @ h64, rows),
-        ):
-            out = torch.randn(exact.shape) if accumulate else torch.full(exact.shape, math.nan)
-            expected = exact + out if accumulate else exact
-            operator(left, right, accumulate, out)
-            assert_near(out, expected, depth)
+    dh64, dw64 = dz64 @ w64, dz64.T @ h64
+    dh = torch.full(dh64.shape, math.nan)
+    ops.gemm_bf16_hidden_gradient_(dz, w, False, dh)
+    assert_near(dh, dh64, columns)
+    before = torch.randn(dh64.shape)
+    dh.copy_(before)
+    ops.gemm_bf16_hidden_gradient_(dz, w, True, dh)
+    assert_near(dh, dh64 + before, columns)
+
+    dw = torch.full(dw64.shape, math.nan)
+    ops.gemm_bf16_weight_gradient_(dz, h, None, dw)
+    assert_near(dw, dw64, rows)
+    before = torch.randn(dw64.shape)
+    added = dw.fill_(math.nan)
+    ops.gemm_bf16_weight_gradient_(dz, h, before, added)
+    assert_near(added, dw64 + before, rows)
+    in_place = before.clone()
+    ops.gemm_bf16_weight_gradient_(dz, h, in_place, in_place)
+    assert torch.equal(in_place, added)
+    rounded = torch.full(dw64.shape, math.nan, dtype=torch.bfloat16)
+    ops.gemm_bf16_weight_gradient_(dz, h, before, rounded)
+    assert torch.equal(rounded, added.bfloat16())  # rounded once
 
 
 def assert_near(ours: Tensor, exact: Tensor, depth: int) -> None:
@@ -485,7 +498,7 @@ def test_bfloat16_products_do_not_depend_on_the_threads():
             out = torch.empty(70, 1500), torch.empty(70, 200), torch.empty(1500, 200)
             ops.gemm_bf16_logits_(h, w, out[0])
             ops.gemm_bf16_hidden_gradient_(dz, w, False, out[1])
-            ops.gemm_bf16_weight_gradient_(dz, h, False, out[2])
+            ops.gemm_bf16_weight_gradient_(dz, h, None, out[2])
             results.append(out)
     finally:
         torch.set_num_threads(threads)
@@ -497,9 +510,9 @@ def test_bfloat16_products_do_not_depend_on_the_threads():
 def test_bfloat16_products_of_nothing():
     h, w, dz = make_products(0, 8, 5)
     out = torch.full((5, 8), 3.0)
-    ops.gemm_bf16_weight_gradient_(dz, h, True, out)
+    ops.gemm_bf16_weight_gradient_(dz, h, out, out)
     assert torch.equal(out, torch.full((5, 8), 3.0))
-    ops.gemm_bf16_weight_gradient_(dz, h, False, out)
+    ops.gemm_bf16_weight_gradient_(dz, h, None, out)
     assert torch.equal(out, torch.zeros(5, 8))
     ops.gemm_bf16_logits_(h, w, torch.empty(0, 5))
     ops.gemm_bf16_hidden_gradient_(dz, w, False, torch.empty(0, 8))
