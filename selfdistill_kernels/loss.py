@@ -258,6 +258,12 @@ def _distillation(
     check_reduction(reduction, leading)
     check_normalizer(normalizer)
     _check_targets_given(input_name, objective, advantage_mask, targets)
+    vocabulary = (student_hidden if weight is None else weight.mT).shape[-1]
+    if objective.top_k is not None and objective.top_k > vocabulary:
+        raise ValueError(
+            f"objective: top_k must be at most the vocabulary of {vocabulary}, got "
+            f"{objective.top_k}"
+        )
     _check_companions(objective, advantage_mask, old_logprobs, step_ids)
     name = choose_backend(backend, device=student_hidden.device, dtype=student_hidden.dtype)
 
@@ -278,12 +284,18 @@ def _distillation(
     )
     options = (transform.logit_scale, transform.softcap, transform.temperature)
 
-    if reduction == "none" or not (advantage_mask is None or advantage_mask.is_token_local):
+    if (
+        reduction == "none"
+        or objective.top_k is not None
+        or not (advantage_mask is None or advantage_mask.is_token_local)
+    ):
         # The loss of a token is not known when its row is visited: statistics first, and the
         # backward pass recomputes the logits of the tokens that carry a gradient.
-        statistics = linear_statistics(
-            *tensors, *options, objective.divergence, objective.beta, budget, name
-        )
+        statistics, *_ = linear_statistics(
+            *tensors, *options, objective.divergence, objective.beta,
+            objective.top_k or 0, objective.top_k_of,
+            objective.tail and objective.top_k != vocabulary, budget, name,
+        )  # fmt: skip
         frozen = statistics.detach()
         kept = exists.reshape(-1)
         if advantage_mask is not None:
@@ -370,11 +382,11 @@ def fused_linear_logprobs(
     _check_tokens("hidden", leading, hidden, targets, mask, None)
     name = choose_backend(backend, device=hidden.device, dtype=hidden.dtype)
     exists = _existing(leading, hidden.device, targets, mask, ignore_index)
-    statistics = linear_statistics(
+    statistics, *_ = linear_statistics(
         hidden.reshape(-1, hidden.shape[-1]), None, weight, None, bias, None,
         targets.reshape(-1).to(torch.int64), exists.reshape(-1),
         transform.logit_scale, transform.softcap, transform.temperature,
-        "none", 0.5, budget, name,
+        "none", 0.5, 0, "student", True, budget, name,
     )  # fmt: skip
     return LogprobOutput(
         statistics[:, Column.STUDENT_LOGPROB].reshape(leading),

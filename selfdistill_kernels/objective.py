@@ -37,11 +37,16 @@ class Objective:
         entropy: weight of the student's entropy in the loss; negative for an entropy bonus.
         divergence_clip: a token's divergence counts at most this much (nats); clipped tokens get no
             gradient from it. None: no limit.
+        top_k: compare the distributions on the k most likely entries only, the others summed up in
+            one bucket; None: on the whole vocabulary. Statistics besides the divergence stay exact.
+        top_k_of: whose most likely entries, "student" or "teacher".
+        tail: False leaves the bucket of the others out and normalises the k entries instead.
         importance_clip: largest importance weight of tokens that an older policy sampled; needs
             `old_logprobs`. None: no weight.
 
     Raises:
-        ValueError: unknown divergence, beta outside [0, 1], a clip <= 0, or no term at all.
+        ValueError: unknown divergence, beta outside [0, 1], a clip <= 0, top_k < 1 or without a
+            divergence, or no term at all.
     """
 
     divergence: str = "forward_kl"
@@ -51,6 +56,9 @@ class Objective:
     entropy: float = 0.0
     divergence_clip: float | None = None
     importance_clip: float | None = None
+    top_k: int | None = None
+    top_k_of: str = "student"
+    tail: bool = True
 
     def __post_init__(self) -> None:
         if self.divergence not in DIVERGENCES:
@@ -64,6 +72,15 @@ class Objective:
             value = getattr(self, name)
             if value is not None and not value > 0.0:
                 raise ValueError(f"objective: {name} must be > 0 or None, got {value}")
+        if self.top_k_of not in ("student", "teacher"):
+            raise ValueError(
+                f"objective: top_k_of must be 'student' or 'teacher', got {self.top_k_of!r}"
+            )
+        if self.top_k is not None and (self.top_k < 1 or self.divergence == "none"):
+            raise ValueError(
+                "objective: top_k must be at least 1 and needs a divergence, got "
+                f"{self.top_k} with divergence {self.divergence!r}"
+            )
         if self.divergence == "none" and not (
             self.policy_gradient or self.cross_entropy or self.entropy
         ):

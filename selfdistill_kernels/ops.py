@@ -21,6 +21,7 @@ from selfdistill_kernels.backends.base import Gate, Gradients, LinearInputs, Nee
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.statistics import Column, statistics_dtype
+from selfdistill_kernels.top_k import support_logprobs, top_k_divergence, top_k_gradient
 
 # Columns of the statistics through which a gradient flows, with their sign in `term_weights`.
 _TERM_COLUMNS = ((Column.DIVERGENCE, 1.0), (Column.STUDENT_LOGPROB, -1.0), (Column.ENTROPY, 1.0))
@@ -219,10 +220,14 @@ def linear_statistics(
     temperature: float,
     divergence: str,
     beta: float,
+    top_k: int,
+    top_k_of: str,
+    tail: bool,
     workspace: int,
     backend: str,
-) -> Tensor:
-    """Return statistics [N, 10] (statistics.Column), zero where no token exists.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return statistics [N, 10] (statistics.Column), zero where no token exists, the support [N, k]
+    of a top-k divergence and its log-probs [2, N, k] (top_k = 0: the whole vocabulary, k = 0).
 
     A gradient flows through DIVERGENCE, STUDENT_LOGPROB and ENTROPY.
     """
@@ -230,10 +235,21 @@ def linear_statistics(
         student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, targets,
         exists, logit_scale, softcap, temperature,
     )  # fmt: skip
+    tokens, chosen = student_hidden.shape[0], get_backend(backend)
+    objective = _divergence_only(divergence if top_k == 0 else "none", beta)
     with _float32_products(student_hidden):
-        return get_backend(backend).statistics(
-            inputs, _divergence_only(divergence, beta), workspace
-        )
+        statistics = chosen.statistics(inputs, objective, workspace)
+        support = student_hidden.new_empty((tokens, 0), dtype=torch.int64)
+        logprobs = statistics.new_empty((2, tokens, 0))
+        if top_k > 0:
+            support = chosen.top_k(inputs, top_k, top_k_of == "teacher", workspace)
+            exact = support_logprobs(inputs, statistics, support)
+            found = top_k_divergence(_divergence_only(divergence, beta), exact, tail=tail)
+            statistics[:, Column.DIVERGENCE] = found
+            if exists is not None:
+                statistics[~exists, Column.DIVERGENCE] = 0
+            logprobs = exact.to(statistics.dtype)
+    return statistics, support, logprobs
 
 
 def _divergence_only(divergence: str, beta: float) -> Objective:
@@ -242,9 +258,14 @@ def _divergence_only(divergence: str, beta: float) -> Objective:
 
 
 @linear_statistics.register_fake
-def _(student_hidden: Tensor, *_others: Any) -> Tensor:
+def _(student_hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, top_k = student_hidden.shape[0], others[-5]
     dtype = statistics_dtype(student_hidden.dtype)
-    return student_hidden.new_empty((student_hidden.shape[0], len(Column)), dtype=dtype)
+    return (
+        student_hidden.new_empty((tokens, len(Column)), dtype=dtype),
+        student_hidden.new_empty((tokens, top_k), dtype=torch.int64),
+        student_hidden.new_empty((2, tokens, top_k), dtype=dtype),
+    )
 
 
 @torch.library.custom_op("selfdistill::linear_statistics_backward", mutates_args=())
@@ -258,12 +279,15 @@ def linear_statistics_backward(
     targets: Tensor | None,
     exists: Tensor | None,
     statistics: Tensor,
+    support: Tensor,
+    logprobs: Tensor,
     term_weights: Tensor,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
     divergence: str,
     beta: float,
+    tail: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -275,15 +299,18 @@ def linear_statistics_backward(
         student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, targets,
         exists, logit_scale, softcap, temperature,
     )  # fmt: skip
+    objective = _divergence_only(divergence, beta)
+    needs, chosen = Needs(need_hidden, need_weight, need_bias), get_backend(backend)
     with _float32_products(student_hidden):
-        gradients = get_backend(backend).gradient(
-            inputs,
-            _divergence_only(divergence, beta),
-            statistics,
-            term_weights,
-            Needs(need_hidden, need_weight, need_bias),
-            workspace,
-        )
+        if support.shape[1] > 0:
+            gradients = top_k_gradient(
+                chosen, inputs, objective, statistics, term_weights, support, logprobs,
+                needs, workspace, tail=tail,
+            )  # fmt: skip
+        else:
+            gradients = chosen.gradient(
+                inputs, objective, statistics, term_weights, needs, workspace
+            )
     return _returned(gradients, student_hidden)
 
 
@@ -292,21 +319,24 @@ def _(student_hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _fake_gradients(student_hidden, *others)
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:8], output)
-    ctx.options = inputs[8:13]
-    ctx.execution = inputs[13:]
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:8], *output)
+    ctx.mark_non_differentiable(*output[1:])
+    *ctx.options, _top_k, _top_k_of, tail, workspace, backend = inputs[8:]
+    ctx.tail, ctx.execution = tail, (workspace, backend)
+    ctx.argument_count = len(inputs)
 
 
-def _linear_statistics_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _linear_statistics_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     _refuse_double_backward()
-    *tensors, statistics = ctx.saved_tensors
+    *tensors, statistics, support, logprobs = ctx.saved_tensors
     term_weights = torch.stack([sign * grad[:, column] for column, sign in _TERM_COLUMNS], dim=1)
     needs = [ctx.needs_input_grad[position] for position in (0, 2, 4)]
     made = linear_statistics_backward(
-        *tensors, statistics, term_weights, *ctx.options, *needs, *ctx.execution
-    )
-    gradients: list[Tensor | None] = [None] * (8 + len(ctx.options) + len(ctx.execution))
+        *tensors, statistics, support, logprobs, term_weights, *ctx.options, ctx.tail, *needs,
+        *ctx.execution,
+    )  # fmt: skip
+    gradients: list[Tensor | None] = [None] * ctx.argument_count
     for position, needed, gradient in zip((0, 2, 4), needs, made, strict=True):
         if needed:
             gradients[position] = gradient

@@ -84,14 +84,39 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
+class Entries(NamedTuple):
+    """Elements of the gradient of the raw scores (of hidden @ weight.T) that are known already.
+
+    Attributes:
+        indices: [N, m] int64, vocabulary entries of each token; one that occurs twice has the same
+            value both times. Not read in rows of zeros.
+        values: [N, m], the gradient there, whatever the weights of the other terms.
+    """
+
+    indices: Tensor
+    values: Tensor
+
+    def write_into(self, gradient: Tensor, rows: Tensor, start: int) -> None:
+        """Write what falls into gradient [r, c], the columns [start, start + c) of `rows` [r]."""
+        columns = self.indices[rows] - start
+        inside = (columns >= 0) & (columns < gradient.shape[1])
+        row, entry = inside.nonzero(as_tuple=True)
+        gradient[row, columns[row, entry]] = self.values[rows[row], entry].to(gradient.dtype)
+
+
 class Backend(Protocol):
-    """The three visits of the vocabulary that the operators are made of.
+    """The visits of the vocabulary that the operators are made of.
 
     `statistics` tensors are [N, 10] (see statistics.Column), zero in rows that do not exist.
     """
 
     def statistics(self, inputs: LinearInputs, objective: Objective, workspace: int) -> Tensor:
         """One sweep, no gradient."""
+        ...
+
+    def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) -> Tensor:
+        """[N, k] int64, the most likely vocabulary entries of each token in any order; 0 where no
+        token exists."""
         ...
 
     def gradient(
@@ -102,10 +127,13 @@ class Backend(Protocol):
         term_weights: Tensor,
         needs: Needs,
         workspace: int,
+        entries: Entries | None = None,
     ) -> Gradients:
-        """Gradient of sum_i w_i0 divergence_i + w_i1 (-log S(y_i)) + w_i2 H(S_i).
+        """Gradient of sum_i w_i0 divergence_i + w_i1 (-log S(y_i)) + w_i2 H(S_i), with `entries`
+        in place of what that gives there.
 
-        `term_weights` is [N, 3]; rows where all three are zero cost nothing.
+        `term_weights` is [N, 3]; without targets w_i1 weighs log sum exp z_i. Rows where everything
+        is zero cost nothing.
         """
         ...
 
@@ -134,6 +162,16 @@ def active_tokens(
     if gate is not None:
         active &= token_gate(advantage_of(statistics), gate.sign, gate.threshold)
     return active
+
+
+def rows_with_gradient(
+    inputs: LinearInputs, term_weights: Tensor, entries: Entries | None
+) -> Tensor:
+    """[N] bool, the existing tokens with a weight or an entry that is not 0."""
+    chosen = (term_weights != 0).any(dim=1)
+    if entries is not None:
+        chosen |= (entries.values != 0).any(dim=1)
+    return chosen if inputs.exists is None else chosen & inputs.exists
 
 
 def importance_of(objective: Objective, logprob: Tensor, old_logprobs: Tensor | None) -> Tensor:

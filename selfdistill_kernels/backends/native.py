@@ -7,11 +7,13 @@ from torch import Tensor
 
 from selfdistill_kernels.backends import recompute, store
 from selfdistill_kernels.backends.base import (
+    Entries,
     Gate,
     Gradients,
     LinearInputs,
     Needs,
     active_tokens,
+    rows_with_gradient,
     term_weights_of,
 )
 from selfdistill_kernels.backends.rows import RowKernels
@@ -39,6 +41,13 @@ class NativeBackend:
                 statistics=statistics,
             )  # fmt: skip
         return statistics
+
+    def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) -> Tensor:
+        tokens = inputs.existing_rows()
+        plan = TilePlan.slabs(
+            tokens=tokens.numel(), vocabulary=inputs.vocabulary, heads=1, workspace=workspace
+        )
+        return recompute.sweep_top_k(inputs, tokens, plan, k=k, of_teacher=of_teacher)
 
     def visit(
         self,
@@ -76,13 +85,11 @@ class NativeBackend:
         term_weights: Tensor,
         needs: Needs,
         workspace: int,
+        entries: Entries | None = None,
     ) -> Gradients:
         if not needs:
             return Gradients(None, None, None)
-        chosen = (term_weights != 0).any(dim=1)
-        if inputs.exists is not None:
-            chosen &= inputs.exists
-        tokens = chosen.nonzero().squeeze(1)
+        tokens = rows_with_gradient(inputs, term_weights, entries).nonzero().squeeze(1)
         plan = TilePlan.slabs(
             tokens=tokens.numel(),
             vocabulary=inputs.vocabulary,
@@ -95,6 +102,7 @@ class NativeBackend:
             plan,
             statistics=statistics,
             term_weights=term_weights.to(torch.float32),
+            entries=entries,
             needs=needs,
         )
 

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from selfdistill_kernels.backends.base import (
+    Entries,
     Gate,
     Gradients,
     LinearInputs,
     Needs,
     active_tokens,
+    rows_with_gradient,
     term_weights_of,
 )
+from selfdistill_kernels.divergence import divergence_gradient, divergence_of, expectation
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.statistics import Column, statistics_dtype
 
@@ -40,23 +43,7 @@ class _Distribution:
         return cls(logits, centred - logsum[:, None], maximum, logsum)
 
     def entropy(self) -> Tensor:
-        return -_expectation(self.logprobs, self.logprobs)
-
-
-def _expectation(logprobs: Tensor, values: Tensor) -> Tensor:
-    """sum_v p_v values_v, where p_v = 0 contributes 0 even for an infinite value."""
-    probs = logprobs.exp()
-    return torch.where(probs == 0, probs, probs * values).sum(dim=1)
-
-
-def _log_mixture(base: Tensor, other: Tensor, share: float) -> Tensor:
-    """log((1 - share) e^base + share e^other): from the larger one, so that nothing overflows and
-    two equal arguments give exactly themselves."""
-    larger_is_other = other > base
-    gap = torch.expm1(-(other - base).abs())
-    return torch.where(
-        larger_is_other, other + torch.log1p((1.0 - share) * gap), base + torch.log1p(share * gap)
-    )
+        return -expectation(self.logprobs, self.logprobs)
 
 
 class ReferenceBackend:
@@ -78,12 +65,20 @@ class ReferenceBackend:
             found[:, Column.TEACHER_ENTROPY] = teacher.entropy()
             if inputs.targets is not None:
                 found[:, Column.TEACHER_LOGPROB] = teacher.logprobs.gather(1, target)[:, 0]
-            divergence, pivot = _divergence(student.logprobs, teacher.logprobs, objective)
+            divergence, pivot = divergence_of(student.logprobs, teacher.logprobs, objective)
             found[:, Column.DIVERGENCE] = divergence
             found[:, Column.PIVOT] = pivot
         size, dtype = inputs.student_hidden.shape[0], inputs.student_hidden.dtype
         statistics = found.new_zeros((size, len(Column))).index_copy(0, rows, found)
         return statistics.to(statistics_dtype(dtype))
+
+    def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) -> Tensor:
+        rows = inputs.existing_rows()
+        student, teacher = _distributions(inputs, rows)
+        found = teacher if of_teacher else student
+        assert found is not None
+        chosen = found.logits.topk(k, dim=1, sorted=False).indices
+        return chosen.new_zeros((inputs.student_hidden.shape[0], k)).index_copy_(0, rows, chosen)
 
     def gradient(
         self,
@@ -93,27 +88,28 @@ class ReferenceBackend:
         term_weights: Tensor,
         needs: Needs,
         workspace: int,
+        entries: Entries | None = None,
     ) -> Gradients:
-        chosen = (term_weights != 0).any(dim=1)
-        if inputs.exists is not None:
-            chosen &= inputs.exists
-        rows = chosen.nonzero().squeeze(1)
+        rows = rows_with_gradient(inputs, term_weights, entries).nonzero().squeeze(1)
         student, teacher = _distributions(inputs, rows)
         weights = term_weights[rows].to(student.logits.dtype)
         log_s, p_s = student.logprobs, student.logprobs.exp()
         gradient = torch.zeros_like(log_s)
         if teacher is not None:
             # Row constants anew rather than from `statistics`, which is rounded to float32.
-            constants = _divergence(log_s, teacher.logprobs, objective)
-            slope = _divergence_gradient(log_s, teacher.logprobs, *constants, objective)
+            constants = divergence_of(log_s, teacher.logprobs, objective)
+            slope = divergence_gradient(log_s, teacher.logprobs, *constants, objective)
             gradient += weights[:, 0:1] * slope
+        gradient += weights[:, 1:2] * p_s
         if inputs.targets is not None:
-            gradient += weights[:, 1:2] * p_s
             target = inputs.targets[rows, None]
             gradient.scatter_add_(1, target, -weights[:, 1:2])
         entropy = student.entropy()[:, None]
         gradient -= weights[:, 2:3] * torch.where(p_s == 0, p_s, p_s * (log_s + entropy))
-        return _through_head(inputs, rows, inputs.transform.chain(gradient, student.logits), needs)
+        gradient = inputs.transform.chain(gradient, student.logits)
+        if entries is not None:
+            entries.write_into(gradient, rows, 0)
+        return _through_head(inputs, rows, gradient, needs)
 
     def visit(
         self,
@@ -155,58 +151,6 @@ def _distributions(
     if inputs.teacher_hidden is None:
         return student, None
     return student, distribution(inputs.teacher_hidden, inputs.teacher_head, inputs.teacher_bias)
-
-
-def _divergence(log_s: Tensor, log_t: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Divergence [n] and the gradient's row constant [n]."""
-    kind, beta = objective.kernel_divergence, objective.beta
-    zero = log_s.new_zeros(log_s.shape[0])
-    if kind == "none":
-        return zero, zero
-    if kind == "forward_kl":
-        return _expectation(log_t, log_t - log_s), zero
-    if kind == "reverse_kl":
-        return _expectation(log_s, log_s - log_t), zero
-    log_m = _log_mixture(log_s, log_t, beta)
-    if kind == "jsd":
-        student = _expectation(log_s, log_s - log_m)
-        teacher = _expectation(log_t, log_t - log_m)
-        return beta * teacher + (1.0 - beta) * student, student
-    if kind == "skew_kl":
-        return _expectation(log_t, log_t - log_m), _expectation(log_s, torch.expm1(log_t - log_m))
-    return _expectation(log_s, log_s - log_m), _expectation(log_s, _skew_slope(log_s, log_m, beta))
-
-
-def _skew_slope(log_s: Tensor, log_m: Tensor, beta: float) -> Tensor:
-    """r of math.md, shifted by its constant so that equal distributions give exactly 0."""
-    return log_s - log_m - (1.0 - beta) * torch.expm1(log_s - log_m)
-
-
-def _divergence_gradient(
-    log_s: Tensor, log_t: Tensor, divergence: Tensor, pivot: Tensor, objective: Objective
-) -> Tensor:
-    """d divergence / d student logits, [n, V]."""
-    divergence, pivot = divergence[:, None], pivot[:, None]
-    kind, beta = objective.kernel_divergence, objective.beta
-    p_s = log_s.exp()
-    if kind == "none":
-        return torch.zeros_like(log_s)
-    if kind == "forward_kl":
-        # p_s - p_t from the larger of the two: keeps its digits when they nearly agree.
-        p_t = log_t.exp()
-        gap = torch.expm1(-(log_t - log_s).abs())
-        difference = torch.where(log_t > log_s, p_t * gap, -p_s * gap)
-        return torch.where((p_s == 0) & (p_t == 0), p_s, difference)
-    if kind == "reverse_kl":
-        return torch.where(p_s == 0, p_s, p_s * (log_s - log_t - divergence))
-    log_m = _log_mixture(log_s, log_t, beta)
-    if kind == "jsd":
-        inner = (1.0 - beta) * (log_s - log_m - pivot)
-    elif kind == "skew_kl":
-        inner = (1.0 - beta) * (pivot - torch.expm1(log_t - log_m))
-    else:
-        inner = _skew_slope(log_s, log_m, beta) - pivot
-    return torch.where(p_s == 0, p_s, p_s * inner)
 
 
 def _through_head(inputs: LinearInputs, rows: Tensor, gradient: Tensor, needs: Needs) -> Gradients:

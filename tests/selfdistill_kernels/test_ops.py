@@ -50,18 +50,28 @@ def test_opcheck_loss(needs, gate, backend):
     torch.library.opcheck(linear_loss, arguments)
 
 
-@pytest.mark.parametrize("teacher", [True, False])
-def test_opcheck_statistics(teacher, backend):
+TOP_K = [(0, "student", True), (3, "student", True), (2, "teacher", False)]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "top_k"), [*((True, top_k) for top_k in TOP_K), (False, TOP_K[0])]
+)
+def test_opcheck_statistics(teacher, top_k, backend):
     divergence = "jsd" if teacher else "none"
     tensors = op_tensors(teacher=teacher)
-    torch.library.opcheck(linear_statistics, (*tensors, 1.0, 5.0, 0.8, divergence, 0.5, 0, backend))
+    arguments = (*tensors, 1.0, 5.0, 0.8, divergence, 0.5, *top_k, 0, backend)
+    torch.library.opcheck(linear_statistics, arguments)
 
 
-def test_opcheck_statistics_backward(backend):
+@pytest.mark.parametrize("top_k", TOP_K)
+def test_opcheck_statistics_backward(top_k, backend):
     tensors = op_tensors(requires_grad=False)
     options = (1.0, 5.0, 0.8, "jsd", 0.5)
-    statistics = linear_statistics(*tensors, *options, 0, backend)
-    arguments = (*tensors, statistics, torch.rand(5, 3), *options, True, True, True, 0, backend)
+    statistics, *support = linear_statistics(*tensors, *options, *top_k, 0, backend)
+    arguments = (
+        *tensors, statistics, *support, torch.rand(5, 3), *options, top_k[2], True, True, True, 0,
+        backend,
+    )  # fmt: skip
     torch.library.opcheck(linear_statistics_backward, arguments)
 
 

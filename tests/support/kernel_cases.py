@@ -118,6 +118,11 @@ def materialised_losses(case: Case, objective: Objective) -> tuple[Tensor, Tenso
     head = case.weight if case.teacher_weight is None else case.teacher_weight
     teacher_bias = case.bias if case.teacher_weight is None else None
     teacher = logprobs(case.teacher_hidden, head, teacher_bias).detach()
+    full_student, full_teacher = student, teacher
+    if objective.top_k is not None:
+        owner = student if objective.top_k_of == "student" else teacher
+        support = owner.detach().topk(objective.top_k, dim=1).indices
+        student, teacher = (_buckets(p.gather(1, support), objective) for p in (student, teacher))
     beta = objective.beta
     if objective.divergence in ("jsd", "skew_kl", "skew_reverse_kl"):
         mixture = torch.logaddexp(student + math.log(1 - beta), teacher + math.log(beta))
@@ -129,6 +134,7 @@ def materialised_losses(case: Case, objective: Objective) -> tuple[Tensor, Tenso
         "skew_kl": lambda: kl(teacher, mixture),
         "skew_reverse_kl": lambda: kl(student, mixture),
     }[objective.divergence]()
+    student, teacher = full_student, full_teacher
     index = case.targets[:, None]
     student_logprob = student.gather(1, index)[:, 0]
     teacher_logprob = teacher.gather(1, index)[:, 0]
@@ -148,6 +154,14 @@ def materialised_losses(case: Case, objective: Objective) -> tuple[Tensor, Tenso
         "teacher_entropy": -(teacher.exp() * teacher).sum(-1),
     }
     return loss, divergence, {k: v.detach() for k, v in extra.items()}
+
+
+def _buckets(logprobs: Tensor, objective: Objective) -> Tensor:
+    """Log-probs [N, k] of the support with the log of the remaining mass, or normalised."""
+    if not objective.tail:
+        return torch.log_softmax(logprobs, dim=1)
+    rest = 1.0 - logprobs.exp().sum(dim=1, keepdim=True)
+    return torch.cat([logprobs, rest.log()], dim=1)
 
 
 def assert_no_worse_than_torch(
