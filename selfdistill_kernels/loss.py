@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from selfdistill_kernels.advantage import SIGNS, AdvantageMask
 from selfdistill_kernels.backends import check_backend_name, choose_backend
-from selfdistill_kernels.backends.base import token_losses
+from selfdistill_kernels.backends.base import Gate, token_losses
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
-from selfdistill_kernels.ops import linear_loss, linear_statistics
+from selfdistill_kernels.ops import LogitsLossInPlace, linear_loss, linear_statistics
 from selfdistill_kernels.statistics import Column, advantage_of, statistics_dtype
 from selfdistill_kernels.validation import (
     check_head,
@@ -177,6 +177,7 @@ def distillation_from_logits(
     softcap: float | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    in_place: bool = False,
     workspace: str | int = "auto",
     backend: str = "auto",
 ) -> DistillationOutput:
@@ -185,6 +186,9 @@ def distillation_from_logits(
     Args:
         student_logits: [..., V]; carries the gradient.
         teacher_logits: [..., V]; no gradient.
+        in_place: overwrite student_logits by their gradient instead of making another [..., V].
+            For scalar losses that need no second look at the logits; one backward, not under
+            torch.compile. Autograd refuses if somebody else saved these logits for backward.
         the rest: as in `fused_linear_distillation` (temperature and soft cap are applied here).
 
     Returns:
@@ -201,6 +205,8 @@ def distillation_from_logits(
         "teacher_logits", teacher_logits, tuple(student_logits.shape), "that of student_logits"
     )
     require_same("teacher_logits", teacher_logits, "student_logits", student_logits)
+    if in_place:
+        _check_in_place(student_logits, teacher_logits)
     return _distillation(
         "student_logits",
         student_logits,
@@ -220,6 +226,7 @@ def distillation_from_logits(
         transform=LogitTransform(1.0, softcap, temperature),
         reduction=reduction,
         normalizer=normalizer,
+        in_place=in_place,
         workspace=workspace,
         backend=backend,
     )
@@ -247,6 +254,7 @@ def _distillation(
     normalizer: float | Tensor | None,
     workspace: str | int,
     backend: str,
+    in_place: bool = False,
 ) -> DistillationOutput:
     """Flatten, call an operator, reduce; with `weight` None the hidden states are logits."""
     objective = Objective.of(objective)
@@ -284,11 +292,17 @@ def _distillation(
     )
     options = (transform.logit_scale, transform.softcap, transform.temperature)
 
-    if (
+    two_visits = (
         reduction == "none"
         or objective.top_k is not None
         or not (advantage_mask is None or advantage_mask.is_token_local)
-    ):
+    )
+    if in_place and two_visits:
+        raise ValueError(
+            "in_place: needs the loss of each token in one visit, so no reduction='none', top_k, "
+            "top_fraction or per_step; leave in_place out"
+        )
+    if two_visits:
         # The loss of a token is not known when its row is visited: statistics first, and the
         # backward pass recomputes the logits of the tokens that carry a gradient.
         statistics, *_ = linear_statistics(
@@ -313,16 +327,26 @@ def _distillation(
             torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
             for tensor in (student_hidden, weight, bias)
         ]
-        gate = advantage_mask
-        loss, statistics, active, *_ = linear_loss(
-            *tensors, loss_weight, flat_old_logprobs, *options,
-            objective.divergence, objective.beta, objective.policy_gradient,
-            objective.cross_entropy, objective.entropy,
-            objective.divergence_clip, objective.importance_clip,
-            None if gate is None else SIGNS[gate.sign],
-            0.0 if gate is None else gate.threshold,
-            *needs, budget, name,
+        gate = (
+            None if advantage_mask is None
+            else Gate(SIGNS[advantage_mask.sign], advantage_mask.threshold)
         )  # fmt: skip
+        if in_place and needs[0]:
+            student, teacher, *_, flat_targets, flat_exists = tensors
+            assert student is not None
+            loss, statistics, active = LogitsLossInPlace.apply(
+                student, teacher, flat_targets, flat_exists, loss_weight, flat_old_logprobs,
+                transform, objective, gate, budget, name,
+            )  # fmt: skip
+        else:
+            loss, statistics, active, *_ = linear_loss(
+                *tensors, loss_weight, flat_old_logprobs, *options,
+                objective.divergence, objective.beta, objective.policy_gradient,
+                objective.cross_entropy, objective.entropy,
+                objective.divergence_clip, objective.importance_clip,
+                None if gate is None else gate.sign, 0.0 if gate is None else gate.threshold,
+                *needs, budget, name,
+            )  # fmt: skip
         frozen = statistics.detach()
         divergence = frozen[:, Column.DIVERGENCE]
 
@@ -526,6 +550,22 @@ def _check_teacher(
             f"teacher_hidden: expected {weight.dtype} on {weight.device} like weight, got "
             f"{teacher_hidden.dtype} on {teacher_hidden.device}"
         )
+
+
+def _check_in_place(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        raise ValueError("in_place: not supported under torch.compile; leave it out there")
+    if student_logits.is_leaf and student_logits.requires_grad:
+        raise ValueError(
+            "in_place: student_logits is a leaf that requires a gradient, whose values autograd "
+            "does not let go; pass the output of the model's head"
+        )
+    if not student_logits.is_contiguous():
+        raise ValueError(
+            f"in_place: student_logits must be contiguous, got strides {student_logits.stride()}"
+        )
+    if student_logits.untyped_storage().data_ptr() == teacher_logits.untyped_storage().data_ptr():
+        raise ValueError("in_place: student_logits and teacher_logits share their memory")
 
 
 def _check_tokens(

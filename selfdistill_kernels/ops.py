@@ -184,6 +184,62 @@ def _linear_loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[
     return tuple(gradients)
 
 
+class LogitsLossInPlace(torch.autograd.Function):
+    """`linear_loss` of logits that become their own gradient; eager only.
+
+    Arguments: logits [N, V] with a gradient, then teacher_logits, targets, exists, loss_weight,
+    old_logprobs, transform, objective, gate, workspace, backend. Returns loss, statistics, active.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        targets: Tensor | None,
+        exists: Tensor,
+        loss_weight: Tensor,
+        old_logprobs: Tensor | None,
+        transform: LogitTransform,
+        objective: Objective,
+        gate: Gate | None,
+        workspace: int,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        student = logits.detach()  # shares the version: who saved these logits hears of the change
+        inputs = _linear_inputs(
+            student, teacher_logits, None, None, None, None, targets, exists,
+            transform.logit_scale, transform.softcap, transform.temperature,
+        )  # fmt: skip
+        needs = Needs(True, False, False, in_place=True)
+        with _float32_products(student):
+            statistics, active, (gradient, _, _) = get_backend(backend).visit(
+                inputs, objective, gate, loss_weight, old_logprobs, needs, workspace
+            )
+        assert gradient is not None
+        if gradient.data_ptr() != student.data_ptr():
+            student.copy_(gradient)
+        else:
+            student[~exists] = 0
+        ctx.gradient = student
+        ctx.mark_non_differentiable(statistics, active)
+        loss = token_losses(objective, statistics, loss_weight, active, old_logprobs)
+        return loss.sum(dtype=torch.float64).to(statistics.dtype), statistics, active
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+        _refuse_double_backward()
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError(
+                "in_place: backward ran twice, but the logits hold one gradient; call the loss "
+                "again or leave in_place out"
+            )
+        if not (grad_loss.device.type == "cpu" and grad_loss.item() == 1.0):
+            gradient.mul_(grad_loss.to(gradient.dtype))
+        return (gradient, *(None,) * 10)
+
+
 def _refuse_double_backward() -> None:
     # The saved gradients are constants to autograd: a second derivative would be silently wrong.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -66,11 +66,16 @@ class Gate:
 
 @dataclass(frozen=True)
 class Needs:
-    """Which gradients the caller wants; a frozen weight costs no dW."""
+    """Which gradients the caller wants; a frozen weight costs no dW.
+
+    `in_place`: the student's logits (hidden states without a weight) may be overwritten by their
+    gradient, and `Gradients.hidden` may be that tensor.
+    """
 
     hidden: bool
     weight: bool
     bias: bool
+    in_place: bool = False
 
     def __bool__(self) -> bool:
         return self.hidden or self.weight or self.bias

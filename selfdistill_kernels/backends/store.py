@@ -86,7 +86,12 @@ class _Pending:
         self._kernels, self._inputs, self._buffer = kernels, inputs, buffer
         self._waiting: list[Tensor] = []  # tokens of the first `_count` rows, in order
         self._count = 0
-        self._hidden = torch.zeros_like(inputs.student_hidden) if needs.hidden else None
+        self._hidden: Tensor | None = None
+        if needs.hidden:
+            student = inputs.student_hidden
+            # Rows are read before they are written, in place too.
+            self._hidden = student if needs.in_place else torch.zeros_like(student)
+        self._in_place = needs.in_place
         self._weight: Tensor | None = None
         if needs.weight:
             assert inputs.weight is not None
@@ -108,6 +113,8 @@ class _Pending:
 
     def take(self, gradient: Tensor, rows: Tensor, active: Tensor) -> None:
         """Keep the active rows of a tile that lies at the front of the free rows."""
+        if self._in_place and self._hidden is not None:
+            self._hidden[rows[~active]] = 0
         order = torch.ops.selfdistill.gather_active_rows_(gradient, active)
         self._waiting.append(rows[order])
         self._count += order.numel()
