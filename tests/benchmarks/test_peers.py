@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.checks import WrongResultError, check, check_agreement, truth
 from benchmarks.peers import StepResult, contenders, plan_of
 from benchmarks.problems import BETAS, Shape, make_problem
+from selfdistill_kernels import backends
 
 CONTENDERS = contenders()
 EAGER = [key for key, contender in CONTENDERS.items() if not contender.compiled]
@@ -109,7 +110,8 @@ def test_workspace_reaches_ours_and_its_plan():
 
 
 def test_ours_is_never_the_fallback(monkeypatch):
-    monkeypatch.setattr("selfdistill_kernels.backends._NATIVE_PROBLEM", "not built")
+    without = replace(backends.found(), native_problem="not built")
+    monkeypatch.setattr(backends, "_FOUND", without)
     step = CONTENDERS["ours"].build(make_problem(Shape(8, 16, 64), torch.float32))
     with pytest.raises(RuntimeError, match="not built"):
         step()

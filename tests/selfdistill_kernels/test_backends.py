@@ -1,4 +1,4 @@
-"""Choice of backend: what "auto" takes, and life without the compiled extension."""
+"""Choice of backend: what "auto" takes, errors, and life without the compiled extension."""
 
 from __future__ import annotations
 
@@ -8,27 +8,93 @@ import sys
 import pytest
 import torch
 
-from selfdistill_kernels.backends import choose_backend
+from selfdistill_kernels.backends import choose_backend, found
+from selfdistill_kernels.backends.dispatch import Choice, Found, decide, served_by
 
 CPU = torch.device("cpu")
+ALL = Found(triton_problem=None, native_problem=None, has_cuda_rows=True)
+NO_TRITON = Found("install triton", None, True)
+NO_ROWS = Found("install triton", None, False)
+NOTHING = Found("install triton", "install a compiler", False)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "expected"),
+    ("device", "dtype", "here", "expected"),
     [
-        (torch.float32, "native"),
-        (torch.bfloat16, "native"),
-        (torch.float64, "reference"),
-        (torch.float16, "reference"),
+        ("cuda", torch.bfloat16, ALL, "triton"),
+        ("cuda", torch.float16, ALL, "triton"),
+        ("cuda", torch.float32, ALL, "triton"),
+        ("cuda", torch.bfloat16, NO_TRITON, "native"),
+        ("cuda", torch.float32, NO_TRITON, "native"),
+        ("cuda", torch.bfloat16, NO_ROWS, "reference"),
+        ("cuda", torch.bfloat16, NOTHING, "reference"),
+        ("cuda", torch.float64, ALL, "reference"),
+        ("cpu", torch.float32, ALL, "native"),
+        ("cpu", torch.bfloat16, NO_ROWS, "native"),
+        ("cpu", torch.float16, ALL, "reference"),
+        ("cpu", torch.float64, ALL, "reference"),
+        ("cpu", torch.float32, NOTHING, "reference"),
+        ("mps", torch.float32, ALL, "reference"),
     ],
 )
-def test_auto(dtype, expected):
-    assert choose_backend("auto", device=CPU, dtype=dtype) == expected
+def test_auto_takes_the_best_that_is_there(device, dtype, here, expected):
+    assert decide("auto", device=device, dtype=dtype, found=here).backend == expected
 
 
-def test_other_devices_take_the_reference():
-    device = torch.device("meta")
-    assert choose_backend("auto", device=device, dtype=torch.float32) == "reference"
+def test_auto_says_what_it_passed_over():
+    choice = decide("auto", device="cuda", dtype=torch.bfloat16, found=NO_TRITON)
+    assert choice == Choice("native", (("triton", "install triton"),))
+    backends, reasons = zip(
+        *decide("auto", device="cuda", dtype=torch.bfloat16, found=NO_ROWS).passed_over,
+        strict=True,
+    )
+    assert backends == ("triton", "native")
+    assert "CUDA row kernels" in reasons[1]
+    # Nothing is missing where no other backend takes the dtype.
+    assert decide("auto", device="cpu", dtype=torch.float64, found=NOTHING) == Choice("reference")
+
+
+def test_the_interpreter_runs_triton_on_a_cpu_when_asked_for_it():
+    under = Found(None, None, False, interprets=True)
+    assert decide("triton", device="cpu", dtype=torch.float16, found=under).backend == "triton"
+    assert decide("auto", device="cpu", dtype=torch.float32, found=under).backend == "native"
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        decide("triton", device="cpu", dtype=torch.float32, found=ALL)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "here", "error", "message"),
+    [
+        ("nobody", "cpu", torch.float32, ALL, ValueError, "unknown name 'nobody'.*auto, triton"),
+        ("native", "cpu", torch.float16, ALL, ValueError, "got torch.float16 on 'cpu'"),
+        ("native", "mps", torch.float32, ALL, ValueError, "takes float32, bfloat16 on 'cuda'"),
+        ("triton", "cuda", torch.float64, ALL, ValueError, "use backend='auto' or 'reference'"),
+        ("native", "cpu", torch.float32, NOTHING, RuntimeError, "install a compiler"),
+        ("native", "cuda", torch.float32, NO_ROWS, RuntimeError, "nvcc on the path"),
+        ("triton", "cuda", torch.float32, NO_ROWS, RuntimeError, "install triton"),
+    ],
+)
+def test_a_named_backend_that_cannot_serve_is_refused(name, device, dtype, here, error, message):
+    with pytest.raises(error, match=message):
+        decide(name, device=device, dtype=dtype, found=here)
+
+
+def test_the_reference_serves_everything():
+    for device in ("cpu", "cuda", "mps"):
+        assert decide("reference", device=device, dtype=torch.float64, found=NOTHING) == Choice(
+            "reference"
+        )
+
+
+def test_served_by_reads_like_a_sentence():
+    assert served_by("native") == "float32, bfloat16 on 'cuda' and float32, bfloat16 on 'cpu'"
+
+
+def test_this_process():
+    assert found().native_problem is None
+    assert choose_backend("auto", device=CPU, dtype=torch.bfloat16) == "native"
+    meta = torch.device("meta")
+    assert choose_backend("auto", device=meta, dtype=torch.float32) == "reference"
 
 
 WITHOUT_EXTENSION = """
