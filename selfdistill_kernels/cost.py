@@ -9,40 +9,43 @@ arithmetic and its DRAM traffic, and every launch costs the host a fixed time th
 Terms, for N tokens, hidden size H, vocabulary V, e bytes an element and m models that are scored:
 
 - *GEMM*: 2 * rows * columns * inner flops. A library GEMM reads its operands and writes its result
-  once: at these sizes it is bound by arithmetic, so what it re-reads through the cache is left out.
+  once: at these sizes it is bound by arithmetic, so what it re-reads through the cache is left
+  out.
 - *Head reads*: a fused sweep walks the vocabulary once for a group of R tokens whose hidden states
-  stay in the cache, so DRAM delivers the head ceil(N / R) times and each hidden state once. R is the
-  largest number of rows for which m * R * H * e bytes fit CACHE_SHARE of the cache. (Half: on A100
-  and H100 each half of the L2 keeps its own copy of what both halves of the GPU read, and the head
-  streams through the rest.)
+  stay in the cache, so DRAM delivers the head ceil(N / R) times and each hidden state once. R is
+  the largest number of rows for which m * R * H * e bytes fit CACHE_SHARE of the cache. (Half: on
+  A100 and H100 each half of the L2 keeps its own copy of what both halves of the GPU read, and the
+  head streams through the rest.)
 - *Tiles of logits*: `store`, chunks and tiles write float32 logits and read them back; the fused
   sweep keeps them in registers and writes only dz, once, for the gradient GEMMs.
 - *Launches*: LAUNCH_SECONDS each.
 
-What the model leaves out: L2 bandwidth, wave quantisation, clock throttling, the allocator. They are
-inside the achieved fractions, which are assumptions and not measurements.
+What the model leaves out: L2 bandwidth, wave quantisation, clock throttling, the allocator. They
+are inside the achieved fractions, which are assumptions and not measurements.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 # A kernel launch from a Python host loop that runs ahead of the GPU; assumed.
 LAUNCH_SECONDS = 4e-6
 # See "Head reads" above; assumed.
 CACHE_SHARE = 0.5
-# Rows and columns of a tile of the fused kernels, and float32 values of a row's partial state.
-BLOCK_ROWS = 128
-STATE_VALUES = 16
+# Columns of the vocabulary that one work item of the sweep sums, and bytes of a row's state after
+# it. (With 1,024 columns the states of a small hidden size alone break the bound of 1.10.)
+PIECE_COLUMNS = 2048
+STATE_BYTES = 44
 STATISTICS_BYTES = 40
 # Columns of the vocabulary whose dz is written before its gradient GEMMs.
 SLAB_COLUMNS = 8192
-# Tokens of a tile of `store`: below about 1,200, traffic of dW dominates on an H100.
-STORE_ROWS = 2048
+# Workspace of `store`: float32 logits of each model and dz for a tile of rows.
+STORE_BYTES = 2 << 30
 
 FLOAT32 = 4
+MEBIBYTE = float(1 << 20)
 
 Kind = Literal["library", "fused", "rows"]
 
@@ -57,6 +60,7 @@ class Gpu:
         bandwidth: of DRAM, bytes/s.
         cache: bytes of the last-level cache.
         processors: SMs or CUs.
+        tile: rows and columns of a tile of the fused kernels.
         library, fused: fraction of `peak` that library GEMMs and Triton's GEMMs reach; assumed.
         streaming: fraction of `bandwidth` that a kernel reaches; assumed.
         source: which data sheet.
@@ -67,6 +71,7 @@ class Gpu:
     bandwidth: float
     cache: float
     processors: int
+    tile: tuple[int, int]
     library: float
     fused: float
     streaming: float
@@ -76,13 +81,25 @@ class Gpu:
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100", 312e12, 2.039e12, 40e6, 108, 0.80, 0.65, 0.85, "NVIDIA A100 SXM 80 GB"),
-        Gpu("H100", 989e12, 3.35e12, 50e6, 132, 0.70, 0.55, 0.85, "NVIDIA H100 SXM"),
-        Gpu("H200", 989e12, 4.8e12, 50e6, 132, 0.70, 0.55, 0.85, "NVIDIA H200 SXM"),
-        Gpu("B200", 2250e12, 8.0e12, 126e6, 148, 0.70, 0.45, 0.85, "NVIDIA HGX B200"),
         Gpu(
-            "MI300X", 1307e12, 5.3e12, 256e6, 304, 0.50, 0.40, 0.80,
-            "AMD Instinct MI300X; its cache is the 256 MB Infinity Cache",
+            "A100", 312e12, 2.039e12, 40 * MEBIBYTE, 108, (128, 64), 0.80, 0.65, 0.85,
+            "NVIDIA A100 SXM 80 GB",
+        ),
+        Gpu(
+            "H100", 989e12, 3.35e12, 50 * MEBIBYTE, 132, (128, 128), 0.70, 0.55, 0.85,
+            "NVIDIA H100 SXM",
+        ),
+        Gpu(
+            "H200", 989e12, 4.8e12, 50 * MEBIBYTE, 132, (128, 128), 0.70, 0.55, 0.85,
+            "NVIDIA H200 SXM",
+        ),
+        Gpu(
+            "B200", 2250e12, 8.0e12, 126 * MEBIBYTE, 148, (128, 128), 0.70, 0.45, 0.85,
+            "NVIDIA HGX B200; its L2 as drivers report it",
+        ),
+        Gpu(
+            "MI300X", 1307e12, 5.3e12, 256 * MEBIBYTE, 304, (64, 64), 0.50, 0.40, 0.80,
+            "AMD Instinct MI300X; its cache is the Infinity Cache",
         ),
     )
 }  # fmt: skip
@@ -193,8 +210,9 @@ class Cost:
 
 
 def group_rows(size: Size, gpu: Gpu) -> int:
-    """R, the tokens whose hidden states stay in the cache: a multiple of BLOCK_ROWS."""
-    return max(int(_rows_that_fit(size, gpu)) // BLOCK_ROWS, 1) * BLOCK_ROWS
+    """R, the tokens whose hidden states stay in the cache: whole tiles, one at least."""
+    block = gpu.tile[0]
+    return max(int(_rows_that_fit(size, gpu)) // block, 1) * block
 
 
 def _rows_that_fit(size: Size, gpu: Gpu) -> float:
@@ -202,23 +220,25 @@ def _rows_that_fit(size: Size, gpu: Gpu) -> float:
 
 
 def pieces(size: Size, gpu: Gpu) -> int:
-    """Pieces of the vocabulary whose partial states are merged: as many as give each processor one
-    block of rows of a group."""
-    rows = min(group_rows(size, gpu), size.tokens)
-    return math.ceil(gpu.processors / math.ceil(rows / BLOCK_ROWS))
+    """Pieces of the vocabulary whose states are merged: PIECE_COLUMNS each, narrower where that
+    would leave processors without work."""
+    rows, columns = gpu.tile
+    tiles, blocks = math.ceil(size.vocabulary / columns), math.ceil(size.tokens / rows)
+    longest = min(PIECE_COLUMNS // columns, math.ceil(tiles * blocks / gpu.processors))
+    return math.ceil(tiles / longest)
 
 
 def sweep(size: Size, gpu: Gpu) -> Step:
     """Statistics of all tokens in one fused sweep: m U flops.
 
-    bytes = ceil(N / R) V H e        head, once a row group
-          + m N H e                  hidden states, once
-          + 2 * 4 * STATE_VALUES * N * pieces    partial states, written and merged
+    bytes = ceil(N / R) V H e                 head, once a row group
+          + m N H e                           hidden states, once
+          + 2 * STATE_BYTES * N * pieces      states, written and merged
           + STATISTICS_BYTES * N
     """
     head_reads = math.ceil(size.tokens / group_rows(size, gpu))
-    partial = 2.0 * FLOAT32 * STATE_VALUES * size.tokens * pieces(size, gpu)
-    moved = head_reads * size.head_bytes + size.models * size.hidden_bytes + partial
+    states = 2.0 * STATE_BYTES * size.tokens * pieces(size, gpu)
+    moved = head_reads * size.head_bytes + size.models * size.hidden_bytes + states
     moved += STATISTICS_BYTES * size.tokens
     return Step("sweep", "fused", size.models * size.gemm, moved, launches=2)
 
@@ -230,20 +250,28 @@ def least_sweep_bytes(size: Size, gpu: Gpu) -> float:
 
 
 def sweep_and_gradient(
-    size: Size, gpu: Gpu, *, rho: float = 1.0, trained: bool = True, sweeps: int = 1
+    size: Size,
+    gpu: Gpu,
+    *,
+    rho: float = 1.0,
+    trained: bool = True,
+    sweeps: int = 1,
+    compacted: bool | None = None,
 ) -> Cost:
     """The fused strategy: 2 + 4 rho GEMMs, 2 + 3 rho with a frozen head (m = 2).
 
     Of n = rho N active tokens, slab by slab of SLAB_COLUMNS = C columns: the pair of tiles again
     (2 m n C H flops) from the head slab, which DRAM delivers ceil(n / R) times, and the hidden
-    states, writing dz [n, C] in 16 bits; then a library GEMM for dH (reads dz and the head slab,
-    adds to float32 dH [n, H]) and one for dW (reads dz and the hidden states, writes its slab once).
-    What no token touches is still written: dW and dH are zeros at rho = 0.
+    states, writing dz [n, C] in 16 bits; then a GEMM for dH (reads dz and the head slab, adds to
+    float32 dH [n, H]) and one for dW (reads dz and the hidden states, writes its slab once). What
+    no token touches is still written: dW and dH are zeros at rho = 0.
 
     Args:
         rho: share of the tokens that carry a gradient.
         trained: whether dW is wanted.
         sweeps: 2 for the mixture divergences (JSD, skew), whose statistics need both normalisers.
+        compacted: whether only the device knows n, so that GEMMs of our own stand in for the
+            library's, which take n from the host; None: where rho < 1.
     """
     n, e, hidden, vocabulary = size.active(rho), size.itemsize, size.hidden, size.vocabulary
     steps = [sweep(size, gpu)] * sweeps
@@ -255,6 +283,7 @@ def sweep_and_gradient(
     dz = float(n * vocabulary * e)
     rows = float(n * hidden * e)
     group = group_rows(size, gpu)
+    product: Kind = "fused" if (rho < 1.0 if compacted is None else compacted) else "library"
     steps += [
         Step("gather active rows", "rows", 0.0, 2 * size.models * rows, 4),
         Step(
@@ -266,7 +295,7 @@ def sweep_and_gradient(
         ),
         Step(
             "dH",
-            "library",
+            product,
             gemm,
             dz + size.head_bytes + slabs * 2.0 * FLOAT32 * n * hidden,
             slabs,
@@ -274,7 +303,7 @@ def sweep_and_gradient(
         Step("dH to 16 bits", "rows", 0.0, FLOAT32 * n * hidden + size.hidden_bytes, 2),
     ]
     if trained:
-        steps.append(Step("dW", "library", gemm, dz + slabs * rows + size.head_bytes, slabs))
+        steps.append(Step("dW", product, gemm, dz + slabs * rows + size.head_bytes, slabs))
     slab = min(SLAB_COLUMNS, vocabulary)
     return Cost(tuple(steps), float(n * slab * e) + FLOAT32 * n * hidden + size.models * rows)
 
@@ -282,16 +311,17 @@ def sweep_and_gradient(
 def store(size: Size, gpu: Gpu, *, rho: float = 1.0, trained: bool = True) -> Cost:
     """Row tiles that span the vocabulary: 2 + 2 rho GEMMs, 2 + rho with a frozen head (m = 2).
 
-    A tile of B = STORE_ROWS tokens: library GEMMs write float32 logits (4 m B V); the row kernel
-    reads them for the statistics and reads those of active rows again (a row of 2 V floats does not
-    stay on chip) to write dz in 16 bits; active rows wait until B of them fill the GEMMs of dH and
-    dW. dW accumulates in float32: written by the first of those GEMMs, read and written by the
-    others, cast at the end.
+    A tile of B tokens, as many as STORE_BYTES hold: library GEMMs write float32 logits (4 m B V);
+    the row kernel reads them for the statistics and reads those of active rows again (a row of 2 V
+    floats does not stay on chip) to write dz in 16 bits; active rows wait until B of them fill the
+    GEMMs of dH and dW. dW accumulates in float32: written by the first of those GEMMs, read and
+    written by the others, cast at the end.
     """
     del gpu  # the same on all: a tile is far larger than any cache
     n, e, hidden, vocabulary = size.active(rho), size.itemsize, size.hidden, size.vocabulary
-    rows = min(STORE_ROWS, size.tokens)
-    tiles = math.ceil(size.tokens / rows)
+    row_bytes = vocabulary * (size.models * FLOAT32 + e)
+    tiles = math.ceil(size.tokens / max(STORE_BYTES // row_bytes, 1))
+    rows = math.ceil(size.tokens / tiles)  # even tiles
     flushes = math.ceil(n / rows)
     logits = size.models * FLOAT32 * size.logits
     gemm = 2.0 * n * hidden * vocabulary
@@ -304,7 +334,9 @@ def store(size: Size, gpu: Gpu, *, rho: float = 1.0, trained: bool = True) -> Co
             logits + tiles * size.head_bytes + size.models * size.hidden_bytes,
             tiles,
         ),
-        Step("rows", "rows", 0.0, logits + rho * logits + dz + STATISTICS_BYTES * size.tokens, tiles),
+        Step(
+            "rows", "rows", 0.0, logits + rho * logits + dz + STATISTICS_BYTES * size.tokens, tiles
+        ),
     ]
     if n:
         steps.append(
@@ -319,19 +351,30 @@ def store(size: Size, gpu: Gpu, *, rho: float = 1.0, trained: bool = True) -> Co
     if trained:
         moved = dz + n * hidden * e + dw * max(2 * flushes - 1, 1) + dw + size.head_bytes
         steps.append(Step("dW", "library", gemm, moved, flushes + 1))
-    workspace = size.models * FLOAT32 * float(rows * vocabulary) + (dw if trained else 0.0)
-    return Cost(tuple(steps), workspace)
+    return Cost(tuple(steps), float(rows * row_bytes) + (dw if trained else 0.0))
+
+
+def break_even(size: Size, gpu: Gpu, *, rho: float, trained: bool = True) -> float:
+    """The fraction of `peak` at which the fused strategy is as fast as `store`; above 1: never."""
+    aim = store(size, gpu, rho=rho, trained=trained).seconds(gpu)
+    low, high = 0.01, 1.01
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        made = replace(gpu, fused=middle)
+        slower = sweep_and_gradient(size, made, rho=rho, trained=trained).seconds(made) > aim
+        low, high = (middle, high) if slower else (low, middle)
+    return high
 
 
 # ---- what others do ------------------------------------------------------------------------------
 
-# DRAM bytes a logit of eager torch, forward and backward, besides the GEMMs: each operator reads its
-# [N, V] inputs and writes its outputs once. Counted by running the code (tests/benchmarks).
+# DRAM bytes a logit of eager torch, forward and backward, besides the GEMMs: each operator reads
+# its [N, V] inputs and writes its outputs once. Counted by running the code (tests/benchmarks).
 EAGER_BYTES: dict[str, float] = {
-    "forward_kl": 0.0,
-    "reverse_kl": 0.0,
-    "jsd": 0.0,
-    "cross_entropy": 0.0,
+    "forward_kl": 98.0,
+    "reverse_kl": 122.0,
+    "jsd": 274.0,
+    "cross_entropy": 44.0,
 }
 # log_softmax of a row that fits no shared memory reads it three times, not once.
 EXTRA_SOFTMAX_READS = 2
@@ -346,7 +389,7 @@ def floor(size: Size, *, trained: bool = True) -> Cost:
 
 
 def materialised(size: Size, objective: str, *, trained: bool = True) -> Cost:
-    """Eager torch on whole [N, V] logits: the floor's GEMMs and EAGER_BYTES a logit between them."""
+    """Eager torch on whole [N, V] logits: the floor's GEMMs, EAGER_BYTES a logit between them."""
     gemms = floor(size, trained=trained)
     extra = EXTRA_SOFTMAX_READS * FLOAT32 * size.models
     between = (EAGER_BYTES[objective] + extra) * size.logits
@@ -355,9 +398,7 @@ def materialised(size: Size, objective: str, *, trained: bool = True) -> Cost:
     return Cost((*gemms.steps, Step("rows", "rows", 0.0, between, 20)), live)
 
 
-def row_chunks(
-    size: Size, *, rows: int, row_bytes: float, add_bytes: float, launches: int
-) -> Cost:
+def row_chunks(size: Size, *, rows: int, row_bytes: float, add_bytes: float, launches: int) -> Cost:
     """Chunks of rows, gradient made in the forward pass, dW always: m + 2 GEMMs.
 
     Args:

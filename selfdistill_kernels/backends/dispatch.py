@@ -43,8 +43,8 @@ class Found:
         if backend == "triton":
             if device == "cpu" and not self.interprets:
                 return (
-                    "on CPU tensors it runs only under Triton's interpreter; set TRITON_INTERPRET=1 "
-                    "before Python starts, or use backend='auto'"
+                    "on CPU tensors it runs only under Triton's interpreter; set "
+                    "TRITON_INTERPRET=1 before Python starts, or use backend='auto'"
                 )
             return self.triton_problem
         if backend == "native":

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.contender import StepResult
 from benchmarks.memory import MEBIBYTE, measure, peak_extra_bytes
-from benchmarks.peers import StepResult
 from benchmarks.problems import Shape
 
 SHAPE = Shape(256, 16, 16384)

@@ -1,7 +1,7 @@
 """The host never waits for the device on the way to a backend.
 
-Meta tensors stand for those of a GPU: they take the same branches (their device is not the CPU), and
-every operation that reads a value back (`item`, `nonzero`, indexing by a mask) raises on them.
+Meta tensors stand for those of a GPU: they take the same branches (their device is not the CPU),
+and every operation that reads a value back (`item`, `nonzero`, indexing by a mask) raises on them.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ class Device:
         return meta(inputs.student_hidden.shape[0], len(Column), dtype=torch.float32)
 
     def gradient(self, inputs, objective, statistics, term_weights, needs, workspace):
-        return Gradients(torch.empty_like(inputs.student_hidden), torch.empty_like(inputs.weight), None)
+        return Gradients(
+            torch.empty_like(inputs.student_hidden), torch.empty_like(inputs.weight), None
+        )
 
     def visit(self, inputs, objective, gate, loss_weight, old_logprobs, needs, workspace):
         statistics = self.statistics(inputs, objective, workspace)
