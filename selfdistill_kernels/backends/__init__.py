@@ -63,12 +63,13 @@ _TRITON = "selfdistill_kernels.backends.triton"
 
 def _find() -> Found:
     native = _load_native()
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
     return Found(
-        triton_problem=_ask_triton(),
+        triton_problem=_ask_triton(interprets),
         native_problem=native,
         has_cuda_rows=native is None
         and torch._C._dispatch_has_kernel_for_dispatch_key("selfdistill::row_visit_", "CUDA"),
-        interprets=os.environ.get("TRITON_INTERPRET") == "1",
+        interprets=interprets,
     )
 
 
@@ -83,7 +84,10 @@ def _load_native() -> str | None:
     return None
 
 
-def _ask_triton() -> str | None:
+def _ask_triton(interprets: bool) -> str | None:
+    if not interprets and torch.version.cuda is None and torch.version.hip is None:
+        # Nor is triton imported, which takes a while.
+        return "this torch is built for CPUs only; install one for CUDA or ROCm (pytorch.org)"
     try:
         problem: str | None = importlib.import_module(_TRITON).triton_problem()
     except ImportError as error:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.timing import EventClock, EventTimer, Timing, clock_for, interleave, rotate
+from benchmarks.timing import EventTimer, Timing, clock_for, interleave, rotate
+from selfdistill_kernels.event_clock import EventClock
 
 
 def test_each_round_runs_all_and_starts_one_further():
