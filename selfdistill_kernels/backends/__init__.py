@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 import warnings
 
@@ -22,6 +23,9 @@ __all__ = [
     "native_problem",
 ]
 
+REBUILD = "`pip install --no-build-isolation --force-reinstall --no-deps selfdistill`"
+CPU_TORCH = "this torch is built for CPUs only; install one for your GPU (pytorch.org/get-started)"
+
 
 def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> str:
     """Resolve "auto" and refuse a backend that cannot serve these inputs (dispatch.decide).
@@ -39,7 +43,9 @@ def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> st
 def get_backend(name: str) -> Backend:
     """Return the backend for a resolved name."""
     if name == "triton":
-        backend: Backend = importlib.import_module(_TRITON).TritonBackend()
+        # By name: the package imports triton.
+        module = importlib.import_module("selfdistill_kernels.backends.triton")
+        backend: Backend = module.TritonBackend()
         return backend
     if name == "native":
         from selfdistill_kernels.backends.native import NativeBackend
@@ -58,19 +64,10 @@ def native_problem() -> str | None:
     return _FOUND.native_problem
 
 
-_TRITON = "selfdistill_kernels.backends.triton"
-
-
 def _find() -> Found:
-    native = _load_native()
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
-    return Found(
-        triton_problem=_ask_triton(interprets),
-        native_problem=native,
-        has_cuda_rows=native is None
-        and torch._C._dispatch_has_kernel_for_dispatch_key("selfdistill::row_visit_", "CUDA"),
-        interprets=interprets,
-    )
+    native = _load_native()
+    return Found(_find_triton(interprets), native, native or _load_cuda(), interprets)
 
 
 def _load_native() -> str | None:
@@ -79,20 +76,30 @@ def _load_native() -> str | None:
     except ImportError as error:
         return (
             f"the compiled extension cannot be loaded ({error}); install a C++17 compiler and run "
-            "`pip install --no-build-isolation --force-reinstall --no-deps selfdistill`"
+            f"{REBUILD}"
         )
     return None
 
 
-def _ask_triton(interprets: bool) -> str | None:
-    if not interprets and torch.version.cuda is None and torch.version.hip is None:
-        # Nor is triton imported, which takes a while.
-        return "this torch is built for CPUs only; install one for CUDA or ROCm (pytorch.org)"
+def _load_cuda() -> str | None:
+    if torch.version.cuda is None:
+        return CPU_TORCH
     try:
-        problem: str | None = importlib.import_module(_TRITON).triton_problem()
+        importlib.import_module("selfdistill_kernels._cuda")
     except ImportError as error:
-        return f"the Triton backend cannot be loaded ({error}); run `pip install 'triton>=3.5'`"
-    return problem
+        return (
+            f"the CUDA row kernels cannot be loaded ({error}); install the CUDA toolkit "
+            f"{torch.version.cuda} (nvcc on PATH or CUDA_HOME) and run {REBUILD}"
+        )
+    return None
+
+
+def _find_triton(interprets: bool) -> str | None:
+    """Whether triton could be imported; it is imported on first use, because it takes a while."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is missing; run `pip install 'selfdistill[triton]'`"
+    has_gpu_build = torch.version.cuda is not None or torch.version.hip is not None
+    return None if has_gpu_build or interprets else CPU_TORCH
 
 
 @functools.cache

@@ -16,7 +16,7 @@ SERVED: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("triton", "cuda"): (torch.float32, torch.bfloat16, torch.float16),
     # Only under the interpreter.
     ("triton", "cpu"): (torch.float32, torch.bfloat16, torch.float16),
-    ("native", "cuda"): (torch.float32, torch.bfloat16),
+    ("native", "cuda"): (torch.float32, torch.bfloat16, torch.float16),
     ("native", "cpu"): (torch.float32, torch.bfloat16),
 }
 
@@ -29,13 +29,13 @@ class Found:
         triton_problem: None where the Triton backend can run on a GPU, else what is wrong and the
             command that mends it.
         native_problem: the same for the compiled extension.
-        has_cuda_rows: whether the extension was built with its CUDA row kernels.
+        cuda_problem: the same for its CUDA row kernels.
         interprets: whether Triton's interpreter stands in for a GPU (TRITON_INTERPRET=1).
     """
 
     triton_problem: str | None
     native_problem: str | None
-    has_cuda_rows: bool
+    cuda_problem: str | None
     interprets: bool = False
 
     def missing(self, backend: str, device: str) -> str | None:
@@ -48,13 +48,7 @@ class Found:
                 )
             return self.triton_problem
         if backend == "native":
-            if self.native_problem is None and device == "cuda" and not self.has_cuda_rows:
-                return (
-                    "the extension was built without its CUDA row kernels; with a CUDA build of "
-                    "torch and nvcc on the path, run "
-                    "`pip install --no-build-isolation --force-reinstall --no-deps selfdistill`"
-                )
-            return self.native_problem
+            return self.cuda_problem if device == "cuda" else self.native_problem
         return None
 
 

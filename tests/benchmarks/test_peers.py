@@ -224,8 +224,8 @@ def test_what_needs_a_gpu_says_so(monkeypatch):
 def test_cuda_rows_are_a_contender_of_their_own_on_a_gpu(monkeypatch):
     assert "ours_rows" not in CONTENDERS
     rows = contenders(device="cuda")["ours_rows"]
-    without = replace(backends.found(), has_cuda_rows=False)
+    without = replace(backends.found(), cuda_problem="install nvcc")
     monkeypatch.setattr(backends, "_FOUND", without)
-    assert "CUDA row kernels" in rows.missing("cuda")
-    monkeypatch.setattr(backends, "_FOUND", replace(without, has_cuda_rows=True))
+    assert rows.missing("cuda") == "install nvcc"
+    monkeypatch.setattr(backends, "_FOUND", replace(without, cuda_problem=None))
     assert rows.missing("cuda") is None

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
 
+from selfdistill_kernels import backends
 from selfdistill_kernels.backends import choose_backend, found
 from selfdistill_kernels.backends.dispatch import Choice, Found, decide, served_by
 
 CPU = torch.device("cpu")
-ALL = Found(triton_problem=None, native_problem=None, has_cuda_rows=True)
-NO_TRITON = Found("install triton", None, True)
-NO_ROWS = Found("install triton", None, False)
-NOTHING = Found("install triton", "install a compiler", False)
+ALL = Found(triton_problem=None, native_problem=None, cuda_problem=None)
+NO_TRITON = Found("install triton", None, None)
+NO_ROWS = Found("install triton", None, "install nvcc")
+NOTHING = Found("install triton", "install a compiler", "install a compiler")
 
 
 @pytest.mark.parametrize(
@@ -25,6 +27,7 @@ NOTHING = Found("install triton", "install a compiler", False)
         ("cuda", torch.float16, ALL, "triton"),
         ("cuda", torch.float32, ALL, "triton"),
         ("cuda", torch.bfloat16, NO_TRITON, "native"),
+        ("cuda", torch.float16, NO_TRITON, "native"),
         ("cuda", torch.float32, NO_TRITON, "native"),
         ("cuda", torch.bfloat16, NO_ROWS, "reference"),
         ("cuda", torch.bfloat16, NOTHING, "reference"),
@@ -44,18 +47,14 @@ def test_auto_takes_the_best_that_is_there(device, dtype, here, expected):
 def test_auto_says_what_it_passed_over():
     choice = decide("auto", device="cuda", dtype=torch.bfloat16, found=NO_TRITON)
     assert choice == Choice("native", (("triton", "install triton"),))
-    backends, reasons = zip(
-        *decide("auto", device="cuda", dtype=torch.bfloat16, found=NO_ROWS).passed_over,
-        strict=True,
-    )
-    assert backends == ("triton", "native")
-    assert "CUDA row kernels" in reasons[1]
+    choice = decide("auto", device="cuda", dtype=torch.bfloat16, found=NO_ROWS)
+    assert choice == Choice("reference", (("triton", "install triton"), ("native", "install nvcc")))
     # Nothing is missing where no other backend takes the dtype.
     assert decide("auto", device="cpu", dtype=torch.float64, found=NOTHING) == Choice("reference")
 
 
 def test_the_interpreter_runs_triton_on_a_cpu_when_asked_for_it():
-    under = Found(None, None, False, interprets=True)
+    under = Found(None, None, "install nvcc", interprets=True)
     assert decide("triton", device="cpu", dtype=torch.float16, found=under).backend == "triton"
     assert decide("auto", device="cpu", dtype=torch.float32, found=under).backend == "native"
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
@@ -67,10 +66,17 @@ def test_the_interpreter_runs_triton_on_a_cpu_when_asked_for_it():
     [
         ("nobody", "cpu", torch.float32, ALL, ValueError, "unknown name 'nobody'.*auto, triton"),
         ("native", "cpu", torch.float16, ALL, ValueError, "got torch.float16 on 'cpu'"),
-        ("native", "mps", torch.float32, ALL, ValueError, "takes float32, bfloat16 on 'cuda'"),
+        (
+            "native",
+            "mps",
+            torch.float32,
+            ALL,
+            ValueError,
+            "takes float32, bfloat16, float16 on 'cuda'",
+        ),
         ("triton", "cuda", torch.float64, ALL, ValueError, "use backend='auto' or 'reference'"),
         ("native", "cpu", torch.float32, NOTHING, RuntimeError, "install a compiler"),
-        ("native", "cuda", torch.float32, NO_ROWS, RuntimeError, "nvcc on the path"),
+        ("native", "cuda", torch.float32, NO_ROWS, RuntimeError, "install nvcc"),
         ("triton", "cuda", torch.float32, NO_ROWS, RuntimeError, "install triton"),
     ],
 )
@@ -87,7 +93,37 @@ def test_the_reference_serves_everything():
 
 
 def test_served_by_reads_like_a_sentence():
-    assert served_by("native") == "float32, bfloat16 on 'cuda' and float32, bfloat16 on 'cpu'"
+    assert served_by("native") == (
+        "float32, bfloat16, float16 on 'cuda' and float32, bfloat16 on 'cpu'"
+    )
+
+
+def test_what_is_found_of_triton(monkeypatch):
+    """triton without a GPU build of torch serves the interpreter only; the remedy is named."""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert "built for CPUs only" in backends._find_triton(interprets=False)
+    assert backends._find_triton(interprets=True) is None
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert backends._find_triton(interprets=False) is None
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'selfdistill[triton]'" in backends._find_triton(interprets=True)
+
+
+def test_what_is_found_of_the_cuda_rows(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built for CPUs only" in backends._load_cuda()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setitem(sys.modules, "selfdistill_kernels._cuda", None)
+    assert "install the CUDA toolkit 13.0 (nvcc on PATH or CUDA_HOME)" in backends._load_cuda()
+    monkeypatch.setitem(sys.modules, "selfdistill_kernels._cuda", ModuleType("_cuda"))
+    assert backends._load_cuda() is None
+
+
+def test_triton_is_not_imported_before_it_runs():
+    code = "import sys, selfdistill_kernels; assert 'triton' not in sys.modules"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
 
 
 def test_this_process():

@@ -24,11 +24,11 @@ VERSIONS = {
     "peft": "0.21.2",
 }
 H100 = Findings(
-    VERSIONS, "CUDA 13.0", ("NVIDIA H100 80GB HBM3",), 32, "avx512", True, Found(None, None, True)
+    VERSIONS, "CUDA 13.0", ("NVIDIA H100 80GB HBM3",), 32, "avx512", True, Found(None, None, None)
 )
 LAPTOP = Findings(
     VERSIONS | {"triton": None}, None, (), 8, None, False,
-    Found("this torch is built for CPUs only", "no compiler; run `apt install g++`", False),
+    Found("this torch is built for CPUs only", "no compiler; run `apt install g++`", "no compiler"),
 )  # fmt: skip
 SIZE = cost.Size(8192, 4096, 128256)
 QUESTION = Question(SIZE, "bfloat16", "cuda", frozen=False)
@@ -87,7 +87,7 @@ def test_a_laptop_with_nothing_says_what_mends_it():
 
 
 def test_a_gpu_without_triton_runs_the_cuda_rows_and_says_why():
-    found = Found("run `pip install 'triton>=3.5'`", None, True)
+    found = Found("run `pip install 'triton>=3.5'`", None, None)
     lines = list(what_runs(replace(H100, found=found), QUESTION))
     assert lines[0] == "backend native"
     assert lines[1].startswith("recompute (two sweeps over slabs")
