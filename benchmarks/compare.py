@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             with _progress(console, len(chosen)) as tick:
                 errors, failures = check_all(chosen, objective, dtype, args, tick)
             for key, why in failures.items():
-                console.print(f"without {key}, {objective}, {dtype}: {why}", highlight=False)
+                line = f"without {key}, {objective}, {dtype}: {why}"
+                console.print(line, highlight=False, soft_wrap=True)
             running = [contender for contender in chosen if contender.key in errors]
             for shape in args.shapes:
                 with _progress(console, len(running) * (args.rounds + 2 + args.memory)) as tick:

@@ -65,9 +65,14 @@ def native_problem() -> str | None:
 
 
 def _find() -> Found:
-    interprets = os.environ.get("TRITON_INTERPRET") == "1"
     native = _load_native()
-    return Found(_find_triton(interprets), native, native or _load_cuda(), interprets)
+    has_triton = importlib.util.find_spec("triton") is not None
+    return Found(
+        triton_problem=_triton_problem(has_triton),
+        native_problem=native,
+        cuda_problem=native or _load_cuda(),
+        interprets=has_triton and os.environ.get("TRITON_INTERPRET") == "1",
+    )
 
 
 def _load_native() -> str | None:
@@ -94,12 +99,13 @@ def _load_cuda() -> str | None:
     return None
 
 
-def _find_triton(interprets: bool) -> str | None:
-    """Whether triton could be imported; it is imported on first use, because it takes a while."""
-    if importlib.util.find_spec("triton") is None:
+def _triton_problem(has_triton: bool) -> str | None:
+    """Whether the Triton kernels could run on a GPU; triton is imported on first use, because that
+    takes a while."""
+    if not has_triton:
         return "the package triton is missing; run `pip install 'selfdistill[triton]'`"
     has_gpu_build = torch.version.cuda is not None or torch.version.hip is not None
-    return None if has_gpu_build or interprets else CPU_TORCH
+    return None if has_gpu_build else CPU_TORCH
 
 
 @functools.cache

@@ -30,7 +30,7 @@ class Found:
             command that mends it.
         native_problem: the same for the compiled extension.
         cuda_problem: the same for its CUDA row kernels.
-        interprets: whether Triton's interpreter stands in for a GPU (TRITON_INTERPRET=1).
+        interprets: whether Triton's interpreter stands in for a GPU on CPU tensors.
     """
 
     triton_problem: str | None
@@ -41,12 +41,14 @@ class Found:
     def missing(self, backend: str, device: str) -> str | None:
         """None, or why a backend that takes the inputs cannot run here, and what mends it."""
         if backend == "triton":
-            if device == "cpu" and not self.interprets:
+            if device != "cpu":
+                return self.triton_problem
+            if not self.interprets:
                 return (
-                    "on CPU tensors it runs only under Triton's interpreter; set "
-                    "TRITON_INTERPRET=1 before Python starts, or use backend='auto'"
+                    "on CPU tensors it runs only under Triton's interpreter; with triton "
+                    "installed, set TRITON_INTERPRET=1 before Python starts, or use backend='auto'"
                 )
-            return self.triton_problem
+            return None
         if backend == "native":
             return self.cuda_problem if device == "cuda" else self.native_problem
         return None

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from benchmarks import compare, environment, memory_flat, peers
 from benchmarks.memory import MEBIBYTE
 from benchmarks.problems import Shape
 from benchmarks.roofline import predict
+from selfdistill_kernels import backends
+from selfdistill_kernels.backends.dispatch import Found
 from selfdistill_kernels.cost import GPUS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +119,18 @@ def test_a_library_that_fails_is_left_out_and_named(tmp_path, monkeypatch, capsy
         small_run(tmp_path, "--workspaces")
 
 
+def test_the_record_of_a_gpu_holds_what_its_times_depend_on(monkeypatch):
+    properties = SimpleNamespace(multi_processor_count=132, total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(backends, "_FOUND", Found(None, None, "no nvcc"))
+    facts = environment.gpu_facts()
+    assert facts["compute_capability"] == "9.0"
+    assert (facts["processors"], facts["gpu_memory_gib"]) == (132, 80.0)
+    assert (facts["backend triton"], facts["backend native"]) == ("available", "no nvcc")
+    assert set(environment.GPU_PACKAGES) <= set(facts)
+
+
 def test_a_gpu_run_from_end_to_end(tmp_path, monkeypatch):
     """On CPU tensors: what differs on a GPU is its name, its clock and its allocator."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -124,6 +140,15 @@ def test_a_gpu_run_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "gpu_facts", lambda: {"compute_capability": "9.0"})
     monkeypatch.setattr(compare, "clock_for", lambda device: lambda step: step() and 0.5)
     real_problem, real_check = compare.make_problem, compare.check
+    real_contenders = compare.contenders
+
+    def without_quack(*arguments, **options):
+        known = real_contenders(*arguments, **options)
+        if "quack" in known:
+            known["quack"] = replace(known["quack"], requires="no_such_module")
+        return known
+
+    monkeypatch.setattr(compare, "contenders", without_quack)
 
     def on_cpu(function):
         return lambda *arguments, device, **options: function(*arguments, device="cpu", **options)
@@ -146,7 +171,8 @@ def test_a_gpu_run_from_end_to_end(tmp_path, monkeypatch):
     assert predicted["ours"] == predict(
         "ours", Shape(24, 16, 264), "reverse_kl", "bfloat16", GPUS["H100"]
     )
-    assert entropy["failures"] == {"quack": "quack is not installed: pip install 'quack-kernels'"}
+    (reason,) = entropy["failures"].values()
+    assert reason == "no_such_module is not installed: pip install 'quack-kernels'"
     assert divergence["entries"][1]["peak_extra_bytes"] == 2 * MEBIBYTE
     assert "predicted" in (tmp_path / "table.md").read_text()
 

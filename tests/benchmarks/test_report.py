@@ -113,6 +113,20 @@ def test_predictions_stand_beside_what_was_measured(results):
     assert "predicted" not in problem_table(results.problems[0]).head
 
 
+def test_a_terminal_of_80_columns_shows_predictions_too(results):
+    entries = [
+        replace(one, label="selfdistill, frozen, rho 0.05", timing=Timing([0.0565]), predicted=0.04)
+        for one in results.problems[0].entries
+    ]
+    console = Console(width=80, record=True, file=io.StringIO())
+    table = problem_table(replace(results.problems[0], entries=entries))
+    print_table(console, table)
+    shown = console.export_text()
+    for cells in table.body:
+        for cell in cells:
+            assert cell in shown
+
+
 def test_each_objective_has_tables_of_its_own(results):
     other = replace(results.problems[0], objective="cross_entropy")
     text = replace(results, problems=[results.problems[0], other]).markdown()

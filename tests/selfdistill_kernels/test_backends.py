@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from selfdistill_kernels import backends
+from selfdistill_kernels import backends, fused_linear_distillation
 from selfdistill_kernels.backends import choose_backend, found
 from selfdistill_kernels.backends.dispatch import Choice, Found, decide, served_by
 
@@ -99,15 +99,31 @@ def test_served_by_reads_like_a_sentence():
 
 
 def test_what_is_found_of_triton(monkeypatch):
-    """triton without a GPU build of torch serves the interpreter only; the remedy is named."""
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
-    assert "built for CPUs only" in backends._find_triton(interprets=False)
-    assert backends._find_triton(interprets=True) is None
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert backends._find_triton(interprets=False) is None
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'selfdistill[triton]'" in backends._find_triton(interprets=True)
+    assert "built for CPUs only" in backends._triton_problem(has_triton=True)
+    assert "pip install 'selfdistill[triton]'" in backends._triton_problem(has_triton=False)
+    for kind in ("cuda", "hip"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.version, kind, "7.0")
+            assert backends._triton_problem(has_triton=True) is None
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_the_interpreter_is_found_by_its_variable(value, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert backends._find().interprets == (value == "1")
+
+
+def test_auto_is_read_as_a_constant_by_the_compiler():
+    hidden, weight = torch.randn(4, 8), torch.randn(31, 8)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def loss(hidden, weight):
+        return fused_linear_distillation(hidden, hidden + 1, weight, backend="auto").loss
+
+    expected = fused_linear_distillation(hidden, hidden + 1, weight, backend="native").loss
+    assert torch.equal(loss(hidden, weight), expected)
 
 
 def test_what_is_found_of_the_cuda_rows(monkeypatch):
