@@ -18,6 +18,7 @@ __all__ = [
     "BACKENDS",
     "check_backend_name",
     "choose_backend",
+    "cuda_problem",
     "found",
     "get_backend",
     "native_problem",
@@ -62,6 +63,11 @@ def found() -> Found:
 def native_problem() -> str | None:
     """None when the compiled extension is loaded, else what is wrong and what mends it."""
     return _FOUND.native_problem
+
+
+def cuda_problem() -> str | None:
+    """None when the CUDA row kernels are loaded, else what is wrong and what mends it."""
+    return _FOUND.cuda_problem
 
 
 def _find() -> Found:
