@@ -2,9 +2,11 @@
 
     python -m benchmarks.compare --output runs/benchmarks
     python -m benchmarks.compare --shapes 512/576/49152 --dtypes float32 --contenders ours torch
+    python -m benchmarks.compare --device cuda
 
 Each contender first gives its loss and gradients on a small problem and is compared with float64;
-then those on the timed problem are compared among contenders. See docs/benchmarks.md.
+then those on the timed problem are compared among contenders. A library that fails is left out and
+named; a failure of ours ends the run. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -27,11 +29,12 @@ from rich.progress import (
 )
 
 from benchmarks import arguments
-from benchmarks.checks import Errors, check, check_agreement
+from benchmarks.checks import Errors, check, check_agreement, excuse
+from benchmarks.contender import Contender, Step
 from benchmarks.environment import environment
 from benchmarks.memory import MEBIBYTE, peak_extra_bytes
-from benchmarks.peers import Contender, Step, contenders, floor, materialised, ours, plan_of
-from benchmarks.problems import BETAS, DTYPES, SHAPES, Shape, make_problem
+from benchmarks.peers import contenders, floor, materialised, ours, plan_of
+from benchmarks.problems import DTYPES, OBJECTIVES, SHAPES, Shape, make_problem
 from benchmarks.report import (
     Entry,
     Overhead,
@@ -41,7 +44,9 @@ from benchmarks.report import (
     print_table,
     problem_table,
 )
-from benchmarks.timing import Timing, clock_for, interleave
+from benchmarks.roofline import predict
+from benchmarks.timing import Timing, clock_for, interleave, rotate
+from selfdistill_kernels.cost import gpu_named
 
 Tick = Callable[[str], None]
 
@@ -59,30 +64,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print("No GPU that torch can use: nothing was measured.")
         return
     torch.set_num_threads(args.threads)
-    chosen = _choose(contenders(args.workspace), args.contenders)
-    running = [contender for contender in chosen if contender.is_installed]
-    names = ("divergence", "rounds", "workspace")
+    names = ("objectives", "rounds", "sets", "workspace")
     results = Results(environment(args.device), {name: getattr(args, name) for name in names})
-    for contender in chosen:
-        if contender not in running:
-            results.settings[f"without {contender.key}"] = f"{contender.requires} is not installed"
     for fact, value in (results.environment | results.settings).items():
         console.print(f"{fact}: {value}", highlight=False)
 
-    for dtype in args.dtypes:
-        with _progress(console, len(running)) as tick:
-            errors = {}
-            for contender in running:
-                tick(f"check {contender.key}, {dtype}")
-                errors[contender.key] = check(
-                    contender, DTYPES[dtype], device=args.device, divergence=args.divergence
-                )
-        for shape in args.shapes:
-            with _progress(console, len(running) * (args.rounds + 2 + args.memory)) as tick:
-                found = compare(shape, dtype, running, errors, args, tick)
-            results.problems.append(found)
-            print_table(console, problem_table(found))
-            results.write(args.output)
+    for objective in args.objectives:
+        known = contenders(args.workspace, device=args.device, objective=objective)
+        chosen = _choose(known, args.contenders)
+        for dtype in args.dtypes:
+            with _progress(console, len(chosen)) as tick:
+                errors, failures = check_all(chosen, objective, dtype, args, tick)
+            for key, why in failures.items():
+                line = f"without {key}, {objective}, {dtype}: {why}"
+                console.print(line, highlight=False, soft_wrap=True)
+            running = [contender for contender in chosen if contender.key in errors]
+            for shape in args.shapes:
+                with _progress(console, len(running) * (args.rounds + 2 + args.memory)) as tick:
+                    found = compare(shape, objective, dtype, running, errors, args, tick)
+                found = replace(found, failures=failures | found.failures)
+                results.problems.append(found)
+                print_table(console, problem_table(found))
+                results.write(args.output)
     if args.workspaces and args.device == "cpu":
         shape = max(args.shapes, key=lambda shape: shape.vocabulary)
         for dtype in args.dtypes:
@@ -98,39 +101,73 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    names = list(contenders(device="cuda") | contenders(objective="cross_entropy"))
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--shapes", nargs="+", type=arguments.shape, default=SHAPES, metavar="N/H/V")
-    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    add("--contenders", nargs="+", choices=contenders(), metavar="NAME",
-        help=f"all by default; floors come along: {', '.join(contenders())}")  # fmt: skip
-    add("--divergence", choices=BETAS, default="reverse_kl")
+    # fmt: off
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--shapes", nargs="+", type=arguments.shape, metavar="N/H/V",
+        help="; ".join(f"{on}: {', '.join(map(str, own))}" for on, own in SHAPES.items()))
+    add("--dtypes", nargs="+", choices=DTYPES, help="cpu: all; cuda: bfloat16")
+    add("--contenders", nargs="+", choices=names, metavar="NAME",
+        help=f"all by default; floors come along: {', '.join(names)}")
+    add("--objectives", nargs="+", choices=OBJECTIVES,
+        help="cpu: reverse_kl; cuda: cross_entropy too, which has contenders of its own")
+    add("--sets", type=arguments.positive,
+        help="problems that the calls go through in turn, against caches; cpu: 1; cuda: 3")
     add("--rounds", type=arguments.positive, default=7, help="timed rounds, after a discarded one")
     add("--threads", type=arguments.positive, default=torch.get_num_threads())
-    add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--workspace", default="auto", type=arguments.workspace, help="of ours: MiB, or auto")
     add("--workspaces", nargs="*", type=arguments.positive, default=WORKSPACES, metavar="MIB",
-        help="also time ours with these, on the shape of the largest vocabulary")  # fmt: skip
+        help="also time ours with these, on the shape of the largest vocabulary")
     add("--no-memory", dest="memory", action="store_false",
-        help="leave out the peaks, each of which takes a process of its own")  # fmt: skip
+        help="leave out the peaks, each of which takes a process of its own")
     add("--overhead", action="store_true", help="also time calls on a tiny problem")
     add("--output", type=Path, default=Path("runs/benchmarks"), metavar="DIR")
-    return parser.parse_args(argv)
+    # fmt: on
+    args = parser.parse_args(argv)
+    on_gpu = args.device == "cuda"
+    args.shapes = args.shapes or SHAPES[args.device]
+    args.dtypes = args.dtypes or (["bfloat16"] if on_gpu else list(DTYPES))
+    args.objectives = args.objectives or ["reverse_kl", *["cross_entropy"] * on_gpu]
+    args.sets = args.sets or (3 if on_gpu else 1)
+    return args
 
 
 def _choose(known: dict[str, Contender], keys: Sequence[str] | None) -> list[Contender]:
-    """The named contenders, or all, with their floors; in the order of the tables."""
-    wanted = set(known if keys is None else keys)
+    """The named contenders that there are, or all, with floors; in the order of the tables."""
+    wanted = set(known if keys is None else keys) & set(known)
     wanted |= {known[key].floor for key in wanted}
     return [contender for contender in known.values() if contender.key in wanted]
 
 
+def check_all(
+    chosen: Sequence[Contender], objective: str, dtype: str, args: argparse.Namespace, tick: Tick
+) -> tuple[dict[str, Errors], dict[str, str]]:
+    """Errors on the small problem of those that run, and why the others do not."""
+    errors, failures = {}, {}
+    for contender in chosen:
+        tick(f"check {contender.key}, {dtype}")
+        missing = contender.missing(args.device, dtype)
+        if missing is not None:
+            failures[contender.key] = missing
+            continue
+        try:
+            errors[contender.key] = check(
+                contender, DTYPES[dtype], device=args.device, objective=objective
+            )
+        except Exception as error:
+            failures[contender.key] = excuse(contender, error)
+    return errors, failures
+
+
 def compare(
     shape: Shape,
+    objective: str,
     dtype: str,
     running: Sequence[Contender],
     errors: dict[str, Errors],
@@ -138,11 +175,19 @@ def compare(
     tick: Tick,
 ) -> ProblemResult:
     """Time the contenders on one problem and measure their memory."""
-    options = {"device": args.device, "divergence": args.divergence}
-    problem = make_problem(shape, DTYPES[dtype], **options)
-    steps = {contender.key: contender.build(problem) for contender in running}
-    check_agreement(running, steps, DTYPES[dtype], on_step=tick)
+    options = {"device": args.device, "objective": objective}
+    problems = [
+        make_problem(shape, DTYPES[dtype], seed=seed, **options) for seed in range(args.sets)
+    ]
+    steps = {
+        contender.key: rotate([contender.build(problem) for problem in problems])
+        for contender in running
+    }
+    failures = check_agreement(running, steps, DTYPES[dtype], on_step=tick)
+    running = [contender for contender in running if contender.key not in failures]
+    steps = {contender.key: steps[contender.key] for contender in running}
     timings = interleave(steps, args.rounds, clock=clock_for(args.device), on_step=tick)
+    gpu = gpu_named(torch.cuda.get_device_name()) if args.device == "cuda" else None
     entries = []
     for contender in running:
         key, floor_time = contender.key, timings[contender.floor]
@@ -156,13 +201,16 @@ def compare(
             over_floor_by_round=timings[key].over_by_round(floor_time),
             speedup=None if plain is None else plain.over(timings[key]),
             errors=errors[key],
+            predicted=None if gpu is None else predict(key, shape, objective, dtype, gpu),
         )
         if contender.is_ours and args.device == "cpu":
             trained = contender.trained_head
             plan = plan_of(shape, DTYPES[dtype], trained_head=trained, workspace=args.workspace)
             entry = replace(entry, plan=plan.describe())
         entries.append(entry)
-    del problem, steps
+    del problems, steps
+    if args.device == "cuda":
+        torch.cuda.empty_cache()  # the processes that measure memory share the GPU
     if args.memory:
         for i, entry in enumerate(entries):
             tick(f"memory of {entry.key}")
@@ -170,14 +218,14 @@ def compare(
                 continue
             peak = peak_extra_bytes(entry.key, shape, dtype, workspace=args.workspace, **options)
             entries[i] = replace(entry, peak_extra_bytes=peak)
-    return ProblemResult(str(shape), dtype, entries)
+    return ProblemResult(str(shape), dtype, entries, objective, failures)
 
 
 def sweep_workspaces(
     shape: Shape, dtype: str, args: argparse.Namespace, tick: Tick
 ) -> list[WorkspacePoint]:
     """Time ours, head trained, with each workspace and with the one that it chooses itself."""
-    problem = make_problem(shape, DTYPES[dtype], divergence=args.divergence)
+    problem = make_problem(shape, DTYPES[dtype])
     given: list[int | str] = [mebibytes * MEBIBYTE for mebibytes in args.workspaces]
     steps = {str(w): ours(problem, workspace=w) for w in [*given, "auto"]}
     timings = interleave(
@@ -208,9 +256,7 @@ def sweep_workspaces(
 
 def measure_overhead(dtype: str, args: argparse.Namespace) -> Overhead:
     """Time calls on a tiny problem, ours beside materialised torch."""
-    problem = make_problem(
-        OVERHEAD_SHAPE, DTYPES[dtype], device=args.device, divergence=args.divergence
-    )
+    problem = make_problem(OVERHEAD_SHAPE, DTYPES[dtype], device=args.device)
     timings = interleave(
         {"ours": _repeated(ours(problem)), "torch": _repeated(materialised(problem))},
         OVERHEAD_ROUNDS,

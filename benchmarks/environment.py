@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 
+from selfdistill_kernels import backends
+
 PACKAGES = ("torch", "trl", "liger-kernel", "transformers", "numpy")
+GPU_PACKAGES = ("triton", "cut-cross-entropy", "quack-kernels")
 
 
 def environment(device: str) -> dict[str, Any]:
     """A flat record for JSON and for the head of the tables."""
-    return {
+    record = {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -26,6 +29,22 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "revision": revision(),
     } | {name: package_version(name) for name in PACKAGES}
+    return record | gpu_facts() if device == "cuda" else record
+
+
+def gpu_facts() -> dict[str, Any]:
+    """What a time on a GPU depends on, and which of our backends are there."""
+    properties, here = torch.cuda.get_device_properties(), backends.found()
+    return {
+        "compute_capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "processors": properties.multi_processor_count,
+        "gpu_memory_gib": round(properties.total_memory / (1 << 30), 1),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "backend triton": here.missing("triton", "cuda") or "available",
+        "backend native": here.missing("native", "cuda") or "available",
+    } | {name: package_version(name) for name in GPU_PACKAGES}
 
 
 def cpu_model() -> str:

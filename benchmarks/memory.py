@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.peers import StepResult, contenders
+from benchmarks.contender import StepResult
+from benchmarks.peers import contenders
 from benchmarks.problems import DTYPES, Shape, make_problem
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +37,7 @@ def peak_extra_bytes(
     shape: Shape,
     dtype: str,
     *,
-    divergence: str = "reverse_kl",
+    objective: str = "reverse_kl",
     workspace: str | int = "auto",
     threads: int | None = None,
     device: str = "cpu",
@@ -53,7 +54,7 @@ def peak_extra_bytes(
         RuntimeError: the process failed; the message holds the end of its error output.
     """
     command = [
-        sys.executable, "-m", "benchmarks.memory", key, str(shape), dtype, divergence,
+        sys.executable, "-m", "benchmarks.memory", key, str(shape), dtype, objective,
         str(workspace), str(threads or torch.get_num_threads()), device,
     ]  # fmt: skip
     run = subprocess.run(
@@ -94,16 +95,17 @@ def _status_bytes(field: str) -> int:
 def main() -> None:
     """What `peak_extra_bytes` starts; prints the bytes."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    for name in ("contender", "shape", "dtype", "divergence", "workspace", "threads", "device"):
+    for name in ("contender", "shape", "dtype", "objective", "workspace", "threads", "device"):
         parser.add_argument(name)
     args = parser.parse_args()
     torch.set_num_threads(int(args.threads))
     workspace = args.workspace if args.workspace == "auto" else int(args.workspace)
-    contender = contenders(workspace)[args.contender]
+    known = contenders(workspace, device=args.device, objective=args.objective)
+    contender = known[args.contender]
 
     def build(shape: Shape) -> Callable[[], StepResult]:
         return contender.build(
-            make_problem(shape, DTYPES[args.dtype], device=args.device, divergence=args.divergence)
+            make_problem(shape, DTYPES[args.dtype], device=args.device, objective=args.objective)
         )
 
     # Libraries load and threads start before the baseline. A compiled step compiles for its shape,

@@ -2,23 +2,30 @@
 
 Each builder takes a problem and returns a step, a function without arguments that runs forward and
 backward once and returns the mean loss and its gradients as new tensors. The loss of one token is
-the problem's divergence; masks and denominators are those of `selfdistill_kernels`.
+the problem's objective; masks and denominators are those of `selfdistill_kernels`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.contender import Contender, Step, StepResult, gradients
+from benchmarks.cross_entropy import (
+    cut_cross_entropy,
+    liger_cross_entropy,
+    ours_cross_entropy,
+    quack_cross_entropy,
+)
 from benchmarks.problems import BETAS, Problem, Shape
 from selfdistill_kernels import fused_linear_distillation
+from selfdistill_kernels.backends import found
+from selfdistill_kernels.backends.dispatch import Choice, decide
 from selfdistill_kernels.plan import TilePlan
 
 # Rows that Liger scores at a time. Its default, 1024, materialises all logits of the small shapes.
@@ -26,72 +33,34 @@ LIGER_ROWS = (128, 1024)
 RHOS = (0.5, 0.2, 0.05)
 
 
-class StepResult(NamedTuple):
-    """Loss [] (None for bare GEMMs), dH [N, H] and dW [V, H] (None for a frozen head)."""
-
-    loss: Tensor | None
-    hidden: Tensor
-    weight: Tensor | None
-
-
-Step = Callable[[], StepResult]
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One line of the tables.
-
-    Attributes:
-        key: short name on the command line.
-        label: name in tables and plots.
-        build: makes the step of a problem.
-        trained_head: whether dW is computed; False compares with the floor of three GEMMs.
-        rho: share of the tokens that the advantage mask keeps, None without a mask.
-        rounds_logits: 16-bit inputs give logits rounded to 16 bits (other contenders: float32).
-        compiled: the first call compiles.
-        requires: the package that it needs.
-    """
-
-    key: str
-    label: str
-    build: Callable[[Problem], Step]
-    trained_head: bool = True
-    rho: float | None = None
-    rounds_logits: bool = False
-    compiled: bool = False
-    requires: str = "torch"
-
-    @property
-    def floor(self) -> str:
-        """Key of the bare GEMMs that this contender cannot avoid."""
-        return "floor" if self.trained_head else "floor_frozen"
-
-    @property
-    def is_floor(self) -> bool:
-        return self.key == self.floor
-
-    @property
-    def is_ours(self) -> bool:
-        return self.key.startswith("ours")
-
-    @property
-    def is_installed(self) -> bool:
-        return importlib.util.find_spec(self.requires) is not None
-
-
-def contenders(workspace: str | int = "auto") -> dict[str, Contender]:
+def contenders(
+    workspace: str | int = "auto", *, device: str = "cpu", objective: str = "reverse_kl"
+) -> dict[str, Contender]:
     """All contenders by key, in the order of the tables.
 
     Args:
         workspace: of ours, bytes or "auto".
+        device: "cuda" adds ours through each GPU backend that "auto" may pass over.
+        objective: "cross_entropy" has contenders of its own, the divergences share theirs.
     """
+    if objective == "cross_entropy":
+        known = _cross_entropy_contenders()
+    else:
+        known = _divergence_contenders(workspace, device)
+    return {contender.key: contender for contender in known}
 
+
+def _divergence_contenders(workspace: str | int, device: str) -> list[Contender]:
     def mine(**options: Any) -> Callable[[Problem], Step]:
         return partial(ours, workspace=workspace, **options)
 
-    found = [
+    rows = Contender(
+        "ours_rows", "selfdistill, CUDA rows", mine(backend="native"), backend="native"
+    )
+    return [
         Contender("floor", "floor: 4 GEMMs", partial(floor, trained_head=True)),
         Contender("ours", "selfdistill", mine()),
+        *([rows] if device == "cuda" else []),
         *(
             Contender(f"ours_rho_{rho}", f"selfdistill, rho {rho}", mine(rho=rho), rho=rho)
             for rho in RHOS
@@ -141,21 +110,67 @@ def contenders(workspace: str | int = "auto") -> dict[str, Contender]:
             requires="trl",
         ),
     ]
-    return {contender.key: contender for contender in found}
+
+
+def _cross_entropy_contenders() -> list[Contender]:
+    return [
+        Contender("floor", "floor: 3 GEMMs", floor),
+        Contender("ours", "selfdistill", ours_cross_entropy),
+        Contender("torch", "torch", materialised, rounds_logits=True),
+        Contender(
+            "torch_compile",
+            "torch.compile",
+            partial(materialised, compiled=True),
+            rounds_logits=True,
+            compiled=True,
+        ),
+        Contender(
+            "liger",
+            "Liger",
+            liger_cross_entropy,
+            rounds_logits=True,
+            requires="liger_kernel",
+            gpu_capability=(8, 0),
+        ),
+        *(
+            Contender(
+                key,
+                label,
+                partial(cut_cross_entropy, implementation=key),
+                rounds_logits=True,
+                requires="cut_cross_entropy",
+                package="cut-cross-entropy",
+                gpu_capability=(8, 0),
+            )
+            for key, label in (("cce", "CCE"), ("cce_exact", "CCE, exact"))
+        ),
+        Contender(
+            "quack",
+            "quack",
+            quack_cross_entropy,
+            rounds_logits=True,
+            requires="quack",
+            package="quack-kernels",
+            gpu_capability=(9, 0),
+            dtypes=("bfloat16",),
+        ),
+    ]
 
 
 def floor(problem: Problem, *, trained_head: bool = True) -> Step:
     """The library GEMMs that no contender can avoid, in the dtype of the inputs.
 
-    Student and teacher logits, dH and, with a trained head, dW. Logits go to one buffer that is
-    kept between calls; dH and dW are new tensors, as everyone returns them.
+    Student and (except for cross entropy) teacher logits, dH and, with a trained head, dW. Logits
+    go to one buffer that is kept between calls; dH and dW are new tensors, as everyone returns
+    them.
     """
     student, teacher = problem.student_hidden.detach(), problem.teacher_hidden
     weight = problem.weight.detach()
     logits = student.new_empty((student.shape[0], weight.shape[0]))
 
     def step() -> StepResult:
-        torch.mm(teacher, weight.T, out=logits)
+        if problem.has_teacher:
+            torch.mm(teacher, weight.T, out=logits)
         torch.mm(student, weight.T, out=logits)
         dw = torch.mm(logits.T, student) if trained_head else None
         return StepResult(None, torch.mm(logits, weight), dw)
@@ -169,10 +184,17 @@ def ours(
     trained_head: bool = True,
     rho: float | None = None,
     workspace: str | int = "auto",
+    backend: str = "auto",
 ) -> Step:
-    """`fused_linear_distillation`; on a CPU never its fallback."""
+    """`fused_linear_distillation`, never through its fallback.
+
+    Raises:
+        RuntimeError: only the reference backend could serve the problem.
+    """
     head = problem.head(trained_head)
-    backend = "native" if head.device.type == "cpu" else "auto"
+    choice = decide(backend, device=head.device.type, dtype=head.dtype, found=found())
+    if choice.backend == "reference":
+        raise RuntimeError(_no_backend(choice, head))
     mask = None if rho is None else problem.advantage_mask(rho)
 
     def step() -> StepResult:
@@ -181,14 +203,22 @@ def ours(
             problem.teacher_hidden,
             head,
             problem.targets,
-            objective=problem.divergence,
+            objective=problem.objective,
             advantage_mask=mask,
             workspace=workspace,
-            backend=backend,
+            backend=choice.backend,
         )
-        return _backward(out.loss, problem.student_hidden, head)
+        return gradients(out.loss, problem.student_hidden, head)
 
     return step
+
+
+def _no_backend(choice: Choice, head: Tensor) -> str:
+    reasons = [f"{name}: {missing}" for name, missing in choice.passed_over]
+    return (
+        f"ours: no backend but the reference takes {head.dtype} on {head.device.type!r}, which "
+        f"nobody wants timed; {'; '.join(reasons) or 'use another dtype'}"
+    )
 
 
 def plan_of(
@@ -207,7 +237,7 @@ def plan_of(
 
 
 def materialised(problem: Problem, *, trained_head: bool = True, compiled: bool = False) -> Step:
-    """What most trainers do: `lm_head(hidden).float()`, log_softmax, kl_div.
+    """What most trainers do: `lm_head(hidden).float()`, log_softmax, kl_div or cross_entropy.
 
     compiled: through torch.compile, of which one such step can live at a time.
     """
@@ -216,30 +246,38 @@ def materialised(problem: Problem, *, trained_head: bool = True, compiled: bool 
         # Dynamo counts compilations per function and falls back to eager silently at its limit.
         torch.compiler.reset()
         loss_of = torch.compile(materialised_loss, dynamic=False, fullgraph=True)
-    head, divergence = problem.head(trained_head), problem.divergence
+    head = problem.head(trained_head)
 
     def step() -> StepResult:
-        loss = loss_of(problem.student_hidden, problem.teacher_hidden, head, divergence)
-        return _backward(loss, problem.student_hidden, head)
+        loss = loss_of(
+            problem.student_hidden, problem.teacher_hidden, head, problem.targets, problem.objective
+        )
+        return gradients(loss, problem.student_hidden, head)
 
     return step
 
 
 def materialised_loss(
-    student_hidden: Tensor, teacher_hidden: Tensor, weight: Tensor, divergence: str
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    objective: str,
 ) -> Tensor:
-    """Mean divergence over tokens, logits float32 (float64 for float64 inputs) in full."""
+    """Mean objective over tokens, logits float32 (float64 for float64 inputs) in full."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if objective == "cross_entropy":
+        return F.cross_entropy((student_hidden @ weight.T).to(dtype), targets)
     student = torch.log_softmax((student_hidden @ weight.T).to(dtype), dim=-1)
     with torch.no_grad():
         teacher = torch.log_softmax((teacher_hidden @ weight.T).to(dtype), dim=-1)
     # F.kl_div(q, p, log_target=True) is KL(p||q).
-    if divergence == "forward_kl":
+    if objective == "forward_kl":
         loss = F.kl_div(student, teacher, reduction="sum", log_target=True)
-    elif divergence == "reverse_kl":
+    elif objective == "reverse_kl":
         loss = F.kl_div(teacher, student, reduction="sum", log_target=True)
     else:
-        beta = torch.tensor(BETAS[divergence], dtype=dtype, device=weight.device)
+        beta = torch.tensor(BETAS[objective], dtype=dtype, device=weight.device)
         mixture = torch.logaddexp(student + torch.log1p(-beta), teacher + torch.log(beta))
         loss = beta * F.kl_div(mixture, teacher, reduction="sum", log_target=True)
         loss = loss + (1 - beta) * F.kl_div(mixture, student, reduction="sum", log_target=True)
@@ -251,13 +289,13 @@ def trl(problem: Problem, *, trained_head: bool = True) -> Step:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     head, teacher_head = problem.head(trained_head), problem.weight.detach()
-    beta = BETAS[problem.divergence]
+    beta = BETAS[problem.objective]
 
     def step() -> StepResult:
         divergence, _ = ChunkedDivergenceFunction.apply(
             problem.student_hidden, head, None, problem.teacher_hidden, teacher_head, None, beta
         )
-        return _backward(divergence.mean(), problem.student_hidden, head)
+        return gradients(divergence.mean(), problem.student_hidden, head)
 
     return step
 
@@ -274,7 +312,7 @@ def liger(problem: Problem, *, rows: int) -> Step:
     loss_of = LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0,
         weight_soft_loss=1.0,
-        beta=BETAS[problem.divergence],
+        beta=BETAS[problem.objective],
         compiled=problem.weight.device.type == "cuda",
         chunk_size=rows,
     )
@@ -288,12 +326,6 @@ def liger(problem: Problem, *, rows: int) -> Step:
             teacher_head,
             problem.targets,
         )
-        return _backward(loss, problem.student_hidden, problem.weight)
+        return gradients(loss, problem.student_hidden, problem.weight)
 
     return step
-
-
-def _backward(loss: Tensor, hidden: Tensor, head: Tensor) -> StepResult:
-    wanted = [hidden, head] if head.requires_grad else [hidden]
-    dh, *dw = torch.autograd.grad(loss, wanted)
-    return StepResult(loss.detach(), dh, dw[0] if dw else None)

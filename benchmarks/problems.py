@@ -13,6 +13,7 @@ from selfdistill_kernels import AdvantageMask
 # Every contender computes these three the same way; `beta` is the name that TRL and Liger give
 # them: beta KL(T||m) + (1-beta) KL(S||m) with the end points defined as forward and reverse KL.
 BETAS: dict[str, float] = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
+OBJECTIVES = (*BETAS, "cross_entropy")
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Standard deviation of the logits of a token that the model did not expect.
@@ -48,8 +49,13 @@ class Shape:
         return f"{self.tokens}/{self.hidden}/{self.vocabulary}"
 
 
-SHAPES = (Shape(512, 576, 49152), Shape(512, 1024, 151936), Shape(2048, 1024, 32000))
+SHAPES: dict[str, tuple[Shape, ...]] = {
+    "cpu": (Shape(512, 576, 49152), Shape(512, 1024, 151936), Shape(2048, 1024, 32000)),
+    "cuda": (Shape(8192, 4096, 128256), Shape(8192, 2048, 151936), Shape(4096, 1024, 151936)),
+}
 CHECK_SHAPE = Shape(48, 32, 509)
+# Libraries for cross entropy want multiples of 8; everything else is checked on odd sizes.
+EVEN_CHECK_SHAPE = Shape(64, 64, 512)
 
 
 @dataclass(frozen=True)
@@ -61,14 +67,19 @@ class Problem:
         teacher_hidden: [N, H], correlated with the student's.
         weight: [V, H] lm_head of both, requires a gradient.
         targets: [N] int64, the sampled tokens.
-        divergence: a key of BETAS.
+        objective: one of OBJECTIVES.
     """
 
     student_hidden: Tensor
     teacher_hidden: Tensor
     weight: Tensor
     targets: Tensor
-    divergence: str
+    objective: str
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the objective reads the teacher."""
+        return self.objective in BETAS
 
     @property
     def shape(self) -> Shape:
@@ -117,16 +128,16 @@ def make_problem(
     dtype: torch.dtype,
     *,
     device: str = "cpu",
-    divergence: str = "reverse_kl",
+    objective: str = "reverse_kl",
     seed: int = 0,
 ) -> Problem:
     """Correlated student and teacher with logits of a language model's scale.
 
     Raises:
-        ValueError: a divergence that the contenders do not share.
+        ValueError: an objective that the contenders do not share.
     """
-    if divergence not in BETAS:
-        raise ValueError(f"divergence: expected one of {', '.join(BETAS)}, got {divergence!r}")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
     generator = torch.Generator(device).manual_seed(seed)
 
     def randn(*size: int) -> Tensor:
@@ -139,4 +150,4 @@ def make_problem(
     boost = LARGEST_BOOST * torch.rand((n, 1), generator=generator, device=device, dtype=dtype)
     student = randn(n, h) + boost * torch.nn.functional.normalize(weight[targets], dim=1)
     teacher = student + TEACHER_DISTANCE * randn(n, h)
-    return Problem(student.requires_grad_(), teacher, weight.requires_grad_(), targets, divergence)
+    return Problem(student.requires_grad_(), teacher, weight.requires_grad_(), targets, objective)

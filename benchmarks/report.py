@@ -45,6 +45,7 @@ class Entry:
         speedup: time of materialised torch, with the same gradients, over this time; or None.
         peak_extra_bytes: beyond inputs and gradients; None if not measured.
         plan: tiles of ours, None for others.
+        predicted: seconds of the cost model (selfdistill_kernels.cost), None where it has none.
     """
 
     key: str
@@ -57,6 +58,7 @@ class Entry:
     speedup: float | None = None
     peak_extra_bytes: int | None = None
     plan: str | None = None
+    predicted: float | None = None
 
     @property
     def is_floor(self) -> bool:
@@ -65,11 +67,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class ProblemResult:
-    """All contenders on one shape and dtype."""
+    """All contenders on one shape, dtype and objective.
+
+    Attributes:
+        failures: why a contender of others is not among the entries, by key.
+    """
 
     shape: str
     dtype: str
     entries: list[Entry]
+    objective: str = "reverse_kl"
+    failures: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,7 @@ class Results:
             lines += [*markdown_table(problem_table(problem)), ""]
             plans = {e.plan: e.label for e in reversed(problem.entries) if e.plan is not None}
             lines += [f"- {label}: {plan}" for plan, label in reversed(plans.items())]
+            lines += [f"- without {key}: {why}" for key, why in problem.failures.items()]
         for table in self.other_tables():
             lines += markdown_table(table)
         return "\n".join(lines) + "\n"
@@ -138,15 +147,18 @@ class Results:
             yield workspace_table(self.workspaces)
         if self.overhead:
             yield overhead_table(self.overhead)
-        for problem in {problem.dtype: problem for problem in self.problems}.values():
+        kinds = {(problem.objective, problem.dtype): problem for problem in self.problems}
+        for problem in kinds.values():
             yield error_table(problem)
 
 
 def problem_table(problem: ProblemResult) -> Table:
+    """Times, and what the cost model predicted where it knows the GPU."""
     body = []
+    has_prediction = any(entry.predicted is not None for entry in problem.entries)
     for entry in problem.entries:
         timing, peak = entry.timing, entry.peak_extra_bytes
-        cells = (
+        cells: tuple[str, ...] = (
             entry.label,
             f"{timing.median:.3g}",
             f"{timing.spread:.0%}",
@@ -155,9 +167,11 @@ def problem_table(problem: ProblemResult) -> Table:
             "" if entry.speedup is None else f"{entry.speedup:.2f}x",
             "" if peak is None else f"{peak / MEBIBYTE:.0f}",
         )
+        if has_prediction:
+            cells += ("" if entry.predicted is None else f"{entry.predicted:.3g}",)
         body.append(cells)
     head = ("", "seconds", "spread", "over floor", "by round", "vs torch", "extra MiB")
-    return Table(title(problem), head, body)
+    return Table(title(problem), (*head, "predicted") if has_prediction else head, body)
 
 
 def workspace_table(points: list[WorkspacePoint]) -> Table:
@@ -199,11 +213,12 @@ def error_table(problem: ProblemResult) -> Table:
             body.append(
                 (entry.label, *("-" if error is None else f"{error:.0e}" for error in found))
             )
-    return Table(f"Errors against float64, {problem.dtype}", ("", "loss", "dH", "dW"), body)
+    name = f"Errors against float64, {problem.objective}, {problem.dtype}"
+    return Table(name, ("", "loss", "dH", "dW"), body)
 
 
 def title(problem: ProblemResult) -> str:
-    return f"N/H/V {problem.shape}, {problem.dtype}"
+    return f"{problem.objective}, N/H/V {problem.shape}, {problem.dtype}"
 
 
 def markdown_table(table: Table) -> list[str]:
@@ -229,19 +244,19 @@ def print_table(console: Console, table: Table) -> None:
 
 
 def plot_time_over_floor(problems: list[ProblemResult], path: Path) -> None:
-    """One panel a problem, a row a dtype; one bar a contender, the floor as a line at 1."""
+    """One panel a problem, a row an objective and dtype; one bar a contender, the floor at 1."""
     from matplotlib.figure import Figure
 
     shapes = list(dict.fromkeys(problem.shape for problem in problems))
-    dtypes = list(dict.fromkeys(problem.dtype for problem in problems))
+    kinds = list(dict.fromkeys((problem.objective, problem.dtype) for problem in problems))
     most = max(len(problem.entries) for problem in problems)
-    size = (1.5 + 4.2 * len(shapes), 1.0 + (0.27 * most + 0.6) * len(dtypes))
+    size = (1.5 + 4.2 * len(shapes), 1.0 + (0.27 * most + 0.6) * len(kinds))
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(dtypes), len(shapes), squeeze=False, sharey="row")
+    axes = figure.subplots(len(kinds), len(shapes), squeeze=False, sharey="row")
     for panel in axes.flat:
         panel.set_visible(False)
     for problem in problems:
-        panel = axes[dtypes.index(problem.dtype), shapes.index(problem.shape)]
+        panel = axes[kinds.index((problem.objective, problem.dtype)), shapes.index(problem.shape)]
         panel.set_visible(True)
         _bars(panel, problem)
     figure.suptitle("Forward + backward, time over the bare GEMMs (line at 1)", fontsize=11)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-import torch
+from selfdistill_kernels.event_clock import Event, EventClock, cuda_event
+
+T = TypeVar("T")
 
 Clock = Callable[[Callable[[], object]], float]
 
@@ -43,7 +47,7 @@ class Timing:
 
 def clock_for(device: str) -> Clock:
     """Seconds of one call: wall clock on a CPU, events on the stream of a GPU."""
-    return _cuda_seconds if device == "cuda" else _wall_seconds
+    return EventClock() if device == "cuda" else _wall_seconds
 
 
 def _wall_seconds(step: Callable[[], object]) -> float:
@@ -54,15 +58,39 @@ def _wall_seconds(step: Callable[[], object]) -> float:
     return seconds
 
 
-def _cuda_seconds(step: Callable[[], object]) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    result = step()
-    stop.record()
-    torch.cuda.synchronize()
-    del result
-    return float(start.elapsed_time(stop)) / 1e3
+class EventTimer:
+    """A timer for pytest-benchmark: seconds on the GPU's clock, once the stream has come to here.
+
+    Args:
+        new_event: makes a torch.cuda.Event.
+    """
+
+    def __init__(self, new_event: Callable[[], Event] = cuda_event) -> None:
+        self._new_event = new_event
+        self._last: Event | None = None
+        self._seconds = 0.0
+
+    def __call__(self) -> float:
+        event = self._new_event()
+        event.record()
+        event.synchronize()
+        if self._last is not None:
+            # Summed here: an event's distance is a float32, too coarse after some minutes.
+            self._seconds += self._last.elapsed_time(event) / 1e3
+        self._last = event
+        return self._seconds
+
+
+def rotate(steps: Sequence[Callable[[], T]]) -> Callable[[], T]:
+    """One step after the other, again and again: the inputs of a call are not in any cache.
+
+    Raises:
+        ValueError: no step.
+    """
+    if not steps:
+        raise ValueError("steps: expected at least one")
+    turns = itertools.cycle(steps)
+    return lambda: next(turns)()
 
 
 def interleave(

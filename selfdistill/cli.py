@@ -1,4 +1,4 @@
-"""The command line: selfdistill train | evaluate | demo."""
+"""The command line: selfdistill train | evaluate | demo | doctor."""
 
 from __future__ import annotations
 
@@ -100,6 +100,38 @@ def demo(
     settings = load_config(demo_config()).model_copy(update={"output_dir": output, "seed": seed})
     if run_demo(settings, fresh=fresh) is None:
         raise typer.Exit(EXIT_INTERRUPTED)
+
+
+@app.command()
+def doctor(
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a batch.")] = 8192,
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden size.")] = 4096,
+    vocabulary: Annotated[int, typer.Option(min=1, help="Vocabulary size.")] = 128256,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32", "float64"],
+        typer.Option(help="Of hidden states and head."),
+    ] = "bfloat16",
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="Where; a GPU if there is one.")
+    ] = None,
+    frozen: Annotated[bool, typer.Option("--frozen", help="The head gets no gradient.")] = False,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Check and time the kernels on the GPU.")
+    ] = False,
+) -> None:
+    """Say what is installed, what is missing and what would run for a shape."""
+    from selfdistill_kernels.doctor import run
+
+    status = run(
+        tokens=tokens,
+        hidden=hidden,
+        vocabulary=vocabulary,
+        dtype=dtype,
+        device=device,
+        frozen=frozen,
+        gpu=gpu,
+    )
+    raise typer.Exit(status)
 
 
 def demo_config() -> Path:

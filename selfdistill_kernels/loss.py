@@ -118,7 +118,7 @@ def fused_linear_distillation(
             "sequence_mean" the number of sequences. For gradient accumulation and data
             parallelism, pass the whole batch's.
         workspace: bytes for logits tiles, or "auto".
-        backend: "auto", "native" or "reference".
+        backend: "auto", "triton", "native" or "reference" (`selfdistill doctor` says what runs).
 
     Returns:
         DistillationOutput.

@@ -89,6 +89,13 @@ def _fake_gradients(
 
 
 def _check_targets(targets: Tensor, exists: Tensor | None, vocabulary: int) -> None:
+    if targets.device.type in ("cuda", "meta"):
+        # Reading a value would make the host wait for the device: the device checks by itself.
+        valid = (targets >= 0) & (targets < vocabulary)
+        if exists is not None:
+            valid |= ~exists
+        torch._assert_async(valid.all(), "targets: a token id lies outside the vocabulary")
+        return
     present = targets if exists is None else targets[exists]
     if present.numel() == 0:
         return

@@ -1,61 +1,84 @@
-"""Backends and the choice between them."""
+"""Backends: what this process has of them, and the one that serves a problem."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import os
 import warnings
 
 import torch
 
 from selfdistill_kernels.backends.base import Backend
+from selfdistill_kernels.backends.dispatch import BACKENDS, Found, check_backend_name, decide
 from selfdistill_kernels.backends.reference import ReferenceBackend
 
-BACKENDS = ("auto", "native", "reference")
-NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+__all__ = [
+    "BACKENDS",
+    "check_backend_name",
+    "choose_backend",
+    "cuda_problem",
+    "found",
+    "get_backend",
+    "native_problem",
+]
+
+REBUILD = "`pip install --no-build-isolation --force-reinstall --no-deps selfdistill`"
+CPU_TORCH = "this torch is built for CPUs only; install one for your GPU (pytorch.org/get-started)"
 
 
 def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> str:
-    """Resolve "auto" and refuse a backend that cannot serve these inputs.
+    """Resolve "auto" and refuse a backend that cannot serve these inputs (dispatch.decide).
 
     Raises:
-        ValueError: unknown name, or a named backend that does not fit the device or dtype.
-        RuntimeError: "native" was asked for and its extension is not built.
+        ValueError: unknown name, or a named backend that does not take the device or dtype.
+        RuntimeError: a named backend that is not available here.
     """
-    check_backend_name(name)
-    fits_native = device.type == "cpu" and dtype in NATIVE_DTYPES
-    if name == "native":
-        if not fits_native:
-            raise ValueError(
-                f"backend: 'native' takes float32 or bfloat16 tensors on the CPU, got {dtype} on "
-                f"{device}; use backend='auto' or 'reference'"
-            )
-        problem = native_problem()
-        if problem is not None:
-            raise RuntimeError(f"backend: 'native' is not available: {problem}")
-        return name
-    if name == "auto" and fits_native:
-        problem = native_problem()
-        if problem is None:
-            return "native"
-        if not torch.compiler.is_compiling():
-            _warn_once(problem)
-    return "reference"
-
-
-def check_backend_name(name: str) -> None:
-    """Raise ValueError for a name that is no backend."""
-    if name not in BACKENDS:
-        raise ValueError(f"backend: unknown name {name!r}; expected one of {', '.join(BACKENDS)}")
+    choice = decide(name, device=device.type, dtype=dtype, found=_FOUND)
+    if choice.backend == "reference" and choice.passed_over and not torch.compiler.is_compiling():
+        _warn_once(choice.passed_over)
+    return choice.backend
 
 
 def get_backend(name: str) -> Backend:
     """Return the backend for a resolved name."""
+    if name == "triton":
+        # By name: the package imports triton.
+        module = importlib.import_module("selfdistill_kernels.backends.triton")
+        backend: Backend = module.TritonBackend()
+        return backend
     if name == "native":
         from selfdistill_kernels.backends.native import NativeBackend
 
         return NativeBackend()
     return ReferenceBackend()
+
+
+def found() -> Found:
+    """What this process can use; settled at import."""
+    return _FOUND
+
+
+def native_problem() -> str | None:
+    """None when the compiled extension is loaded, else what is wrong and what mends it."""
+    return _FOUND.native_problem
+
+
+def cuda_problem() -> str | None:
+    """None when the CUDA row kernels are loaded, else what is wrong and what mends it."""
+    return _FOUND.cuda_problem
+
+
+def _find() -> Found:
+    native = _load_native()
+    has_triton = importlib.util.find_spec("triton") is not None
+    return Found(
+        triton_problem=_triton_problem(has_triton),
+        native_problem=native,
+        cuda_problem=native or _load_cuda(),
+        interprets=has_triton and os.environ.get("TRITON_INTERPRET") == "1",
+    )
 
 
 def _load_native() -> str | None:
@@ -64,25 +87,43 @@ def _load_native() -> str | None:
     except ImportError as error:
         return (
             f"the compiled extension cannot be loaded ({error}); install a C++17 compiler and run "
-            "`pip install --no-build-isolation --force-reinstall --no-deps selfdistill`"
+            f"{REBUILD}"
         )
     return None
 
 
-# At import, not on first use: torch.compile can then read the answer as a constant.
-_NATIVE_PROBLEM = _load_native()
+def _load_cuda() -> str | None:
+    if torch.version.cuda is None:
+        return CPU_TORCH
+    try:
+        importlib.import_module("selfdistill_kernels._cuda")
+    except ImportError as error:
+        return (
+            f"the CUDA row kernels cannot be loaded ({error}); install the CUDA toolkit "
+            f"{torch.version.cuda} (nvcc on PATH or CUDA_HOME) and run {REBUILD}"
+        )
+    return None
 
 
-def native_problem() -> str | None:
-    """None when the compiled extension is loaded, else what is wrong and what mends it."""
-    return _NATIVE_PROBLEM
+def _triton_problem(has_triton: bool) -> str | None:
+    """Whether the Triton kernels could run on a GPU; triton is imported on first use, because that
+    takes a while."""
+    if not has_triton:
+        return "the package triton is missing; run `pip install 'selfdistill[triton]'`"
+    has_gpu_build = torch.version.cuda is not None or torch.version.hip is not None
+    return None if has_gpu_build else CPU_TORCH
 
 
 @functools.cache
-def _warn_once(problem: str) -> None:
+def _warn_once(passed_over: tuple[tuple[str, str], ...]) -> None:
+    reasons = "; ".join(f"{backend}: {missing}" for backend, missing in passed_over)
     warnings.warn(
         f"selfdistill_kernels: using the reference backend, which materialises [tokens, "
-        f"vocabulary]: {problem}",
+        f"vocabulary]: {reasons}",
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+# At import, not on first use: torch.compile can then read the answer as a constant.
+_FOUND = _find()

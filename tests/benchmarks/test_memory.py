@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.contender import StepResult
 from benchmarks.memory import MEBIBYTE, measure, peak_extra_bytes
-from benchmarks.peers import StepResult
 from benchmarks.problems import Shape
 
 SHAPE = Shape(256, 16, 16384)
@@ -35,3 +35,27 @@ def test_workspace_bounds_ours():
 def test_a_failing_process_says_why():
     with pytest.raises(RuntimeError, match=r"memory of ours at 256/16/16384(.|\n)*workspace: 8"):
         peak_extra_bytes("ours", SHAPE, "float32", workspace=8)
+
+
+def test_on_a_gpu_the_allocator_tells_the_peak(monkeypatch):
+    """Peak less what was there before less what is returned."""
+    calls = []
+    for name, value in (
+        ("synchronize", None),
+        ("reset_peak_memory_stats", None),
+        ("memory_allocated", 1000),
+        ("max_memory_allocated", 1000 + 400 + 4 * 25),
+    ):
+        monkeypatch.setattr(
+            torch.cuda, name, lambda name=name, value=value: calls.append(name) or value
+        )
+
+    def step():
+        calls.append("step")
+        return StepResult(None, torch.ones(25), None)
+
+    assert measure(step, "cuda") == 400
+    assert calls == [
+        "synchronize", "reset_peak_memory_stats", "memory_allocated", "step", "synchronize",
+        "max_memory_allocated",
+    ]  # fmt: skip

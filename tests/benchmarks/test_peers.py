@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.checks import WrongResultError, check, check_agreement, truth
-from benchmarks.peers import StepResult, contenders, plan_of
+from benchmarks.contender import StepResult
+from benchmarks.peers import contenders, plan_of
 from benchmarks.problems import BETAS, Shape, make_problem
+from selfdistill_kernels import backends
 
 CONTENDERS = contenders()
 EAGER = [key for key, contender in CONTENDERS.items() if not contender.compiled]
 
 
-@pytest.mark.parametrize("divergence", BETAS)
+@pytest.mark.parametrize("objective", BETAS)
 @pytest.mark.parametrize("key", EAGER)
-def test_float32_equals_the_truth(key, divergence):
-    errors = check(CONTENDERS[key], torch.float32, divergence=divergence)
+def test_float32_equals_the_truth(key, objective):
+    errors = check(CONTENDERS[key], torch.float32, objective=objective)
     assert errors.within(2e-5)
 
 
@@ -77,12 +81,29 @@ def test_agreement_at_the_timed_shape():
     running = [CONTENDERS[key] for key in ("floor", "ours", "ours_rho_0.2", "trl", "liger_128")]
     steps = {contender.key: contender.build(problem) for contender in running}
     called = []
-    check_agreement(running, steps, torch.float32, on_step=called.append)
+    assert check_agreement(running, steps, torch.float32, on_step=called.append) == {}
     assert called == list(steps)
     result = steps["trl"]()
-    steps["trl"] = lambda: StepResult(result.loss, result.hidden * 1.01, result.weight)
-    with pytest.raises(WrongResultError, match="trl"):
-        check_agreement(running, steps, torch.float32)
+    wrong = StepResult(result.loss, result.hidden * 1.01, result.weight)
+
+    def out_of_memory():
+        raise torch.cuda.OutOfMemoryError("no memory\nfor that")
+
+    # Libraries are left out with the reason, ours ends the run.
+    failures = check_agreement(
+        running, steps | {"trl": lambda: wrong, "liger_128": out_of_memory}, torch.float32
+    )
+    assert failures["trl"].startswith("WrongResultError: trl at the timed shape: Errors(")
+    assert failures["liger_128"] == "OutOfMemoryError: no memory"
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        check_agreement(running, steps | {"ours": out_of_memory}, torch.float32)
+    # The first of those that keep all tokens is what the others are compared with.
+    with pytest.raises(WrongResultError, match="ours"):
+        check_agreement(
+            sorted(running, key=lambda contender: contender.is_ours),
+            steps | {"ours": lambda: wrong},
+            torch.float32,
+        )
 
 
 @pytest.mark.parametrize(("key", "gemms"), [("floor", 4), ("floor_frozen", 3)])
@@ -109,7 +130,102 @@ def test_workspace_reaches_ours_and_its_plan():
 
 
 def test_ours_is_never_the_fallback(monkeypatch):
-    monkeypatch.setattr("selfdistill_kernels.backends._NATIVE_PROBLEM", "not built")
-    step = CONTENDERS["ours"].build(make_problem(Shape(8, 16, 64), torch.float32))
-    with pytest.raises(RuntimeError, match="not built"):
+    without = replace(backends.found(), native_problem="not built")
+    monkeypatch.setattr(backends, "_FOUND", without)
+    with pytest.raises(RuntimeError, match="native: not built"):
+        CONTENDERS["ours"].build(make_problem(Shape(8, 16, 64), torch.float32))
+
+
+# ---- cross entropy -------------------------------------------------------------------------------
+
+CROSS_ENTROPY = contenders(objective="cross_entropy")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("key", ["floor", "ours", "torch"])
+def test_cross_entropy_equals_the_truth(key, dtype):
+    contender = CROSS_ENTROPY[key]
+    errors = check(contender, dtype, objective="cross_entropy")
+    if not contender.rounds_logits:
+        assert errors.within(2e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_the_truth_of_cross_entropy_is_not_that_of_a_divergence():
+    problem = make_problem(Shape(8, 16, 64), torch.float32, objective="cross_entropy")
+    logits = problem.student_hidden.double() @ problem.weight.double().T
+    expected = torch.nn.functional.cross_entropy(logits, problem.targets)
+    torch.testing.assert_close(truth(problem).loss, expected.detach())
+
+
+def test_the_floor_of_cross_entropy_scores_one_model():
+    step = CROSS_ENTROPY["floor"].build(
+        make_problem(Shape(8, 16, 32), torch.float32, objective="cross_entropy")
+    )
+    with FlopCounterMode(display=False) as counter:
         step()
+    assert counter.get_total_flops() == 3 * 2 * 8 * 16 * 32
+
+
+class FakeLibrary(ModuleType):
+    """A library for cross entropy, by plain torch; keeps the options that it was called with."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.options: dict[str, object] = {}
+
+    def __call__(self, hidden, weight, targets, **options):
+        self.options = options
+        return torch.nn.functional.cross_entropy((hidden @ weight.T).float(), targets)
+
+
+@pytest.mark.parametrize(
+    ("key", "module", "function", "options"),
+    [
+        ("cce", "cut_cross_entropy", "linear_cross_entropy", {"impl": "cce"}),
+        ("cce_exact", "cut_cross_entropy", "linear_cross_entropy", {"impl": "cce_exact"}),
+        (
+            "quack",
+            "quack.linear_cross_entropy",
+            "chunked_linear_cross_entropy",
+            {"reduction": "mean"},
+        ),
+    ],
+)
+def test_adapters_hand_over_what_the_libraries_take(key, module, function, options, monkeypatch):
+    """Hidden states, head, targets, in this order; loss and gradients come back right."""
+    library = FakeLibrary(module)
+    setattr(library, function, library)
+    for name in (module.split(".")[0], module):
+        monkeypatch.setitem(sys.modules, name, library)
+    check(CROSS_ENTROPY[key], torch.float32, objective="cross_entropy")
+    assert library.options == options
+
+
+# ---- what cannot run here says why ---------------------------------------------------------------
+
+
+def test_a_missing_package_is_named_with_its_command():
+    contender = replace(CROSS_ENTROPY["quack"], requires="no_such_module")
+    assert contender.missing("cuda") == (
+        "no_such_module is not installed: pip install 'quack-kernels'"
+    )
+
+
+def test_what_needs_a_gpu_says_so(monkeypatch):
+    contender = replace(CROSS_ENTROPY["quack"], requires="torch")
+    assert contender.missing("cpu") == "runs on a GPU only"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert contender.missing("cuda") == "needs compute capability 9.0, this GPU has 8.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert contender.missing("cuda", "float32") == "takes bfloat16, not float32"
+    assert contender.missing("cuda", "bfloat16") is None
+
+
+def test_cuda_rows_are_a_contender_of_their_own_on_a_gpu(monkeypatch):
+    assert "ours_rows" not in CONTENDERS
+    rows = contenders(device="cuda")["ours_rows"]
+    without = replace(backends.found(), cuda_problem="install nvcc")
+    monkeypatch.setattr(backends, "_FOUND", without)
+    assert rows.missing("cuda") == "install nvcc"
+    monkeypatch.setattr(backends, "_FOUND", replace(without, cuda_problem=None))
+    assert rows.missing("cuda") is None

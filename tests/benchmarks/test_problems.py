@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.problems import BETAS, Shape, make_problem
+from benchmarks.problems import OBJECTIVES, Shape, make_problem
 from selfdistill_kernels import fused_linear_distillation
 
 
@@ -57,6 +57,6 @@ def test_problem_looks_like_self_distillation():
     assert 0.01 < divergence.mean() < 1.0
 
 
-def test_problem_refuses_a_divergence_that_peers_lack():
-    with pytest.raises(ValueError, match=f"divergence: expected one of {', '.join(BETAS)}"):
-        make_problem(Shape(4, 8, 16), torch.float32, divergence="skew_kl")
+def test_problem_refuses_an_objective_that_peers_lack():
+    with pytest.raises(ValueError, match=f"objective: expected one of {', '.join(OBJECTIVES)}"):
+        make_problem(Shape(4, 8, 16), torch.float32, objective="skew_kl")

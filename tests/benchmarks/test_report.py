@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -61,7 +62,7 @@ def test_table_of_a_problem(results):
 def test_markdown_holds_every_table(results):
     text = results.markdown()
     assert "- threads: 2\n" in text
-    assert "### N/H/V 8/8/8, float32\n" in text
+    assert "### reverse_kl, N/H/V 8/8/8, float32\n" in text
     assert "| label of torch | 1.1 | 0% | 2.20 | 2.20 | 1.00x |  |" in text
     assert text.count("- label of ours: store: a") == 2  # once a problem, not once an entry
     assert "| float32 | 64 | 60 | recompute | 1 | 1.25 | 1.24 |" in text
@@ -95,3 +96,39 @@ def test_a_terminal_of_80_columns_shows_every_cell(results):
     for cells in problem_table(results.problems[0]).body:
         for cell in cells:
             assert cell in shown
+
+
+def test_predictions_stand_beside_what_was_measured(results):
+    (first, *others) = results.problems[0].entries
+    measured = replace(
+        results.problems[0],
+        entries=[replace(first, predicted=0.0421), *others],
+        failures={"trl": "trl is not installed"},
+    )
+    table = problem_table(measured)
+    assert table.head[-1] == "predicted"
+    assert [line[-1] for line in table.body][:2] == ["0.0421", ""]
+    text = replace(results, problems=[measured]).markdown()
+    assert "- without trl: trl is not installed\n" in text
+    assert "predicted" not in problem_table(results.problems[0]).head
+
+
+def test_a_terminal_of_80_columns_shows_predictions_too(results):
+    entries = [
+        replace(one, label="selfdistill, frozen, rho 0.05", timing=Timing([0.0565]), predicted=0.04)
+        for one in results.problems[0].entries
+    ]
+    console = Console(width=80, record=True, file=io.StringIO())
+    table = problem_table(replace(results.problems[0], entries=entries))
+    print_table(console, table)
+    shown = console.export_text()
+    for cells in table.body:
+        for cell in cells:
+            assert cell in shown
+
+
+def test_each_objective_has_tables_of_its_own(results):
+    other = replace(results.problems[0], objective="cross_entropy")
+    text = replace(results, problems=[results.problems[0], other]).markdown()
+    assert "### cross_entropy, N/H/V 8/8/8, float32\n" in text
+    assert "### Errors against float64, cross_entropy, float32\n" in text

@@ -163,3 +163,16 @@ def test_help_does_not_wait_for_torch() -> None:
         [sys.executable, "-m", "selfdistill", "--help"], capture_output=True, text=True, check=True
     )
     assert "evaluate" in module.stdout
+
+
+def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--tokens", "64", "--hidden", "32", "--vocabulary", "512", "--dtype", "float32"]
+    assert run(monkeypatch, "doctor", *options, "--device", "cpu", "--frozen") == 0
+    printed = capsys.readouterr().out
+    assert (
+        "What would run for 64 tokens, hidden 32, vocabulary 512, float32 on cpu, frozen head"
+        in printed
+    )
+    assert "backend native" in printed
+    monkeypatch.setattr("selfdistill_kernels.doctor.run", lambda **options: 1)
+    assert run(monkeypatch, "doctor", "--gpu") == 1

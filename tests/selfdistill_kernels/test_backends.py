@@ -1,34 +1,152 @@
-"""Choice of backend: what "auto" takes, and life without the compiled extension."""
+"""Choice of backend: what "auto" takes, errors, and life without the compiled extension."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
 
-from selfdistill_kernels.backends import choose_backend
+from selfdistill_kernels import backends, fused_linear_distillation
+from selfdistill_kernels.backends import choose_backend, found
+from selfdistill_kernels.backends.dispatch import Choice, Found, decide, served_by
 
 CPU = torch.device("cpu")
+ALL = Found(triton_problem=None, native_problem=None, cuda_problem=None)
+NO_TRITON = Found("install triton", None, None)
+NO_ROWS = Found("install triton", None, "install nvcc")
+NOTHING = Found("install triton", "install a compiler", "install a compiler")
 
 
 @pytest.mark.parametrize(
-    ("dtype", "expected"),
+    ("device", "dtype", "here", "expected"),
     [
-        (torch.float32, "native"),
-        (torch.bfloat16, "native"),
-        (torch.float64, "reference"),
-        (torch.float16, "reference"),
+        ("cuda", torch.bfloat16, ALL, "triton"),
+        ("cuda", torch.float16, ALL, "triton"),
+        ("cuda", torch.float32, ALL, "triton"),
+        ("cuda", torch.bfloat16, NO_TRITON, "native"),
+        ("cuda", torch.float16, NO_TRITON, "native"),
+        ("cuda", torch.float32, NO_TRITON, "native"),
+        ("cuda", torch.bfloat16, NO_ROWS, "reference"),
+        ("cuda", torch.bfloat16, NOTHING, "reference"),
+        ("cuda", torch.float64, ALL, "reference"),
+        ("cpu", torch.float32, ALL, "native"),
+        ("cpu", torch.bfloat16, NO_ROWS, "native"),
+        ("cpu", torch.float16, ALL, "reference"),
+        ("cpu", torch.float64, ALL, "reference"),
+        ("cpu", torch.float32, NOTHING, "reference"),
+        ("mps", torch.float32, ALL, "reference"),
     ],
 )
-def test_auto(dtype, expected):
-    assert choose_backend("auto", device=CPU, dtype=dtype) == expected
+def test_auto_takes_the_best_that_is_there(device, dtype, here, expected):
+    assert decide("auto", device=device, dtype=dtype, found=here).backend == expected
 
 
-def test_other_devices_take_the_reference():
-    device = torch.device("meta")
-    assert choose_backend("auto", device=device, dtype=torch.float32) == "reference"
+def test_auto_says_what_it_passed_over():
+    choice = decide("auto", device="cuda", dtype=torch.bfloat16, found=NO_TRITON)
+    assert choice == Choice("native", (("triton", "install triton"),))
+    choice = decide("auto", device="cuda", dtype=torch.bfloat16, found=NO_ROWS)
+    assert choice == Choice("reference", (("triton", "install triton"), ("native", "install nvcc")))
+    # Nothing is missing where no other backend takes the dtype.
+    assert decide("auto", device="cpu", dtype=torch.float64, found=NOTHING) == Choice("reference")
+
+
+def test_the_interpreter_runs_triton_on_a_cpu_when_asked_for_it():
+    under = Found(None, None, "install nvcc", interprets=True)
+    assert decide("triton", device="cpu", dtype=torch.float16, found=under).backend == "triton"
+    assert decide("auto", device="cpu", dtype=torch.float32, found=under).backend == "native"
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        decide("triton", device="cpu", dtype=torch.float32, found=ALL)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "here", "error", "message"),
+    [
+        ("nobody", "cpu", torch.float32, ALL, ValueError, "unknown name 'nobody'.*auto, triton"),
+        ("native", "cpu", torch.float16, ALL, ValueError, "got torch.float16 on 'cpu'"),
+        (
+            "native",
+            "mps",
+            torch.float32,
+            ALL,
+            ValueError,
+            "takes float32, bfloat16, float16 on 'cuda'",
+        ),
+        ("triton", "cuda", torch.float64, ALL, ValueError, "use backend='auto' or 'reference'"),
+        ("native", "cpu", torch.float32, NOTHING, RuntimeError, "install a compiler"),
+        ("native", "cuda", torch.float32, NO_ROWS, RuntimeError, "install nvcc"),
+        ("triton", "cuda", torch.float32, NO_ROWS, RuntimeError, "install triton"),
+    ],
+)
+def test_a_named_backend_that_cannot_serve_is_refused(name, device, dtype, here, error, message):
+    with pytest.raises(error, match=message):
+        decide(name, device=device, dtype=dtype, found=here)
+
+
+def test_the_reference_serves_everything():
+    for device in ("cpu", "cuda", "mps"):
+        assert decide("reference", device=device, dtype=torch.float64, found=NOTHING) == Choice(
+            "reference"
+        )
+
+
+def test_served_by_reads_like_a_sentence():
+    assert served_by("native") == (
+        "float32, bfloat16, float16 on 'cuda' and float32, bfloat16 on 'cpu'"
+    )
+
+
+def test_what_is_found_of_triton(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert "built for CPUs only" in backends._triton_problem(has_triton=True)
+    assert "pip install 'selfdistill[triton]'" in backends._triton_problem(has_triton=False)
+    for kind in ("cuda", "hip"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.version, kind, "7.0")
+            assert backends._triton_problem(has_triton=True) is None
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_the_interpreter_is_found_by_its_variable(value, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert backends._find().interprets == (value == "1")
+
+
+def test_auto_is_read_as_a_constant_by_the_compiler():
+    hidden, weight = torch.randn(4, 8), torch.randn(31, 8)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def loss(hidden, weight):
+        return fused_linear_distillation(hidden, hidden + 1, weight, backend="auto").loss
+
+    expected = fused_linear_distillation(hidden, hidden + 1, weight, backend="native").loss
+    assert torch.equal(loss(hidden, weight), expected)
+
+
+def test_what_is_found_of_the_cuda_rows(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built for CPUs only" in backends._load_cuda()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setitem(sys.modules, "selfdistill_kernels._cuda", None)
+    assert "install the CUDA toolkit 13.0 (nvcc on PATH or CUDA_HOME)" in backends._load_cuda()
+    monkeypatch.setitem(sys.modules, "selfdistill_kernels._cuda", ModuleType("_cuda"))
+    assert backends._load_cuda() is None
+
+
+def test_triton_is_not_imported_before_it_runs():
+    code = "import sys, selfdistill_kernels; assert 'triton' not in sys.modules"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
+def test_this_process():
+    assert found().native_problem is None
+    assert choose_backend("auto", device=CPU, dtype=torch.bfloat16) == "native"
+    meta = torch.device("meta")
+    assert choose_backend("auto", device=meta, dtype=torch.float32) == "reference"
 
 
 WITHOUT_EXTENSION = """
