@@ -28,7 +28,7 @@ enum class Divergence : int {
 };
 
 // Those over the mixture m need both normalisers first: a second sweep.
-static constexpr bool needs_mixture(Divergence d) { return (int)d >= (int)Divergence::kJSD; }
+SELFDISTILL_FN constexpr bool needs_mixture(Divergence d) { return (int)d >= (int)Divergence::kJSD; }
 
 // Columns of the float32 statistics. L = reference + logsum; the reference is L rounded to float32, so that a common
 // offset of the logits costs nothing and the pair holds L to about 14 digits.
