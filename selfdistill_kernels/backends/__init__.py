@@ -13,6 +13,7 @@ from selfdistill_kernels.backends.reference import ReferenceBackend
 
 BACKENDS = ("auto", "native", "reference")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> str:
@@ -23,19 +24,21 @@ def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> st
         RuntimeError: "native" was asked for and its extension is not built.
     """
     check_backend_name(name)
-    fits_native = device.type == "cpu" and dtype in NATIVE_DTYPES
+    on_gpu = device.type == "cuda"
+    fits_native = dtype in (CUDA_DTYPES if on_gpu else NATIVE_DTYPES if device.type == "cpu" else ())
+    problem_of = cuda_problem if on_gpu else native_problem
     if name == "native":
         if not fits_native:
             raise ValueError(
-                f"backend: 'native' takes float32 or bfloat16 tensors on the CPU, got {dtype} on "
-                f"{device}; use backend='auto' or 'reference'"
+                "backend: 'native' takes float32 or bfloat16 tensors on the CPU or a CUDA device, "
+                f"and there float16, got {dtype} on {device}; use backend='auto' or 'reference'"
             )
-        problem = native_problem()
+        problem = problem_of()
         if problem is not None:
             raise RuntimeError(f"backend: 'native' is not available: {problem}")
         return name
     if name == "auto" and fits_native:
-        problem = native_problem()
+        problem = problem_of()
         if problem is None:
             return "native"
         if not torch.compiler.is_compiling():
@@ -69,13 +72,35 @@ def _load_native() -> str | None:
     return None
 
 
+def _load_cuda() -> str | None:
+    if _NATIVE_PROBLEM is not None:
+        return _NATIVE_PROBLEM
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    try:
+        importlib.import_module("selfdistill_kernels._cuda")
+    except ImportError as error:
+        return (
+            f"the CUDA row kernels cannot be loaded ({error}); install the CUDA toolkit "
+            f"{torch.version.cuda} (nvcc on PATH or CUDA_HOME) and run "
+            "`pip install --no-build-isolation --force-reinstall --no-deps selfdistill`"
+        )
+    return None
+
+
 # At import, not on first use: torch.compile can then read the answer as a constant.
 _NATIVE_PROBLEM = _load_native()
+_CUDA_PROBLEM = _load_cuda()
 
 
 def native_problem() -> str | None:
     """None when the compiled extension is loaded, else what is wrong and what mends it."""
     return _NATIVE_PROBLEM
+
+
+def cuda_problem() -> str | None:
+    """None when the CUDA row kernels are loaded, else what is wrong and what mends it."""
+    return _CUDA_PROBLEM
 
 
 @functools.cache

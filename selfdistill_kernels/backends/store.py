@@ -61,7 +61,7 @@ def visit(
         if weight is not None:
             active[rows] = chosen & (weight != 0)
         if wants_gradient:
-            pending.take(tile.student, rows, chosen)
+            pending.take(kernels.keep_active(tile, chosen, gate))
     return active, pending.finish()
 
 
@@ -97,11 +97,10 @@ class _Pending:
     def free_rows(self) -> Tensor:
         return self._buffer[self._count :]
 
-    def take(self, gradient: Tensor, rows: Tensor, active: Tensor) -> None:
-        """Keep the active rows of a tile that lies at the front of the free rows."""
-        order = torch.ops.selfdistill.gather_active_rows_(gradient, active)
-        self._waiting.append(rows[order])
-        self._count += order.numel()
+    def take(self, tokens: Tensor) -> None:
+        """Keep the gradients of `tokens`, the first of the free rows."""
+        self._waiting.append(tokens)
+        self._count += tokens.numel()
         # Below a quarter of the workspace it is cheaper to wait for more rows than to read and
         # write all of dW for a few.
         if 4 * self._count >= self._buffer.shape[0]:
