@@ -17,10 +17,12 @@ __global__ void __launch_bounds__(kThreads) plan_gather_kernel(const bool* activ
   const int64_t begin = share * threadIdx.x < rows ? share * threadIdx.x : rows;
   const int64_t end = begin + share < rows ? begin + share : rows;
   int64_t own = 0;
+#pragma unroll 1
   for (int64_t r = begin; r < end; ++r) own += active[r];
   int buffer = 0;
   counted[0][threadIdx.x] = own;
   __syncthreads();
+#pragma unroll 1
   for (int distance = 1; distance < kThreads; distance *= 2, buffer ^= 1) {
     int64_t sum = counted[buffer][threadIdx.x];
     if ((int)threadIdx.x >= distance) sum += counted[buffer][threadIdx.x - distance];
@@ -35,6 +37,7 @@ __global__ void __launch_bounds__(kThreads) plan_gather_kernel(const bool* activ
   }
   __syncthreads();
   int64_t seen = before;
+#pragma unroll 1
   for (int64_t r = begin; r < end; ++r) {
     if (r == total) kept = seen;
     if (r < total && active[r]) order[r] = r;
@@ -43,6 +46,7 @@ __global__ void __launch_bounds__(kThreads) plan_gather_kernel(const bool* activ
   }
   __syncthreads();
   seen = before;
+#pragma unroll 1
   for (int64_t r = begin; r < end; ++r) {
     if (r >= total && active[r]) order[holes[seen - kept]] = r;
     seen += active[r];

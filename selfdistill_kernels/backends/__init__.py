@@ -25,7 +25,9 @@ def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> st
     """
     check_backend_name(name)
     on_gpu = device.type == "cuda"
-    fits_native = dtype in (CUDA_DTYPES if on_gpu else NATIVE_DTYPES if device.type == "cpu" else ())
+    fits_native = dtype in (
+        CUDA_DTYPES if on_gpu else NATIVE_DTYPES if device.type == "cpu" else ()
+    )
     problem_of = cuda_problem if on_gpu else native_problem
     if name == "native":
         if not fits_native:

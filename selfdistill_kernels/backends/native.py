@@ -1,7 +1,7 @@
 """Library GEMMs around the compiled row kernels of csrc/, on the CPU or on a GPU.
 
-On a GPU one visit waits for the device where it must know a number of rows: once for the tokens that
-exist, once a tile with an advantage mask, once a call in a backward pass that recomputes.
+On a GPU one visit waits for the device where it must know a number of rows: once for the tokens
+that exist, once a tile with an advantage mask, once a call in a backward pass that recomputes.
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ def assert_near_cpu(p: Row, found: tuple[Tensor, Tensor, Tensor]) -> None:
     gradient, statistics, active = visit(p)
     torch.testing.assert_close(found[1], statistics, rtol=1e-6, atol=1e-6)
     error = (found[0].double() - gradient).norm(dim=1)
-    assert (error <= 1e-6 * gradient.norm(dim=1)).all()
+    # An advantage carries the rounding of two log-probs of order 10.
+    allowed = 1e-6 * gradient.norm(dim=1) + (1e-6 if p.policy_gradient else 0.0)
+    assert (error <= allowed).all()
     assert torch.equal(found[2], active)
 
 
@@ -72,9 +74,7 @@ def test_hard_distributions(emulated, divergence, spread, closeness, offset, tea
 @pytest.mark.parametrize("closeness", [1.0, 1e-2])
 def test_logits_that_keep_growing(emulated, divergence, closeness):
     """Far above the first step's maxima: every thread moves its sums, more than once."""
-    p = make_rows(
-        3, 4 * STEP, spread=1.0, closeness=closeness, divergence=divergence, entropy=0.1
-    )
+    p = make_rows(3, 4 * STEP, spread=1.0, closeness=closeness, divergence=divergence, entropy=0.1)
     ramp = torch.linspace(0.0, 90.0, 4 * STEP)
     p = replace(p, student=p.student + ramp, teacher=p.teacher + ramp)
     assert_as_good_as_torch(p, *visit(p, ops=emulated)[:2])

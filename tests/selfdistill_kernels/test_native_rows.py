@@ -39,6 +39,7 @@ ops = torch.ops.selfdistill
 CAPABILITIES = ["avx512", "avx2", "default"]
 NEEDS_TEACHER = [1, 2, 3, 4, 5]
 
+
 @pytest.fixture(params=CAPABILITIES)
 def capability(request: pytest.FixtureRequest) -> Iterator[str]:
     best = ops.cpu_capability()

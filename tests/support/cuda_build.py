@@ -34,7 +34,9 @@ TORCH_FLAGS = (
 def find_nvcc() -> Path | None:
     """nvcc of CUDA_HOME, of PATH, or of the pip packages of this environment."""
     candidates = [
-        shutil.which("nvcc", path=str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin")),
+        shutil.which(
+            "nvcc", path=str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin")
+        ),
         shutil.which("nvcc"),
         *(str(p) for p in Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin/nvcc")),
     ]
@@ -121,6 +123,21 @@ def compile_kernels_for_host(
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         return list(pool.map(compile_one, sorted((csrc / "cuda").glob("*.cu"))))
+
+
+def build_driver(
+    folder: Path, flags: tuple[str, ...] = ("-O1",), csrc: Path = ROOT / "csrc"
+) -> Path:
+    """tests/cuda/driver.cpp with the emulated kernels."""
+    objects = compile_kernels_for_host(folder, flags, csrc)
+    driver = folder / "driver"
+    run(
+        [
+            compiler(), *HOST_FLAGS, *flags, "-include", str(ROOT / "tests/cuda/emulation.h"),
+            str(ROOT / "tests/cuda/driver.cpp"), *map(str, objects), "-o", str(driver),
+        ]
+    )  # fmt: skip
+    return driver
 
 
 def build_emulated_operators(folder: Path, csrc: Path = ROOT / "csrc") -> Path:
