@@ -1,12 +1,19 @@
-"""Builds the native rows (csrc/) as ``selfdistill_kernels._C``; the rest is in pyproject.toml.
+"""Builds the native rows (csrc/) as ``selfdistill_kernels._C``, and those for NVIDIA GPUs as
+``selfdistill_kernels._cuda``; the rest is in pyproject.toml.
 
-The extension is optional: where torch or a C++ compiler is missing, the installation goes on
-without it and says so in one line. ``SELFDISTILL_KERNELS_BUILD=0`` skips it, ``=1`` makes a failure
-an error. It is compiled against the installed torch: use ``pip install --no-build-isolation``.
+The extensions are optional: where torch or a C++ compiler is missing, the installation goes on
+without them and says so in one line. ``SELFDISTILL_KERNELS_BUILD=0`` skips them, ``=1`` makes a
+failure an error. They are compiled against the installed torch: use
+``pip install --no-build-isolation``. ``_cuda`` needs a torch with CUDA and the nvcc of that CUDA
+(CUDA_HOME or PATH), and is built for TORCH_CUDA_ARCH_LIST: by default for the GPUs that are there,
+without any for CUDA_ARCHITECTURES.
 """
 
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,13 +31,68 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     FILE_FLAGS["pack_avx512"] = (
         FILE_FLAGS["rows_avx512"] + " -Wno-uninitialized -Wno-maybe-uninitialized"
     )
+CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 
 
-def skip(reason: str) -> None:
+def skip(reason: str, kernels: str = "native CPU kernels") -> None:
     """Go on without the extension, or fail if it was asked for."""
     if BUILD == "1":
         raise SystemExit(f"selfdistill_kernels: SELFDISTILL_KERNELS_BUILD=1, but {reason}")
-    print(f"selfdistill_kernels: native CPU kernels not built ({reason}).", file=sys.stderr)
+    print(f"selfdistill_kernels: {kernels} not built ({reason}).", file=sys.stderr)
+
+
+def find_nvcc(environment: dict[str, str]) -> str | None:
+    """Path of nvcc, where torch looks for it: under CUDA_HOME, else on PATH."""
+    home = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
+    if home:
+        return shutil.which("nvcc", path=str(Path(home) / "bin"))
+    return shutil.which("nvcc", path=environment.get("PATH"))
+
+
+def nvcc_release(nvcc: str) -> str | None:
+    """The release that `nvcc --version` tells, such as "13.0"."""
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release (\d+\.\d+)", told)
+    return found[1] if found else None
+
+
+def cuda_reason(torch_cuda: str | None, nvcc: str | None, release: str | None) -> str | None:
+    """None where the CUDA rows should be built, else why not.
+
+    Args:
+        torch_cuda: torch.version.cuda. nvcc: its path, if found. release: what nvcc says it is.
+    """
+    if torch_cuda is None:
+        return "this torch has no CUDA"
+    if nvcc is None:
+        return f"no nvcc under CUDA_HOME or on PATH; install the CUDA toolkit {torch_cuda}"
+    if release is None or release.split(".")[0] != torch_cuda.split(".")[0]:
+        return f"torch is built for CUDA {torch_cuda}, but {nvcc} is of release {release}"
+    return None
+
+
+def cuda_extensions(flags: list[str]) -> list[Extension]:
+    """The CUDA extension, or nothing where it cannot be built. `flags` are those of the C++."""
+    import torch
+    from torch.utils.cpp_extension import CUDAExtension
+
+    nvcc = find_nvcc(dict(os.environ))
+    reason = cuda_reason(torch.version.cuda, nvcc, nvcc and nvcc_release(nvcc))
+    if reason is not None:
+        if torch.version.cuda is not None:  # nobody misses them with a CPU build of torch
+            skip(reason, "CUDA kernels")
+        return []
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    extension = CUDAExtension(
+        "selfdistill_kernels._cuda",
+        ["csrc/cuda/ops.cpp", *(str(path) for path in sorted(Path("csrc/cuda").glob("*.cu")))],
+        depends=["setup.py", *(str(path) for path in sorted(Path("csrc").rglob("*.*h")))],
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
+        extra_link_args=["-Wl,-s"] if sys.platform == "linux" else [],
+    )
+    extension.optional = BUILD != "1"  # its failure does not take the CPU rows along
+    return [extension]
 
 
 def native_extension() -> tuple[list[Extension], dict[str, type[Command]]]:
@@ -71,6 +133,7 @@ def native_extension() -> tuple[list[Extension], dict[str, type[Command]]]:
     sources = ["csrc/bindings.cpp", "csrc/cpu/ops.cpp", "csrc/cpu/gemm.cpp", "csrc/cpu/memory.cpp"]
     sources += [f"csrc/cpu/{stem}.cpp" for stem in FILE_FLAGS]
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *openmp]
     extension = CppExtension(
         "selfdistill_kernels._C",
         sources,
@@ -82,11 +145,12 @@ def native_extension() -> tuple[list[Extension], dict[str, type[Command]]]:
                 if path.suffix in (".h", ".inl")
             ),
         ],
-        extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *openmp],
+        extra_compile_args=flags,
         extra_link_args=[*openmp, "-Wl,-s"] if sys.platform == "linux" else [],
     )
-    return [extension], {"build_ext": BuildNative}
+    return [extension, *cuda_extensions(flags)], {"build_ext": BuildNative}
 
 
-extensions, commands = native_extension()
-setup(ext_modules=extensions, cmdclass=commands)
+if __name__ == "__main__":
+    extensions, commands = native_extension()
+    setup(ext_modules=extensions, cmdclass=commands)

@@ -1,6 +1,7 @@
-// The operators of selfdistill and their schemas. The CPU kernels are registered in csrc/cpu/ops.cpp.
+// The operators of selfdistill and their schemas. The kernels are registered in csrc/cpu/ops.cpp and csrc/cuda/ops.cpp.
 //
-// Tiles are raw GEMM outputs hidden @ weight.T, float32 [rows, columns], contiguous along a row, any row stride. Logits are
+// Tiles are raw GEMM outputs hidden @ weight.T, float32 [rows, columns], contiguous along a row, any row stride; on CUDA
+// also bfloat16 or float16, whose gradients then have that type. Logits are
 // softcap(logit_scale * (raw + bias)) / temperature (softcap 0: none); gradients are with respect to raw. A bias has one
 // float32 for each column of the tile. divergence: 0 none, 1 KL(T||S), 2 KL(S||T), 3 JSD, 4 KL(T||m), 5 KL(S||m), where
 // m = beta T + (1 - beta) S. statistics: float32 [rows, 10], state: float64 [rows, 16] (columns in csrc/divergence.h).
@@ -12,7 +13,8 @@ TORCH_LIBRARY(selfdistill, m) {
   // Loss of a token: loss_weight * (divergence - policy_gradient * A * log p_s(y) - cross_entropy * log p_s(y) +
   // entropy * H(p_s)), A = log p_t(y) - log p_s(y) held constant. Without loss_weight: statistics only.
   // gate_sign: -2 none, 0 |A| > threshold, 1 A > threshold, -1 A < -threshold; a NaN advantage passes.
-  // active: in, the rows that may have a gradient; out, those that have one. The others' student rows are left as logits.
+  // active: in, the rows that may have a gradient; out, those that have one. The others' student rows are left as logits;
+  // on CUDA tiles are not transformed: they are left as they were, and without a gate become zeros.
   // gradient_in_bfloat16: a row's gradient fills the first half of its own memory (view: stride 2 * stride(0)).
   m.def(
       "row_visit_(Tensor(a!) student, Tensor(b!)? teacher, Tensor? student_bias, Tensor? teacher_bias, "

@@ -1,8 +1,8 @@
 // One definition of the mathematics of a row: statistics of two distributions over the vocabulary, the merge of partial
 // statistics, and the gradient of every loss with respect to the student's logits.
 //
-// Written for a "real" R that is a float or a vector of floats. The including file first supplies SELFDISTILL_FN and, for
-// its R: select, absolute, exponential, exponential_tail, logarithm, logarithm_deficit, hyperbolic_tangent (csrc/cpu/vector.h).
+// Written for a "real" R that is a float or a vector of floats. The including file first supplies SELFDISTILL_FN and the
+// functions of csrc/elementary.h for its R (csrc/cpu/vector.h, csrc/cuda/device.h).
 //
 // Notation. z: logits, z = cap(scale * (raw + bias)) / temperature, cap(u) = softcap * tanh(u / softcap). S, p_s: student;
 // T, p_t: teacher; m = alpha T + (1 - alpha) S; L: log-sum-exp; x = log-ratio of teacher to student.
@@ -28,7 +28,7 @@ enum class Divergence : int {
 };
 
 // Those over the mixture m need both normalisers first: a second sweep.
-static constexpr bool needs_mixture(Divergence d) { return (int)d >= (int)Divergence::kJSD; }
+SELFDISTILL_FN constexpr bool needs_mixture(Divergence d) { return (int)d >= (int)Divergence::kJSD; }
 
 // Columns of the float32 statistics. L = reference + logsum; the reference is L rounded to float32, so that a common
 // offset of the logits costs nothing and the pair holds L to about 14 digits.

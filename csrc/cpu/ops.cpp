@@ -6,19 +6,18 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <optional>
 #include <string>
 #include <vector>
 
 #include "vector.h"
 // (divergence.h is written in the functions of vector.h)
+#include "../checks.h"
 #include "rows.h"
 
 namespace selfdistill {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // ---- instruction sets -------------------------------------------------------------------------------------------------
 
@@ -71,71 +70,6 @@ std::string cpu_capability() { return capability().load()->name; }
 
 void set_cpu_capability(std::string name) { capability() = &find_capability(name); }
 
-// ---- checks -----------------------------------------------------------------------------------------------------------
-
-void check_vector(const char* name, const Tensor& t, at::ScalarType dtype, int64_t size) {
-  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == dtype && t.dim() == 1 && t.size(0) == size && t.is_contiguous(),
-              name, ": expected a contiguous ", dtype, " CPU tensor [", size, "], got ", t.scalar_type(), " ", t.sizes(),
-              " on ", t.device());
-}
-
-void check_matrix(const char* name, const Tensor& t, at::ScalarType dtype, int64_t rows, int64_t columns) {
-  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == dtype && t.dim() == 2 && t.size(0) == rows &&
-                  t.size(1) == columns && t.is_contiguous(),
-              name, ": expected a contiguous ", dtype, " CPU tensor [", rows, ", ", columns, "], got ", t.scalar_type(),
-              " ", t.sizes(), " on ", t.device());
-}
-
-void check_tile(const char* name, const Tensor& t) {
-  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.dim() == 2 && t.size(1) >= 1 &&
-                  (t.size(1) == 1 || t.stride(1) == 1) && (t.size(0) <= 1 || t.stride(0) >= t.size(1)),
-              name, ": expected a float32 CPU tensor [rows, columns] with contiguous, non-overlapping rows, got ",
-              t.scalar_type(), " ", t.sizes(), " with strides ", t.strides(), " on ", t.device());
-}
-
-Tile make_tile(const char* name, const Tensor& t, const char* bias_name, const OptionalTensor& bias) {
-  check_tile(name, t);
-  Tile tile;
-  tile.data = t.data_ptr<float>();
-  tile.stride = t.stride(0);
-  if (bias) {
-    check_vector(bias_name, *bias, at::kFloat, t.size(1));
-    tile.bias = bias->const_data_ptr<float>();
-  }
-  return tile;
-}
-
-Problem make_problem(const Tensor& student, const OptionalTensor& teacher, const OptionalTensor& student_bias,
-                     const OptionalTensor& teacher_bias, const OptionalTensor& targets, double logit_scale,
-                     double softcap, double temperature, int64_t divergence, double beta, int64_t column_offset) {
-  TORCH_CHECK(temperature > 0, "temperature: got ", temperature, ", expected more than 0");
-  TORCH_CHECK(softcap >= 0, "softcap: got ", softcap, ", expected 0 (none) or more");
-  TORCH_CHECK(divergence >= 0 && divergence <= 5, "divergence: got ", divergence, ", expected 0 to 5");
-  Problem p;
-  p.student = make_tile("student", student, "student_bias", student_bias);
-  p.columns = student.size(1);
-  if (teacher) {
-    p.teacher = make_tile("teacher", *teacher, "teacher_bias", teacher_bias);
-    TORCH_CHECK(teacher->sizes() == student.sizes(), "teacher: got ", teacher->sizes(), ", expected the student's ",
-                student.sizes());
-  } else {
-    TORCH_CHECK(divergence == 0, "teacher: None, but divergence ", divergence, " needs one");
-  }
-  if (targets) {
-    check_vector("targets", *targets, at::kLong, student.size(0));
-    p.targets = targets->const_data_ptr<int64_t>();
-  }
-  p.column_offset = column_offset;
-  p.logit_scale = logit_scale;
-  p.softcap = softcap;
-  p.temperature = temperature;
-  p.divergence = static_cast<Divergence>(divergence);
-  TORCH_CHECK(!needs_mixture(p.divergence) || (beta > 0 && beta < 1), "beta: got ", beta,
-              ", expected a value between 0 and 1, both excluded, for divergence ", divergence);
-  p.alpha = beta;
-  return p;
-}
-
 template <class F>
 void over_rows(int64_t rows, const F& f) {
   at::parallel_for(0, rows, 1, f);
@@ -150,33 +84,16 @@ void row_visit_(Tensor& student, const OptionalTensor& teacher, const OptionalTe
                 bool gradient_in_bfloat16, Tensor& statistics, Tensor& active) {
   Problem p = make_problem(student, teacher, student_bias, teacher_bias, targets, logit_scale, softcap, temperature,
                            divergence, beta, 0);
-  p.gradient_in_bfloat16 = gradient_in_bfloat16;
+  set_gradient_type(p, gradient_in_bfloat16);
+  const VisitTerms v = make_visit(student, teacher.has_value(), targets.has_value(), loss_weight, policy_gradient,
+                                  cross_entropy, entropy, gate_sign, gate_threshold, statistics, active);
   const int64_t rows = student.size(0);
-  check_matrix("statistics", statistics, at::kFloat, rows, kStatistics);
-  check_vector("active", active, at::kBool, rows);
-  TORCH_CHECK(gate_sign >= -2 && gate_sign <= 1, "gate_sign: got ", gate_sign, ", expected -2, -1, 0 or 1");
-  const bool needs_advantage = gate_sign != -2 || policy_gradient != 0;
-  TORCH_CHECK(targets || !(needs_advantage || cross_entropy != 0),
-              "targets: None, but a gate, policy_gradient or cross_entropy needs them");
-  TORCH_CHECK(teacher || !needs_advantage, "teacher: None, but a gate or policy_gradient needs one");
   if (targets) {
     for (int64_t r = 0; r < rows; ++r) {
       TORCH_CHECK(p.targets[r] >= 0 && p.targets[r] < p.columns, "targets: got ", p.targets[r], " in row ", r,
                   ", expected 0 to ", p.columns - 1);
     }
   }
-  VisitTerms v;
-  if (loss_weight) {
-    check_vector("loss_weight", *loss_weight, at::kFloat, rows);
-    v.loss_weight = loss_weight->const_data_ptr<float>();
-  }
-  v.policy_gradient = policy_gradient;
-  v.cross_entropy = cross_entropy;
-  v.entropy = entropy;
-  v.gate_sign = gate_sign;
-  v.gate_threshold = gate_threshold;
-  v.statistics = statistics.data_ptr<float>();
-  v.active = active.data_ptr<bool>();
   const Kernels& k = kernels();
   over_rows(rows, [&](int64_t begin, int64_t end) { k.visit(p, v, begin, end); });
 }
@@ -189,7 +106,7 @@ void row_statistics_(const Tensor& student, const OptionalTensor& teacher, const
   const Problem p = make_problem(student, teacher, student_bias, teacher_bias, targets, logit_scale, softcap,
                                  temperature, divergence, 0.5, column_offset);
   const int64_t rows = student.size(0);
-  check_matrix("state", state, at::kDouble, rows, kStateColumns);
+  check_state(state, student.device(), rows);
   double* to = state.data_ptr<double>();
   const Kernels& k = kernels();
   over_rows(rows, [&](int64_t begin, int64_t end) { k.statistics(p, first, to, begin, end); });
@@ -200,20 +117,17 @@ void row_mixture_(const Tensor& student, const Tensor& teacher, const OptionalTe
                   int64_t divergence, double beta, Tensor& state) {
   const Problem p = make_problem(student, teacher, student_bias, teacher_bias, std::nullopt, logit_scale, softcap,
                                  temperature, divergence, beta, 0);
-  TORCH_CHECK(needs_mixture(p.divergence), "divergence: got ", divergence, ", expected 3, 4 or 5 (one sweep is enough)");
+  check_mixture(p);
   const int64_t rows = student.size(0);
-  check_matrix("state", state, at::kDouble, rows, kStateColumns);
+  check_state(state, student.device(), rows);
   double* to = state.data_ptr<double>();
   const Kernels& k = kernels();
   over_rows(rows, [&](int64_t begin, int64_t end) { k.mixture(p, to, begin, end); });
 }
 
 Tensor row_finish(const Tensor& state, bool has_teacher, bool has_targets, int64_t divergence, double beta) {
-  TORCH_CHECK(divergence >= 0 && divergence <= 5, "divergence: got ", divergence, ", expected 0 to 5");
-  TORCH_CHECK(has_teacher || divergence == 0, "has_teacher: False, but divergence ", divergence, " needs one");
-  TORCH_CHECK(state.dim() == 2, "state: expected [rows, ", kStateColumns, "], got ", state.sizes());
+  check_finish(state, has_teacher, divergence);
   const int64_t rows = state.size(0);
-  check_matrix("state", state, at::kDouble, rows, kStateColumns);
   Tensor statistics = at::empty({rows, kStatistics}, state.options().dtype(at::kFloat));
   const double* from = state.const_data_ptr<double>();
   float* to = statistics.data_ptr<float>();
@@ -233,10 +147,9 @@ void row_gradient_(Tensor& student, const OptionalTensor& teacher, const Optiona
                    int64_t divergence, double beta, int64_t column_offset, bool gradient_in_bfloat16) {
   Problem p = make_problem(student, teacher, student_bias, teacher_bias, targets, logit_scale, softcap, temperature,
                            divergence, beta, column_offset);
-  p.gradient_in_bfloat16 = gradient_in_bfloat16;
+  set_gradient_type(p, gradient_in_bfloat16);
+  check_row_terms(student, statistics, term_weights);
   const int64_t rows = student.size(0);
-  check_matrix("statistics", statistics, at::kFloat, rows, kStatistics);
-  check_matrix("term_weights", term_weights, at::kFloat, rows, 3);
   const float* from = statistics.const_data_ptr<float>();
   const float* weights = term_weights.const_data_ptr<float>();
   const Kernels& k = kernels();
@@ -244,12 +157,8 @@ void row_gradient_(Tensor& student, const OptionalTensor& teacher, const Optiona
 }
 
 Tensor gather_active_rows_(Tensor& tile, const Tensor& active) {
-  TORCH_CHECK(tile.device().is_cpu() && tile.dim() == 2 && (tile.size(1) <= 1 || tile.stride(1) == 1) &&
-                  (tile.size(0) <= 1 || tile.stride(0) >= tile.size(1)),
-              "tile: expected a CPU tensor [rows, columns] with contiguous, non-overlapping rows, got ", tile.sizes(),
-              " with strides ", tile.strides(), " on ", tile.device());
+  check_gather(tile, active);
   const int64_t rows = tile.size(0);
-  check_vector("active", active, at::kBool, rows);
   const bool* is_active = active.const_data_ptr<bool>();
   int64_t count = 0;
   for (int64_t r = 0; r < rows; ++r) count += is_active[r];

@@ -171,7 +171,7 @@ struct Row {
   Transform transform;
 
   Row(const Tile& tile, const Problem& p, int64_t row)
-      : raw(tile.data ? tile.data + row * tile.stride : nullptr),
+      : raw(tile.data ? static_cast<float*>(tile.data) + row * tile.stride : nullptr),
         bias(tile.bias),
         transform(make_transform(p.logit_scale, p.softcap, p.temperature, tile.bias != nullptr)) {}
 
@@ -225,13 +225,6 @@ void second_sweep(const Problem& p, const Row& student, const Row& teacher, RowS
   }
 }
 
-// The target's column within this tile, or -1.
-int64_t target_column(const Problem& p, int64_t row) {
-  if (!p.targets) return -1;
-  const int64_t column = p.targets[row] - p.column_offset;
-  return column >= 0 && column < p.columns ? column : -1;
-}
-
 float logit_at(const Row& row, int64_t column) {
   float z;
   return *row.block(column, 1, &z);
@@ -281,20 +274,6 @@ void gradient_row_as(const Problem& p, const Row& student, const Row& teacher, i
                                                                           divergence_weight, token_weight, entropy_weight);
 }
 
-// A NaN advantage passes: an error must be seen.
-bool passes_gate(float advantage, int64_t sign, float threshold) {
-  switch (sign) {
-    case 0:
-      return !(absolute(advantage) <= threshold);
-    case 1:
-      return !(advantage <= threshold);
-    case -1:
-      return !(advantage >= -threshold);
-    default:
-      return true;
-  }
-}
-
 void visit(const Problem& p, const VisitTerms& v, int64_t begin, int64_t end) {
   const bool has_teacher = p.teacher.data != nullptr;
   for (int64_t r = begin; r < end; ++r) {
@@ -312,7 +291,7 @@ void visit(const Problem& p, const VisitTerms& v, int64_t begin, int64_t end) {
 
     const float advantage = statistics[kTeacherLogprob] - statistics[kStudentLogprob];
     const float weight = v.loss_weight ? v.loss_weight[r] : 1.0f;
-    v.active[r] = v.active[r] && weight != 0.0f && passes_gate(advantage, v.gate_sign, (float)v.gate_threshold);
+    v.active[r] = v.active[r] && weight != 0.0f && passes_gate(v, advantage);
     if (!v.loss_weight || !v.active[r]) continue;
     const double token = v.cross_entropy + (v.policy_gradient != 0.0 ? v.policy_gradient * advantage : 0.0);
     gradient_row_as(p, student, teacher, target, statistics, weight, weight * token, weight * v.entropy);

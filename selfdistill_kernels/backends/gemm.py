@@ -135,6 +135,37 @@ class WideningHead:
             out[part] = made if add is None else made.add_(add[part])
 
 
+class TensorCoreHead:
+    """bfloat16 products with float32 results on a GPU: the library's float32 accumulators.
+
+    As in BrgemmHead, the gradient of the logits is rounded once, for its GEMMs.
+
+    Args:
+        weight: [V, H] bfloat16.
+    """
+
+    narrow_gradient = True
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def logits(self, hidden: Tensor, start: int, stop: int, *, out: Tensor) -> None:
+        torch.mm(hidden, self.weight[start:stop].T, out_dtype=torch.float32, out=out)
+
+    def hidden_gradient(self, gradient: Tensor, start: int, stop: int) -> Tensor:
+        return torch.mm(gradient, self.weight[start:stop], out_dtype=torch.float32)
+
+    def weight_gradient(
+        self, gradient: Tensor, hidden: Tensor, *, out: Tensor, add: Tensor | None
+    ) -> None:
+        if add is None:
+            torch.mm(gradient.T, hidden, out_dtype=out.dtype, out=out)
+        elif out.dtype == torch.float32:
+            torch.addmm(add, gradient.T, hidden, out_dtype=torch.float32, out=out)
+        else:
+            out.copy_(torch.addmm(add, gradient.T, hidden, out_dtype=torch.float32))
+
+
 class NoHead:
     """The "hidden states" are logits already, and so is their gradient."""
 
@@ -158,6 +189,9 @@ def head_for(weight: Tensor | None) -> Head:
         return NoHead()
     if weight.dtype == torch.float32:
         return Float32Head(weight)
+    if weight.is_cuda:
+        # float16 could not hold small gradients of the logits.
+        return TensorCoreHead(weight) if weight.dtype == torch.bfloat16 else WideningHead(weight)
     if torch.ops.selfdistill.gemm_bf16_available():
         return BrgemmHead(weight)
     return WideningHead(weight)

@@ -14,22 +14,27 @@ _kept: list[Tensor] = []
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Uninitialised tensor on the CPU, in large pages where the system has them.
+    """Uninitialised tensor on the default device; on the CPU in large pages where there are some.
 
     Page faults of fresh tiles and gradients cost a tenth of the GEMMs (docs/decisions.md).
     """
     tensor = torch.empty(shape, dtype=dtype)
-    torch.ops.selfdistill.advise_huge_pages_(tensor)
+    if tensor.device.type == "cpu":
+        torch.ops.selfdistill.advise_huge_pages_(tensor)
     return tensor
 
 
 @contextmanager
 def workspace(elements: int) -> Iterator[Tensor]:
-    """Lend a flat float32 tensor of so many elements, with undefined values.
+    """Lend a flat float32 tensor of so many elements on the default device, with undefined values.
 
-    It is kept for the next call: even in large pages, the system clears 200 MiB in the time of
-    several percent of the GEMMs. `release_workspace` gives it back.
+    On the CPU it is kept for the next call: even in large pages, the system clears 200 MiB in the
+    time of several percent of the GEMMs. `release_workspace` gives it back. GPUs have torch's
+    caching allocator.
     """
+    if torch.get_default_device().type != "cpu":
+        yield torch.empty((elements,), dtype=torch.float32)
+        return
     found = _kept.pop() if _kept else None
     if found is None or found.numel() < elements:
         del found

@@ -1,6 +1,14 @@
-"""CPU backend: library GEMMs around the compiled row kernels of csrc/."""
+"""Library GEMMs around the compiled row kernels of csrc/, on the CPU or on a GPU.
+
+On a GPU one visit waits for the device where it must know a number of rows: once for the tokens
+that exist, once a tile with an advantage mask, once a call in a backward pass that recomputes.
+"""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,11 +30,35 @@ from selfdistill_kernels.plan import TilePlan
 from selfdistill_kernels.statistics import Column
 
 NO_NEEDS = Needs(False, False, False)
+# Tokens of a tile on a GPU: its GEMMs read the head, and add to dW, seldom enough (docs/math.md).
+GPU_TOKENS = 2048
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+def _beside_inputs(
+    method: Callable[Concatenate[NativeBackend, LinearInputs, P], Result],
+) -> Callable[Concatenate[NativeBackend, LinearInputs, P], Result]:
+    """Tensors that a host loop makes lie on the device of its inputs."""
+
+    @functools.wraps(method)
+    def wrapped(
+        self: NativeBackend, inputs: LinearInputs, /, *args: P.args, **kwargs: P.kwargs
+    ) -> Result:
+        device = inputs.student_hidden.device
+        if device == torch.get_default_device():
+            return method(self, inputs, *args, **kwargs)
+        with torch.device(device):
+            return method(self, inputs, *args, **kwargs)
+
+    return wrapped
 
 
 class NativeBackend:
-    """float32 and bfloat16 inputs on the CPU."""
+    """float32 and bfloat16 inputs; on a GPU float16 too."""
 
+    @_beside_inputs
     def statistics(self, inputs: LinearInputs, objective: Objective, workspace: int) -> Tensor:
         statistics = _new_statistics(inputs)
         tokens = inputs.existing_rows()
@@ -42,6 +74,7 @@ class NativeBackend:
             )  # fmt: skip
         return statistics
 
+    @_beside_inputs
     def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) -> Tensor:
         tokens = inputs.existing_rows()
         plan = TilePlan.slabs(
@@ -49,6 +82,7 @@ class NativeBackend:
         )
         return recompute.sweep_top_k(inputs, tokens, plan, k=k, of_teacher=of_teacher)
 
+    @_beside_inputs
     def visit(
         self,
         inputs: LinearInputs,
@@ -77,6 +111,7 @@ class NativeBackend:
         gradients = self.gradient(inputs, objective, statistics, weights, needs, workspace)
         return statistics, active, gradients
 
+    @_beside_inputs
     def gradient(
         self,
         inputs: LinearInputs,
@@ -109,6 +144,8 @@ class NativeBackend:
 
 def plan_for(inputs: LinearInputs, tokens: int, needs: Needs, workspace: int) -> TilePlan:
     """The tiles of one visit."""
+    if workspace == 0 and inputs.student_hidden.is_cuda:
+        workspace = _gpu_workspace(inputs, needs)
     return TilePlan.choose(
         tokens=tokens,
         hidden=inputs.student_hidden.shape[1],
@@ -118,6 +155,13 @@ def plan_for(inputs: LinearInputs, tokens: int, needs: Needs, workspace: int) ->
         need_weight=needs.weight,
         workspace=workspace,
     )
+
+
+def _gpu_workspace(inputs: LinearInputs, needs: Needs) -> int:
+    """Bytes of a tile of GPU_TOKENS and, with a 16-bit head that is trained, of its float32 dW."""
+    accumulated = needs.weight and inputs.student_hidden.element_size() < 4
+    columns = _heads(inputs) * GPU_TOKENS + (inputs.student_hidden.shape[1] if accumulated else 0)
+    return 4 * inputs.vocabulary * columns
 
 
 def _heads(inputs: LinearInputs) -> int:

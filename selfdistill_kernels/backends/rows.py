@@ -44,6 +44,8 @@ class RowKernels:
     def __init__(self, inputs: LinearInputs, objective: Objective) -> None:
         self.inputs = inputs
         self.objective = objective
+        # On a GPU nothing may wait for a number of rows that only the device knows.
+        self.asynchronous = inputs.student_hidden.is_cuda
         self.divergence = DIVERGENCES[objective.kernel_divergence]
         self.head: Head = head_for(inputs.weight)
         self.teacher_head: Head = (
@@ -106,6 +108,13 @@ class RowKernels:
             statistics, active,
         )  # fmt: skip
         return statistics, active
+
+    def keep_active(self, tile: Tile, active: Tensor, gate: Gate | None) -> Tensor:
+        """Move the gradients of active rows [r] to the front of a visited tile; return their
+        tokens. Without a gate a GPU keeps all rows: those without a weight are zeros there."""
+        if self.asynchronous and gate is None:
+            return tile.rows
+        return tile.rows[torch.ops.selfdistill.gather_active_rows_(tile.student, active)]
 
     def _visit_twice(
         self, tile: Tile, loss_weight: Tensor, gate: Gate | None, old_logprobs: Tensor | None

@@ -63,7 +63,9 @@ def visit(
             if weight is not None:
                 active[rows] = chosen & (weight != 0)
             if wants_gradient:
-                pending.take(tile.student, rows, chosen)
+                if needs.in_place:
+                    kernels.inputs.student_hidden[rows[~chosen]] = 0
+                pending.take(kernels.keep_active(tile, chosen, gate))
         return active, pending.finish()
 
 
@@ -91,7 +93,6 @@ class _Pending:
             student = inputs.student_hidden
             # Rows are read before they are written, in place too.
             self._hidden = student if needs.in_place else torch.zeros_like(student)
-        self._in_place = needs.in_place
         self._weight: Tensor | None = None
         if needs.weight:
             assert inputs.weight is not None
@@ -111,13 +112,10 @@ class _Pending:
             self._flush(last=False)
         return self.free_rows
 
-    def take(self, gradient: Tensor, rows: Tensor, active: Tensor) -> None:
-        """Keep the active rows of a tile that lies at the front of the free rows."""
-        if self._in_place and self._hidden is not None:
-            self._hidden[rows[~active]] = 0
-        order = torch.ops.selfdistill.gather_active_rows_(gradient, active)
-        self._waiting.append(rows[order])
-        self._count += order.numel()
+    def take(self, tokens: Tensor) -> None:
+        """Keep the gradients of `tokens`, the first of the free rows."""
+        self._waiting.append(tokens)
+        self._count += tokens.numel()
 
     def _flush(self, *, last: bool) -> None:
         """The gradient GEMMs of the waiting rows. Only the last may round dW to its dtype."""

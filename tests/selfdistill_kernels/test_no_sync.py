@@ -145,10 +145,23 @@ def test_the_loss_operator(operators, gate):
 
 def test_the_statistics_operators(operators):
     options = (1.0, None, 1.0, "jsd", 0.5)
-    statistics = operators[ops.linear_statistics](*flat_tensors(), *options, 0, "")
+    statistics, support, logprobs = operators[ops.linear_statistics](
+        *flat_tensors(), *options, 0, "student", True, 0, ""
+    )
     weights = meta(6, 3, dtype=torch.float32)
     hidden, weight, _ = operators[ops.linear_statistics_backward](
-        *flat_tensors(), statistics, weights, *options, True, True, False, 0, ""
+        *flat_tensors(),
+        statistics,
+        support,
+        logprobs,
+        weights,
+        *options,
+        True,
+        True,
+        True,
+        False,
+        0,
+        "",
     )
     assert hidden.shape == (6, HIDDEN)
     assert weight.shape == (VOCABULARY, HIDDEN)

@@ -1,0 +1,78 @@
+"""setup.py builds the CUDA rows where, and only where, it can."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from cuda_build import ROOT
+
+
+@pytest.fixture(scope="module")
+def setup_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "nvcc", "release", "reason"),
+    [
+        ("13.0", "/cuda/bin/nvcc", "13.0", None),
+        ("13.0", "/cuda/bin/nvcc", "13.2", None),  # one major release is compatible
+        (None, "/cuda/bin/nvcc", "13.0", "this torch has no CUDA"),
+        ("13.0", None, None, "no nvcc under CUDA_HOME or on PATH; install the CUDA toolkit 13.0"),
+        ("13.0", "/cuda/bin/nvcc", "12.8", "but /cuda/bin/nvcc is of release 12.8"),
+        ("13.0", "/cuda/bin/nvcc", None, "of release None"),
+    ],
+)
+def test_decision(setup_script, torch_cuda, nvcc, release, reason):
+    found = setup_script.cuda_reason(torch_cuda, nvcc, release)
+    assert found is None if reason is None else reason in found
+
+
+def fake_nvcc(folder: Path, release: str) -> Path:
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+def test_nvcc_is_looked_for_where_torch_looks(setup_script, tmp_path):
+    home, other = fake_nvcc(tmp_path / "home", "13.0"), fake_nvcc(tmp_path / "other", "12.8")
+    path = str(other.parent)
+    found = setup_script.find_nvcc({"CUDA_HOME": str(tmp_path / "home"), "PATH": path})
+    assert found == str(home)
+    assert setup_script.find_nvcc({"PATH": path}) == str(other)
+    assert setup_script.find_nvcc({"CUDA_HOME": str(tmp_path), "PATH": path}) is None
+    assert setup_script.find_nvcc({"PATH": str(tmp_path)}) is None
+    assert setup_script.nvcc_release(str(home)) == "13.0"
+
+
+@pytest.mark.parametrize("torch_cuda", [None, "13.0"])
+def test_extensions(setup_script, tmp_path, monkeypatch, torch_cuda):
+    """What setup() is given, by what kind of torch is installed; nothing is compiled here."""
+    fake_nvcc(tmp_path, "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    extensions, _ = setup_script.native_extension()
+    names = [extension.name for extension in extensions]
+    if torch_cuda is None:
+        assert names == ["selfdistill_kernels._C"]
+        return
+    assert names == ["selfdistill_kernels._C", "selfdistill_kernels._cuda"]
+    sources = {Path(source).name for source in extensions[1].sources}
+    assert sources == {"ops.cpp", "visit.cu", "statistics.cu", "gradient.cu", "gather.cu"}
+    assert extensions[1].optional
+    if not torch.cuda.is_available():
+        assert setup_script.os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0;10.0;12.0+PTX"
