@@ -14,7 +14,7 @@ from selfdistill_kernels.backends import check_backend_name, choose_backend
 from selfdistill_kernels.backends.base import Gate, token_losses
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
-from selfdistill_kernels.ops import LogitsLossInPlace, linear_loss, linear_statistics
+from selfdistill_kernels.ops import LogitsLossInPlace, call_linear_loss, linear_statistics
 from selfdistill_kernels.statistics import Column, advantage_of, statistics_dtype
 from selfdistill_kernels.validation import (
     check_head,
@@ -339,7 +339,7 @@ def _distillation(
                 transform, objective, gate, budget, name,
             )  # fmt: skip
         else:
-            loss, statistics, active, *_ = linear_loss(
+            loss, statistics, active, *_ = call_linear_loss(
                 *tensors, loss_weight, flat_old_logprobs, *options,
                 objective.divergence, objective.beta, objective.policy_gradient,
                 objective.cross_entropy, objective.entropy,

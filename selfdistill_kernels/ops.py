@@ -108,8 +108,7 @@ def _check_targets(targets: Tensor, exists: Tensor | None, vocabulary: int) -> N
         )
 
 
-@torch.library.custom_op("selfdistill::linear_loss", mutates_args=())
-def linear_loss(
+def _loss_and_gradients(
     student_hidden: Tensor,
     teacher_hidden: Tensor | None,
     weight: Tensor | None,
@@ -158,6 +157,11 @@ def linear_loss(
     loss = token_losses(objective, statistics, loss_weight, active, old_logprobs)
     loss = loss.sum(dtype=torch.float64)
     return (loss.to(statistics.dtype), statistics, active, *_returned(gradients, student_hidden))
+
+
+linear_loss = torch.library.custom_op("selfdistill::linear_loss", mutates_args=())(
+    _loss_and_gradients
+)
 
 
 @linear_loss.register_fake
@@ -266,6 +270,32 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 linear_loss.register_autograd(_linear_loss_backward, setup_context=_save_gradients)
+
+
+class _EagerLoss(torch.autograd.Function):
+    forward = staticmethod(_loss_and_gradients)
+    setup_context = staticmethod(_save_gradients)
+    backward = staticmethod(_linear_loss_backward)
+
+
+def call_linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
+    """`linear_loss`; an eager call goes around the operator, whose Python layers cost more than the
+    rest of a small problem (docs/decisions.md). Same functions, same bits."""
+    result = linear_loss(*arguments) if _is_traced(arguments) else _EagerLoss.apply(*arguments)
+    return tuple(result)
+
+
+def _is_traced(arguments: tuple[Any, ...]) -> bool:
+    """True when somebody watches: torch.compile, a dispatch mode, functorch, a tensor subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(
+            isinstance(tensor, Tensor) and type(tensor) not in (Tensor, torch.nn.Parameter)
+            for tensor in arguments
+        )
+    )
 
 
 @torch.library.custom_op("selfdistill::linear_statistics", mutates_args=())
