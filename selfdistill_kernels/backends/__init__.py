@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import os
 import warnings
 
 import torch
@@ -11,8 +13,9 @@ import torch
 from selfdistill_kernels.backends.base import Backend
 from selfdistill_kernels.backends.reference import ReferenceBackend
 
-BACKENDS = ("auto", "native", "reference")
+BACKENDS = ("auto", "triton", "native", "reference")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> str:
@@ -20,7 +23,8 @@ def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> st
 
     Raises:
         ValueError: unknown name, or a named backend that does not fit the device or dtype.
-        RuntimeError: "native" was asked for and its extension is not built.
+        RuntimeError: "native" was asked for and its extension is not built, or "triton" and it
+            cannot run here.
     """
     check_backend_name(name)
     fits_native = device.type == "cpu" and dtype in NATIVE_DTYPES
@@ -33,6 +37,11 @@ def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> st
         problem = native_problem()
         if problem is not None:
             raise RuntimeError(f"backend: 'native' is not available: {problem}")
+        return name
+    if name == "triton":
+        problem = triton_problem(device, dtype)
+        if problem is not None:
+            raise RuntimeError(f"backend: 'triton' is not available: {problem}")
         return name
     if name == "auto" and fits_native:
         problem = native_problem()
@@ -55,6 +64,10 @@ def get_backend(name: str) -> Backend:
         from selfdistill_kernels.backends.native import NativeBackend
 
         return NativeBackend()
+    if name == "triton":
+        from selfdistill_kernels.backends.triton import TritonBackend
+
+        return TritonBackend()
     return ReferenceBackend()
 
 
@@ -76,6 +89,24 @@ _NATIVE_PROBLEM = _load_native()
 def native_problem() -> str | None:
     """None when the compiled extension is loaded, else what is wrong and what mends it."""
     return _NATIVE_PROBLEM
+
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None when the Triton kernels can serve these inputs, else what is wrong and what mends it."""
+    if not _HAS_TRITON:
+        return "the package triton is missing; run `pip install 'selfdistill[triton]'`"
+    if dtype not in TRITON_DTYPES:
+        return f"it takes float32, bfloat16 and float16, got {dtype}"
+    if device.type != "cuda" and not (device.type == "cpu" and _INTERPRETS):
+        return (
+            f"it runs on GPUs, got tensors on {device} (on the CPU only under Triton's "
+            "interpreter: set TRITON_INTERPRET=1 before the first import)"
+        )
+    return None
 
 
 @functools.cache
