@@ -17,7 +17,8 @@ from selfdistill_kernels.backends.triton.tiles import (
 )
 
 
-@triton.jit
+# Sizes that no address depends on: one compilation serves all of them.
+@triton.jit(do_not_specialize=["capacity", "vocabulary", "start", "group_rows"])
 def gradient_kernel(
     student, teacher, head, teacher_head, bias, teacher_bias, targets, tokens, count, statistics,
     term_weights, loss_scale, to,

@@ -25,7 +25,8 @@ def _piece_values(partial, column, capacity, pieces, row, piece, inside, other):
     return tl.load(partial + at, mask=inside, other=other).to(tl.float64)
 
 
-@triton.jit
+# Sizes that no address depends on: one compilation serves all of them.
+@triton.jit(do_not_specialize=["capacity", "pieces"])
 def merge_kernel(
     partial, tokens, count, statistics, capacity, pieces,
     DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_TARGETS: tl.constexpr,

@@ -21,7 +21,8 @@ def _total(partial, column, capacity, row, piece, inside):
     return tl.sum(tl.load(partial + at, mask=inside, other=0.0).to(tl.float64), 1)
 
 
-@triton.jit
+# Sizes that no address depends on: one compilation serves all of them.
+@triton.jit(do_not_specialize=["capacity", "pieces"])
 def merge_mixture_kernel(
     partial, tokens, count, statistics, capacity, pieces, alpha,
     DIVERGENCE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_PIECES: tl.constexpr,

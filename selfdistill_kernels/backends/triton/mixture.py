@@ -14,7 +14,8 @@ from selfdistill_kernels.backends.triton.tiles import logits_of, parts, score_ti
 MIXTURE_COLUMNS = 4
 
 
-@triton.jit
+# Sizes that no address depends on: one compilation serves all of them.
+@triton.jit(do_not_specialize=["capacity", "vocabulary", "pieces", "piece_tiles", "group_rows"])
 def mixture_kernel(
     student, teacher, head, teacher_head, bias, teacher_bias, tokens, count, statistics, partial,
     capacity, vocabulary, size, teacher_size, pieces, piece_tiles, group_rows,

@@ -17,16 +17,18 @@ from torch import Tensor
 from selfdistill_kernels.backends.triton.launch import Launch
 from selfdistill_kernels.backends.triton.plan import Configuration, Machine, group_rows
 from selfdistill_kernels.backends.triton.problem import dot_precision, fits_descriptor, operand
-from selfdistill_kernels.backends.triton.tiles import load_tile, work_item
+from selfdistill_kernels.backends.triton.tiles import load_tile, parts, work_item
 
 
-@triton.jit
+# Sizes that no address depends on: one compilation serves all of them.
+@triton.jit(do_not_specialize=["rows", "inner", "group_rows"])
 def product_kernel(
     left, right, count, to, scale,
     rows, columns, inner, left_stride, group_rows,
     TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr, DESCRIPTORS: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """to = left right or left^T right; persistent programs, one output tile an item.
 
@@ -36,6 +38,7 @@ def product_kernel(
     the sum stops at the count: rows of dz in its last block are zero, `inner` is the capacity.
     scale [1] or None multiplies the result. Each element is written once, by one program.
     """
+    WIDTH: tl.constexpr = BLOCK_COLUMNS // PARTS
     limit = tl.load(count).to(tl.int32)
     if TRANSPOSED:
         row_blocks = tl.cdiv(rows, BLOCK_ROWS)
@@ -65,15 +68,18 @@ def product_kernel(
                 DESCRIPTORS, EVEN,
             )  # fmt: skip
             total = tl.dot(a, b, total, input_precision=PRECISION)
-        if scale is not None:
-            total *= tl.load(scale)
         row = first_row + tl.arange(0, BLOCK_ROWS)
-        column = first_column + tl.arange(0, BLOCK_COLUMNS)
-        at = to + row[:, None].to(tl.int64) * columns + column[None, :]
-        inside = (row[:, None] < rows) & (column[None, :] < columns)
-        if ACCUMULATE:
-            total += tl.load(at, mask=inside, other=0.0)
-        tl.store(at, total.to(to.dtype.element_ty), mask=inside)
+        pieces = parts(total, PARTS)
+        for part in tl.static_range(PARTS):
+            value = pieces[part]
+            if scale is not None:
+                value *= tl.load(scale)
+            column = first_column + part * WIDTH + tl.arange(0, WIDTH)
+            at = to + row[:, None].to(tl.int64) * columns + column[None, :]
+            inside = (row[:, None] < rows) & (column[None, :] < columns)
+            if ACCUMULATE:
+                value += tl.load(at, mask=inside, other=0.0)
+            tl.store(at, value.to(to.dtype.element_ty), mask=inside)
 
 
 def hidden_product(
@@ -135,5 +141,6 @@ def _product(
             "BLOCK_ROWS": tile.rows,
             "BLOCK_COLUMNS": tile.columns,
             "BLOCK_INNER": tile.inner,
+            "PARTS": tile.parts,
         },
     )

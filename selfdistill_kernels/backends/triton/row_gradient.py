@@ -15,7 +15,8 @@ BLOCK = 1024
 WARPS = Warps(8)
 
 
-@triton.jit
+# Sizes that no address depends on: one compilation serves all of them.
+@triton.jit(do_not_specialize=["vocabulary"])
 def row_gradient_kernel(
     student, teacher, bias, teacher_bias, targets, tokens, statistics, term_weights, loss_scale,
     to, vocabulary, stride, to_stride, slope, rest, ceiling, alpha, chain,

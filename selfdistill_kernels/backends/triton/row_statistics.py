@@ -39,7 +39,8 @@ def load_logits(
     )
 
 
-@triton.jit
+# Sizes that no address depends on: one compilation serves all of them.
+@triton.jit(do_not_specialize=["vocabulary"])
 def row_statistics_kernel(
     student, teacher, bias, teacher_bias, targets, tokens, statistics,
     vocabulary, stride, slope, rest, ceiling, alpha,

@@ -22,7 +22,8 @@ from selfdistill_kernels.backends.triton.tiles import logits_of, parts, score_ti
 PARTIAL_COLUMNS = 11
 
 
-@triton.jit
+# Sizes that no address depends on: one compilation serves all of them.
+@triton.jit(do_not_specialize=["capacity", "vocabulary", "pieces", "piece_tiles", "group_rows"])
 def sweep_kernel(
     student, teacher, head, teacher_head, bias, teacher_bias, targets, tokens, count, partial,
     capacity, vocabulary, size, teacher_size, pieces, piece_tiles, group_rows,

@@ -120,7 +120,7 @@ def _halves(tile):
 
 @triton.jit
 def parts(tile, PARTS: tl.constexpr):
-    """The tile cut along its columns into 1, 2 or 4.
+    """The tile cut along its columns into 1, 2, 4 or 8.
 
     The statistics of a part need a dozen registers an element; cutting keeps the rest of the
     accumulators as the only thing that waits, so that nothing is spilled.
@@ -129,11 +129,20 @@ def parts(tile, PARTS: tl.constexpr):
         return (tile,)
     elif PARTS == 2:
         return _halves(tile)
-    else:
+    elif PARTS == 4:
         left, right = _halves(tile)
         a, b = _halves(left)
         c, d = _halves(right)
         return a, b, c, d
+    else:
+        left, right = _halves(tile)
+        a, b = _halves(left)
+        c, d = _halves(right)
+        a, e = _halves(a)
+        b, f = _halves(b)
+        c, g = _halves(c)
+        d, h = _halves(d)
+        return a, e, b, f, c, g, d, h
 
 
 @triton.jit
