@@ -37,34 +37,43 @@ class Variant:
     Attributes:
         objective: the loss.
         two_heads: the teacher has a head of its own.
-        everything: bias, soft cap and the entropy term, which cost registers.
+        temperature: other than 1.
+        extras: bias, temperature, the entropy term and a vocabulary that ends within a tile.
+        capped: a soft cap.
         teacher: False for log-probs of one model.
     """
 
     objective: Objective
     two_heads: bool = False
-    everything: bool = False
+    temperature: bool = False
+    extras: bool = False
+    capped: bool = False
     teacher: bool = True
 
     def __str__(self) -> str:
         parts = [
             self.objective.divergence if self.teacher else "log-probs",
             *(["two heads"] if self.two_heads else []),
-            *(["bias, cap, entropy"] if self.everything else []),
+            *(["temperature"] if self.temperature else []),
+            *(["extras"] if self.extras else []),
+            *(["soft cap"] if self.capped else []),
         ]
         return ", ".join(parts)
 
 
 def variants() -> list[Variant]:
-    """Every divergence: shared head, shared head with everything on, two heads with everything."""
+    """Every divergence, plain and with all extras, shared head and two, with and without a cap."""
     found = []
     for name in DIVERGENCES:
         plain = Objective(name, 0.3, policy_gradient=1.0)
         full = replace(plain, entropy=0.1)
         found += [
             Variant(plain),
-            Variant(full, everything=True),
-            Variant(full, everything=True, two_heads=True),
+            Variant(full, temperature=True),
+            Variant(full, extras=True),
+            Variant(full, extras=True, two_heads=True),
+            Variant(full, extras=True, capped=True),
+            Variant(full, extras=True, two_heads=True, capped=True),
         ]
     return [*found, Variant(Objective("none", entropy=1.0), teacher=False)]
 
@@ -160,17 +169,21 @@ def _inputs(dtype: torch.dtype, hidden: int, variant: Variant) -> LinearInputs:
     def empty(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    bias = empty(VOCABULARY) if variant.everything else None
+    vocabulary = VOCABULARY - 40 * variant.extras
+    bias = empty(vocabulary) if variant.extras else None
     return LinearInputs(
         student_hidden=empty(TOKENS, hidden),
         teacher_hidden=empty(TOKENS, hidden) if variant.teacher else None,
-        weight=empty(VOCABULARY, hidden),
-        teacher_weight=empty(VOCABULARY, hidden) if variant.two_heads else None,
+        weight=empty(vocabulary, hidden),
+        teacher_weight=empty(vocabulary, hidden) if variant.two_heads else None,
         bias=bias,
         teacher_bias=bias,
         targets=torch.empty(TOKENS, dtype=torch.int64, device="meta"),
         exists=torch.empty(TOKENS, dtype=torch.bool, device="meta"),
-        transform=LogitTransform(1.7, 30.0, 0.9) if variant.everything else LogitTransform(),
+        transform=LogitTransform(
+            temperature=0.9 if variant.extras or variant.temperature else 1.0,
+            softcap=30.0 if variant.capped else None
+        ),
     )
 
 

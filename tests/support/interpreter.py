@@ -69,3 +69,70 @@ def shuffled(seed: int) -> Iterator[None]:
         yield
     finally:
         del builder.set_grid_dim, builder.set_grid_idx
+
+
+class Guard:
+    """Checks every access of a kernel against the tensors that it was given."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+        self._ranges: list[tuple[int, int]] = []
+
+    def allow(self, values: list[Any]) -> None:
+        """The arguments of the next launch."""
+        self.launches += 1
+        tensors = [getattr(value, "base", value) for value in values]
+        self._ranges = [
+            (tensor.data_ptr(), tensor.data_ptr() + _extent(tensor))
+            for tensor in tensors
+            if isinstance(tensor, torch.Tensor) and tensor.numel()
+        ]
+
+    def check(self, pointers: np.ndarray, mask: np.ndarray, itemsize: int) -> None:
+        """Raise AssertionError where an element that is not masked lies outside of all tensors."""
+        used = np.broadcast_to(pointers, np.broadcast(pointers, mask).shape)[
+            np.broadcast_to(mask, np.broadcast(pointers, mask).shape)
+        ].astype(np.uint64)
+        inside = np.zeros(used.shape, dtype=bool)
+        for first, last in self._ranges:
+            inside |= (used >= first) & (used + np.uint64(itemsize) <= last)
+        assert inside.all(), f"{(~inside).sum()} accesses outside of the kernel's tensors"
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from the first to the last element."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+@contextmanager
+def guarded() -> Iterator[Guard]:
+    """Checks all loads and stores of all kernels."""
+    guard = Guard()
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, prepare = (
+        builder.create_masked_load, builder.create_masked_store, executor._init_args_hst
+    )  # fmt: skip
+
+    def init_args(self: Any, arguments: Any, keywords: Any) -> Any:
+        prepared = prepare(self, arguments, keywords)
+        guard.allow([*prepared[0], *prepared[1].values()])
+        return prepared
+
+    def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        guard.check(pointers.data, mask.data, size)
+        return load(self, pointers, mask, *rest, **options)
+
+    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, policy: Any) -> Any:
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        guard.check(pointers.data, mask.data, size)
+        return store(self, pointers, value, mask, policy)
+
+    builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
+    executor._init_args_hst = init_args
+    try:
+        yield guard
+    finally:
+        builder.create_masked_load, builder.create_masked_store = load, store
+        executor._init_args_hst = prepare

@@ -26,7 +26,8 @@ def gradient_kernel(
     slope, rest, ceiling, alpha, chain,
     DIVERGENCE: tl.constexpr, ENTROPY: tl.constexpr, HAS_TEACHER: tl.constexpr,
     SHARED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr,
-    HAS_TARGETS: tl.constexpr, CAPPED: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    HAS_TARGETS: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
     PARTS: tl.constexpr,
@@ -87,13 +88,13 @@ def gradient_kernel(
         for part in tl.static_range(PARTS):
             column = first_column + part * WIDTH + tl.arange(0, WIDTH)
             z_s = logits_of(
-                parts_s[part], bias, column, vocabulary, slope, rest, ceiling, HAS_BIAS, CAPPED
+                parts_s[part], bias, column, vocabulary, slope, rest, ceiling, HAS_BIAS, SCALED, CAPPED, MASKED
             )
             z_t = z_s
             if HAS_TEACHER:
                 z_t = logits_of(
                     parts_t[part], teacher_bias, column, vocabulary, slope, rest, ceiling,
-                    HAS_TEACHER_BIAS, CAPPED,
+                    HAS_TEACHER_BIAS, SCALED, CAPPED, MASKED,
                 )  # fmt: skip
             is_target = column[None, :] == target[:, None]
             dz = gradient_tile(

@@ -95,45 +95,61 @@ _SMALL = Configuration(16, 64, 32, 2, 4, 2)
 # sm_80 stay below the 99 KiB of shared memory of sm_86 and sm_89, which use them too.
 SHIPPED: dict[str, dict[Kind, Configuration]] = {
     "sm_80": {
-        "sweep": Configuration(128, 64, 64, 2, 8, 3),
+        "sweep": Configuration(128, 64, 64, 4, 8, 3),
         "mixture": Configuration(128, 64, 64, 2, 8, 3),
         "gradient": Configuration(128, 64, 64, 2, 8, 3),
-        "product": Configuration(128, 128, 32, 1, 8, 3),
+        "product": Configuration(128, 128, 32, 4, 8, 3),
     },
     "sm_90": {
-        "sweep": Configuration(128, 128, 64, 4, 8, 3),
+        "sweep": Configuration(128, 128, 64, 8, 8, 3),
         "mixture": Configuration(128, 128, 64, 4, 8, 3),
         "gradient": Configuration(128, 128, 64, 4, 8, 3),
-        "product": Configuration(128, 256, 64, 1, 8, 3),
+        "product": Configuration(128, 256, 64, 4, 8, 3),
     },
     "sm_100": {
         "sweep": Configuration(128, 128, 64, 4, 8, 3),
         "mixture": Configuration(128, 128, 64, 4, 8, 3),
         "gradient": Configuration(128, 128, 64, 4, 8, 3),
-        "product": Configuration(128, 256, 64, 1, 8, 3),
+        "product": Configuration(128, 256, 64, 4, 8, 3),
     },
     "sm_120": {
         "sweep": Configuration(128, 64, 64, 4, 8, 2),
         "mixture": Configuration(128, 64, 64, 4, 8, 2),
         "gradient": Configuration(128, 64, 64, 4, 8, 2),
-        "product": Configuration(128, 128, 32, 1, 8, 3),
+        "product": Configuration(128, 128, 32, 4, 8, 3),
     },
     "gfx942": {
         "sweep": Configuration(64, 64, 64, 2, 4, 2),
         "mixture": Configuration(64, 64, 64, 2, 4, 2),
         "gradient": Configuration(64, 64, 64, 2, 4, 2),
-        "product": Configuration(128, 128, 32, 1, 8, 2),
+        "product": Configuration(128, 128, 32, 4, 8, 2),
     },
-    "interpreter": {"sweep": _SMALL, "mixture": _SMALL, "gradient": _SMALL, "product": _SMALL},
+}
+# What a bias, a soft cap, a second head or a ragged vocabulary add in registers costs half a tile.
+HEAVY = {
+    "sm_80": Configuration(64, 64, 64, 4, 8, 3),
+    "sm_90": Configuration(64, 128, 64, 4, 8, 3),
+    "sm_100": Configuration(128, 128, 64, 4, 8, 3),
+    "sm_120": Configuration(64, 64, 64, 4, 8, 2),
+    "gfx942": Configuration(64, 64, 64, 2, 4, 2),
 }
 # float32 inputs: twice the shared memory, and without tf32 no tensor cores to feed.
 _FLOAT32 = Configuration(64, 64, 32, 2, 8, 2)
 
 
-def configuration(machine: Machine, kind: Kind, itemsize: int) -> Configuration:
-    """The shipped configuration of a kernel for inputs of 2 or 4 bytes."""
-    if itemsize == 4 and machine is not INTERPRETER:
+def configuration(
+    machine: Machine, kind: Kind, itemsize: int, *, heavy: bool = False
+) -> Configuration:
+    """The shipped configuration of a kernel for inputs of 2 or 4 bytes.
+
+    heavy: a bias, a soft cap, two heads, or a vocabulary that ends within a tile.
+    """
+    if machine is INTERPRETER:
+        return _SMALL
+    if itemsize == 4:
         return _FLOAT32
+    if heavy and kind != "product":
+        return HEAVY[machine.architecture]
     return SHIPPED[machine.architecture][kind]
 
 
@@ -284,7 +300,7 @@ def store_rows(
     It pays (2 + 2 rho GEMMs against 2 + 4 rho) when most rows carry a gradient: not behind an
     advantage mask, whose rows are compacted on the device and skipped.
     """
-    if gated:
+    if gated or rows == 0:
         return None
     row = vocabulary * (4 * heads + (itemsize if itemsize < 4 else 0))
     fitting = min((workspace or STORE_BYTES) // row, rows)

@@ -22,6 +22,10 @@ from selfdistill_kernels.backends.triton.plan import (
 from selfdistill_kernels.objective import DIVERGENCES, Objective
 
 
+# The widest tile of plan.py; vocabularies that are no multiple of it need masks.
+TILE_COLUMNS = 128
+
+
 @dataclass(frozen=True)
 class Selection:
     """Tokens that take part, compacted on the device; the host never learns their number.
@@ -94,7 +98,15 @@ class Problem:
 
     def configuration(self, kind: Kind) -> Configuration:
         """Tile of a GEMM kernel."""
-        return configuration(self.machine, kind, self.inputs.student_hidden.element_size())
+        inputs = self.inputs
+        heavy = (
+            self.capped
+            or inputs.bias is not None
+            or inputs.teacher_weight is not None
+            or self.vocabulary % TILE_COLUMNS != 0
+        )
+        itemsize = inputs.student_hidden.element_size()
+        return configuration(self.machine, kind, itemsize, heavy=heavy)
 
     def compact(self, hidden: Tensor, selection: Selection) -> Tensor:
         """[capacity, columns] the rows of a selection; zeros past the count."""
@@ -127,6 +139,11 @@ class Problem:
     @property
     def capped(self) -> bool:
         return self.inputs.transform.softcap is not None
+
+    @property
+    def scaled(self) -> bool:
+        """False where a logit is its score."""
+        return self.inputs.transform.logit_scale != self.inputs.transform.temperature
 
     @property
     def chain(self) -> float:
@@ -177,7 +194,9 @@ class Problem:
             "SHARED": shared,
             "HAS_BIAS": bias is not None,
             "HAS_TEACHER_BIAS": teacher is not None and teacher_bias is not None,
+            "SCALED": self.scaled,
             "CAPPED": self.capped,
+            "MASKED": (stop - start) % tile.columns != 0,
             "DESCRIPTORS": descriptors,
             "EVEN": all(m.shape[1] % tile.inner == 0 for m in matrices),
             "PRECISION": dot_precision(),
@@ -229,6 +248,7 @@ class RowTile:
             "HAS_BIAS": inputs.bias is not None,
             "HAS_TEACHER_BIAS": self.teacher is not None and inputs.teacher_bias is not None,
             "HAS_TARGETS": inputs.targets is not None,
+            "SCALED": problem.scaled,
             "CAPPED": problem.capped,
         }
 

@@ -22,7 +22,7 @@ def row_gradient_kernel(
     to, vocabulary, stride, to_stride, slope, rest, ceiling, alpha, chain,
     DIVERGENCE: tl.constexpr, ENTROPY: tl.constexpr, HAS_TEACHER: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, HAS_TARGETS: tl.constexpr,
-    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a row. Rows without a token or a weight are not read and get zeros.
 
@@ -65,13 +65,13 @@ def row_gradient_kernel(
     for first in range(0, vocabulary, BLOCK):
         column = first + tl.arange(0, BLOCK)
         z_s = load_logits(
-            raw_s, bias, first, vocabulary, slope, rest, ceiling, HAS_BIAS, CAPPED, BLOCK
+            raw_s, bias, first, vocabulary, slope, rest, ceiling, HAS_BIAS, SCALED, CAPPED, MASKED, BLOCK
         )
         z_t = z_s
         if HAS_TEACHER:
             z_t = load_logits(
-                raw_t, teacher_bias, first, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS,
-                CAPPED, BLOCK,
+                raw_t, teacher_bias, first, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS, SCALED,
+                CAPPED, MASKED, BLOCK,
             )  # fmt: skip
         dz = gradient_tile(
             z_s, z_t, (column == target)[None, :], logprob, reference_s, low_s, reference_t,
@@ -99,6 +99,7 @@ def row_gradient(
 
     statistics [N, 10]; term_weights [N, 3] float32; loss_scale [1], a power of two for float16.
     """
+    block = min(BLOCK, triton.next_power_of_2(problem.vocabulary))
     problem.launch(
         row_gradient_kernel,
         tile.tokens.numel(),
@@ -115,6 +116,7 @@ def row_gradient(
         {
             **tile.constants(problem),
             "ENTROPY": problem.objective.entropy != 0.0,
-            "BLOCK": min(BLOCK, triton.next_power_of_2(problem.vocabulary)),
+            "MASKED": problem.vocabulary % block != 0,
+            "BLOCK": block,
         },
     )

@@ -29,13 +29,14 @@ WARPS = Warps(8)
 @triton.jit
 def load_logits(
     raw, bias, first, vocabulary, slope, rest, ceiling,
-    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Logits [1, BLOCK] of a row from entry `first`; LOWEST beyond the vocabulary."""
     column = first + tl.arange(0, BLOCK)
     scores = tl.load(raw + column, mask=column < vocabulary, other=0.0).to(tl.float32)
     return logits_of(
-        scores[None, :], bias, column, vocabulary, slope, rest, ceiling, HAS_BIAS, CAPPED
+        scores[None, :], bias, column, vocabulary, slope, rest, ceiling, HAS_BIAS, SCALED, CAPPED, MASKED
     )
 
 
@@ -46,7 +47,7 @@ def row_statistics_kernel(
     vocabulary, stride, slope, rest, ceiling, alpha,
     DIVERGENCE: tl.constexpr, FIRST: tl.constexpr, HAS_TEACHER: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, HAS_TARGETS: tl.constexpr,
-    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a row, one reading of it (two for the mixture divergences).
 
@@ -74,14 +75,14 @@ def row_statistics_kernel(
     moment_t = sum_s
     for first in range(0, vocabulary, BLOCK):
         z_s = load_logits(
-            raw_s, bias, first, vocabulary, slope, rest, ceiling, HAS_BIAS, CAPPED, BLOCK
+            raw_s, bias, first, vocabulary, slope, rest, ceiling, HAS_BIAS, SCALED, CAPPED, MASKED, BLOCK
         )
         new_s = tl.maximum(max_s, tl.max(z_s, 1))
         add_s, add_moment_s = student_sums(z_s, new_s[:, None], 1)
         if HAS_TEACHER:
             z_t = load_logits(
-                raw_t, teacher_bias, first, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS,
-                CAPPED, BLOCK,
+                raw_t, teacher_bias, first, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS, SCALED,
+                CAPPED, MASKED, BLOCK,
             )  # fmt: skip
             new_t = tl.maximum(max_t, tl.max(z_t, 1))
             add_t, add_moment_t = student_sums(z_t, new_t[:, None], 1)
@@ -110,13 +111,13 @@ def row_statistics_kernel(
     if HAS_TARGETS:
         y = tl.load(targets + token).to(tl.int32)
         target_s = tl.max(
-            load_logits(raw_s, bias, y, vocabulary, slope, rest, ceiling, HAS_BIAS, CAPPED, 1), 1
+            load_logits(raw_s, bias, y, vocabulary, slope, rest, ceiling, HAS_BIAS, SCALED, CAPPED, MASKED, 1), 1
         )
         if HAS_TEACHER:
             target_t = tl.max(
                 load_logits(
-                    raw_t, teacher_bias, y, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS,
-                    CAPPED, 1,
+                    raw_t, teacher_bias, y, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS, SCALED,
+                    CAPPED, MASKED, 1,
                 ),
                 1,
             )  # fmt: skip
@@ -136,11 +137,11 @@ def row_statistics_kernel(
         kappa = student_sum
         for first in range(0, vocabulary, BLOCK):
             z_s = load_logits(
-                raw_s, bias, first, vocabulary, slope, rest, ceiling, HAS_BIAS, CAPPED, BLOCK
+                raw_s, bias, first, vocabulary, slope, rest, ceiling, HAS_BIAS, SCALED, CAPPED, MASKED, BLOCK
             )
             z_t = load_logits(
-                raw_t, teacher_bias, first, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS,
-                CAPPED, BLOCK,
+                raw_t, teacher_bias, first, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS, SCALED,
+                CAPPED, MASKED, BLOCK,
             )  # fmt: skip
             add_student, add_teacher, add_pivot, add_kappa = mixture_sums(
                 z_s, z_t, reference_s[:, None], low_s[:, None], reference_t[:, None],
@@ -160,6 +161,7 @@ def row_statistics_kernel(
 
 def row_statistics(problem: Problem, tile: RowTile, statistics: Tensor) -> None:
     """Fill statistics [N, 10] of the tokens of a tile."""
+    block = min(BLOCK, triton.next_power_of_2(problem.vocabulary))
     problem.launch(
         row_statistics_kernel,
         tile.tokens.numel(),
@@ -168,6 +170,7 @@ def row_statistics(problem: Problem, tile: RowTile, statistics: Tensor) -> None:
         {
             **tile.constants(problem),
             "FIRST": problem.first_divergence,
-            "BLOCK": min(BLOCK, triton.next_power_of_2(problem.vocabulary)),
+            "MASKED": problem.vocabulary % block != 0,
+            "BLOCK": block,
         },
     )

@@ -30,7 +30,7 @@ def sweep_kernel(
     slope, rest, ceiling,
     DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, SHARED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, HAS_TARGETS: tl.constexpr,
-    CAPPED: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN: tl.constexpr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
     PARTS: tl.constexpr,
@@ -86,7 +86,7 @@ def sweep_kernel(
             for part in tl.static_range(PARTS):
                 columns = first_column + part * WIDTH + tl.arange(0, WIDTH)
                 z_s = logits_of(
-                    parts_s[part], bias, columns, vocabulary, slope, rest, ceiling, HAS_BIAS, CAPPED
+                    parts_s[part], bias, columns, vocabulary, slope, rest, ceiling, HAS_BIAS, SCALED, CAPPED, MASKED
                 )
                 new_s = tl.maximum(max_s, tl.max(z_s, 1))
                 add_s, add_moment_s = student_sums(z_s, new_s[:, None], 1)
@@ -96,7 +96,7 @@ def sweep_kernel(
                 if HAS_TEACHER:
                     z_t = logits_of(
                         parts_t[part], teacher_bias, columns, vocabulary, slope, rest, ceiling,
-                        HAS_TEACHER_BIAS, CAPPED,
+                        HAS_TEACHER_BIAS, SCALED, CAPPED, MASKED,
                     )  # fmt: skip
                     new_t = tl.maximum(max_t, tl.max(z_t, 1))
                     add_t, add_moment_t = student_sums(z_t, new_t[:, None], 1)

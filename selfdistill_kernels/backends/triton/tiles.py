@@ -148,12 +148,17 @@ def parts(tile, PARTS: tl.constexpr):
 @triton.jit
 def logits_of(
     scores, bias, columns, vocabulary, slope, rest, ceiling,
-    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a tile of scores; LOWEST beyond the vocabulary."""
-    inside = columns < vocabulary
+    """Logits of a tile of scores; LOWEST beyond the vocabulary.
+
+    SCALED: slope is not 1. MASKED: the vocabulary ends within a tile.
+    """
     if HAS_BIAS:
-        value = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(bias + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)
         scores += value[None, :]
-    z = transform_logit(scores, slope, rest, ceiling, CAPPED)
-    return tl.where(inside[None, :], z, LOWEST)
+    if SCALED or CAPPED:
+        scores = transform_logit(scores, slope, rest, ceiling, CAPPED)
+    if MASKED:
+        scores = tl.where((columns < vocabulary)[None, :], scores, LOWEST)
+    return scores
