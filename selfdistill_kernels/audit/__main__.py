@@ -17,8 +17,8 @@ from selfdistill_kernels.audit.judgement import LIMITS, refusals, resident_progr
 from selfdistill_kernels.audit.record import DTYPES, HIDDEN_SIZES, Job, jobs
 
 HEADER = (
-    "| target | kernel | dtype | used by | tile | warps x stages | registers | spilled | shared KiB "
-    "| programs per SM | tensor core | async copies | code KiB | s | verdict |"
+    "| target | kernel | dtype | used by | tile | warps x stages | registers | spilled "
+    "| shared KiB | programs per SM | tensor core | async copies | code KiB | s | verdict |"
 )
 
 
@@ -92,7 +92,9 @@ def _row(entry: dict[str, object]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 1 when a kernel was refused."""
-    parser = argparse.ArgumentParser(prog="python -m selfdistill_kernels.audit", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m selfdistill_kernels.audit", description=__doc__
+    )
     parser.add_argument("--target", choices=LIMITS, action="append", help="default: all")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: all")
     parser.add_argument("--kernel", action="append", help="default: all")

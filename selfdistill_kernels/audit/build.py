@@ -62,10 +62,7 @@ def build(job: Job, architecture: str) -> Report:
         job.kernel,
         dict(job.signature),
         dict(job.constants),
-        {
-            (job.kernel.arg_names.index(name),): [["tt.divisibility", 16]]
-            for name in job.aligned
-        },
+        {(job.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in job.aligned},
     )
     options = {"num_warps": job.warps, "num_stages": job.stages, **OPTIONS}
     started = time.perf_counter()
@@ -103,7 +100,7 @@ def _read_amd(compiled: Any, warps: int, seconds: float) -> Report:
 
     return Report(
         registers=value(r"\.vgpr_count"),
-        spilled=value(r"\.vgpr_spill_count") + value(r"\.sgpr_spill_count"),
+        spilled=value(r"\.vgpr_spill_count"),  # scalars spill to lanes of vector registers
         shared=compiled.metadata.shared,
         tensor_memory=0,
         warps=warps,

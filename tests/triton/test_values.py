@@ -72,9 +72,7 @@ def check(case64, objective, dtype=torch.float32, *, roundings=8, mask=None, **o
         ("student_hidden", "weight", "bias"), grads, torch_grads, exact_grads, strict=False
     ):
         assert ours.dtype == dtype
-        assert_no_worse_than_torch(
-            f"d {name}", ours, theirs.to(dtype), true, roundings=roundings
-        )
+        assert_no_worse_than_torch(f"d {name}", ours, theirs.to(dtype), true, roundings=roundings)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)

@@ -89,7 +89,11 @@ class TritonBackend:
             statistics = _new_statistics(inputs)
             with _device_of(inputs.student_hidden):
                 gradients = _store(problem, rows, loss_weight, old_logprobs, needs, statistics)
-            return statistics, active_tokens(statistics, loss_weight, inputs.exists, None), gradients
+            return (
+                statistics,
+                active_tokens(statistics, loss_weight, inputs.exists, None),
+                gradients,
+            )
         statistics = self.statistics(inputs, objective, workspace)
         active = active_tokens(statistics, loss_weight, inputs.exists, gate)
         weights = term_weights_of(objective, statistics, loss_weight * active, old_logprobs)
@@ -130,9 +134,7 @@ class TritonBackend:
         with _device_of(inputs.student_hidden):
             if inputs.weight is None:
                 return _logits_gradient(problem, statistics, term_weights)
-            return _slab_gradients(
-                problem, statistics, term_weights, needs, workspace, dense=dense
-            )
+            return _slab_gradients(problem, statistics, term_weights, needs, workspace, dense=dense)
 
     def _problem(self, inputs: LinearInputs, objective: Objective) -> Problem:
         machine = self._machine or Machine.of(inputs.student_hidden.device)
@@ -253,7 +255,8 @@ def _store(
         size = part.stop - part.start
         _write_product(scores[:size], student[part], head.mT)
         if teacher is not None:
-            assert teacher_scores is not None and inputs.teacher_head is not None
+            assert teacher_scores is not None
+            assert inputs.teacher_head is not None
             _write_product(teacher_scores[:size], teacher[part], inputs.teacher_head.mT)
         tile = RowTile(
             scores[:size],
@@ -294,9 +297,7 @@ def _logits_gradient(problem: Problem, statistics: Tensor, term_weights: Tensor)
 # ---- library products ----------------------------------------------------------------------------
 
 
-def _write_product(
-    to: Tensor, left: Tensor, right: Tensor, factor: Tensor | None = None
-) -> None:
+def _write_product(to: Tensor, left: Tensor, right: Tensor, factor: Tensor | None = None) -> None:
     """to = factor left right, multiplied in the dtype of the operands, summed in float32."""
     if to.dtype == left.dtype and factor is None:
         torch.mm(left, right, out=to)

@@ -2,7 +2,7 @@
 
 Helpers take float32 tiles [rows, columns] in registers, or row values of any shape. Products that
 shall be fused are written as tl.fma and kernels are compiled without automatic fusion: student and
-teacher then round alike on every GPU, and equal logits give a divergence and a gradient of exactly 0.
+teacher then round alike on every GPU, and equal logits give a divergence and gradient of exactly 0.
 
 A partial state is what a sweep over a part of the vocabulary leaves of a row: maxima, sums of
 e = exp(z - max), the excess sum (e_t - e_s), moment and curvature of the log-ratio x (forward KL:
@@ -284,9 +284,7 @@ def probability(z, reference, low):
 @triton.jit
 def probability_difference(p_s, p_t, x):
     """p_t - p_s, never as the difference of two roundings of nearly equal numbers."""
-    return tl.where(
-        tl.abs(x) < NEAR, p_s * tl.fma(x * x, exponential_tail(x), x), p_t - p_s
-    )
+    return tl.where(tl.abs(x) < NEAR, p_s * tl.fma(x * x, exponential_tail(x), x), p_t - p_s)
 
 
 # ---- second sweep: the mixture m = alpha T + (1 - alpha) S ---------------------------------------
@@ -379,7 +377,7 @@ def gradient_tile(
     pivot, divergence_weight, token_weight, entropy_weight, alpha,
     DIVERGENCE: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d z_s of a tile; row values broadcast against it. z_t is unused without a divergence.
+    """d loss / d z_s of a tile; row values broadcast against it. z_t: only with a divergence.
 
     The term -log p_s(y) gives token_weight (p_s - 1[y]).
     """
@@ -398,7 +396,7 @@ def gradient_tile(
                 g = -(x + divergence)
             else:
                 share = 1.0 - alpha
-                log_s, log_t, share_s, share_t, deficit_s, deficit_t = mixture(x, alpha)
+                log_s, _, share_s, share_t, _, _ = mixture(x, alpha)
                 if DIVERGENCE == JSD:
                     g = -share * (log_s + pivot)
                 elif DIVERGENCE == SKEW_KL:

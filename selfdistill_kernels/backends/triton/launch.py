@@ -1,4 +1,4 @@
-"""How a kernel is started: one place, so that the audit can put a compiler in the launcher's stead."""
+"""How a kernel is started: one place, where the audit puts a recorder instead."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ def mixture_kernel(
     slope, rest, ceiling, alpha,
     DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, SHARED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr,
-    SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN: tl.constexpr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
     PARTS: tl.constexpr,
@@ -65,7 +66,17 @@ def mixture_kernel(
             for part in tl.static_range(PARTS):
                 columns = first_column + part * WIDTH + tl.arange(0, WIDTH)
                 z_s = logits_of(
-                    parts_s[part], bias, columns, vocabulary, slope, rest, ceiling, HAS_BIAS, SCALED, CAPPED, MASKED
+                    parts_s[part],
+                    bias,
+                    columns,
+                    vocabulary,
+                    slope,
+                    rest,
+                    ceiling,
+                    HAS_BIAS,
+                    SCALED,
+                    CAPPED,
+                    MASKED,
                 )
                 z_t = logits_of(
                     parts_t[part], teacher_bias, columns, vocabulary, slope, rest, ceiling,

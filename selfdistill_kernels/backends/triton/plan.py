@@ -103,7 +103,7 @@ SHIPPED: dict[str, dict[Kind, Configuration]] = {
     "sm_90": {
         "sweep": Configuration(128, 128, 64, 8, 8, 3),
         "mixture": Configuration(128, 128, 64, 4, 8, 3),
-        "gradient": Configuration(128, 128, 64, 4, 8, 3),
+        "gradient": Configuration(128, 128, 64, 8, 8, 3),
         "product": Configuration(128, 256, 64, 4, 8, 3),
     },
     "sm_100": {
@@ -119,19 +119,20 @@ SHIPPED: dict[str, dict[Kind, Configuration]] = {
         "product": Configuration(128, 128, 32, 4, 8, 3),
     },
     "gfx942": {
-        "sweep": Configuration(64, 64, 64, 2, 4, 2),
-        "mixture": Configuration(64, 64, 64, 2, 4, 2),
-        "gradient": Configuration(64, 64, 64, 2, 4, 2),
+        "sweep": Configuration(64, 64, 64, 4, 4, 2),
+        "mixture": Configuration(64, 64, 64, 4, 4, 2),
+        "gradient": Configuration(64, 64, 64, 4, 4, 2),
         "product": Configuration(128, 128, 32, 4, 8, 2),
     },
 }
-# What a bias, a soft cap, a second head or a ragged vocabulary add in registers costs half a tile.
+# What a temperature, a bias, a soft cap, a second head or a ragged vocabulary take in registers
+# costs half a tile.
 HEAVY = {
     "sm_80": Configuration(64, 64, 64, 4, 8, 3),
     "sm_90": Configuration(64, 128, 64, 4, 8, 3),
     "sm_100": Configuration(128, 128, 64, 4, 8, 3),
-    "sm_120": Configuration(64, 64, 64, 4, 8, 2),
-    "gfx942": Configuration(64, 64, 64, 2, 4, 2),
+    "sm_120": Configuration(64, 64, 64, 2, 8, 2),
+    "gfx942": Configuration(64, 64, 64, 4, 4, 2),
 }
 # float32 inputs: twice the shared memory, and without tf32 no tensor cores to feed.
 _FLOAT32 = Configuration(64, 64, 32, 2, 8, 2)
@@ -142,7 +143,7 @@ def configuration(
 ) -> Configuration:
     """The shipped configuration of a kernel for inputs of 2 or 4 bytes.
 
-    heavy: a bias, a soft cap, two heads, or a vocabulary that ends within a tile.
+    heavy: scale, temperature, bias, soft cap, two heads, or a vocabulary that ends within a tile.
     """
     if machine is INTERPRETER:
         return _SMALL
@@ -254,7 +255,8 @@ def sweep_traffic(
         head_row_bytes=head_row_bytes,
     )  # fmt: skip
     hidden, head = rows * row_bytes, vocabulary * head_row_bytes
-    groups = -(-(-(-rows // tile.rows)) // plan.group_rows)
+    row_blocks = -(-rows // tile.rows)
+    groups = -(-row_blocks // plan.group_rows)
     states = 44 * rows * plan.pieces
     least_groups = -(-rows // max(1, machine.cache_bytes // row_bytes))
     return Traffic(hidden + groups * head + 2 * states, hidden + least_groups * head)

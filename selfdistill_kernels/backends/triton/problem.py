@@ -21,7 +21,6 @@ from selfdistill_kernels.backends.triton.plan import (
 )
 from selfdistill_kernels.objective import DIVERGENCES, Objective
 
-
 # The widest tile of plan.py; vocabularies that are no multiple of it need masks.
 TILE_COLUMNS = 128
 
@@ -100,7 +99,8 @@ class Problem:
         """Tile of a GEMM kernel."""
         inputs = self.inputs
         heavy = (
-            self.capped
+            self.scaled
+            or self.capped
             or inputs.bias is not None
             or inputs.teacher_weight is not None
             or self.vocabulary % TILE_COLUMNS != 0
@@ -112,9 +112,7 @@ class Problem:
         """[capacity, columns] the rows of a selection; zeros past the count."""
         return gather_rows(hidden, selection.tokens, hidden.dtype, self.launch)
 
-    def sweep_plan(
-        self, tile: Configuration, student: Tensor, teacher: Tensor | None
-    ) -> SweepPlan:
+    def sweep_plan(self, tile: Configuration, student: Tensor, teacher: Tensor | None) -> SweepPlan:
         """How persistent programs walk the whole vocabulary for these compact rows."""
         itemsize = student.element_size()
         teacher_size = 0 if teacher is None else teacher.shape[1]
@@ -170,7 +168,9 @@ class Problem:
         shared = inputs.teacher_weight is None
         teacher_head = None
         if teacher is not None:
-            teacher_head = head if inputs.teacher_weight is None else inputs.teacher_weight[start:stop]
+            teacher_head = (
+                head if inputs.teacher_weight is None else inputs.teacher_weight[start:stop]
+            )
         matrices = [student, head, *(m for m in (teacher, teacher_head) if m is not None)]
         descriptors = self.machine.descriptors and all(map(fits_descriptor, matrices))
 

@@ -65,12 +65,24 @@ def row_gradient_kernel(
     for first in range(0, vocabulary, BLOCK):
         column = first + tl.arange(0, BLOCK)
         z_s = load_logits(
-            raw_s, bias, first, vocabulary, slope, rest, ceiling, HAS_BIAS, SCALED, CAPPED, MASKED, BLOCK
+            raw_s,
+            bias,
+            first,
+            vocabulary,
+            slope,
+            rest,
+            ceiling,
+            HAS_BIAS,
+            SCALED,
+            CAPPED,
+            MASKED,
+            BLOCK,
         )
         z_t = z_s
         if HAS_TEACHER:
             z_t = load_logits(
-                raw_t, teacher_bias, first, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS, SCALED,
+                raw_t, teacher_bias, first, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS,
+                SCALED,
                 CAPPED, MASKED, BLOCK,
             )  # fmt: skip
         dz = gradient_tile(

@@ -36,7 +36,17 @@ def load_logits(
     column = first + tl.arange(0, BLOCK)
     scores = tl.load(raw + column, mask=column < vocabulary, other=0.0).to(tl.float32)
     return logits_of(
-        scores[None, :], bias, column, vocabulary, slope, rest, ceiling, HAS_BIAS, SCALED, CAPPED, MASKED
+        scores[None, :],
+        bias,
+        column,
+        vocabulary,
+        slope,
+        rest,
+        ceiling,
+        HAS_BIAS,
+        SCALED,
+        CAPPED,
+        MASKED,
     )
 
 
@@ -75,13 +85,25 @@ def row_statistics_kernel(
     moment_t = sum_s
     for first in range(0, vocabulary, BLOCK):
         z_s = load_logits(
-            raw_s, bias, first, vocabulary, slope, rest, ceiling, HAS_BIAS, SCALED, CAPPED, MASKED, BLOCK
+            raw_s,
+            bias,
+            first,
+            vocabulary,
+            slope,
+            rest,
+            ceiling,
+            HAS_BIAS,
+            SCALED,
+            CAPPED,
+            MASKED,
+            BLOCK,
         )
         new_s = tl.maximum(max_s, tl.max(z_s, 1))
         add_s, add_moment_s = student_sums(z_s, new_s[:, None], 1)
         if HAS_TEACHER:
             z_t = load_logits(
-                raw_t, teacher_bias, first, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS, SCALED,
+                raw_t, teacher_bias, first, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS,
+                SCALED,
                 CAPPED, MASKED, BLOCK,
             )  # fmt: skip
             new_t = tl.maximum(max_t, tl.max(z_t, 1))
@@ -111,12 +133,27 @@ def row_statistics_kernel(
     if HAS_TARGETS:
         y = tl.load(targets + token).to(tl.int32)
         target_s = tl.max(
-            load_logits(raw_s, bias, y, vocabulary, slope, rest, ceiling, HAS_BIAS, SCALED, CAPPED, MASKED, 1), 1
+            load_logits(
+                raw_s,
+                bias,
+                y,
+                vocabulary,
+                slope,
+                rest,
+                ceiling,
+                HAS_BIAS,
+                SCALED,
+                CAPPED,
+                MASKED,
+                1,
+            ),
+            1,
         )
         if HAS_TEACHER:
             target_t = tl.max(
                 load_logits(
-                    raw_t, teacher_bias, y, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS, SCALED,
+                    raw_t, teacher_bias, y, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS,
+                    SCALED,
                     CAPPED, MASKED, 1,
                 ),
                 1,
@@ -137,10 +174,22 @@ def row_statistics_kernel(
         kappa = student_sum
         for first in range(0, vocabulary, BLOCK):
             z_s = load_logits(
-                raw_s, bias, first, vocabulary, slope, rest, ceiling, HAS_BIAS, SCALED, CAPPED, MASKED, BLOCK
+                raw_s,
+                bias,
+                first,
+                vocabulary,
+                slope,
+                rest,
+                ceiling,
+                HAS_BIAS,
+                SCALED,
+                CAPPED,
+                MASKED,
+                BLOCK,
             )
             z_t = load_logits(
-                raw_t, teacher_bias, first, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS, SCALED,
+                raw_t, teacher_bias, first, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS,
+                SCALED,
                 CAPPED, MASKED, BLOCK,
             )  # fmt: skip
             add_student, add_teacher, add_pivot, add_kappa = mixture_sums(

@@ -16,7 +16,13 @@ from selfdistill_kernels.backends.triton.divergence import (
     student_sums,
 )
 from selfdistill_kernels.backends.triton.problem import Problem, Selection
-from selfdistill_kernels.backends.triton.tiles import logits_of, parts, score_tile, score_tiles, work_item
+from selfdistill_kernels.backends.triton.tiles import (
+    logits_of,
+    parts,
+    score_tile,
+    score_tiles,
+    work_item,
+)
 
 # Columns of a partial state: maxima, sums, excess, moment, curvature, moments, target's logits.
 PARTIAL_COLUMNS = 11
@@ -30,7 +36,8 @@ def sweep_kernel(
     slope, rest, ceiling,
     DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, SHARED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, HAS_TARGETS: tl.constexpr,
-    SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN: tl.constexpr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
     PARTS: tl.constexpr,
@@ -86,7 +93,17 @@ def sweep_kernel(
             for part in tl.static_range(PARTS):
                 columns = first_column + part * WIDTH + tl.arange(0, WIDTH)
                 z_s = logits_of(
-                    parts_s[part], bias, columns, vocabulary, slope, rest, ceiling, HAS_BIAS, SCALED, CAPPED, MASKED
+                    parts_s[part],
+                    bias,
+                    columns,
+                    vocabulary,
+                    slope,
+                    rest,
+                    ceiling,
+                    HAS_BIAS,
+                    SCALED,
+                    CAPPED,
+                    MASKED,
                 )
                 new_s = tl.maximum(max_s, tl.max(z_s, 1))
                 add_s, add_moment_s = student_sums(z_s, new_s[:, None], 1)
