@@ -23,8 +23,8 @@ def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> st
 
     Raises:
         ValueError: unknown name, or a named backend that does not fit the device or dtype.
-        RuntimeError: "native" was asked for and its extension is not built, or "triton" and it
-            cannot run here.
+        RuntimeError: "native" was asked for and its extension is not built, or "triton" and the
+            package is missing.
     """
     check_backend_name(name)
     fits_native = device.type == "cpu" and dtype in NATIVE_DTYPES
@@ -39,7 +39,14 @@ def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> st
             raise RuntimeError(f"backend: 'native' is not available: {problem}")
         return name
     if name == "triton":
-        problem = triton_problem(device, dtype)
+        on_device = device.type == "cuda" or (device.type == "cpu" and _INTERPRETS)
+        if dtype not in TRITON_DTYPES or not on_device:
+            raise ValueError(
+                f"backend: 'triton' takes float32, bfloat16 or float16 tensors on a GPU, got "
+                f"{dtype} on {device}; use backend='auto' (CPU tensors only under Triton's "
+                "interpreter: set TRITON_INTERPRET=1 before the first import)"
+            )
+        problem = triton_problem()
         if problem is not None:
             raise RuntimeError(f"backend: 'triton' is not available: {problem}")
         return name
@@ -95,17 +102,10 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None when the Triton kernels can serve these inputs, else what is wrong and what mends it."""
+def triton_problem() -> str | None:
+    """None when Triton is installed, else what is wrong and what mends it."""
     if not _HAS_TRITON:
         return "the package triton is missing; run `pip install 'selfdistill[triton]'`"
-    if dtype not in TRITON_DTYPES:
-        return f"it takes float32, bfloat16 and float16, got {dtype}"
-    if device.type != "cuda" and not (device.type == "cpu" and _INTERPRETS):
-        return (
-            f"it runs on GPUs, got tensors on {device} (on the CPU only under Triton's "
-            "interpreter: set TRITON_INTERPRET=1 before the first import)"
-        )
     return None
 
 

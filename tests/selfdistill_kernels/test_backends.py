@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from selfdistill_kernels import backends
 from selfdistill_kernels.backends import choose_backend
 
 CPU = torch.device("cpu")
@@ -60,3 +62,17 @@ def test_without_the_extension_the_reference_works_and_says_so_once():
         [sys.executable, "-c", WITHOUT_EXTENSION], capture_output=True, text=True, timeout=120
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_triton_refuses_what_it_cannot_serve():
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        with pytest.raises(ValueError, match="on a GPU, got torch"):
+            choose_backend("triton", device=CPU, dtype=torch.float32)
+    with pytest.raises(ValueError, match="float64"):
+        choose_backend("triton", device=torch.device("cuda"), dtype=torch.float64)
+
+
+def test_missing_triton_is_said_with_the_command_that_mends_it(monkeypatch):
+    monkeypatch.setattr(backends, "_HAS_TRITON", False)
+    with pytest.raises(RuntimeError, match="pip install"):
+        choose_backend("triton", device=torch.device("cuda"), dtype=torch.float32)

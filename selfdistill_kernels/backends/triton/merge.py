@@ -14,8 +14,8 @@ from selfdistill_kernels.backends.triton.divergence import (
 from selfdistill_kernels.backends.triton.launch import Warps
 from selfdistill_kernels.backends.triton.problem import Problem, Selection
 
-BLOCK_ROWS = 4
-WARPS = Warps(4)
+BLOCK_ROWS = 2
+WARPS = Warps(8)
 
 
 @triton.jit

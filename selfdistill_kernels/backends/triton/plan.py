@@ -125,8 +125,8 @@ SHIPPED: dict[str, dict[Kind, Configuration]] = {
         "product": Configuration(128, 128, 32, 4, 8, 2),
     },
 }
-# What a temperature, a bias, a soft cap, a second head or a ragged vocabulary take in registers
-# costs half a tile.
+# A mixture divergence, a temperature, a bias, a soft cap, a second head or a ragged vocabulary
+# takes registers that cost half a tile.
 HEAVY = {
     "sm_80": Configuration(64, 64, 64, 4, 8, 3),
     "sm_90": Configuration(64, 128, 64, 4, 8, 3),
@@ -143,7 +143,8 @@ def configuration(
 ) -> Configuration:
     """The shipped configuration of a kernel for inputs of 2 or 4 bytes.
 
-    heavy: scale, temperature, bias, soft cap, two heads, or a vocabulary that ends within a tile.
+    heavy: a mixture divergence, scale, temperature, bias, soft cap, two heads, or a vocabulary that
+    ends within a tile.
     """
     if machine is INTERPRETER:
         return _SMALL

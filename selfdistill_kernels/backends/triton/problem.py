@@ -99,7 +99,8 @@ class Problem:
         """Tile of a GEMM kernel."""
         inputs = self.inputs
         heavy = (
-            self.scaled
+            self.needs_mixture
+            or self.scaled
             or self.capped
             or inputs.bias is not None
             or inputs.teacher_weight is not None
