@@ -10,6 +10,7 @@ the count there, and what lies past it is left out or zero.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -29,7 +30,13 @@ from selfdistill_kernels.backends.triton.launch import Launch, run
 from selfdistill_kernels.backends.triton.merge import merge
 from selfdistill_kernels.backends.triton.merge_mixture import merge_mixture
 from selfdistill_kernels.backends.triton.mixture import sweep_mixture
-from selfdistill_kernels.backends.triton.plan import Machine, SlabPlan, store_rows
+from selfdistill_kernels.backends.triton.plan import (
+    Configuration,
+    Kind,
+    Machine,
+    SlabPlan,
+    store_rows,
+)
 from selfdistill_kernels.backends.triton.problem import Problem, RowTile, Selection
 from selfdistill_kernels.backends.triton.product import hidden_product, weight_product
 from selfdistill_kernels.backends.triton.row_gradient import row_gradient
@@ -48,11 +55,18 @@ class TritonBackend:
     Args:
         machine: what to plan for; None asks the inputs' device.
         launch: how kernels are started.
+        tiles: in place of the shipped ones, for tuning.
     """
 
-    def __init__(self, machine: Machine | None = None, launch: Launch = run) -> None:
+    def __init__(
+        self,
+        machine: Machine | None = None,
+        launch: Launch = run,
+        tiles: Mapping[Kind, Configuration] | None = None,
+    ) -> None:
         self._machine = machine
         self._launch = launch
+        self._tiles = tiles or {}
 
     def statistics(self, inputs: LinearInputs, objective: Objective, workspace: int) -> Tensor:
         problem = self._problem(inputs, objective)
@@ -138,7 +152,7 @@ class TritonBackend:
 
     def _problem(self, inputs: LinearInputs, objective: Objective) -> Problem:
         machine = self._machine or Machine.of(inputs.student_hidden.device)
-        return Problem(inputs, objective, machine, self._launch)
+        return Problem(inputs, objective, machine, self._launch, self._tiles)
 
 
 # ---- recompute -----------------------------------------------------------------------------------

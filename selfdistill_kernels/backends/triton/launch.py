@@ -6,7 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 OPTIONS = {"enable_fp_fusion": False}  # fusion is written out in the kernels (divergence.py)
+# The assembler for newer GPUs would rather spill a little and have two programs a multiprocessor;
+# naming the limit takes that choice away.
+NVIDIA_OPTIONS = {**OPTIONS, "maxnreg": 255}
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ def run(
     constants: Mapping[str, Any],
 ) -> None:
     """Launch on the current device and stream."""
+    options = OPTIONS if torch.version.hip is not None else NVIDIA_OPTIONS
     kernel[(programs,)](
-        **arguments, **constants, num_warps=shape.warps, num_stages=shape.stages, **OPTIONS
+        **arguments, **constants, num_warps=shape.warps, num_stages=shape.stages, **options
     )

@@ -9,10 +9,13 @@ from typing import Literal
 import torch
 
 MEBIBYTE = 1 << 20
-# Tiles that one work item sums in float32 before its state goes to the float64 merge. Few enough
+# Columns that one work item sums in float32 before its state goes to the float64 merge. Few enough
 # that the sums lose no digit that matters and that the last wave of items is short; many enough
-# that the states (44 bytes a row and item) are below 1 % of the traffic.
-PIECE_TILES = 16
+# that the states (44 bytes a row and item) are a few percent of the traffic.
+PIECE_COLUMNS = 4096
+# Programs that share a head tile start together and do the same work; the cache is taken to hold
+# this fraction of each tile in flight until the last of them has passed (an assumption).
+HEAD_WINDOW = 1 / 4
 MOST_PIECES = 256
 # Width of a slab of dz: wide enough for the product GEMMs to run at full speed.
 SLAB_COLUMNS = 8192
@@ -155,6 +158,11 @@ def configuration(
     return SHIPPED[machine.architecture][kind]
 
 
+def key_of(machine: Machine, kind: Kind, itemsize: int, *, heavy: bool) -> str:
+    """Name of a kernel's tile in the file of tuned tiles."""
+    return f"{machine.architecture} {kind} {itemsize} bytes{' heavy' if heavy else ''}"
+
+
 @dataclass(frozen=True)
 class SweepPlan:
     """How persistent programs walk [capacity rows, vocabulary] tiles.
@@ -180,7 +188,6 @@ class SweepPlan:
         vocabulary: int,
         row_bytes: int,
         head_row_bytes: int,
-        most_piece_tiles: int = PIECE_TILES,
     ) -> SweepPlan:
         """Choose.
 
@@ -189,13 +196,14 @@ class SweepPlan:
             rows: upper bound of the rows; vocabulary: entries of the head.
             row_bytes: hidden states of one row, all models.
             head_row_bytes: one vocabulary entry, all heads.
-            most_piece_tiles: longest piece.
         """
         programs = machine.multiprocessors * tile.resident
         row_blocks = -(-rows // tile.rows)
         tiles = -(-vocabulary // tile.columns)
         per_program = -(-(tiles * row_blocks) // programs)
-        piece_tiles = max(1, min(most_piece_tiles, per_program), -(-tiles // MOST_PIECES))
+        piece_tiles = max(
+            1, min(PIECE_COLUMNS // tile.columns, per_program), -(-tiles // MOST_PIECES)
+        )
         pieces = -(-tiles // piece_tiles)
         return cls(
             programs=min(programs, row_blocks * pieces),
@@ -212,27 +220,31 @@ def group_rows(
 ) -> int:
     """Most row blocks g whose hidden states fit the cache beside the head tiles in flight.
 
-    g row blocks of hidden states stay; ceil(programs / g) pieces are swept at a time, each with one
-    head tile in use and one ahead.
+    The hidden states of g row blocks stay; ceil(programs / g) pieces are swept at a time, each with
+    HEAD_WINDOW of a head tile. At least 1.
     """
     block, head_tile = tile.rows * row_bytes, tile.columns * head_row_bytes
-    best = 1
-    for g in range(1, programs + 1):
-        if g * block + 2 * -(-programs // g) * head_tile <= machine.cache_bytes:
-            best = g
-    return best
+    fitting = [
+        g
+        for g in range(1, programs + 1)
+        if g * block + HEAD_WINDOW * -(-programs // g) * head_tile <= machine.cache_bytes
+    ]
+    return max(fitting, default=1)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Predicted DRAM bytes of one sweep."""
+    """Predicted DRAM bytes of one sweep.
+
+    Attributes:
+        predicted: in the grouped order.
+        minimum: each hidden state once, each head element once a group of rows.
+        ideal: the same if hidden states could fill the whole cache.
+    """
 
     predicted: int
     minimum: int
-
-    @property
-    def ratio(self) -> float:
-        return self.predicted / self.minimum
+    ideal: int
 
 
 def sweep_traffic(
@@ -244,12 +256,11 @@ def sweep_traffic(
     row_bytes: int,
     head_row_bytes: int,
 ) -> Traffic:
-    """DRAM traffic of a sweep in the grouped order, and the least that the cache allows.
+    """DRAM traffic of a sweep; arguments as in SweepPlan.choose.
 
-    predicted = hidden + groups * head + 2 * states, with groups = ceil(row blocks / group_rows):
-    each hidden state is read once, each head element once a group, states are written and read.
-    minimum = hidden + ceil(rows / R) * head with R = cache_bytes // row_bytes, the rows whose
-    hidden states fit the cache if nothing else had to.
+    predicted = hidden + groups * head + 2 * states: states are written and read once.
+    minimum = hidden + groups * head with groups = ceil(row blocks / group_rows).
+    ideal = hidden + ceil(rows / R) * head with R = cache_bytes // row_bytes.
     """
     plan = SweepPlan.choose(
         machine, tile, rows=rows, vocabulary=vocabulary, row_bytes=row_bytes,
@@ -258,9 +269,10 @@ def sweep_traffic(
     hidden, head = rows * row_bytes, vocabulary * head_row_bytes
     row_blocks = -(-rows // tile.rows)
     groups = -(-row_blocks // plan.group_rows)
+    minimum = hidden + groups * head
     states = 44 * rows * plan.pieces
-    least_groups = -(-rows // max(1, machine.cache_bytes // row_bytes))
-    return Traffic(hidden + groups * head + 2 * states, hidden + least_groups * head)
+    most_rows = max(1, machine.cache_bytes // row_bytes)
+    return Traffic(minimum + 2 * states, minimum, hidden + -(-rows // most_rows) * head)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from selfdistill_kernels.backends.base import LinearInputs
+from selfdistill_kernels.backends.triton.autotune import cache_file, read_tuned
 from selfdistill_kernels.backends.triton.gather import gather_rows
 from selfdistill_kernels.backends.triton.launch import Launch, run
 from selfdistill_kernels.backends.triton.plan import (
@@ -18,6 +21,7 @@ from selfdistill_kernels.backends.triton.plan import (
     Machine,
     SweepPlan,
     configuration,
+    key_of,
 )
 from selfdistill_kernels.objective import DIVERGENCES, Objective
 
@@ -66,12 +70,14 @@ class Problem:
         objective: the loss of a token.
         machine: where it runs.
         launch: starts kernels.
+        tiles: in place of the shipped ones.
     """
 
     inputs: LinearInputs
     objective: Objective
     machine: Machine
     launch: Launch = run
+    tiles: Mapping[Kind, Configuration] = field(default_factory=dict)
 
     @property
     def divergence(self) -> int:
@@ -107,7 +113,10 @@ class Problem:
             or self.vocabulary % TILE_COLUMNS != 0
         )
         itemsize = inputs.student_hidden.element_size()
-        return configuration(self.machine, kind, itemsize, heavy=heavy)
+        tile = self.tiles.get(kind)
+        if tile is None and os.environ.get("SELFDISTILL_AUTOTUNE") == "1":
+            tile = read_tuned(cache_file()).get(key_of(self.machine, kind, itemsize, heavy=heavy))
+        return tile or configuration(self.machine, kind, itemsize, heavy=heavy)
 
     def compact(self, hidden: Tensor, selection: Selection) -> Tensor:
         """[capacity, columns] the rows of a selection; zeros past the count."""
