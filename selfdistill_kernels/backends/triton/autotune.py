@@ -3,7 +3,7 @@
     python -m selfdistill_kernels.backends.triton.autotune --hidden 4096 --vocabulary 128256
     SELFDISTILL_AUTOTUNE=1 python train.py      # uses what the file says, the shipped tiles else
 
-The file is ~/.cache/selfdistill/triton.json, or what SELFDISTILL_AUTOTUNE_FILE names. Training never
+    SELFDISTILL_AUTOTUNE=1 python train.py     # uses what the file says, else the shipped tiles
 times anything itself: results stay the same from step to step.
 """
 
