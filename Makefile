@@ -11,6 +11,7 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -q --durations=10
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q --durations=10 tests/triton
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -14,6 +14,8 @@ AUTO_CAP = 256 * MEBIBYTE
 # Below this many tokens a tile, reading and writing all of dW for each tile costs more than a
 # second sweep over slabs of the vocabulary.
 FEW_TOKENS = 32
+# The same for 16-bit inputs: their GEMMs are cheap beside a float32 dW that is read and written.
+FEW_TOKENS_16_BIT = 128
 # The float32 GEMM of dW is slower a row with 48 to about 95 rows than with 47.
 SLOW_ROWS = range(48, 96)
 # Slabs: wide enough for the GEMMs, and a multiple of every vector width.
@@ -77,7 +79,8 @@ class TilePlan:
             rows = (budget - accumulator) // row_bytes
         elif need_weight and rows in SLOW_ROWS and rows < tokens:
             rows = SLOW_ROWS.start - 1
-        if rows >= min(FEW_TOKENS, tokens) or (rows >= 1 and not need_weight):
+        few = FEW_TOKENS_16_BIT if accumulator else FEW_TOKENS
+        if rows >= min(few, tokens) or (rows >= 1 and not need_weight):
             return cls("store", rows, vocabulary, heads, accumulator)
         return cls.slabs(
             tokens=tokens, vocabulary=vocabulary, heads=heads, workspace=workspace or AUTO_CAP

@@ -76,11 +76,7 @@ class NativeBackend:
 
     @_beside_inputs
     def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) -> Tensor:
-        tokens = inputs.existing_rows()
-        plan = TilePlan.slabs(
-            tokens=tokens.numel(), vocabulary=inputs.vocabulary, heads=1, workspace=workspace
-        )
-        return recompute.sweep_top_k(inputs, tokens, plan, k=k, of_teacher=of_teacher)
+        return recompute.sweep_top_k(inputs, k, of_teacher, workspace)
 
     @_beside_inputs
     def visit(

@@ -33,10 +33,12 @@ def sweep_statistics(kernels: RowKernels, tokens: Tensor, plan: TilePlan) -> Ten
     return kernels.finish(state)
 
 
-def sweep_top_k(
-    inputs: LinearInputs, tokens: Tensor, plan: TilePlan, *, k: int, of_teacher: bool
-) -> Tensor:
-    """[N, k] int64, the vocabulary entries with the largest logits of the tokens [n]."""
+def sweep_top_k(inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) -> Tensor:
+    """`Backend.top_k` by library GEMMs, one model alone."""
+    tokens = inputs.existing_rows()
+    plan = TilePlan.slabs(
+        tokens=tokens.numel(), vocabulary=inputs.vocabulary, heads=1, workspace=workspace
+    )
     hidden = inputs.teacher_hidden if of_teacher else inputs.student_hidden
     bias = inputs.teacher_bias if of_teacher else inputs.bias
     assert hidden is not None

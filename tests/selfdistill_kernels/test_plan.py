@@ -38,6 +38,8 @@ def plan(**changes):
         # 16-bit inputs: one tile, or a float32 dW beside several where it fits, else slabs.
         ({"itemsize": 2, "tokens": 512}, "store", 512),
         ({"itemsize": 2}, "store", (AUTO_CAP - 4 * 49152 * 576) // (8 * 49152)),
+        ({"itemsize": 2, "workspace": 160 * MEBIBYTE}, "store", 138),
+        ({"itemsize": 2, "workspace": 128 * MEBIBYTE}, "recompute", 512),
         ({**LARGE, "itemsize": 2}, "recompute", 512),
     ],
 )

@@ -1,0 +1,409 @@
+"""The mathematics of a row for Triton: csrc/divergence.h, in the same names and the same order.
+
+Helpers take float32 tiles [rows, columns] in registers, or row values of any shape. Products that
+shall be fused are written as tl.fma and kernels are compiled without automatic fusion: student and
+teacher then round alike on every GPU, and equal logits give a divergence and gradient of exactly 0.
+
+A partial state is what a sweep over a part of the vocabulary leaves of a row: maxima, sums of
+e = exp(z - max), the excess sum (e_t - e_s), moment and curvature of the log-ratio x (forward KL:
+sum e_t x and sum e_s (x e^x - expm1(x)); reverse: sum e_s x and sum e_s (expm1(x) - x)) and
+sum e (z - max) of each model.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# selfdistill_kernels.objective.DIVERGENCES
+NONE = tl.constexpr(0)
+FORWARD_KL = tl.constexpr(1)
+REVERSE_KL = tl.constexpr(2)
+JSD = tl.constexpr(3)
+SKEW_KL = tl.constexpr(4)
+SKEW_REVERSE_KL = tl.constexpr(5)
+
+# Below this |x|, series in x replace differences of exponentials.
+NEAR = tl.constexpr(0.34)
+# The logit of no entry, and the maximum of nothing: its exponential is 0 and, unlike with -inf,
+# the products with it stay finite.
+LOWEST = tl.constexpr(-1e30)
+
+
+# ---- elementary functions ------------------------------------------------------------------------
+
+
+@triton.jit
+def exponential_tail(x):
+    """(e^x - 1 - x) / x^2 for |x| < NEAR, relative error 1.3e-7."""
+    h = tl.fma(x, 0.0013901296770200133, 0.008363170549273491)
+    h = tl.fma(h, x, 0.04166685417294502)
+    h = tl.fma(h, x, 0.16666577756404877)
+    return tl.fma(h, x, 0.5)
+
+
+@triton.jit
+def expm1_rest(x):
+    """expm1(x) - x for |x| < NEAR."""
+    if x.dtype == tl.float64:
+        e = tl.exp(x)
+        log_e = tl.log(e)
+        expm1 = tl.where(e == 1.0, x, (e - 1.0) * (x / tl.where(e == 1.0, 1.0, log_e)))
+        return expm1 - x
+    else:
+        return x * x * exponential_tail(x)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for |x| < 0.5, float64."""
+    y = 1.0 + x
+    return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
+
+
+@triton.jit
+def logarithm_deficit(x):
+    """x - log(1 + x) for sqrt(1/2) - 1 <= x <= sqrt(2) - 1, relative error 1e-7."""
+    g = tl.fma(x, 0.07778051495552063, -0.12777352333068848)
+    g = tl.fma(g, x, 0.13114041090011597)
+    g = tl.fma(g, x, -0.14196144044399261)
+    g = tl.fma(g, x, 0.1662709265947342)
+    g = tl.fma(g, x, -0.20001636445522308)
+    g = tl.fma(g, x, 0.2500077784061432)
+    g = tl.fma(g, x, -0.33333325386047363)
+    g = tl.fma(g, x, 0.4999999701976776)
+    return x * x * g
+
+
+@triton.jit
+def hyperbolic_tangent(x):
+    size = tl.abs(x)
+    u = x * x
+    t = tl.fma(u, -0.005704986862838268, 0.0206390880048275)
+    t = tl.fma(t, u, -0.05373971536755562)
+    t = tl.fma(t, u, 0.13331441581249237)
+    t = tl.fma(t, u, -0.3333328068256378)
+    small = tl.fma(x, u * t, x)
+    large = 1.0 - 2.0 / (tl.exp(2.0 * tl.minimum(size, 10.0)) + 1.0)
+    return tl.where(size < 0.625, small, tl.where(x < 0.0, -large, large))
+
+
+# ---- logits --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def transform_logit(raw, slope, rest, ceiling, CAPPED: tl.constexpr):
+    """z of raw + bias; `rest` is what rounding took from `slope`, ceiling = softcap/temperature."""
+    u = tl.fma(raw, slope, raw * rest)
+    if CAPPED:
+        u = ceiling * hyperbolic_tangent(u)
+    return u
+
+
+@triton.jit
+def cap_derivative(z, ceiling):
+    tanh = z / ceiling
+    return (1.0 - tanh) * (1.0 + tanh)
+
+
+# ---- log-ratio -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def log_ratio_centres(student, student_low, teacher, teacher_low):
+    """x = ((z_t - c_t) - (z_s - c_s)) - rest for centres value + low; returns c_s, c_t, rest.
+
+    Where the centres are close, so are the logits that matter, and z_t - z_s is exact: then the
+    difference comes first (c = 0). Otherwise each logit goes to its own centre first.
+    """
+    low = teacher_low - student_low
+    offset = teacher - student
+    close = tl.abs(offset + low) < 0.5
+    zero = tl.zeros_like(offset)
+    return (
+        tl.where(close, zero, student),
+        tl.where(close, zero, teacher),
+        tl.where(close, offset + low, low),
+    )
+
+
+@triton.jit
+def log_ratio(z_s, z_t, centre_s, centre_t, rest):
+    return ((z_t - centre_t) - (z_s - centre_s)) - rest
+
+
+# ---- first sweep ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def student_sums(z, maximum, AXIS: tl.constexpr):
+    """sum e and sum e (z - max) of a tile around `maximum`, which broadcasts against it."""
+    a = z - maximum
+    e = tl.exp(a)
+    return tl.sum(e, AXIS), tl.sum(e * a, AXIS)
+
+
+@triton.jit
+def pair_sums(z_s, z_t, max_s, max_t, DIVERGENCE: tl.constexpr, AXIS: tl.constexpr):
+    """excess, moment and curvature of a tile around the maxima (zeros where nobody needs them)."""
+    e_s = tl.exp(z_s - max_s)
+    e_t = tl.exp(z_t - max_t)
+    centre_s, centre_t, rest = log_ratio_centres(max_s, 0.0, max_t, 0.0)
+    x = log_ratio(z_s, z_t, centre_s, centre_t, rest)
+    near = tl.abs(x) < NEAR
+    xx = x * x
+    h = exponential_tail(x)
+    difference = tl.where(near, e_s * tl.fma(xx, h, x), e_t - e_s)
+    excess = tl.sum(difference, AXIS)
+    moment = excess
+    curvature = excess
+    if DIVERGENCE == FORWARD_KL:
+        moment = tl.sum(e_t * x, AXIS)
+        inner = (1.0 - h) + x * h
+        curvature = tl.sum(tl.where(near, (e_s * xx) * inner, e_t * x - difference), AXIS)
+    elif DIVERGENCE == REVERSE_KL:
+        moment = tl.sum(e_s * x, AXIS)
+        curvature = tl.sum(tl.where(near, (e_s * xx) * h, difference - e_s * x), AXIS)
+    return excess, moment, curvature
+
+
+@triton.jit
+def moved(
+    by_s, by_t, sum_s, sum_t, excess, moment, curvature, moment_s, moment_t,
+    DIVERGENCE: tl.constexpr,
+):  # fmt: skip
+    """The sums of a partial state around other maxima; by = old maximum - new maximum <= 0."""
+    a_s = tl.exp(by_s)
+    a_t = tl.exp(by_t)
+    c = by_t - by_s
+    near = tl.abs(c) < NEAR
+    small = tl.where(near, c, 0.0)
+    grow = tl.where(near, a_s * (expm1_rest(small) + c), a_t - a_s)  # a_t - a_s
+    if DIVERGENCE == FORWARD_KL:
+        lift = tl.where(near, a_t * expm1_rest(-small), a_t * c - grow)
+        curvature = a_t * (curvature + c * excess) + sum_s * lift
+        moment = a_t * (moment + c * sum_t)
+    elif DIVERGENCE == REVERSE_KL:
+        lift = tl.where(near, a_s * expm1_rest(small), grow - a_s * c)
+        curvature = a_s * curvature + excess * grow + sum_s * lift
+        moment = a_s * (moment + c * sum_s)
+    excess = a_t * excess + sum_s * grow
+    moment_s = a_s * (moment_s + by_s * sum_s)
+    moment_t = a_t * (moment_t + by_t * sum_t)
+    return a_s * sum_s, a_t * sum_t, excess, moment, curvature, moment_s, moment_t
+
+
+@triton.jit
+def moved_student(by, total, moment):
+    """`moved` where there is no teacher."""
+    a = tl.exp(by)
+    return a * total, a * (moment + by * total)
+
+
+# ---- finish (float64) ----------------------------------------------------------------------------
+
+
+@triton.jit
+def rounded(maximum, log_sum):
+    """The log-sum-exp max + log_sum as reference + rest, two float32."""
+    reference = (maximum + log_sum).to(tl.float32)
+    return reference, ((maximum - reference.to(tl.float64)) + log_sum).to(tl.float32)
+
+
+@triton.jit
+def log_sums_ratio(sum_s, sum_t, excess, DIVERGENCE: tl.constexpr):
+    """log(sum_t / sum_s), from the excess where that is the accurate way, and that excess."""
+    u = excess / sum_s
+    near = tl.abs(u) < 0.5
+    difference = tl.log(sum_t) - tl.log(sum_s)
+    if DIVERGENCE != NONE:
+        difference = tl.where(near, log1p(tl.where(near, u, 0.0)), difference)
+    return difference, u, near
+
+
+@triton.jit
+def kl_of(sum_s, sum_t, excess, moment, curvature, DIVERGENCE: tl.constexpr):
+    """Forward or reverse KL of a finished row."""
+    log_sums, u, near = log_sums_ratio(sum_s, sum_t, excess, DIVERGENCE)
+    if DIVERGENCE == FORWARD_KL:
+        close = curvature / sum_t + (u / (1.0 + u) - log_sums)
+        distant = moment / sum_t - log_sums
+    else:
+        close = curvature / sum_s + (log_sums - u)
+        distant = log_sums - moment / sum_s
+    return tl.where(near, close, distant)
+
+
+@triton.jit
+def skew_pivot(kappa_less_1, kappa):
+    """One float32 for kappa in (0, 1]: kappa - 1 (<= 0) in the upper half, kappa in the lower."""
+    return tl.where((kappa > 0.0) & (kappa < 0.5), kappa, kappa_less_1).to(tl.float32)
+
+
+@triton.jit
+def finish_first(
+    to, inside, max_s, max_t, sum_s, sum_t, excess, moment, curvature, moment_s, moment_t,
+    target_s, target_t,
+    DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_TARGETS: tl.constexpr,
+):  # fmt: skip
+    """Write columns 0 to 8 of the statistics (all that the first sweep knows) at `to`.
+
+    Returns reference and rest of both log-sum-exps.
+    """
+    log_s = tl.log(sum_s)
+    reference_s, low_s = rounded(max_s, log_s)
+    reference_t = reference_s
+    low_t = low_s
+    tl.store(to, reference_s, mask=inside)
+    tl.store(to + 1, low_s, mask=inside)
+    tl.store(to + 6, (log_s - moment_s / sum_s).to(tl.float32), mask=inside)
+    if HAS_TARGETS:
+        tl.store(to + 4, ((target_s - max_s) - log_s).to(tl.float32), mask=inside)
+    if HAS_TEACHER:
+        log_t = log_s + log_sums_ratio(sum_s, sum_t, excess, DIVERGENCE)[0]
+        reference_t, low_t = rounded(max_t, log_t)
+        tl.store(to + 2, reference_t, mask=inside)
+        tl.store(to + 3, low_t, mask=inside)
+        tl.store(to + 7, (log_t - moment_t / sum_t).to(tl.float32), mask=inside)
+        if HAS_TARGETS:
+            tl.store(to + 5, ((target_t - max_t) - log_t).to(tl.float32), mask=inside)
+        if DIVERGENCE == FORWARD_KL or DIVERGENCE == REVERSE_KL:
+            kl = kl_of(sum_s, sum_t, excess, moment, curvature, DIVERGENCE)
+            tl.store(to + 8, kl.to(tl.float32), mask=inside)
+    return reference_s, low_s, reference_t, low_t
+
+
+# ---- the two distributions of a finished row -----------------------------------------------------
+
+
+@triton.jit
+def probability(z, reference, low):
+    return tl.exp((z - reference) - low)
+
+
+@triton.jit
+def probability_difference(p_s, p_t, x):
+    """p_t - p_s, never as the difference of two roundings of nearly equal numbers."""
+    return tl.where(tl.abs(x) < NEAR, p_s * tl.fma(x * x, exponential_tail(x), x), p_t - p_s)
+
+
+# ---- second sweep: the mixture m = alpha T + (1 - alpha) S ---------------------------------------
+
+
+@triton.jit
+def mixture(x, alpha):
+    """log(m/p_s), log(m/p_t), 1 - p_s/m, the teacher's share, and two deficits.
+
+    The share is 1 - p_t/m where |x| < NEAR and -p_t/m elsewhere: no digits lost in either. Deficits
+    v - log(1 + v) for v = m/p_s - 1 and m/p_t - 1 hold where |x| < NEAR. Far from 0 everything
+    comes from n = e^-|x| <= 1, so that nothing overflows.
+    """
+    rest = 1.0 - alpha
+    size = tl.abs(x)
+    near = size < NEAR
+    up = x > 0.0
+    small = tl.where(near, x, 0.0)
+    xx = small * small
+    v = alpha * tl.fma(xx, exponential_tail(small), small)
+    y = rest * tl.fma(xx, exponential_tail(-small), -small)
+    n = tl.exp(-size)
+    m = tl.where(up, alpha + rest * n, rest + alpha * n)  # m / max(p_s, p_t)
+    log_m = tl.log(m)
+    deficit_s = logarithm_deficit(v)
+    deficit_t = logarithm_deficit(y)
+    log_s = tl.where(near, v - deficit_s, tl.where(up, log_m + size, log_m))
+    log_t = tl.where(near, y - deficit_t, tl.where(up, log_m, log_m + size))
+    share_s = tl.where(near, v, m - tl.where(up, n, 1.0)) / tl.where(near, 1.0 + v, m)
+    share_t = tl.where(near, y, -tl.where(up, 1.0, n)) / tl.where(near, 1.0 + y, m)
+    return log_s, log_t, share_s, share_t, deficit_s, deficit_t
+
+
+@triton.jit
+def mixture_sums(
+    z_s, z_t, reference_s, low_s, reference_t, low_t, alpha,
+    DIVERGENCE: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """KL(S||m), KL(T||m), pivot and kappa summed over a tile (zeros where nobody needs them)."""
+    centre_s, centre_t, rest = log_ratio_centres(reference_s, low_s, reference_t, low_t)
+    x = log_ratio(z_s, z_t, centre_s, centre_t, rest)
+    p_s = probability(z_s, reference_s, low_s)
+    p_t = probability(z_t, reference_t, low_t)
+    difference = probability_difference(p_s, p_t, x)
+    log_s, log_t, share_s, share_t, deficit_s, deficit_t = mixture(x, alpha)
+    near = tl.abs(x) < NEAR
+    student = tl.sum(tl.zeros_like(x), AXIS)
+    teacher = student
+    pivot = student
+    kappa = student
+    # KL(S||m) = sum p_s (v - log(1 + v)), v = m/p_s - 1, because sum p_s v = 0; all terms >= 0.
+    if DIVERGENCE != SKEW_KL:
+        student = tl.sum(tl.where(near, p_s * deficit_s, alpha * difference - p_s * log_s), AXIS)
+    if DIVERGENCE != SKEW_REVERSE_KL:
+        distant = (alpha - 1.0) * difference - p_t * log_t
+        teacher = tl.sum(tl.where(near, p_t * deficit_t, distant), AXIS)
+    if DIVERGENCE == SKEW_KL:
+        pivot = -tl.sum(p_s * tl.where(near, share_t, 1.0 + share_t), AXIS)
+        kappa = tl.sum(p_s * tl.where(near, 1.0 - share_t, -share_t), AXIS)
+    if DIVERGENCE == SKEW_REVERSE_KL:
+        pivot = tl.sum(p_s * ((1.0 - alpha) * share_s - log_s), AXIS)
+    return student, teacher, pivot, kappa
+
+
+@triton.jit
+def finish_mixture(student, teacher, pivot, kappa, alpha, DIVERGENCE: tl.constexpr):
+    """Divergence and pivot, float32, from the sums over the whole vocabulary."""
+    if DIVERGENCE == JSD:
+        return (alpha * teacher + (1.0 - alpha) * student).to(tl.float32), student.to(tl.float32)
+    elif DIVERGENCE == SKEW_KL:
+        return teacher.to(tl.float32), skew_pivot(pivot, kappa)
+    else:
+        return student.to(tl.float32), pivot.to(tl.float32)
+
+
+# ---- gradient ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def target_factor(logprob):
+    """expm1(log p_s(y)) = p_s(y) - 1 for logprob <= 0, without cancellation."""
+    near = tl.abs(logprob) < NEAR
+    small = tl.where(near, logprob, 0.0)
+    return tl.where(near, small + expm1_rest(small), tl.exp(logprob) - 1.0)
+
+
+@triton.jit
+def gradient_tile(
+    z_s, z_t, is_target, logprob, reference_s, low_s, reference_t, low_t, entropy, divergence,
+    pivot, divergence_weight, token_weight, entropy_weight, alpha,
+    DIVERGENCE: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """d loss / d z_s of a tile; row values broadcast against it. z_t: only with a divergence.
+
+    The term -log p_s(y) gives token_weight (p_s - 1[y]).
+    """
+    p_s = probability(z_s, reference_s, low_s)
+    gradient = token_weight * tl.where(is_target, target_factor(logprob), p_s)
+    if ENTROPY:
+        gradient -= entropy_weight * (p_s * (((z_s - reference_s) - low_s) + entropy))
+    if DIVERGENCE != NONE:
+        centre_s, centre_t, rest = log_ratio_centres(reference_s, low_s, reference_t, low_t)
+        x = log_ratio(z_s, z_t, centre_s, centre_t, rest)
+        if DIVERGENCE == FORWARD_KL:
+            p_t = probability(z_t, reference_t, low_t)
+            gradient -= divergence_weight * probability_difference(p_s, p_t, x)
+        else:
+            if DIVERGENCE == REVERSE_KL:
+                g = -(x + divergence)
+            else:
+                share = 1.0 - alpha
+                log_s, _, share_s, share_t, _, _ = mixture(x, alpha)
+                if DIVERGENCE == JSD:
+                    g = -share * (log_s + pivot)
+                elif DIVERGENCE == SKEW_KL:
+                    kappa = tl.where(pivot > 0.0, pivot, 1.0 + pivot)
+                    kappa_less_1 = tl.where(pivot > 0.0, pivot - 1.0, pivot)
+                    g = share * (share_t + tl.where(tl.abs(x) < NEAR, kappa_less_1, kappa))
+                else:
+                    g = (share * share_s - log_s) - pivot
+            gradient += divergence_weight * (p_s * g)
+    return gradient

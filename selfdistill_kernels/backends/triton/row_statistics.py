@@ -1,0 +1,225 @@
+"""Statistics of rows of logits that exist already: a `store` tile, or the caller's own."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from selfdistill_kernels.backends.triton.divergence import (
+    JSD,
+    LOWEST,
+    NONE,
+    finish_first,
+    finish_mixture,
+    mixture_sums,
+    moved,
+    moved_student,
+    pair_sums,
+    student_sums,
+)
+from selfdistill_kernels.backends.triton.launch import Warps
+from selfdistill_kernels.backends.triton.problem import Problem, RowTile
+from selfdistill_kernels.backends.triton.tiles import logits_of
+
+BLOCK = 2048
+WARPS = Warps(8)
+
+
+@triton.jit
+def load_logits(
+    raw, bias, first, vocabulary, slope, rest, ceiling,
+    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Logits [1, BLOCK] of a row from entry `first`; LOWEST beyond the vocabulary."""
+    column = first + tl.arange(0, BLOCK)
+    scores = tl.load(raw + column, mask=column < vocabulary, other=0.0).to(tl.float32)
+    return logits_of(
+        scores[None, :],
+        bias,
+        column,
+        vocabulary,
+        slope,
+        rest,
+        ceiling,
+        HAS_BIAS,
+        SCALED,
+        CAPPED,
+        MASKED,
+    )
+
+
+# Sizes that no address depends on: one compilation serves all of them.
+@triton.jit(do_not_specialize=["vocabulary"])
+def row_statistics_kernel(
+    student, teacher, bias, teacher_bias, targets, tokens, statistics,
+    vocabulary, stride, slope, rest, ceiling, alpha,
+    DIVERGENCE: tl.constexpr, FIRST: tl.constexpr, HAS_TEACHER: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, HAS_TARGETS: tl.constexpr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a row, one reading of it (two for the mixture divergences).
+
+    student, teacher [r, vocabulary] raw scores, rows `stride` apart; tokens [r] int64, the token of
+    a row, -1 for none. Writes statistics [N, 10] of these tokens. Sums are float32 within a block
+    of the row and between blocks, float64 in the finish.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(tokens + row)
+    if token < 0:
+        return
+    raw_s = student + row * stride
+    raw_t = raw_s
+    if HAS_TEACHER:
+        raw_t = teacher + row * stride
+
+    max_s = tl.full((1,), LOWEST, dtype=tl.float32)
+    max_t = max_s
+    sum_s = tl.zeros((1,), dtype=tl.float32)
+    sum_t = sum_s
+    excess = sum_s
+    moment = sum_s
+    curvature = sum_s
+    moment_s = sum_s
+    moment_t = sum_s
+    for first in range(0, vocabulary, BLOCK):
+        z_s = load_logits(
+            raw_s,
+            bias,
+            first,
+            vocabulary,
+            slope,
+            rest,
+            ceiling,
+            HAS_BIAS,
+            SCALED,
+            CAPPED,
+            MASKED,
+            BLOCK,
+        )
+        new_s = tl.maximum(max_s, tl.max(z_s, 1))
+        add_s, add_moment_s = student_sums(z_s, new_s[:, None], 1)
+        if HAS_TEACHER:
+            z_t = load_logits(
+                raw_t, teacher_bias, first, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS,
+                SCALED,
+                CAPPED, MASKED, BLOCK,
+            )  # fmt: skip
+            new_t = tl.maximum(max_t, tl.max(z_t, 1))
+            add_t, add_moment_t = student_sums(z_t, new_t[:, None], 1)
+            sum_s, sum_t, excess, moment, curvature, moment_s, moment_t = moved(
+                max_s - new_s, max_t - new_t, sum_s, sum_t, excess, moment, curvature,
+                moment_s, moment_t, FIRST,
+            )  # fmt: skip
+            if FIRST != NONE:
+                add_excess, add_moment, add_curvature = pair_sums(
+                    z_s, z_t, new_s[:, None], new_t[:, None], FIRST, 1
+                )
+                excess += add_excess
+                moment += add_moment
+                curvature += add_curvature
+            max_t = new_t
+            sum_t += add_t
+            moment_t += add_moment_t
+        else:
+            sum_s, moment_s = moved_student(max_s - new_s, sum_s, moment_s)
+        max_s = new_s
+        sum_s += add_s
+        moment_s += add_moment_s
+
+    target_s = tl.zeros((1,), dtype=tl.float32)
+    target_t = target_s
+    if HAS_TARGETS:
+        y = tl.load(targets + token).to(tl.int32)
+        target_s = tl.max(
+            load_logits(
+                raw_s,
+                bias,
+                y,
+                vocabulary,
+                slope,
+                rest,
+                ceiling,
+                HAS_BIAS,
+                SCALED,
+                CAPPED,
+                MASKED,
+                1,
+            ),
+            1,
+        )
+        if HAS_TEACHER:
+            target_t = tl.max(
+                load_logits(
+                    raw_t, teacher_bias, y, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS,
+                    SCALED,
+                    CAPPED, MASKED, 1,
+                ),
+                1,
+            )  # fmt: skip
+    to = statistics + token * 10 + tl.zeros((1,), dtype=tl.int32)
+    always = tl.full((1,), True, dtype=tl.int1)
+    reference_s, low_s, reference_t, low_t = finish_first(
+        to, always, max_s.to(tl.float64), max_t.to(tl.float64), sum_s.to(tl.float64),
+        sum_t.to(tl.float64), excess.to(tl.float64), moment.to(tl.float64),
+        curvature.to(tl.float64), moment_s.to(tl.float64), moment_t.to(tl.float64),
+        target_s.to(tl.float64), target_t.to(tl.float64), FIRST, HAS_TEACHER, HAS_TARGETS,
+    )  # fmt: skip
+
+    if DIVERGENCE >= JSD:
+        student_sum = tl.zeros((1,), dtype=tl.float32)
+        teacher_sum = student_sum
+        pivot = student_sum
+        kappa = student_sum
+        for first in range(0, vocabulary, BLOCK):
+            z_s = load_logits(
+                raw_s,
+                bias,
+                first,
+                vocabulary,
+                slope,
+                rest,
+                ceiling,
+                HAS_BIAS,
+                SCALED,
+                CAPPED,
+                MASKED,
+                BLOCK,
+            )
+            z_t = load_logits(
+                raw_t, teacher_bias, first, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS,
+                SCALED,
+                CAPPED, MASKED, BLOCK,
+            )  # fmt: skip
+            add_student, add_teacher, add_pivot, add_kappa = mixture_sums(
+                z_s, z_t, reference_s[:, None], low_s[:, None], reference_t[:, None],
+                low_t[:, None], alpha, DIVERGENCE, 1,
+            )  # fmt: skip
+            student_sum += add_student
+            teacher_sum += add_teacher
+            pivot += add_pivot
+            kappa += add_kappa
+        divergence, pivot_column = finish_mixture(
+            student_sum.to(tl.float64), teacher_sum.to(tl.float64), pivot.to(tl.float64),
+            kappa.to(tl.float64), alpha, DIVERGENCE,
+        )  # fmt: skip
+        tl.store(to + 8, divergence)
+        tl.store(to + 9, pivot_column)
+
+
+def row_statistics(problem: Problem, tile: RowTile, statistics: Tensor) -> None:
+    """Fill statistics [N, 10] of the tokens of a tile."""
+    block = min(BLOCK, triton.next_power_of_2(problem.vocabulary))
+    problem.launch(
+        row_statistics_kernel,
+        tile.tokens.numel(),
+        WARPS,
+        {**tile.arguments(problem), "statistics": statistics},
+        {
+            **tile.constants(problem),
+            "FIRST": problem.first_divergence,
+            "MASKED": problem.vocabulary % block != 0,
+            "BLOCK": block,
+        },
+    )

@@ -1,0 +1,189 @@
+"""First sweep: both GEMMs and the online statistics, no logit leaves the registers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from selfdistill_kernels.backends.triton.divergence import (
+    LOWEST,
+    NONE,
+    moved,
+    moved_student,
+    pair_sums,
+    student_sums,
+)
+from selfdistill_kernels.backends.triton.problem import Problem, Selection
+from selfdistill_kernels.backends.triton.tiles import (
+    logits_of,
+    parts,
+    score_tile,
+    score_tiles,
+    work_item,
+)
+
+# Columns of a partial state: maxima, sums, excess, moment, curvature, moments, target's logits.
+PARTIAL_COLUMNS = 11
+
+
+# Sizes that no address depends on: one compilation serves all of them.
+@triton.jit(do_not_specialize=["capacity", "vocabulary", "pieces", "piece_tiles", "group_rows"])
+def sweep_kernel(
+    student, teacher, head, teacher_head, bias, teacher_bias, targets, tokens, count, partial,
+    capacity, vocabulary, size, teacher_size, pieces, piece_tiles, group_rows,
+    slope, rest, ceiling,
+    DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, SHARED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, HAS_TARGETS: tl.constexpr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """Persistent programs; a work item is a row block and a piece of `piece_tiles` column tiles.
+
+    student [capacity, size], teacher [capacity, teacher_size], head [vocabulary, size],
+    targets [N] int64, tokens [capacity] int64 (compact row -> token), count [1] int64.
+    Writes partial [pieces, 11, capacity] float32 for rows < count: each element once, by one
+    program, so the result does not depend on the order of programs. Saves 2 N V logits.
+    """
+    WIDTH: tl.constexpr = BLOCK_COLUMNS // PARTS
+    rows = tl.load(count).to(tl.int32)
+    row_blocks = tl.cdiv(rows, BLOCK_ROWS)
+    tiles = tl.cdiv(vocabulary, BLOCK_COLUMNS)
+    for item in range(tl.program_id(0), row_blocks * pieces, tl.num_programs(0)):
+        row_block, piece = work_item(item, row_blocks, pieces, group_rows)
+        first_row = row_block * BLOCK_ROWS
+        row = first_row + tl.arange(0, BLOCK_ROWS)
+        inside = row < rows
+        if HAS_TARGETS:
+            token = tl.load(tokens + row, mask=inside, other=0)
+            target = tl.load(targets + token, mask=inside, other=-1).to(tl.int32)
+
+        max_s = tl.full((BLOCK_ROWS,), LOWEST, dtype=tl.float32)
+        max_t = max_s
+        sum_s = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+        sum_t = sum_s
+        excess = sum_s
+        moment = sum_s
+        curvature = sum_s
+        moment_s = sum_s
+        moment_t = sum_s
+        target_s = sum_s
+        target_t = sum_s
+        first_tile = piece * piece_tiles
+        for tile in range(first_tile, tl.minimum(first_tile + piece_tiles, tiles)):
+            first_column = tile * BLOCK_COLUMNS
+            if HAS_TEACHER:
+                score_s, score_t = score_tiles(
+                    student, teacher, head, teacher_head, first_row, first_column, capacity,
+                    vocabulary, size, teacher_size, SHARED, BLOCK_ROWS, BLOCK_COLUMNS,
+                    BLOCK_HIDDEN, DESCRIPTORS, EVEN, PRECISION,
+                )  # fmt: skip
+            else:
+                score_s = score_tile(
+                    student, head, first_row, first_column, capacity, vocabulary, size,
+                    BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_HIDDEN, DESCRIPTORS, EVEN, PRECISION,
+                )  # fmt: skip
+                score_t = score_s
+            parts_s = parts(score_s, PARTS)
+            parts_t = parts(score_t, PARTS)
+            for part in tl.static_range(PARTS):
+                columns = first_column + part * WIDTH + tl.arange(0, WIDTH)
+                z_s = logits_of(
+                    parts_s[part],
+                    bias,
+                    columns,
+                    vocabulary,
+                    slope,
+                    rest,
+                    ceiling,
+                    HAS_BIAS,
+                    SCALED,
+                    CAPPED,
+                    MASKED,
+                )
+                new_s = tl.maximum(max_s, tl.max(z_s, 1))
+                add_s, add_moment_s = student_sums(z_s, new_s[:, None], 1)
+                if HAS_TARGETS:
+                    hit = columns[None, :] == target[:, None]
+                    target_s += tl.sum(tl.where(hit, z_s, 0.0), 1)
+                if HAS_TEACHER:
+                    z_t = logits_of(
+                        parts_t[part], teacher_bias, columns, vocabulary, slope, rest, ceiling,
+                        HAS_TEACHER_BIAS, SCALED, CAPPED, MASKED,
+                    )  # fmt: skip
+                    new_t = tl.maximum(max_t, tl.max(z_t, 1))
+                    add_t, add_moment_t = student_sums(z_t, new_t[:, None], 1)
+                    sum_s, sum_t, excess, moment, curvature, moment_s, moment_t = moved(
+                        max_s - new_s, max_t - new_t, sum_s, sum_t, excess, moment, curvature,
+                        moment_s, moment_t, DIVERGENCE,
+                    )  # fmt: skip
+                    if DIVERGENCE != NONE:
+                        add_excess, add_moment, add_curvature = pair_sums(
+                            z_s, z_t, new_s[:, None], new_t[:, None], DIVERGENCE, 1
+                        )
+                        excess += add_excess
+                        moment += add_moment
+                        curvature += add_curvature
+                    if HAS_TARGETS:
+                        target_t += tl.sum(tl.where(hit, z_t, 0.0), 1)
+                    max_t = new_t
+                    sum_t += add_t
+                    moment_t += add_moment_t
+                else:
+                    sum_s, moment_s = moved_student(max_s - new_s, sum_s, moment_s)
+                max_s = new_s
+                sum_s += add_s
+                moment_s += add_moment_s
+
+        to = partial + piece.to(tl.int64) * 11 * capacity + row
+        tl.store(to, max_s, mask=inside)
+        tl.store(to + 1 * capacity, max_t, mask=inside)
+        tl.store(to + 2 * capacity, sum_s, mask=inside)
+        tl.store(to + 3 * capacity, sum_t, mask=inside)
+        tl.store(to + 4 * capacity, excess, mask=inside)
+        tl.store(to + 5 * capacity, moment, mask=inside)
+        tl.store(to + 6 * capacity, curvature, mask=inside)
+        tl.store(to + 7 * capacity, moment_s, mask=inside)
+        tl.store(to + 8 * capacity, moment_t, mask=inside)
+        tl.store(to + 9 * capacity, target_s, mask=inside)
+        tl.store(to + 10 * capacity, target_t, mask=inside)
+
+
+def sweep(
+    problem: Problem, selection: Selection, student: Tensor, teacher: Tensor | None
+) -> Tensor:
+    """Partial states [pieces, 11, capacity] of compact rows student [capacity, H] and teacher."""
+    tile = problem.configuration("sweep")
+    plan = problem.sweep_plan(tile, student, teacher)
+    partial = torch.empty(
+        (plan.pieces, PARTIAL_COLUMNS, selection.capacity),
+        dtype=torch.float32,
+        device=student.device,
+    )
+    arguments, constants = problem.scores(student, teacher, tile)
+    targets = problem.inputs.targets
+    problem.launch(
+        sweep_kernel,
+        plan.programs,
+        tile,
+        {
+            **arguments,
+            "targets": targets,
+            "tokens": selection.tokens,
+            "count": selection.count,
+            "partial": partial,
+            "pieces": plan.pieces,
+            "piece_tiles": plan.piece_tiles,
+            "group_rows": plan.group_rows,
+        },
+        {
+            **constants,
+            "DIVERGENCE": problem.first_divergence,
+            "HAS_TARGETS": targets is not None,
+        },
+    )
+    return partial
