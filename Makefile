@@ -9,9 +9,11 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 demo: setup
 	$(BIN)/selfdistill demo
 
+# Two processes of one thread each; the Triton kernels under the interpreter need their own.
+test: export OMP_NUM_THREADS = 1
 test: setup
-	$(BIN)/python -m pytest -q --durations=10
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q --durations=10 tests/triton
+	$(BIN)/python -m pytest -q --durations=10 -n 2 --dist loadfile
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q --durations=10 -n 2 tests/triton
 
 lint: setup
 	$(BIN)/ruff format --check .

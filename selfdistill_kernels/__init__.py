@@ -1,6 +1,7 @@
 """Fused losses for self-distillation of language models, without [tokens, vocabulary] tensors."""
 
 from selfdistill_kernels.advantage import AdvantageMask
+from selfdistill_kernels.backends.memory import release_workspace
 from selfdistill_kernels.loss import (
     DistillationOutput,
     FusedLinearDistillationLoss,
@@ -22,4 +23,5 @@ __all__ = [
     "distillation_from_logits",
     "fused_linear_distillation",
     "fused_linear_logprobs",
+    "release_workspace",
 ]
