@@ -286,13 +286,15 @@ def call_linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _is_traced(arguments: tuple[Any, ...]) -> bool:
-    """True when somebody watches: torch.compile, a dispatch mode, functorch, a tensor subclass."""
+    """True when somebody watches (torch.compile, a dispatch mode, functorch, a tensor subclass) or
+    there are no values."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or any(
-            isinstance(tensor, Tensor) and type(tensor) not in (Tensor, torch.nn.Parameter)
+            isinstance(tensor, Tensor)
+            and (type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta)
             for tensor in arguments
         )
     )
