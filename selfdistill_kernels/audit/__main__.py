@@ -48,8 +48,8 @@ def _entry(job: Job, architecture: str, dtype: str) -> dict[str, object]:
         "dtype": dtype,
         "uses": list(job.uses),
         "tile": "x".join(map(str, blocks)),
-        "warps": job.warps,
-        "stages": job.stages,
+        "warps": job.shape.warps,
+        "stages": job.shape.stages,
     }
     try:
         report = build(job, architecture)

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from selfdistill_kernels.audit.record import Job
-from selfdistill_kernels.backends.triton.launch import NVIDIA_OPTIONS, OPTIONS
+from selfdistill_kernels.backends.triton.launch import compiler_options
 
 SASS_BYTES = 16  # of an instruction
 TENSOR = re.compile(r"\b(HMMA|QGMMA|HGMMA|UTCHMMA|UTCQMMA|v_mfma)\w*")
@@ -64,15 +64,11 @@ def build(job: Job, architecture: str) -> Report:
         dict(job.constants),
         {(job.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in job.aligned},
     )
-    options = {
-        "num_warps": job.warps,
-        "num_stages": job.stages,
-        **(OPTIONS if amd else NVIDIA_OPTIONS),
-    }
+    options = compiler_options(job.shape)
     started = time.perf_counter()
     compiled = triton.compile(source, target=target, options=options)
     seconds = time.perf_counter() - started
-    return (_read_amd if amd else _read_nvidia)(compiled, job.warps, seconds)
+    return (_read_amd if amd else _read_nvidia)(compiled, job.shape.warps, seconds)
 
 
 def _read_nvidia(compiled: Any, warps: int, seconds: float) -> Report:

@@ -12,7 +12,7 @@ from triton.runtime.jit import mangle_type
 
 from selfdistill_kernels.backends.base import Gate, LinearInputs, Needs
 from selfdistill_kernels.backends.triton import TritonBackend
-from selfdistill_kernels.backends.triton.launch import Shape
+from selfdistill_kernels.backends.triton.launch import Shape, compiler_options
 from selfdistill_kernels.backends.triton.plan import MEBIBYTE, Machine
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import DIVERGENCES, Objective
@@ -90,7 +90,7 @@ class Job:
         signature: type of each argument, "constexpr" for constants.
         constants: their values.
         aligned: arguments that are multiples of 16.
-        warps, stages: compiler options.
+        shape: compiler options.
         uses: the problems that launch it.
     """
 
@@ -98,8 +98,7 @@ class Job:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[str, ...]
-    warps: int
-    stages: int
+    shape: Shape
     uses: tuple[str, ...] = ()
 
     @property
@@ -110,9 +109,8 @@ class Job:
     @property
     def key(self) -> tuple[Any, ...]:
         """What makes two jobs the same code."""
-        return (
-            self.name, self.signature, self.constants, self.aligned, self.warps, self.stages
-        )  # fmt: skip
+        options = tuple(compiler_options(self.shape).items())
+        return self.name, self.signature, self.constants, self.aligned, options
 
 
 def jobs(
@@ -205,4 +203,4 @@ def _job(
         signature.append((name, mangle_type(value)))
         if isinstance(value, Tensor) or (number and value % 16 == 0):
             aligned.append(name)
-    return Job(kernel, tuple(signature), tuple(values), tuple(aligned), shape.warps, shape.stages)
+    return Job(kernel, tuple(signature), tuple(values), tuple(aligned), shape)

@@ -13,6 +13,7 @@ from selfdistill_kernels.audit.__main__ import main
 from selfdistill_kernels.audit.build import Report, build
 from selfdistill_kernels.audit.judgement import LIMITS, refusals, resident_programs
 from selfdistill_kernels.audit.record import MACHINES, Job, Variant, jobs, variants
+from selfdistill_kernels.backends.triton.launch import Warps
 
 PLAIN = Variant(Objective("forward_kl"))
 HEAVY = Variant(
@@ -79,7 +80,7 @@ def spilling_kernel(source, to, BLOCK: tl.constexpr):
 
 def test_a_kernel_that_spills_is_refused():
     signature = (("source", "*fp32"), ("to", "*fp32"), ("BLOCK", "constexpr"))
-    job = Job(spilling_kernel, signature, (("BLOCK", 32768),), ("source", "to"), 4, 1)
+    job = Job(spilling_kernel, signature, (("BLOCK", 32768),), ("source", "to"), Warps(4))
     report = build(job, "sm_90")
     assert report.spilled > 0
     assert any("spills" in reason for reason in refusals("spilling", report, "sm_90"))

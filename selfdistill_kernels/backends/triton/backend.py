@@ -340,29 +340,33 @@ def _logits_gradient(
 
 def _write_product(to: Tensor, left: Tensor, right: Tensor, factor: Tensor | None = None) -> None:
     """to = factor left right, multiplied in the dtype of the operands, summed in float32."""
-    if to.dtype == left.dtype and factor is None:
+    if factor is not None:
+        to.copy_(_float32_product(left, right) * factor)
+    elif to.dtype == left.dtype:
         torch.mm(left, right, out=to)
+    elif left.device.type == "cpu":
+        to.copy_(_float32_product(left, right))
     else:
-        to.copy_(_unscaled(_float32_product(left, right), factor))
+        torch.mm(left, right, out_dtype=torch.float32, out=to)
 
 
 def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
     """to += left right for a float32 `to`."""
     if left.dtype == torch.float32:
         to.addmm_(left, right)
-    elif left.device.type == "cuda":
-        torch.addmm(to, left, right, out_dtype=torch.float32, out=to)
-    else:
+    elif left.device.type == "cpu":
         to.addmm_(left.float(), right.float())
+    else:
+        torch.addmm(to, left, right, out_dtype=torch.float32, out=to)
 
 
 def _float32_product(left: Tensor, right: Tensor) -> Tensor:
     """left right with float32 results from operands of any dtype."""
     if left.dtype == torch.float32:
         return left @ right
-    if left.device.type == "cuda":
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()  # the interpreter's CPU has no such GEMM
+    if left.device.type == "cpu":  # under the interpreter; torch has no such GEMM there
+        return left.float() @ right.float()
+    return torch.mm(left, right, out_dtype=torch.float32)
 
 
 # ---- small things --------------------------------------------------------------------------------

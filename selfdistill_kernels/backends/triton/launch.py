@@ -6,13 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
-OPTIONS = {"enable_fp_fusion": False}  # fusion is written out in the kernels (divergence.py)
-# The assembler for newer GPUs would rather spill a little and have two programs a multiprocessor;
-# naming the limit takes that choice away.
-NVIDIA_OPTIONS = {**OPTIONS, "maxnreg": 255}
-
 
 @dataclass(frozen=True)
 class Warps:
@@ -20,6 +13,7 @@ class Warps:
 
     warps: int = 4
     stages: int = 1
+    registers: int | None = None
 
 
 class Shape(Protocol):
@@ -30,6 +24,9 @@ class Shape(Protocol):
 
     @property
     def stages(self) -> int: ...
+
+    @property
+    def registers(self) -> int | None: ...
 
 
 class Launch(Protocol):
@@ -45,6 +42,19 @@ class Launch(Protocol):
     ) -> None: ...
 
 
+def compiler_options(shape: Shape) -> dict[str, Any]:
+    """What Triton is told beside the constants."""
+    options: dict[str, Any] = {
+        "num_warps": shape.warps,
+        "num_stages": shape.stages,
+        # Fusion is written out in the kernels (divergence.py).
+        "enable_fp_fusion": False,
+    }
+    if shape.registers is not None:
+        options["maxnreg"] = shape.registers
+    return options
+
+
 def run(
     kernel: Any,
     programs: int,
@@ -53,7 +63,4 @@ def run(
     constants: Mapping[str, Any],
 ) -> None:
     """Launch on the current device and stream."""
-    options = OPTIONS if torch.version.hip is not None else NVIDIA_OPTIONS
-    kernel[(programs,)](
-        **arguments, **constants, num_warps=shape.warps, num_stages=shape.stages, **options
-    )
+    kernel[(programs,)](**arguments, **constants, **compiler_options(shape))
