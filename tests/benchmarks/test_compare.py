@@ -204,7 +204,12 @@ def test_memory_flat(tmp_path, monkeypatch, capsys):
     )  # fmt: skip
     record = json.loads((tmp_path / "memory_flat.json").read_text())
     assert [peak["shape"] for peak in record["peaks"]] == ["64/8/8192", "640/8/8192"] * 2
-    assert [peak["workspace_bytes"] for peak in record["peaks"]] == [4 * MEBIBYTE, 8 * MEBIBYTE, None, None]
+    assert [peak["workspace_bytes"] for peak in record["peaks"]] == [
+        4 * MEBIBYTE,
+        8 * MEBIBYTE,
+        None,
+        None,
+    ]
     table = (tmp_path / "memory_flat.md").read_text()
     assert "| ours | float32 | 64/8/8192 | 5.0 | 4.0 | 1.0 |" in table
     assert "| torch | float32 | 640/8/8192 | 5.0 |  |  |" in table
