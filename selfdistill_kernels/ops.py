@@ -273,8 +273,13 @@ linear_loss.register_autograd(_linear_loss_backward, setup_context=_save_gradien
 
 
 class _EagerLoss(torch.autograd.Function):
-    forward = staticmethod(_loss_and_gradients)
-    setup_context = staticmethod(_save_gradients)
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        # Not with a setup_context of its own: torch then binds the arguments by `inspect`.
+        output = _loss_and_gradients(*arguments)
+        _save_gradients(ctx, arguments, output)
+        return output
+
     backward = staticmethod(_linear_loss_backward)
 
 
