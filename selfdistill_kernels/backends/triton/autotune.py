@@ -55,8 +55,8 @@ def read_tuned(path: Path) -> dict[str, Configuration]:
 
 def candidates() -> list[Configuration]:
     """Every shipped tile, whatever GPU it was made for, with one stage less and more."""
-    shipped = [*HEAVY.values()]
-    for kinds in SHIPPED.values():
+    shipped = []
+    for kinds in (*SHIPPED.values(), *HEAVY.values()):
         shipped += [tile for kind, tile in kinds.items() if kind != "product"]
     found: dict[Configuration, None] = {}
     for tile in shipped:

@@ -133,12 +133,32 @@ SHIPPED: dict[str, dict[Kind, Configuration]] = {
 }
 # A mixture divergence, a temperature, a bias, a soft cap, a second head or a ragged vocabulary
 # takes registers that cost half a tile.
-HEAVY = {
-    "sm_80": Configuration(64, 64, 64, 4, 8, 3),
-    "sm_90": Configuration(64, 128, 64, 8, 8, 3),
-    "sm_100": Configuration(128, 128, 64, 8, 8, 3),
-    "sm_120": Configuration(64, 64, 64, 2, 8, 2, registers=255),
-    "gfx942": Configuration(64, 64, 64, 4, 4, 2),
+HEAVY: dict[str, dict[Kind, Configuration]] = {
+    "sm_80": {
+        "sweep": Configuration(64, 64, 64, 4, 8, 3),
+        "mixture": Configuration(64, 64, 64, 4, 8, 3),
+        "gradient": Configuration(64, 64, 64, 4, 8, 3),
+    },
+    "sm_90": {
+        "sweep": Configuration(64, 128, 64, 8, 8, 3),
+        "mixture": Configuration(64, 128, 64, 8, 8, 3),
+        "gradient": Configuration(64, 128, 64, 8, 8, 3),
+    },
+    "sm_100": {
+        "sweep": Configuration(128, 64, 64, 2, 8, 3),
+        "mixture": Configuration(128, 128, 64, 8, 8, 3),
+        "gradient": Configuration(128, 128, 64, 8, 8, 3),
+    },
+    "sm_120": {
+        "sweep": Configuration(64, 64, 64, 2, 8, 2),
+        "mixture": Configuration(64, 64, 64, 2, 8, 2, registers=255),
+        "gradient": Configuration(64, 64, 64, 2, 8, 2, registers=255),
+    },
+    "gfx942": {
+        "sweep": Configuration(64, 64, 64, 4, 4, 2),
+        "mixture": Configuration(64, 64, 64, 4, 4, 2),
+        "gradient": Configuration(64, 64, 64, 4, 4, 2),
+    },
 }
 # float32 inputs: twice the shared memory, and without tf32 no tensor cores to feed.
 _FLOAT32 = Configuration(64, 64, 32, 2, 8, 2)
@@ -157,7 +177,7 @@ def configuration(
     if itemsize == 4:
         return _FLOAT32
     if heavy and kind != "product":
-        return HEAVY[machine.architecture]
+        return HEAVY[machine.architecture][kind]
     return SHIPPED[machine.architecture][kind]
 
 
