@@ -13,7 +13,8 @@ NO_GPU = "No GPU that torch can use: nothing was measured."
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    if file_path.match("bench_*.py"):
+    # A file that is named on the command line pytest collects by itself.
+    if file_path.match("bench_*.py") and not parent.session.isinitpath(file_path):
         return pytest.Module.from_parent(parent, path=file_path)
     return None
 
