@@ -13,7 +13,7 @@ class Warps:
 
     warps: int = 4
     stages: int = 1
-    registers: int | None = None
+    thrifty: bool = False
 
 
 class Shape(Protocol):
@@ -26,7 +26,7 @@ class Shape(Protocol):
     def stages(self) -> int: ...
 
     @property
-    def registers(self) -> int | None: ...
+    def thrifty(self) -> bool: ...
 
 
 class Launch(Protocol):
@@ -50,8 +50,8 @@ def compiler_options(shape: Shape) -> dict[str, Any]:
         # Fusion is written out in the kernels (divergence.py).
         "enable_fp_fusion": False,
     }
-    if shape.registers is not None:
-        options["maxnreg"] = shape.registers
+    if shape.thrifty:
+        options["sched4reg"] = True
     return options
 
 
