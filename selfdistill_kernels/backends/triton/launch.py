@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 
@@ -50,9 +51,17 @@ def compiler_options(shape: Shape) -> dict[str, Any]:
         # Fusion is written out in the kernels (divergence.py).
         "enable_fp_fusion": False,
     }
-    if shape.thrifty:
+    if shape.thrifty and _knows("sched4reg"):
         options["sched4reg"] = True
     return options
+
+
+@cache
+def _knows(option: str) -> bool:
+    """Whether this Triton has an option for NVIDIA GPUs; older ones refuse what they do not know."""
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    return option in CUDAOptions.__dataclass_fields__
 
 
 def run(
