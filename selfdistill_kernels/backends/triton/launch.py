@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 
@@ -13,7 +14,7 @@ class Warps:
 
     warps: int = 4
     stages: int = 1
-    registers: int | None = None
+    thrifty: bool = False
 
 
 class Shape(Protocol):
@@ -26,7 +27,7 @@ class Shape(Protocol):
     def stages(self) -> int: ...
 
     @property
-    def registers(self) -> int | None: ...
+    def thrifty(self) -> bool: ...
 
 
 class Launch(Protocol):
@@ -50,9 +51,17 @@ def compiler_options(shape: Shape) -> dict[str, Any]:
         # Fusion is written out in the kernels (divergence.py).
         "enable_fp_fusion": False,
     }
-    if shape.registers is not None:
-        options["maxnreg"] = shape.registers
+    if shape.thrifty and _knows("sched4reg"):
+        options["sched4reg"] = True
     return options
+
+
+@cache
+def _knows(option: str) -> bool:
+    """Whether this Triton has an option for NVIDIA GPUs; older ones refuse what they do not know."""
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    return option in CUDAOptions.__dataclass_fields__
 
 
 def run(
