@@ -24,16 +24,15 @@ from transformers.utils import logging as transformers_logging
 from selfdistill.checkpoint import CheckpointStore, TrainState, fingerprint
 from selfdistill.config import Config, save_config
 from selfdistill.context import TeacherContext
-from selfdistill.evaluate import summarize
+from selfdistill.evaluate import Attempts, judge, summarize
 from selfdistill.layout import PromptGroup
 from selfdistill.methods import build_method
 from selfdistill.methods.loss import Head, Loss, lm_head
 from selfdistill.progress import progress_bars
-from selfdistill.rollout import Rollout, SamplingParams
+from selfdistill.rollout import SamplingParams
 from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
 from selfdistill.scoring import score
 from selfdistill.solver import Solver, load_solver
-from selfdistill.tasks import Problem
 from selfdistill.teacher import BaseTeacher, LiveTeacher, Teacher
 
 # Settings that a continued run may change without becoming another run.
@@ -179,7 +178,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             batch = problems[end - config.prompts_per_step : end]
 
             with clock("rollout"):
-                rollouts = solver.engine.generate(
+                groups = solver.engine.generate(
                     [solver.context.student_prompt(problem) for problem in batch],
                     group_size=method.group_size,
                     params=SamplingParams(
@@ -188,17 +187,19 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                         seed=derive_seed(config.seed, "rollout", step),
                     ),
                 )
+            with clock("reward"):
+                attempts = judge(solver.task, batch, groups)
             with clock("critique"):
-                contexts = method.contexts(batch, rollouts)
+                contexts = method.contexts(attempts)
             with clock("context"):
-                groups = render_groups(solver, batch, contexts, rollouts)
+                prompt_groups = render_groups(solver, attempts, contexts)
             with clock("score"):
                 optimizer.zero_grad()
                 totals = accumulate_gradients(
                     student,
                     teacher,
                     method.loss,
-                    groups,
+                    prompt_groups,
                     heads=heads,
                     groups_per_pass=config.prompts_per_microbatch,
                 )
@@ -221,7 +222,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                 advantage=totals.advantage / totals.tokens,
                 entropy=totals.entropy / totals.tokens,
                 active=totals.active / totals.tokens,
-                reward=mean_reward(solver, batch, rollouts),
+                reward=mean_reward(attempts),
                 grad_norm=norm.item(),
                 learning_rate=rate,
                 tokens=totals.tokens,
@@ -254,25 +255,27 @@ def build_teacher(
         base: the model as it was before; None takes a copy of the student, which then must not
             have learned anything yet.
     """
-    if config.teacher == "live":
-        return LiveTeacher(), student
-    if base is None:
-        base = copy.deepcopy(student)
-    return BaseTeacher(base), base
+    match config.method.teacher.name:
+        case "live":
+            return LiveTeacher(), student
+        case "base":
+            base = base if base is not None else copy.deepcopy(student)
+            return BaseTeacher(base), base
 
 
 def render_groups(
     solver: Solver,
-    problems: Sequence[Problem],
+    attempts: Sequence[Attempts],
     contexts: Sequence[Sequence[TeacherContext]],
-    rollouts: Sequence[Sequence[Rollout]],
 ) -> list[PromptGroup]:
     """Put questions, contexts and rollouts together as token ids."""
     return [
         solver.context.prompt_group(
-            problem, group_contexts, [rollout.token_ids for rollout in group]
+            attempt.problem,
+            group_contexts,
+            [rollout.token_ids for rollout in attempt.rollouts],
         )
-        for problem, group_contexts, group in zip(problems, contexts, rollouts, strict=True)
+        for attempt, group_contexts in zip(attempts, contexts, strict=True)
     ]
 
 
@@ -329,15 +332,9 @@ def accumulate_gradients(
     return totals
 
 
-def mean_reward(
-    solver: Solver, problems: Sequence[Problem], rollouts: Sequence[Sequence[Rollout]]
-) -> float:
-    """Return the share of rollouts with the right answer; only reported, never learned from."""
-    correct = [
-        solver.task.check(problem, rollout.text).correct
-        for problem, group in zip(problems, rollouts, strict=True)
-        for rollout in group
-    ]
+def mean_reward(attempts: Sequence[Attempts]) -> float:
+    """Return the share of rollouts with the right answer."""
+    correct = [verdict.correct for attempt in attempts for verdict in attempt.verdicts]
     return sum(correct) / len(correct)
 
 

@@ -7,11 +7,10 @@ from typing import Protocol
 
 from selfdistill.config import Config
 from selfdistill.context import TeacherContext
+from selfdistill.evaluate import Attempts
 from selfdistill.methods.loss import DistillationLoss, Loss
 from selfdistill.methods.refsol import RefSol
 from selfdistill.methods.stepalign import StepAlign
-from selfdistill.rollout import Rollout
-from selfdistill.tasks import Problem
 from selfdistill.tasks.arithmetic import ArithmeticTask
 
 __all__ = ["Method", "RefSol", "StepAlign", "build_method"]
@@ -30,17 +29,15 @@ class Method(Protocol):
     group_size: int
     loss: Loss
 
-    def contexts(
-        self, problems: Sequence[Problem], groups: Sequence[Sequence[Rollout]]
-    ) -> list[list[TeacherContext]]:
+    def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext]]:
         """Return what the teacher sees beside the question: one context per rollout."""
         ...
 
 
 def build_method(config: Config, task: ArithmeticTask) -> Method:
     """Build the configured method."""
-    loss = DistillationLoss(config.loss)
     settings = config.method
+    loss = DistillationLoss(settings.loss)
     match settings.name:
         case "stepalign":
             from selfdistill.critic.scribe import ScribeCritic

@@ -31,12 +31,20 @@ from selfdistill.train import (
 )
 
 
+def stepalign(**changes: Any) -> dict[str, Any]:
+    return {"name": "stepalign", "group_size": 2, **changes}
+
+
+def refsol(**changes: Any) -> dict[str, Any]:
+    return {"name": "refsol", "group_size": 2, **changes}
+
+
 def make_config(solver_dir: Path, output_dir: Path, **changes: Any) -> Config:
     settings: dict[str, Any] = {
         "model": str(solver_dir),
         "output_dir": output_dir,
         "task": {"step_counts": [1, 2]},
-        "method": {"name": "stepalign", "group_size": 2},
+        "method": stepalign(),
         "device": "cpu",
         "seed": 3,
         "steps": 4,
@@ -150,11 +158,15 @@ def test_stopped_and_resumed_gives_the_same_bits(
     solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: str
 ) -> None:
     torch.manual_seed(0)
-    undisturbed = make_config(solver_dir, tmp_path / "undisturbed", teacher=teacher)
+    undisturbed = make_config(
+        solver_dir, tmp_path / "undisturbed", method=stepalign(teacher={"name": teacher})
+    )
     train(undisturbed)
 
     torch.manual_seed(0)
-    config = make_config(solver_dir, tmp_path / "stopped", teacher=teacher)
+    config = make_config(
+        solver_dir, tmp_path / "stopped", method=stepalign(teacher={"name": teacher})
+    )
     interrupt_at_call(monkeypatch, 2)
     stopped = train(config)
     assert (stopped.step, stopped.interrupted) == (2, True)
@@ -261,7 +273,9 @@ def test_accumulated_gradients_equal_the_whole_batch(
     config = make_config(
         solver_dir,
         tmp_path,
-        loss={"objective": {"name": objective}, "advantage_mask": {"threshold": 0.001}},
+        method=stepalign(
+            loss={"objective": {"name": objective}, "advantage_mask": {"threshold": 0.001}}
+        ),
     )
     groups = [*ragged_groups, ragged_groups[0]]
     results = []
@@ -295,17 +309,17 @@ def test_accumulated_gradients_equal_the_whole_batch(
     [
         {"task": {"step_counts": [2]}},
         {"task": {"step_counts": [1, 2], "reference_dialect": 3}},
-        {"method": {"name": "stepalign", "group_size": 2}},
-        {"method": {"name": "refsol", "group_size": 3}},
-        {"teacher": "live"},
+        {"method": stepalign()},
+        {"method": refsol(group_size=3)},
+        {"method": refsol(teacher={"name": "live"})},
         {"prompts_per_step": 3},
         {"rollout": {"max_new_tokens": 11}},
         {"rollout": {"max_new_tokens": 12, "temperature": 0.8}},
-        {"rollout": {"max_new_tokens": 12, "batch_size": 2}},
-        {"loss": {"objective": {"name": "reverse_kl"}}},
-        {"loss": {"objective": {"name": "jsd", "beta": 0.4}}},
-        {"loss": {"advantage_mask": {"threshold": 0.002}}},
-        {"loss": {"temperature": 1.5}},
+        {"rollout": {"max_new_tokens": 12, "engine": {"name": "transformers", "batch_size": 2}}},
+        {"method": refsol(loss={"objective": {"name": "reverse_kl"}})},
+        {"method": refsol(loss={"objective": {"name": "jsd", "beta": 0.4}})},
+        {"method": refsol(loss={"advantage_mask": {"threshold": 0.002}})},
+        {"method": refsol(loss={"temperature": 1.5})},
         {"optimizer": {"learning_rate": 2e-2, "warmup_steps": 3}},
         {"optimizer": {"learning_rate": 1e-2, "warmup_steps": 4}},
         {"optimizer": {"learning_rate": 1e-2, "warmup_steps": 3, "betas": [0.8, 0.99]}},
@@ -320,7 +334,7 @@ def test_accumulated_gradients_equal_the_whole_batch(
 def test_no_setting_does_nothing(solver_dir: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     runs = []
     for name, settings in (("default", {}), ("changed", change)):
-        common = {"steps": 2, "method": {"name": "refsol", "group_size": 2}}
+        common = {"steps": 2, "method": refsol()}
         train(make_config(solver_dir, tmp_path / name, **{**common, **settings}))
         lines = [
             {k: v for k, v in line.items() if k not in {"seconds", "peak_rss_mib"}}
