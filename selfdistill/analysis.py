@@ -104,17 +104,17 @@ def analyze(
     records: list[TokenAnalysis] = []
     for start in range(0, len(attempts), batch_size):
         batch = attempts[start : start + batch_size]
-        problems = [problem for problem, _, _ in batch]
-        rollouts = [[rollout] for _, rollout, _ in batch]
-        contexts = method.contexts(problems, rollouts)
-        groups = render_groups(solver, problems, contexts, rollouts)
+        alone = [Attempts(problem, [rollout], [verdict]) for problem, rollout, verdict in batch]
+        contexts = method.contexts(alone)
+        groups = render_groups(solver, alone, contexts)
         scored = score(solver.model, teacher, groups)
         output = method.loss(scored, *heads, normalizer=1.0)
         assert output.advantage is not None
         assert output.student_logprob is not None
         assert output.teacher_logprob is not None
+        lengths = [len(rollout.token_ids) for _, rollout, _ in batch]
         columns = [
-            [part.tolist() for part in column.split([len(r[0].token_ids) for r in rollouts])]
+            [part.tolist() for part in column.split(lengths)]
             for column in (
                 output.advantage,
                 output.divergence,
@@ -132,7 +132,7 @@ def analyze(
                     answer=problem.answer,
                     reference=problem.reference,
                     response=rollout.text,
-                    context=contexts[i][0].text,
+                    context=context.text if (context := contexts[i][0]) else "",
                     correct=verdict.correct,
                     first_wrong_step=verdict.first_wrong_step,
                     wrong_tokens=token_span(solver.tokenizer, rollout, verdict.wrong_span),

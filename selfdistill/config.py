@@ -8,7 +8,7 @@ which means nothing cannot be written down.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
@@ -36,27 +36,6 @@ class ArithmeticTask(Section):
     """The numbers of operations that a question may have."""
     reference_dialect: int = Field(default=0, ge=0, le=5)
     """The wording of the reference solutions; 0 is the shipped solver's usual one."""
-
-
-class StepAlignMethod(Section):
-    """StepAlignFB: the teacher sees a critique aligned step by step with the student's attempt."""
-
-    name: Literal["stepalign"] = "stepalign"
-    critic: Literal["scribe"] = "scribe"
-    """Who writes the critique; `scribe` is exact and belongs to the arithmetic task."""
-    group_size: PositiveInt = 8
-    """Rollouts drawn for each prompt; each one gets a critique of its own."""
-
-
-class RefSolMethod(Section):
-    """RefSol: the teacher sees the complete reference solution of the problem."""
-
-    name: Literal["refsol"] = "refsol"
-    group_size: PositiveInt = 8
-    """Rollouts drawn for each prompt; all of them share the reference."""
-
-
-MethodConfig = Annotated[StepAlignMethod | RefSolMethod, Field(discriminator="name")]
 
 
 class ForwardKL(Section):
@@ -105,6 +84,108 @@ class LossConfig(Section):
     """Divides both models' logits before the divergence."""
 
 
+class BaseTeacherConfig(Section):
+    """The fixed solver as it was before training, as in the paper: frozen, or adapters off."""
+
+    name: Literal["base"] = "base"
+
+
+class LiveTeacherConfig(Section):
+    """The student's own weights of this step; shares the prompt's keys and values with it."""
+
+    name: Literal["live"] = "live"
+
+
+TeacherConfig = Annotated[BaseTeacherConfig | LiveTeacherConfig, Field(discriminator="name")]
+
+
+class ScribeCriticConfig(Section):
+    """The exact scribe of the arithmetic task, which never errs."""
+
+    name: Literal["scribe"] = "scribe"
+
+
+CriticConfig = ScribeCriticConfig
+
+
+class Distillation(Section):
+    """What the methods that follow a self-teacher have in common."""
+
+    group_size: PositiveInt = 8
+    """Rollouts drawn for each prompt."""
+    teacher: TeacherConfig = BaseTeacherConfig()
+    """Whose weights the self-teacher uses."""
+    loss: LossConfig = LossConfig()
+    """How the student follows the teacher."""
+
+
+class StepAlignMethod(Distillation):
+    """StepAlignFB: the teacher sees a critique aligned step by step with the student's attempt."""
+
+    name: Literal["stepalign"] = "stepalign"
+    critic: CriticConfig = ScribeCriticConfig()
+    """Who writes the critique of each rollout."""
+
+
+class RefSolMethod(Distillation):
+    """RefSol: the teacher sees the complete reference solution of the problem."""
+
+    name: Literal["refsol"] = "refsol"
+
+
+class KLPenaltyConfig(Section):
+    """Keeps the student near the model as it was before training."""
+
+    coefficient: float = Field(default=0.04, gt=0)
+    """Weight of the penalty; the default is that of arXiv 2402.03300."""
+
+
+class GRPOMethod(Section):
+    """GRPO: no teacher; the binary rewards of a prompt's rollouts are compared with each other."""
+
+    name: Literal["grpo"] = "grpo"
+    group_size: int = Field(default=8, ge=2)
+    """Rollouts drawn for each prompt."""
+    normalize_std: bool = True
+    """Divide the advantage r - mean(r) by the group's standard deviation; false: Dr. GRPO."""
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """A token's probability may fall to (1 - clip_low) of what it was when it was sampled."""
+    clip_high: float = Field(default=0.2, gt=0)
+    """It may rise to (1 + clip_high) of it. Both matter from the second update on."""
+    kl: KLPenaltyConfig | None = None
+    """A penalty for leaving the base model; null reads no second model."""
+
+    @property
+    def teacher(self) -> BaseTeacherConfig | None:
+        """The reference model of the KL penalty."""
+        return None if self.kl is None else BaseTeacherConfig()
+
+
+MethodConfig = Annotated[StepAlignMethod | RefSolMethod | GRPOMethod, Field(discriminator="name")]
+
+
+class TransformersEngineConfig(Section):
+    """Samples from the very weights that are trained; nothing to synchronise."""
+
+    name: Literal["transformers"] = "transformers"
+    batch_size: PositiveInt = 256
+    """Rows sampled at once (whole groups); bounds the memory of the key/value cache."""
+
+
+EngineConfig = TransformersEngineConfig
+
+
+class PromptConfig(Section):
+    """How questions and contexts become prompts, through the tokenizer's chat template."""
+
+    student_template: dict[str, Any] = {}
+    """More variables for the student's chat template, such as {enable_thinking: false}."""
+    teacher_template: dict[str, Any] = {}
+    """The same for the teacher."""
+    max_length: PositiveInt | None = None
+    """Most tokens of a prompt and its completion; by default what the model has positions for."""
+
+
 class RolloutConfig(Section):
     """How the student's attempts are sampled, in training and in evaluation alike."""
 
@@ -112,8 +193,8 @@ class RolloutConfig(Section):
     """Softmax temperature of sampling."""
     max_new_tokens: PositiveInt = 128
     """Completions are cut off at this length."""
-    batch_size: PositiveInt = 256
-    """Rows sampled at once (whole groups); bounds the memory of the key/value cache."""
+    engine: EngineConfig = TransformersEngineConfig()
+    """What samples."""
 
 
 class OptimizerConfig(Section):
@@ -159,21 +240,21 @@ class Config(Section):
     task: ArithmeticTask = ArithmeticTask()
     """Where the problems come from and who checks the answers."""
     method: MethodConfig = StepAlignMethod()
-    """What the teacher gets to see."""
-    teacher: Literal["base", "live"] = "base"
-    """Whose weights the self-teacher uses: a frozen copy of the solver, or the student's of now."""
+    """What the student learns from its attempts."""
+    prompt: PromptConfig = PromptConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the models live; `auto` takes a GPU when there is one."""
     seed: int = Field(default=0, ge=0)
     """Chooses the training problems and every sampled token."""
     steps: PositiveInt = 60
-    """Optimiser steps."""
+    """Training steps: each draws new rollouts."""
     prompts_per_step: PositiveInt = 8
-    """Problems per optimiser step."""
+    """Problems per training step."""
     prompts_per_microbatch: PositiveInt = 8
     """Problems scored at once: fewer need less memory, the gradient of the step stays the same."""
+    updates_per_step: PositiveInt = 1
+    """Optimiser updates on the rollouts of a step; after the first the student has moved on."""
     rollout: RolloutConfig = RolloutConfig()
-    loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -118,12 +118,20 @@ def sample_attempts(
             group_size=samples,
             params=replace(params, seed=params.seed + start),
         )
-        for problem, rollouts in zip(batch, groups, strict=True):
-            verdicts = [task.check(problem, rollout.text) for rollout in rollouts]
-            attempts.append(Attempts(problem, rollouts, verdicts))
+        attempts += judge(task, batch, groups)
         if progress is not None:
             progress(len(batch))
     return attempts
+
+
+def judge(
+    task: Task, problems: Sequence[Problem], groups: Sequence[list[Rollout]]
+) -> list[Attempts]:
+    """Check every rollout; one group of rollouts for each problem."""
+    return [
+        Attempts(problem, rollouts, [task.check(problem, rollout.text) for rollout in rollouts])
+        for problem, rollouts in zip(problems, groups, strict=True)
+    ]
 
 
 def summarize(attempts: Sequence[Attempts], task: Task, *, split: str, seed: int = 0) -> Evaluation:

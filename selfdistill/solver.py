@@ -81,8 +81,12 @@ def load_solver(config: Config, weights: str | Path | None = None) -> Solver:
         model,
         tokenizer,
         task,
-        TransformersEngine(model, tokenizer, batch_size=config.rollout.batch_size),
+        TransformersEngine(model, tokenizer, batch_size=config.rollout.engine.batch_size),
         ContextRenderer(
-            tokenizer, max_length=getattr(model.config, "max_position_embeddings", None)
+            tokenizer,
+            max_length=config.prompt.max_length
+            or getattr(model.config, "max_position_embeddings", None),
+            student_template=config.prompt.student_template,
+            teacher_template=config.prompt.teacher_template,
         ),
     )

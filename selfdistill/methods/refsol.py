@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from selfdistill.context import TeacherContext
+from selfdistill.evaluate import Attempts
 from selfdistill.methods.loss import Loss
-from selfdistill.rollout import Rollout
-from selfdistill.tasks import Problem
 
 
 class RefSol:
@@ -19,16 +18,15 @@ class RefSol:
     """
 
     name = "refsol"
+    needs_context = True
 
     def __init__(self, *, group_size: int, loss: Loss) -> None:
         self.group_size = group_size
         self.loss = loss
 
-    def contexts(
-        self, problems: Sequence[Problem], groups: Sequence[Sequence[Rollout]]
-    ) -> list[list[TeacherContext]]:
+    def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext | None]]:
         """Return the problem's reference, once for every rollout."""
         return [
-            [TeacherContext("reference", problem.reference)] * len(group)
-            for problem, group in zip(problems, groups, strict=True)
+            [TeacherContext("reference", attempt.problem.reference)] * len(attempt.rollouts)
+            for attempt in attempts
         ]

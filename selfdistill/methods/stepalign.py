@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from selfdistill.context import TeacherContext
 from selfdistill.critic import Critic
+from selfdistill.evaluate import Attempts
 from selfdistill.methods.loss import Loss
-from selfdistill.rollout import Rollout
-from selfdistill.tasks import Problem
 
 
 class StepAlign:
@@ -24,26 +23,22 @@ class StepAlign:
     """
 
     name = "stepalign"
+    needs_context = True
 
     def __init__(self, *, critic: Critic, group_size: int, loss: Loss) -> None:
         self.critic = critic
         self.group_size = group_size
         self.loss = loss
 
-    def contexts(
-        self, problems: Sequence[Problem], groups: Sequence[Sequence[Rollout]]
-    ) -> list[list[TeacherContext]]:
+    def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext | None]]:
         """Return the critique of every rollout."""
-        attempts = [
-            (problem, rollout.text)
-            for problem, group in zip(problems, groups, strict=True)
-            for rollout in group
-        ]
         critiques = iter(
             self.critic.critique(
-                [problem for problem, _ in attempts], [text for _, text in attempts]
+                [attempt.problem for attempt in attempts for _ in attempt.rollouts],
+                [rollout.text for attempt in attempts for rollout in attempt.rollouts],
             )
         )
         return [
-            [TeacherContext("critique", next(critiques).text) for _ in group] for group in groups
+            [TeacherContext("critique", next(critiques).text) for _ in attempt.rollouts]
+            for attempt in attempts
         ]

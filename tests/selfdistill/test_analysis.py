@@ -16,7 +16,7 @@ from selfdistill.analysis import (
 )
 from selfdistill.config import Config
 from selfdistill.context import ContextRenderer
-from selfdistill.evaluate import Attempts
+from selfdistill.evaluate import Attempts, judge
 from selfdistill.methods import build_method
 from selfdistill.methods.loss import lm_head
 from selfdistill.rollout import Rollout
@@ -107,7 +107,7 @@ def test_figures_are_those_of_the_models_own_logits(
     )
     assert [r.problem_id for r in records] == [problem.id for problem, _, _ in attempts]
     for found, (problem, rollout, _) in zip(records, attempts, strict=True):
-        ((context,),) = method.contexts([problem], [[rollout]])
+        ((context,),) = method.contexts(judge(TASK, [problem], [[rollout]]))
         assert found.context == context.text
         assert found.wrong_tokens is not None
         logprobs = []

@@ -141,8 +141,8 @@ def test_the_demo_says_what_is_missing_outside_the_repository(
 def test_the_shipped_demo_configuration_is_valid() -> None:
     path = Path(__file__).parents[2] / "examples" / "arithmetic" / "demo.yaml"
     config = load_config(path)
-    assert config.teacher == "base"
     assert config.method.name == "stepalign"
+    assert config.method.teacher.name == "base"
 
 
 def test_help_does_not_wait_for_torch() -> None:

@@ -11,6 +11,7 @@ from selfdistill.config import (
     Config,
     ConfigError,
     GeneralizedJSD,
+    LossConfig,
     RefSolMethod,
     load_config,
     save_config,
@@ -23,21 +24,28 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
+def with_loss(**loss: Any) -> dict[str, Any]:
+    return {"method": {"name": "refsol", "loss": loss}}
+
+
 def test_yaml_round_trip_keeps_every_setting(tmp_path: Path) -> None:
     config = Config.model_validate(
         {
             "model": "some/solver",
             "output_dir": "runs/x",
-            "method": {"name": "refsol", "group_size": 3},
-            "loss": {"objective": {"name": "jsd", "beta": 0.25}},
+            "method": {
+                "name": "refsol",
+                "group_size": 3,
+                "loss": {"objective": {"name": "jsd", "beta": 0.25}},
+            },
             "optimizer": {"learning_rate": 3e-4, "betas": [0.8, 0.95]},
             "steps": 7,
         }
     )
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
-    assert config.method == RefSolMethod(group_size=3)
-    assert config.loss.objective == GeneralizedJSD(beta=0.25)
+    loss = LossConfig(objective=GeneralizedJSD(beta=0.25))
+    assert config.method == RefSolMethod(group_size=3, loss=loss)
 
 
 def test_numbers_may_be_written_the_short_way(tmp_path: Path) -> None:
@@ -58,14 +66,19 @@ def test_a_model_folder_is_found_next_to_the_file(tmp_path: Path) -> None:
     ("change", "where"),
     [
         ({"learning_rate": 1e-4}, "learning_rate"),
-        ({"method": {"name": "refsol", "critic": "scribe"}}, "method.refsol.critic"),
+        ({"method": {"name": "refsol", "critic": {"name": "scribe"}}}, "method.refsol.critic"),
         ({"method": {"name": "wishful"}}, "method"),
-        ({"loss": {"objective": {"name": "forward_kl", "beta": 0.5}}}, "forward_kl.beta"),
-        ({"loss": {"objective": {"name": "jsd", "beta": 1.5}}}, "jsd.beta"),
-        ({"loss": {"advantage_mask": {"threshold": -0.1}}}, "advantage_mask.threshold"),
+        (with_loss(objective={"name": "forward_kl", "beta": 0.5}), "forward_kl.beta"),
+        (with_loss(objective={"name": "jsd", "beta": 1.5}), "jsd.beta"),
+        (with_loss(advantage_mask={"threshold": -0.1}), "advantage_mask.threshold"),
         ({"rollout": {"temperature": 0}}, "rollout.temperature"),
-        ({"teacher": "ema"}, "teacher"),
+        ({"method": {"name": "refsol", "teacher": {"name": "wise"}}}, "refsol.teacher"),
+        ({"rollout": {"engine": {"name": "guess"}}}, "rollout.engine.name"),
         ({"steps": 0}, "steps"),
+        ({"method": {"name": "grpo", "teacher": {"name": "base"}}}, "grpo.teacher"),
+        ({"method": {"name": "grpo", "loss": {}}}, "grpo.loss"),
+        ({"method": {"name": "grpo", "group_size": 1}}, "grpo.group_size"),
+        ({"method": {"name": "grpo", "kl": {"coefficient": 0}}}, "kl.coefficient"),
     ],
 )
 def test_what_means_nothing_cannot_be_written(change: dict[str, Any], where: str) -> None:

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 import pytest
 
-from selfdistill.config import Config
+from selfdistill.config import Config, LossConfig
 from selfdistill.critic import Critique
+from selfdistill.evaluate import Attempts, judge
 from selfdistill.methods import RefSol, StepAlign, build_method
 from selfdistill.methods.loss import DistillationLoss
 from selfdistill.rollout import Rollout
-from selfdistill.tasks import Problem
+from selfdistill.tasks import Problem, Verdict
 from selfdistill.tasks.arithmetic import ArithmeticTask
 
 PROBLEMS = [Problem("p", "1 + 2", "3", "reference of p"), Problem("q", "2 + 2", "4", "that of q")]
@@ -19,7 +20,11 @@ def rollout(text: str) -> Rollout:
     return Rollout([5, 2], [-0.1, -0.2], text, True)
 
 
-GROUPS = [[rollout("p one"), rollout("p two")], [rollout("q one")]]
+VERDICT = Verdict("3", True, True, None, None, True)
+ATTEMPTS = [
+    Attempts(PROBLEMS[0], [rollout("p one"), rollout("p two")], [VERDICT] * 2),
+    Attempts(PROBLEMS[1], [rollout("q one")], [VERDICT]),
+]
 
 
 class EchoCritic:
@@ -37,17 +42,17 @@ def configured(**settings: object) -> Config:
 
 
 def test_stepalign_gives_every_rollout_its_own_critique() -> None:
-    loss = DistillationLoss(configured().loss)
+    loss = DistillationLoss(LossConfig())
     method = StepAlign(critic=EchoCritic(), group_size=2, loss=loss)
-    contexts = method.contexts(PROBLEMS, GROUPS)
+    contexts = method.contexts(ATTEMPTS)
     texts = [[context.text for context in group] for group in contexts]
     assert texts == [["p: p one", "p: p two"], ["q: q one"]]
     assert {context.kind for group in contexts for context in group} == {"critique"}
 
 
 def test_refsol_gives_the_reference_whatever_the_attempt() -> None:
-    method = RefSol(group_size=2, loss=DistillationLoss(configured().loss))
-    contexts = method.contexts(PROBLEMS, GROUPS)
+    method = RefSol(group_size=2, loss=DistillationLoss(LossConfig()))
+    contexts = method.contexts(ATTEMPTS)
     texts = [[context.text for context in group] for group in contexts]
     assert texts == [["reference of p"] * 2, ["that of q"]]
     assert {context.kind for group in contexts for context in group} == {"reference"}
@@ -66,5 +71,6 @@ def test_the_scribe_corrects_a_wrong_attempt_in_its_own_words() -> None:
     (problem,) = task.problems(split="train", count=1)
     attempt = problem.reference.rsplit(" ", 1)[0] + " 00"
     assert not task.check(problem, attempt).correct
-    ((context,),) = build_method(configured(), task).contexts([problem], [[rollout(attempt)]])
+    attempts = judge(task, [problem], [[rollout(attempt)]])
+    ((context,),) = build_method(configured(), task).contexts(attempts)
     assert context.text == problem.reference
