@@ -61,7 +61,7 @@ def visit(
         pending = _Pending(kernels, buffer, plan, needs)
         for tokens in _cut(inputs.tokens, pending, plan.heads):
             tile = kernels.tile(tokens, 0, plan.columns, pending.free, with_teacher=True)
-            weight = tokens.of(loss_weight) if wants_gradient else None
+            weight = tokens.of(loss_weight) if loss_weight is not None and needs else None
             old = None if old_logprobs is None else tokens.of(old_logprobs)
             found, chosen = tokens.of(statistics), tokens.of(active)
             kernels.visit(tile, weight, gate, old, statistics=found, active=chosen)
@@ -147,9 +147,8 @@ class _Pending:
         if self._weight is not None:
             out = self._weight
             if not last and out.dtype != torch.float32:
-                out = self._weight_sum
-                if out is None:
-                    out = memory.empty(self._weight.shape, inputs.device)
+                add = self._weight_sum
+                out = memory.empty(out.shape, inputs.device) if add is None else add
             hidden = tokens.of(inputs.student_hidden)
             head.weight_gradient(gradient, hidden, out=out, add=self._weight_sum)
             self._weight_sum = out

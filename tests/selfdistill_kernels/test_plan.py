@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdistill_kernels import fused_linear_distillation, release_workspace
+from selfdistill_kernels.backends import native
 from selfdistill_kernels.backends.base import LinearInputs, Needs
 from selfdistill_kernels.backends.native import plan_for
 from selfdistill_kernels.caches import Caches
@@ -191,3 +192,21 @@ def test_a_call_holds_no_more_than_its_plan(dtype, kilobytes, trained):
     uncounted = made.rows * hidden * 24 + 256 * tokens
     assert 4 * made.heads * made.rows * made.columns + gradients <= most
     assert most <= made.bytes + gradients + uncounted
+
+
+def test_recomputation_makes_its_kernels_once(monkeypatch):
+    """Of a head they hold widened biases, and the choice of its products."""
+    made = []
+
+    class Counted(native.RowKernels):
+        def __init__(self, *arguments):
+            made.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(native, "RowKernels", Counted)
+    hidden, weight = torch.randn(9, 8, requires_grad=True), torch.randn(64, 8, requires_grad=True)
+    fused_linear_distillation(
+        hidden, hidden.detach() + 1, weight, workspace=8 * 32, backend="native"
+    ).loss.backward()
+    assert weight.grad.any()
+    assert len(made) == 1
