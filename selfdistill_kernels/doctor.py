@@ -175,6 +175,7 @@ def what_runs(findings: Findings, question: Question) -> Iterator[str]:
             heads=size.models,
             itemsize=dtype.itemsize,
             need_weight=not question.frozen,
+            on_gpu=question.device == "cuda",
         )
         yield plan.describe()
     elif choice.backend == "triton":

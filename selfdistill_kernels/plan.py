@@ -71,6 +71,7 @@ class TilePlan:
         need_weight: bool,
         need_hidden: bool = True,
         workspace: int = 0,
+        on_gpu: bool = False,
         caches: Caches | None = None,
     ) -> TilePlan:
         """Choose tiles and strategy.
@@ -80,6 +81,7 @@ class TilePlan:
             itemsize: bytes of an input element, 4 or 2.
             need_weight, need_hidden: whether dW and dH are wanted.
             workspace: bytes, 0 to choose.
+            on_gpu: whether a GPU walks the tiles: the processor's caches mean nothing there.
             caches: None for this machine's.
 
         Raises:
@@ -107,6 +109,7 @@ class TilePlan:
             need_weight=need_weight,
             need_hidden=need_hidden,
             workspace=workspace,
+            on_gpu=on_gpu,
             caches=caches,
         )
 
@@ -122,6 +125,7 @@ class TilePlan:
         need_weight: bool = False,
         need_hidden: bool = False,
         workspace: int = 0,
+        on_gpu: bool = False,
         caches: Caches | None = None,
     ) -> TilePlan:
         """Cut into slabs of the vocabulary; arguments as in `choose`.
@@ -129,7 +133,13 @@ class TilePlan:
         Raises:
             ValueError: the workspace cannot hold the smallest tile and the sums beside it.
         """
-        tokens, caches = max(tokens, 1), caches or machine_caches()
+        tokens, widest = max(tokens, 1), min(SLAB_COLUMNS, vocabulary)
+        rows = min(SLAB_TOKENS, tokens)
+        if on_gpu:
+            caches = None
+        else:
+            caches = caches or machine_caches()
+            widest = min(_slab_columns(caches, rows, hidden, heads, itemsize), widest)
         hidden_sums = 4 * tokens * hidden if itemsize < 4 and need_hidden else 0
 
         def plan(rows: int, columns: int) -> TilePlan:
@@ -137,8 +147,6 @@ class TilePlan:
             slab_sums = 4 * columns * hidden if adds else 0
             return cls("recompute", rows, columns, heads, hidden_sums + slab_sums, caches)
 
-        rows = min(SLAB_TOKENS, tokens)
-        widest = min(_slab_columns(caches, rows, hidden, heads, itemsize), vocabulary)
         if not workspace:
             return plan(rows, widest)
         least = min(LEAST_COLUMNS, vocabulary)

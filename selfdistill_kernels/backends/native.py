@@ -138,6 +138,7 @@ class _Problem(TypedDict):
     itemsize: int
     need_hidden: bool
     need_weight: bool
+    on_gpu: bool
 
 
 def _problem(inputs: LinearInputs, tokens: int, needs: Needs) -> _Problem:
@@ -150,6 +151,7 @@ def _problem(inputs: LinearInputs, tokens: int, needs: Needs) -> _Problem:
         # Ready-made logits get each element of their gradient once: nothing is summed.
         "need_hidden": needs.hidden and inputs.weight is not None,
         "need_weight": needs.weight,
+        "on_gpu": inputs.student_hidden.is_cuda,
     }
 
 

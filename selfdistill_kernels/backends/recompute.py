@@ -51,6 +51,7 @@ def sweep_top_k(inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) 
         vocabulary=inputs.vocabulary,
         heads=1,
         itemsize=hidden.element_size(),
+        on_gpu=hidden.is_cuda,
         workspace=workspace,
     )
     head = head_for(inputs.teacher_head if of_teacher else inputs.weight)

@@ -88,6 +88,13 @@ def test_slabs_fit_half_of_the_last_cache(mebibytes, shape, columns):
     assert f"slabs for a {mebibytes} MiB last-level cache (sysfs)" in made.describe()
 
 
+def test_the_processors_caches_mean_nothing_on_a_gpu():
+    tiny = Caches(MEBIBYTE, "sysfs")
+    made = plan(**LARGE, workspace=32 * MEBIBYTE, caches=tiny, on_gpu=True)
+    assert (made.columns, made.caches) == (SLAB_COLUMNS, None)
+    assert "cache" not in made.describe()
+
+
 def test_sums_of_16_bit_inputs_are_part_of_the_plan():
     """float32 dH of all tokens, and a slab of dW where several tiles make one."""
     given = {**LARGE, "itemsize": 2}
