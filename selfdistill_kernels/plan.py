@@ -154,7 +154,8 @@ class TilePlan:
         while rows:
             column_bytes = plan(rows, 1).bytes - hidden_sums
             columns = min((workspace - hidden_sums) // column_bytes, widest)
-            plans.append(plan(rows, max(columns - columns % least, least)))
+            whole = columns if columns == widest else columns - columns % least
+            plans.append(plan(rows, max(whole, least)))
             # A GEMM wants rows and columns, the latter more.
             if columns >= min(8 * rows, widest):
                 break
