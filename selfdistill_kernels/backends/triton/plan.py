@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from selfdistill_kernels.backends.dispatch import TRITON_CAPABILITY, capability_problem
+
 MEBIBYTE = 1 << 20
 # Columns that one work item sums in float32 before its state goes to the float64 merge. Few enough
 # that the sums lose no digit that matters and that the last wave of items is short; many enough
@@ -86,12 +88,10 @@ def _machine(device: torch.device) -> Machine:
     count = properties.multi_processor_count
     if torch.version.hip is not None:
         return Machine("gfx942", count, 128 * MEBIBYTE, descriptors=False)
+    if (properties.major, properties.minor) < TRITON_CAPABILITY:
+        reason = capability_problem((properties.major, properties.minor))
+        raise RuntimeError(f"backend: 'triton' is not available: {reason}")
     capability = properties.major * 10 + properties.minor
-    if capability < 80:
-        raise RuntimeError(
-            f"backend: 'triton' needs compute capability 8.0 or later, {properties.name} has "
-            f"{properties.major}.{properties.minor}; use backend='reference'"
-        )
     known = max(version for version in (80, 90, 100, 120) if version <= capability)
     return Machine(f"sm_{known}", count, properties.L2_cache_size // 2, descriptors=known >= 90)
 
