@@ -16,7 +16,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-import selfdistill.attention as attention
 from selfdistill.attention import (
     IMPLEMENTATION,
     PrefixStash,
@@ -24,8 +23,10 @@ from selfdistill.attention import (
     UnsupportedModelError,
     check_model_supports_prefix_sharing,
     enable_prefix_sharing,
+    loop,
     run_packed_row,
 )
+from selfdistill.attention import model as attention_model
 from selfdistill.layout import PromptGroup, pack_groups
 
 ModelFactory = Callable[..., PreTrainedModel]
@@ -54,8 +55,8 @@ def test_batching_never_changes_the_result(
         return hidden.detach(), model.get_input_embeddings().weight.grad.clone()
 
     expected = run()
-    monkeypatch.setattr(attention, "_CALL_COST_PAIRS", call_cost)
-    monkeypatch.setattr(attention, "_MAX_BATCH_PAIRS", max_pairs)
+    monkeypatch.setattr(loop, "_CALL_COST_PAIRS", call_cost)
+    monkeypatch.setattr(loop, "_MAX_BATCH_PAIRS", max_pairs)
     for got, reference in zip(run(), expected, strict=True):
         assert (got - reference).abs().max() <= 2e-6 * reference.abs().max()
 
@@ -64,7 +65,7 @@ def test_batches_follow_the_cost() -> None:
     def num_batches(*lengths: int) -> int:
         group = PromptGroup([1] * 20, [[1] * 20] * len(lengths), [[2] * n for n in lengths])
         row = pack_groups([group], share_student_prefix=False).student
-        return len(PrefixTree(row, device=torch.device("cpu"))._batches)
+        return len(PrefixTree(row, device=torch.device("cpu"))._backend._batches)
 
     assert num_batches(*[30] * 16) == 2  # the prompt, and all branches at once
     assert num_batches(30, 28, 31, 5) == 2  # a little padding is cheaper than a call
@@ -103,7 +104,7 @@ def test_another_attention_is_never_silently_used(
     with pytest.raises(ValueError, match="call enable_prefix_sharing"):
         run_packed_row(model, row)
     # Were the check passed by, the result would be NaN and not a wrong number.
-    monkeypatch.setattr(attention, "IMPLEMENTATION", "sdpa")
+    monkeypatch.setattr(attention_model, "IMPLEMENTATION", "sdpa")
     assert run_packed_row(model, row).isnan().all()
 
 
