@@ -21,6 +21,7 @@ from rich.progress import Progress
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from selfdistill.attention import enable_prefix_sharing
 from selfdistill.checkpoint import CheckpointStore, TrainState, fingerprint
 from selfdistill.config import Config, save_config
 from selfdistill.context import TeacherContext
@@ -36,7 +37,7 @@ from selfdistill.solver import Solver, load_solver
 from selfdistill.teacher import BaseTeacher, LiveTeacher, Teacher
 
 # Settings that a continued run may change without becoming another run.
-MAY_DIFFER = ("model", "output_dir", "device", "steps", "checkpoint")
+MAY_DIFFER = ("model", "output_dir", "device", "attention", "steps", "checkpoint")
 
 
 class RunExistsError(RuntimeError):
@@ -116,6 +117,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         RunExistsError: the folder holds a run and `resume` is False.
         CheckpointError: the last checkpoint is torn, belongs to another run, or cannot be written.
         DivergedError: the loss or gradient is not finite; the last checkpoint is kept.
+        UnsupportedModelError: the model's family cannot share prefixes exactly.
+        UnavailableBackendError: the attention that was asked for cannot run.
     """
     transformers_logging.disable_progress_bar()
     console = console or Console(stderr=True)
@@ -127,6 +130,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         )
     solver = load_solver(config)
     student = solver.model
+    enable_prefix_sharing(student, backend=config.attention)  # refuses a model that cannot share
     teacher, teacher_model = build_teacher(config, student)
     heads = (lm_head(student), lm_head(teacher_model))
     method = build_method(config, solver.task)
@@ -202,6 +206,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                     prompt_groups,
                     heads=heads,
                     groups_per_pass=config.prompts_per_microbatch,
+                    attention=config.attention,
                 )
             with clock("update"):
                 rate = settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
@@ -301,6 +306,7 @@ def accumulate_gradients(
     *,
     heads: tuple[Head, Head],
     groups_per_pass: int,
+    attention: str = "auto",
 ) -> Totals:
     """Add the gradient of the step's mean loss to the student's parameters.
 
@@ -314,11 +320,13 @@ def accumulate_gradients(
         groups: all prompt groups of the step.
         heads: of the student and of the teacher.
         groups_per_pass: prompt groups that are scored at once.
+        attention: who computes it, see `selfdistill.attention.choose_backend`.
     """
     tokens = sum(len(completion) for group in groups for completion in group.completions)
     totals = Totals(tokens=tokens)
     for start in range(0, len(groups), groups_per_pass):
-        scored = score(student, teacher, groups[start : start + groups_per_pass])
+        part = groups[start : start + groups_per_pass]
+        scored = score(student, teacher, part, attention=attention)
         output = loss(scored, *heads, normalizer=tokens)
         output.loss.backward()
         assert output.advantage is not None  # the loss was given the sampled tokens

@@ -73,6 +73,8 @@ def check_model_supports_prefix_sharing(model: torch.nn.Module, *, backend: str 
 
 
 def _unsupported_reason(model: PreTrainedModel) -> str | None:
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder: its prompt is not part of the decoder's row"
     if not isinstance(model.get_decoder(), PreTrainedModel):
         return f"its decoder is a {type(model.get_decoder()).__name__}, not a model that runs alone"
     config = model.get_decoder().config
@@ -80,8 +82,6 @@ def _unsupported_reason(model: PreTrainedModel) -> str | None:
         return "its attention cannot be replaced through AttentionInterface"
     if getattr(model, "_is_stateful", False):
         return "it keeps a recurrent state, which one row cannot hold for several branches"
-    if config.is_encoder_decoder:
-        return "it is an encoder-decoder: its prompt is not part of the decoder's row"
     if getattr(config, "use_bidirectional_attention", False):
         return "its attention is not causal"
     others = set(getattr(config, "layer_types", None) or ()) - _SUPPORTED_LAYER_TYPES
