@@ -8,8 +8,10 @@ trained by all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -64,9 +66,17 @@ class LoopAttention:
         return torch.cat(outputs).index_select(0, self._order).unsqueeze(0)
 
 
+class _Run(NamedTuple):
+    """Some of a batch's queries, and the keys from the first to the last that any of them sees."""
+
+    queries: slice
+    keys: slice
+    mask: torch.Tensor  # [size or 1, 1, repeats * queries, keys] bool
+
+
 @dataclass
 class _Batch:
-    """Segments that one attention call serves, padded to the longest of them.
+    """Segments that one gather serves, padded to the longest of them.
 
     A padded query repeats the segment's last token, so every query sees at least one key.
     """
@@ -74,21 +84,37 @@ class _Batch:
     size: int
     query_index: torch.Tensor  # [size * queries], into the row
     key_index: torch.Tensor  # [size * keys], into borrowed + row
-    query_position: torch.Tensor  # [size or 1, queries]
+    query_position: torch.Tensor  # [size or 1, queries], on the CPU
     num_keys: int
     causal: bool  # no keys but its own: the square causal kernel applies
-    masks: dict[tuple[int | None, int], torch.Tensor] = field(default_factory=dict)
+    runs: dict[tuple[int | None, int], list[_Run]] = field(default_factory=dict)
 
-    def mask(self, sliding_window: int | None, repeats: int) -> torch.Tensor:
-        """Return the lower-right causal mask, [size or 1, 1, repeats * queries, keys] bool."""
-        if (sliding_window, repeats) not in self.masks:
-            position = self.query_position[:, None, :, None]
-            key = torch.arange(self.num_keys, device=position.device)
-            mask = key <= position
-            if sliding_window is not None:
-                mask &= key > position - sliding_window
-            self.masks[sliding_window, repeats] = mask.repeat(1, 1, repeats, 1)
-        return self.masks[sliding_window, repeats]
+    def masked_runs(self, sliding_window: int | None, repeats: int) -> list[_Run]:
+        """Cut the queries into runs, so that fewer keys are computed only to be masked.
+
+        Args:
+            sliding_window: most keys that one query sees; None: all.
+            repeats: query heads of one key head, laid one after another along the queries.
+        """
+        if (sliding_window, repeats) not in self.runs:
+            self.runs[sliding_window, repeats] = [
+                self._run(queries, sliding_window, repeats)
+                for queries in _cut(self.query_position.shape[1], self.size)
+            ]
+        return self.runs[sliding_window, repeats]
+
+    def _run(self, queries: slice, sliding_window: int | None, repeats: int) -> _Run:
+        position = self.query_position[:, queries]
+        start = 0
+        if sliding_window is not None:
+            start = max(0, int(position.min()) - sliding_window + 1)
+        keys = slice(start, int(position.max()) + 1)
+        key = torch.arange(keys.start, keys.stop)
+        mask = key <= position[:, :, None]
+        if sliding_window is not None:
+            mask &= key > position[:, :, None] - sliding_window
+        mask = mask[:, None].repeat(1, 1, repeats, 1)
+        return _Run(queries, keys, mask.to(self.query_index.device))
 
     def attend(
         self,
@@ -119,17 +145,29 @@ class _Batch:
                 q, k, v, is_causal=True, scale=scaling, enable_gqa=repeats > 1
             )
         else:
-            # The query heads of one key head become more queries: faster than repeating the keys,
-            # and fused kernels take a mask together with grouped heads only in this form.
-            folded = q.reshape(self.size, k.shape[1], -1, q.shape[-1])
-            mask = self.mask(sliding_window, repeats)
-            out = scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scaling)
-            out = out.reshape(*q.shape[:-1], v.shape[-1])
+            outputs = []
+            for queries, keys, mask in self.masked_runs(sliding_window, repeats):
+                # The query heads of one key head become more queries: faster than repeating the
+                # keys, and fused kernels take a mask with grouped heads only in this form.
+                part = q[:, :, queries]
+                folded = part.reshape(self.size, k.shape[1], -1, q.shape[-1])
+                result = scaled_dot_product_attention(
+                    folded, k[:, :, keys], v[:, :, keys], attn_mask=mask, scale=scaling
+                )
+                outputs.append(result.reshape(*part.shape[:-1], v.shape[-1]))
+            out = torch.cat(outputs, dim=2)
         return out.transpose(1, 2).flatten(0, 1)
 
     def _gather(self, states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         heads, _, head_dim = states.shape
         return states.index_select(1, index).view(heads, self.size, -1, head_dim).transpose(0, 1)
+
+
+def _cut(queries: int, size: int) -> list[slice]:
+    """Even runs; n of them compute size * queries^2 / 2n pairs in vain and cost n calls."""
+    count = round(queries * math.sqrt(size / (2 * max(1, _CALL_COST_PAIRS))))
+    length = math.ceil(queries / max(1, count))
+    return [slice(start, min(start + length, queries)) for start in range(0, queries, length)]
 
 
 def _partition(segments: Sequence[Segment]) -> list[list[Segment]]:
@@ -173,7 +211,7 @@ def _make_batch(segments: Sequence[Segment], num_borrowed: int, device: torch.de
         size=len(segments),
         query_index=torch.cat(query_index).to(device),
         key_index=torch.cat(key_index).to(device),
-        query_position=torch.stack(query_position).to(device),
+        query_position=torch.stack(query_position),
         num_keys=keys,
         causal=all(map(_is_root, segments)),
     )
