@@ -167,6 +167,7 @@ def shared(problem: StepProblem) -> Step:
     def step() -> Tensor:
         _use(model, "selfdistill_prefix_tree")
         scored = score(model, teacher, [problem.group])
+        assert scored.teacher_hidden is not None  # a teacher was given
         return _fused_loss(model, scored.student_hidden, scored.teacher_hidden, scored.targets)
 
     return step
@@ -271,6 +272,7 @@ def step_flops(problem: StepProblem, *, share: bool) -> Flops:
     size, shape = problem.size, problem.shape
     if share:
         pack = pack_groups([problem.group], share_student_prefix=True)
+        assert pack.teacher is not None  # asked for by default
         tokens = [row.input_ids.shape[1] for row in (pack.student, pack.teacher)]
         pairs = [row_pairs(row) for row in (pack.student, pack.teacher)]
     else:

@@ -122,6 +122,7 @@ def _probe(model: PreTrainedModel, backend: str) -> str | None:
 
     expected = separate([prompt, prompt]), separate(group.teacher_prompts)
     pack = pack_groups([group], share_student_prefix=True)
+    assert pack.teacher is not None  # asked for by default
     stash = PrefixStash(pack.teacher.borrowed_index)
     student = PrefixTree(pack.student, device=decoder.device, backend=backend, capture=stash)
     teacher = PrefixTree(pack.teacher, device=decoder.device, backend=backend, borrow=stash)
