@@ -125,10 +125,6 @@ def doctor(
     from selfdistill.attention.backend import describe
     from selfdistill_kernels.doctor import DTYPES, run
 
-    on = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for line in describe(device=on, dtype=DTYPES[dtype]):
-        print(line)
-    print()
     status = run(
         tokens=tokens,
         hidden=hidden,
@@ -138,6 +134,10 @@ def doctor(
         frozen=frozen,
         gpu=gpu,
     )
+    print()
+    on = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for line in describe(device=on, dtype=DTYPES[dtype]):
+        print(line)
     raise typer.Exit(status)
 
 
