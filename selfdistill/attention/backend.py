@@ -11,6 +11,7 @@ dtype and `Facts`.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -20,8 +21,7 @@ import torch
 from selfdistill.attention.flash import FlashAttention
 from selfdistill.attention.flex import FlexAttention
 from selfdistill.attention.loop import LoopAttention
-
-BACKENDS = {"loop": LoopAttention, "flash": FlashAttention, "flex": FlexAttention}
+from selfdistill.layout import PackedRow
 
 INSTALL_FLASH = "pip install --no-build-isolation 'selfdistill[flash-attn]'"
 REINSTALL_FLASH = "pip install --no-build-isolation --no-deps --force-reinstall flash-attn"
@@ -58,6 +58,13 @@ class Backend(Protocol):
             [1, L, heads, head_dim of value].
         """
         ...
+
+
+BACKENDS: dict[str, Callable[[PackedRow, torch.device], Backend]] = {
+    "loop": LoopAttention,
+    "flash": FlashAttention,
+    "flex": FlexAttention,
+}
 
 
 class UnavailableBackendError(ValueError):

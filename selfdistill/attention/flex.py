@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from selfdistill.layout import PackedRow
 
+F = TypeVar("F", bound=Callable[..., Any])
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # The branch of what all branches of a group see: trunk and borrowed keys.
@@ -66,16 +67,13 @@ class FlexAttention:
     def block_mask(self, sliding_window: int | None) -> BlockMask:
         """Return the blocks that the kernel visits; made once for all layers with this window."""
         if sliding_window not in self._block_masks:
-            make = (
-                _compiled(create_block_mask) if self._device.type == "cuda" else create_block_mask
-            )
-            self._block_masks[sliding_window] = make(
+            self._block_masks[sliding_window] = _for_device(create_block_mask, self._device)(
                 self.mask_mod(sliding_window),
                 None,
                 None,
                 len(self._queries[0]),
                 len(self._keys[0]),
-                device=self._device,
+                device=str(self._device),
             )
         return self._block_masks[sliding_window]
 
@@ -89,8 +87,7 @@ class FlexAttention:
         sliding_window: int | None,
     ) -> Tensor:
         """See `backend.Backend`."""
-        attention = _compiled(flex_attention) if self._device.type == "cuda" else flex_attention
-        out = attention(
+        out = _for_device(flex_attention, self._device)(
             query,
             key,
             value,
@@ -101,7 +98,11 @@ class FlexAttention:
         return cast(Tensor, out).transpose(1, 2)
 
 
+def _for_device(function: F, device: torch.device) -> F:
+    return cast(F, _compiled(function)) if device.type == "cuda" else function
+
+
 @cache
-def _compiled(function: Callable[..., BlockMask | Tensor]) -> Callable[..., BlockMask | Tensor]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled once for the process; lengths become symbols when they first change."""
     return torch.compile(function)
