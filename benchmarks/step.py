@@ -92,6 +92,9 @@ class ModelSize:
             head_dim=self.head_dim,
             tie_word_embeddings=True,
             max_position_embeddings=4096,
+            # Larger than usual: otherwise attention is nearly uniform, student and teacher agree,
+            # and the gradients are mostly rounding.
+            initializer_range=self.hidden**-0.5,
         )
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config).train()

@@ -37,7 +37,7 @@ from selfdistill.attention import (
 ModelFactory = Callable[..., PreTrainedModel]
 TINY = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-PAIRED = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+PAIRED = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3", "qwen3_moe", "gpt_neox"])
@@ -65,7 +65,7 @@ def test_a_peft_model_is_supported(tiny_model: ModelFactory) -> None:
             "Qwen3NextForCausalLM cannot share prefixes: it keeps a recurrent state",
         ),
         (
-            Llama4TextConfig(**TINY, **HEADS, num_local_experts=2),
+            Llama4TextConfig(**TINY, **HEADS, num_local_experts=2, pad_token_id=0),
             r"Llama4ForCausalLM .* layer_types has \['chunked_attention'\]",
         ),
         (Gemma2Config(**TINY, **HEADS), "attn_logit_softcapping is 50.0"),
