@@ -66,7 +66,7 @@ def test_a_peft_model_is_supported(tiny_model: ModelFactory) -> None:
         ),
         (
             Llama4TextConfig(**TINY, **HEADS, num_local_experts=2, pad_token_id=0),
-            r"Llama4ForCausalLM cannot share prefixes: config.layer_types has \['chunked_attention'\]",
+            r"Llama4ForCausalLM cannot share .*layer_types has \['chunked_attention'\]",
         ),
         (Gemma2Config(**TINY, **HEADS), "attn_logit_softcapping is 50.0"),
         (
