@@ -95,7 +95,7 @@ class FlexAttention:
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return cast(Tensor, out).transpose(1, 2)
+        return out.transpose(1, 2)
 
 
 def _for_device(function: F, device: torch.device) -> F:
