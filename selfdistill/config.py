@@ -244,6 +244,8 @@ class Config(Section):
     prompt: PromptConfig = PromptConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the models live; `auto` takes a GPU when there is one."""
+    attention: Literal["auto", "loop", "flash", "flex"] = "auto"
+    """Who computes it over shared prefixes; `selfdistill doctor` says what `auto` takes."""
     seed: int = Field(default=0, ge=0)
     """Chooses the training problems and every sampled token."""
     steps: PositiveInt = 60

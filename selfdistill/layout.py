@@ -82,6 +82,8 @@ class Segment:
         borrowed: places in `PackedRow.borrowed_index`, the start of the sequence; may be empty.
         trunk: row positions of what the group's sequences share next; may be empty.
         own: row positions of the segment itself, never empty.
+        group: number of the prompt group within the row.
+        branch: number of the branch within the group; None for the trunk itself.
 
     Together the three cover the positions 0, 1, 2, ... of one sequence without a gap, so the k-th
     key has position k and the segment's queries are the last ones: its mask is lower-right causal.
@@ -90,11 +92,27 @@ class Segment:
     borrowed: range
     trunk: range
     own: range
+    group: int
+    branch: int | None
 
     @property
     def num_keys(self) -> int:
         """Number of keys that the segment's last token attends."""
         return len(self.borrowed) + len(self.trunk) + len(self.own)
+
+    def key_index(self, num_borrowed: int) -> torch.Tensor:
+        """[num_keys] int64, the segment's keys among the row's borrowed ones and then its own.
+
+        Args:
+            num_borrowed: keys that the whole row borrows.
+        """
+        return torch.cat(
+            [
+                torch.arange(self.borrowed.start, self.borrowed.stop),
+                torch.arange(self.trunk.start, self.trunk.stop) + num_borrowed,
+                torch.arange(self.own.start, self.own.stop) + num_borrowed,
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -104,7 +122,7 @@ class PackedRow:
     Attributes:
         input_ids: [1, L] int64.
         position_ids: [1, L] int64, the position of each token in its own unpacked sequence.
-        segments: the prefix tree; every token of the row lies in exactly one segment.
+        segments: the prefix tree, in the order of the row; every token lies in exactly one segment.
         prediction_index: [T] int64, the row position whose hidden state predicts each completion
             token. A shared last prompt position appears once for every rollout that starts there.
         borrowed_index: [B] int64, positions in the *student's* row whose keys and values come first
@@ -249,6 +267,7 @@ class _RowBuilder:
         self._prediction_index: list[int] = []
         self._borrowed_index: list[int] = []
         self._segments: list[Segment] = []
+        self._num_groups = 0
 
     def add_group(
         self,
@@ -264,15 +283,16 @@ class _RowBuilder:
         self._borrowed_index.extend(borrow)
         trunk = self._append(prompts[0][len(borrow) : shared], first_position=len(borrow))
         if trunk:
-            self._segments.append(Segment(borrowed=borrowed, trunk=range(0), own=trunk))
-        for prompt, completion in zip(prompts, completions, strict=True):
+            self._segments.append(Segment(borrowed, range(0), trunk, self._num_groups, None))
+        for branch, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             own = self._append(prompt[shared:] + completion[:-1], first_position=shared)
             if own:
-                self._segments.append(Segment(borrowed=borrowed, trunk=trunk, own=own))
+                self._segments.append(Segment(borrowed, trunk, own, self._num_groups, branch))
             # The token at position p of this sequence predicts the one at p + 1.
             for p in range(len(prompt) - 1, len(prompt) + len(completion) - 1):
                 row = trunk[p - len(borrow)] if p < shared else own[p - shared]
                 self._prediction_index.append(row)
+        self._num_groups += 1
 
     def _append(self, tokens: list[int], *, first_position: int) -> range:
         start = len(self.input_ids)

@@ -60,6 +60,7 @@ def score(
     groups: Sequence[PromptGroup],
     *,
     share_student_prefix: bool | None = None,
+    attention: str = "auto",
 ) -> ScoredTokens:
     """Score every completion token by student and teacher, each over one packed row.
 
@@ -72,10 +73,12 @@ def score(
         groups: the prompt groups of this step; memory grows with their tokens.
         share_student_prefix: let the teacher borrow the student's prefix keys and values; None does
             so whenever that is exact.
+        attention: who computes the attention, see `selfdistill.attention.choose_backend`.
 
     Raises:
         ValueError: dropout is on, or sharing was asked for a teacher with other weights.
         UnsupportedModelError: the architecture cannot share prefixes exactly.
+        UnavailableBackendError: the attention backend that was asked for cannot run.
     """
     can_share = teacher is not None and teacher.has_student_weights
     share = can_share if share_student_prefix is None else share_student_prefix
@@ -87,18 +90,20 @@ def score(
             "78 % of the signal). Leave it out: this teacher then reads the prefix once itself"
         )
     check_no_dropout(student)
-    enable_prefix_sharing(student)
+    enable_prefix_sharing(student, backend=attention)
     pack = pack_groups(groups, share_student_prefix=share, with_teacher=teacher is not None)
 
     stash = PrefixStash(pack.teacher.borrowed_index) if share and pack.teacher else None
-    student_hidden = run_packed_row(student, pack.student, capture=stash)
+    student_hidden = run_packed_row(student, pack.student, capture=stash, backend=attention)
     device = student_hidden.device
     teacher_hidden = None
     if teacher is not None and pack.teacher is not None:
         with torch.no_grad(), teacher.weights(student) as teacher_model:
             check_no_dropout(teacher_model)
-            enable_prefix_sharing(teacher_model)
-            teacher_hidden = run_packed_row(teacher_model, pack.teacher, borrow=stash).to(device)
+            enable_prefix_sharing(teacher_model, backend=attention)
+            teacher_hidden = run_packed_row(
+                teacher_model, pack.teacher, borrow=stash, backend=attention
+            ).to(device)
     if stash is not None:
         stash.free()
 

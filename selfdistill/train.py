@@ -21,6 +21,7 @@ from rich.progress import Progress
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from selfdistill.attention import enable_prefix_sharing
 from selfdistill.checkpoint import CheckpointStore, TrainState, fingerprint
 from selfdistill.config import Config, save_config
 from selfdistill.context import TeacherContext
@@ -36,7 +37,7 @@ from selfdistill.solver import Solver, load_solver
 from selfdistill.teacher import BaseTeacher, LiveTeacher, Teacher
 
 # Settings that a continued run may change without becoming another run.
-MAY_DIFFER = ("model", "output_dir", "device", "steps", "checkpoint")
+MAY_DIFFER = ("model", "output_dir", "device", "attention", "steps", "checkpoint")
 
 
 class RunExistsError(RuntimeError):
@@ -123,6 +124,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         RunExistsError: the folder holds a run and `resume` is False.
         CheckpointError: the last checkpoint is torn, belongs to another run, or cannot be written.
         DivergedError: the loss or gradient is not finite; the last checkpoint is kept.
+        UnsupportedModelError: the model's family cannot share prefixes exactly.
+        UnavailableBackendError: the attention that was asked for cannot run.
     """
     transformers_logging.disable_progress_bar()
     console = console or Console(stderr=True)
@@ -134,6 +137,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         )
     solver = load_solver(config)
     student = solver.model
+    enable_prefix_sharing(student, backend=config.attention)  # refuses a model that cannot share
     teacher, teacher_model = build_teacher(config, student)
     heads = (lm_head(student), lm_head(teacher_model))
     method = build_method(config, solver.task)
@@ -212,6 +216,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                         prompt_groups,
                         heads=heads,
                         groups_per_pass=config.prompts_per_microbatch,
+                        attention=config.attention,
                     )
                 with clock("update"):
                     for parameters in optimizer.param_groups:
@@ -355,6 +360,7 @@ def accumulate_gradients(
     *,
     heads: tuple[Head, Head],
     groups_per_pass: int,
+    attention: str = "auto",
 ) -> Totals:
     """Add the gradient of the step's mean loss to the student's parameters.
 
@@ -368,12 +374,14 @@ def accumulate_gradients(
         groups: all prompt groups of the step.
         heads: of the student and of the teacher.
         groups_per_pass: prompt groups that are scored at once.
+        attention: who computes it, see `selfdistill.attention.choose_backend`.
     """
     totals = Totals(tokens=sum(group.num_tokens for group in groups))
     denominator = sum(loss.denominator(group) for group in groups)
     to_read = [group for group in groups if loss.learns_from(group)]
     for start in range(0, len(to_read), groups_per_pass):
-        scored = score(student, teacher, to_read[start : start + groups_per_pass])
+        part = to_read[start : start + groups_per_pass]
+        scored = score(student, teacher, part, attention=attention)
         output = loss(scored, *heads, normalizer=denominator)
         output.loss.backward()
         assert output.advantage is not None  # the loss was given the sampled tokens

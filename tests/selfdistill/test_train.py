@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 import selfdistill.train
+from selfdistill.attention import UnavailableBackendError, UnsupportedModelError
 from selfdistill.checkpoint import CheckpointError
 from selfdistill.config import Config, load_config
 from selfdistill.evaluate import Attempts, Evaluation, judge
@@ -453,3 +454,28 @@ def test_seeds_of_different_uses_differ() -> None:
     }
     assert len(seeds) == 300
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_family_that_cannot_share_is_refused_before_training(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refuse(model: torch.nn.Module, *, backend: str) -> None:
+        asked.append(backend)
+        raise UnsupportedModelError("MambaForCausalLM cannot share prefixes")
+
+    monkeypatch.setattr(selfdistill.train, "enable_prefix_sharing", refuse)
+    config = make_config(solver_dir, tmp_path / "run", attention="loop")
+    with pytest.raises(UnsupportedModelError, match="MambaForCausalLM"):
+        train(config)
+    assert asked == ["loop"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_attention_that_cannot_run_is_refused_before_training(
+    solver_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UnavailableBackendError, match=r"flash cannot run: .* need a GPU"):
+        train(make_config(solver_dir, tmp_path / "run", attention="flash"))
+    assert not (tmp_path / "run").exists()
