@@ -17,13 +17,13 @@ def token_span(
     if span is None:
         return None
 
-    def end(token: int) -> int:
-        """Characters up to the end of a token: the text grows token by token."""
-        return len(tokenizer.decode(rollout.token_ids[: token + 1], skip_special_tokens=True))
+    def length(tokens: int) -> int:
+        """Characters of the first tokens: token i lies between length(i) and length(i + 1)."""
+        return len(tokenizer.decode(rollout.token_ids[:tokens], skip_special_tokens=True))
 
     places = range(len(rollout.token_ids))
-    start = bisect_right(places, span[0], key=end)
-    stop = min(bisect_left(places, span[1], key=end) + 1, len(places))
+    start = bisect_right(places, span[0], key=lambda token: length(token + 1))
+    stop = bisect_left(places, span[1], key=length)
     return (start, stop) if start < stop else None
 
 

@@ -351,7 +351,6 @@ def test_accumulated_gradients_equal_the_whole_batch(
         {"method": refsol(loss={"importance_clip": 0.5})},
         {"method": refsol(loss={"stop_after_first_wrong_step": True})},
         {"method": stepalign(critic={"name": "scribe", "copying": "full_repetition"})},
-        {"method": stepalign(critic={"name": "scribe", "copying": "omission"})},
         {"method": {"name": "environment", "group_size": 2}},
         {"method": {"name": "environment", "group_size": 2, "detail": "step"}},
         {"method": grpo(group_size=2)},
