@@ -19,7 +19,7 @@ from selfdistill.context import ContextRenderer
 from selfdistill.evaluate import Attempts, sample_attempts
 from selfdistill.rollout import SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
-from selfdistill.tasks.arithmetic import ArithmeticTask
+from selfdistill.tasks import Task, build_task
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Solver:
     config: Config
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    task: ArithmeticTask
+    task: Task
     engine: TransformersEngine
     context: ContextRenderer
 
@@ -62,10 +62,11 @@ class Solver:
 
 
 def load_solver(config: Config, weights: str | Path | None = None) -> Solver:
-    """Load the configured model, or other `weights` of the same kind (a checkpoint folder).
+    """Load the configured task and model, or other `weights` of its kind (a checkpoint folder).
 
     Raises:
         OSError: there is no such model folder, or it lacks a file (transformers names it).
+        TaskError: the task's problems cannot be read.
     """
     source = str(weights or config.model)
     device = config.device
@@ -73,9 +74,7 @@ def load_solver(config: Config, weights: str | Path | None = None) -> Solver:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device).eval()
-    task = ArithmeticTask(
-        step_counts=config.task.step_counts, reference_dialect=config.task.reference_dialect
-    )
+    task = build_task(config.task)
     return Solver(
         config,
         model,
@@ -84,6 +83,7 @@ def load_solver(config: Config, weights: str | Path | None = None) -> Solver:
         TransformersEngine(model, tokenizer, batch_size=config.rollout.engine.batch_size),
         ContextRenderer(
             tokenizer,
+            instruction=task.instruction,
             max_length=config.prompt.max_length
             or getattr(model.config, "max_position_embeddings", None),
             student_template=config.prompt.student_template,

@@ -33,6 +33,7 @@ from selfdistill.rollout import SamplingParams
 from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
 from selfdistill.scoring import score
 from selfdistill.solver import Solver, load_solver
+from selfdistill.tasks import Problem, TaskError, training_problems
 from selfdistill.teacher import BaseTeacher, LiveTeacher, Teacher
 
 # Settings that a continued run may change without becoming another run.
@@ -59,6 +60,7 @@ class StepMetrics:
         entropy: of the student's next-token distribution, in nats.
         active: share of the tokens that carry a gradient.
         reward: share of the rollouts with the right answer.
+        too_long: rollouts that were left out because a prompt did not fit (`prompt.too_long`).
         grad_norm: before clipping.
         learning_rate: of this step.
         tokens: completion tokens.
@@ -75,6 +77,7 @@ class StepMetrics:
     entropy: float
     active: float
     reward: float
+    too_long: int
     grad_norm: float
     learning_rate: float
     tokens: int
@@ -116,6 +119,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         RunExistsError: the folder holds a run and `resume` is False.
         CheckpointError: the last checkpoint is torn, belongs to another run, or cannot be written.
         DivergedError: the loss or gradient is not finite; the last checkpoint is kept.
+        PromptTooLongError: a rollout does not fit, and `prompt.too_long` is "error".
+        TaskError: the problems cannot be read, or no problem of a step fits.
     """
     transformers_logging.disable_progress_bar()
     console = console or Console(stderr=True)
@@ -161,8 +166,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     metrics_log.keep_until(state.step)
     evaluation_log = JsonLines(config.output_dir / "evaluations.jsonl")
     evaluation_log.keep_until(state.step if state.best_step is not None else -1)
-    problems = solver.task.problems(
-        split="train", count=config.steps * config.prompts_per_step, seed=config.seed
+    problems = training_problems(
+        solver.task, count=config.steps * config.prompts_per_step, seed=config.seed
     )
 
     with deferred_interrupt(console) as interrupt, progress_bars(console) as bars:
@@ -175,7 +180,11 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             step = state.step + 1
             clock = Clock()
             end = step * config.prompts_per_step
-            batch = problems[end - config.prompts_per_step : end]
+            drawn = problems[end - config.prompts_per_step : end]
+            batch = drawn
+            if config.prompt.too_long == "drop":
+                batch = leave_out_long_questions(solver, drawn)
+                refuse_empty_step(step, batch, config)
 
             with clock("rollout"):
                 groups = solver.engine.generate(
@@ -192,7 +201,11 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             with clock("critique"):
                 contexts = method.contexts(attempts)
             with clock("context"):
-                prompt_groups = render_groups(solver, attempts, contexts)
+                kept = attempts
+                if config.prompt.too_long == "drop":
+                    kept, contexts = leave_out_long_rollouts(solver, attempts, contexts)
+                    refuse_empty_step(step, kept, config)
+                prompt_groups = render_groups(solver, kept, contexts)
             with clock("score"):
                 optimizer.zero_grad()
                 totals = accumulate_gradients(
@@ -223,6 +236,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                 entropy=totals.entropy / totals.tokens,
                 active=totals.active / totals.tokens,
                 reward=mean_reward(attempts),
+                too_long=len(drawn) * method.group_size
+                - sum(len(attempt.rollouts) for attempt in kept),
                 grad_norm=norm.item(),
                 learning_rate=rate,
                 tokens=totals.tokens,
@@ -261,6 +276,49 @@ def build_teacher(
         case "base":
             base = base if base is not None else copy.deepcopy(student)
             return BaseTeacher(base), base
+
+
+def leave_out_long_questions(solver: Solver, problems: Sequence[Problem]) -> list[Problem]:
+    """Return the problems that leave room for a whole completion."""
+    room = solver.config.rollout.max_new_tokens
+    return [p for p in problems if solver.context.leaves_room(p, max_new_tokens=room)]
+
+
+def leave_out_long_rollouts(
+    solver: Solver,
+    attempts: Sequence[Attempts],
+    contexts: Sequence[Sequence[TeacherContext]],
+) -> tuple[list[Attempts], list[list[TeacherContext]]]:
+    """Return the rollouts that fit behind both prompts; a problem without any is left out, too."""
+    kept: list[Attempts] = []
+    kept_contexts: list[list[TeacherContext]] = []
+    for attempt, group in zip(attempts, contexts, strict=True):
+        places = [
+            i
+            for i, (context, rollout) in enumerate(zip(group, attempt.rollouts, strict=True))
+            if solver.context.fits(attempt.problem, context, rollout.token_ids)
+        ]
+        if places:
+            rollouts = [attempt.rollouts[i] for i in places]
+            verdicts = [attempt.verdicts[i] for i in places]
+            kept.append(Attempts(attempt.problem, rollouts, verdicts))
+            kept_contexts.append([group[i] for i in places])
+    return kept, kept_contexts
+
+
+def refuse_empty_step(step: int, groups: Sequence[object], config: Config) -> None:
+    """Stop when every prompt of a step was left out: such a setting trains nothing.
+
+    Raises:
+        TaskError: nothing is left.
+    """
+    if not groups:
+        raise TaskError(
+            f"step {step}: none of its {config.prompts_per_step} problems fits into "
+            f"prompt.max_length ({config.prompt.max_length or 'the positions of the model'}), so "
+            "all were left out (prompt.too_long: drop): raise prompt.max_length or "
+            "prompts_per_step, or lower rollout.max_new_tokens"
+        )
 
 
 def render_groups(

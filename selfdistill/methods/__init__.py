@@ -7,11 +7,12 @@ from typing import Protocol
 
 from selfdistill.config import Config
 from selfdistill.context import TeacherContext
+from selfdistill.critic import build_critic
 from selfdistill.evaluate import Attempts
 from selfdistill.methods.loss import DistillationLoss, Loss
 from selfdistill.methods.refsol import RefSol
 from selfdistill.methods.stepalign import StepAlign
-from selfdistill.tasks.arithmetic import ArithmeticTask
+from selfdistill.tasks import Task
 
 __all__ = ["Method", "RefSol", "StepAlign", "build_method"]
 
@@ -34,14 +35,17 @@ class Method(Protocol):
         ...
 
 
-def build_method(config: Config, task: ArithmeticTask) -> Method:
-    """Build the configured method."""
+def build_method(config: Config, task: Task) -> Method:
+    """Build the configured method.
+
+    Raises:
+        ConfigError: see `build_critic`.
+    """
     settings = config.method
     loss = DistillationLoss(settings.loss)
     match settings.name:
         case "stepalign":
-            from selfdistill.critic.scribe import ScribeCritic
-
-            return StepAlign(critic=ScribeCritic(task), group_size=settings.group_size, loss=loss)
+            critic = build_critic(settings.critic, task)
+            return StepAlign(critic=critic, group_size=settings.group_size, loss=loss)
         case "refsol":
             return RefSol(group_size=settings.group_size, loss=loss)
