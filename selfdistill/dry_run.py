@@ -95,7 +95,8 @@ def dry_run(config: Config, console: Console) -> None:
         context=room if config.method.name == "stepalign" else max(0, round(context)),
     )
     model = ModelShape.of(model_config)
-    weights = Weights(teacher=config.method.teacher.name)
+    teacher = config.method.teacher
+    weights = Weights(teacher=None if teacher is None else teacher.name)
     console.print(memory_table(model, step, weights))
     console.print(time_table(config, model, step, weights))
 

@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from types import FrameType
@@ -26,10 +26,10 @@ from selfdistill.config import Config, save_config
 from selfdistill.context import TeacherContext
 from selfdistill.evaluate import Attempts, judge, summarize
 from selfdistill.layout import PromptGroup
-from selfdistill.methods import build_method
+from selfdistill.methods import Method, build_method
 from selfdistill.methods.loss import Head, Loss, lm_head
 from selfdistill.progress import progress_bars
-from selfdistill.rollout import SamplingParams
+from selfdistill.rollout import Rollout, SamplingParams
 from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
 from selfdistill.scoring import score
 from selfdistill.solver import Solver, load_solver
@@ -50,20 +50,25 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of metrics.jsonl; per-token figures are means over the step's completion tokens.
+    """One line of metrics.jsonl; per-token figures are means over the completion tokens read.
+
+    None stands for what the step does not have: no teacher, or no token that was read. With several
+    updates a step, the figures of the loss are those of the last one.
 
     Attributes:
-        step: the optimiser step, from 1.
+        step: the training step, from 1.
         loss: the minimised loss (tokens that the advantage mask drops count as 0).
-        kl: the divergence of the objective, over all tokens, in nats.
-        advantage: log p_teacher(y) - log p_student(y), in nats.
+        kl: the divergence of the objective, in nats (GRPO: from the reference model).
+        advantage: log p_teacher(y) - log p_student(y), in nats (GRPO: of the normalised reward).
         entropy: of the student's next-token distribution, in nats.
-        active: share of the tokens that carry a gradient.
+        active: share of all completion tokens, read or not, that carry a gradient.
         reward: share of the rollouts with the right answer.
+        tied: share of the prompts whose rollouts all got the same reward.
+        dropped: rollouts that were left out because the method has no context for them.
         too_long: rollouts that were left out because a prompt did not fit (`prompt.too_long`).
         grad_norm: before clipping.
         learning_rate: of this step.
-        tokens: completion tokens.
+        tokens: completion tokens of the rollouts that were not left out.
         packed_tokens: tokens that student and teacher read.
         unshared_tokens: what they would have read without prefix sharing.
         seconds: wall time of each phase.
@@ -72,11 +77,13 @@ class StepMetrics:
 
     step: int
     loss: float
-    kl: float
-    advantage: float
-    entropy: float
+    kl: float | None
+    advantage: float | None
+    entropy: float | None
     active: float
     reward: float
+    tied: float
+    dropped: int
     too_long: int
     grad_norm: float
     learning_rate: float
@@ -120,7 +127,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         CheckpointError: the last checkpoint is torn, belongs to another run, or cannot be written.
         DivergedError: the loss or gradient is not finite; the last checkpoint is kept.
         PromptTooLongError: a rollout does not fit, and `prompt.too_long` is "error".
-        TaskError: the problems cannot be read, or no problem of a step fits.
+        TaskError: the problems cannot be read, or no problem of a step leaves room.
     """
     transformers_logging.disable_progress_bar()
     console = console or Console(stderr=True)
@@ -184,7 +191,6 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             batch = drawn
             if config.prompt.too_long == "drop":
                 batch = leave_out_long_questions(solver, drawn)
-                refuse_empty_step(step, batch, config)
 
             with clock("rollout"):
                 groups = solver.engine.generate(
@@ -201,28 +207,31 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             with clock("critique"):
                 contexts = method.contexts(attempts)
             with clock("context"):
-                kept = attempts
+                with_context, contexts = leave_out(method, attempts, contexts)
+                kept = with_context
                 if config.prompt.too_long == "drop":
-                    kept, contexts = leave_out_long_rollouts(solver, attempts, contexts)
-                    refuse_empty_step(step, kept, config)
+                    kept, contexts = leave_out_long_rollouts(solver, with_context, contexts)
                 prompt_groups = render_groups(solver, kept, contexts)
-            with clock("score"):
-                optimizer.zero_grad()
-                totals = accumulate_gradients(
-                    student,
-                    teacher,
-                    method.loss,
-                    prompt_groups,
-                    heads=heads,
-                    groups_per_pass=config.prompts_per_microbatch,
-                )
-            with clock("update"):
-                rate = settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
-                for parameters in optimizer.param_groups:
-                    parameters["lr"] = rate
-                norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.max_grad_norm)
-                refuse_divergence(step, totals.loss, norm.item(), store)
-                optimizer.step()
+            rate = settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
+            for _ in range(config.updates_per_step):
+                with clock("score"):
+                    optimizer.zero_grad()
+                    totals = accumulate_gradients(
+                        student,
+                        teacher,
+                        method.loss,
+                        prompt_groups,
+                        heads=heads,
+                        groups_per_pass=config.prompts_per_microbatch,
+                    )
+                with clock("update"):
+                    for parameters in optimizer.param_groups:
+                        parameters["lr"] = rate
+                    norm = torch.nn.utils.clip_grad_norm_(
+                        student.parameters(), settings.max_grad_norm
+                    )
+                    refuse_divergence(step, totals.loss, norm.item(), store)
+                    optimizer.step()
 
             state = replace(state, step=step)
             if step % config.evaluation.every == 0 or step == config.steps:
@@ -231,13 +240,16 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             metrics = StepMetrics(
                 step=step,
                 loss=totals.loss,
-                kl=totals.kl / totals.tokens,
-                advantage=totals.advantage / totals.tokens,
-                entropy=totals.entropy / totals.tokens,
-                active=totals.active / totals.tokens,
+                kl=None if teacher is None else totals.per_token(totals.kl),
+                advantage=totals.per_token(totals.advantage),
+                entropy=totals.per_token(totals.entropy),
+                active=totals.active / max(1, totals.tokens),
                 reward=mean_reward(attempts),
-                too_long=len(drawn) * method.group_size
-                - sum(len(attempt.rollouts) for attempt in kept),
+                tied=tied_prompts(attempts),
+                dropped=count_rollouts(attempts) - count_rollouts(with_context),
+                too_long=(len(drawn) - len(batch)) * method.group_size
+                + count_rollouts(with_context)
+                - count_rollouts(kept),
                 grad_norm=norm.item(),
                 learning_rate=rate,
                 tokens=totals.tokens,
@@ -250,7 +262,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             stopping = interrupt.requested or step == config.steps
             if stopping or state.best_step == step or step % config.checkpoint.every == 0:
                 store.save(state, student, solver.tokenizer, optimizer)
-            bars.update(bar, advance=1, note=f"KL {metrics.kl:.3f}  reward {metrics.reward:.2f}")
+            kl = "" if metrics.kl is None else f"KL {metrics.kl:.3f}  "
+            bars.update(bar, advance=1, note=f"{kl}reward {metrics.reward:.2f}")
     return TrainResult(
         step=state.step,
         interrupted=state.step < config.steps,
@@ -261,8 +274,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
 
 def build_teacher(
     config: Config, student: PreTrainedModel, *, base: PreTrainedModel | None = None
-) -> tuple[Teacher, PreTrainedModel]:
-    """Return the teacher strategy and the model whose head it uses.
+) -> tuple[Teacher | None, PreTrainedModel]:
+    """Return the teacher strategy and the model whose head it uses; no teacher, the student's.
 
     Args:
         config: names the strategy.
@@ -270,6 +283,8 @@ def build_teacher(
         base: the model as it was before; None takes a copy of the student, which then must not
             have learned anything yet.
     """
+    if config.method.teacher is None:
+        return None, student
     match config.method.teacher.name:
         case "live":
             return LiveTeacher(), student
@@ -278,25 +293,63 @@ def build_teacher(
             return BaseTeacher(base), base
 
 
+# Judged rollouts by problem, and what the teacher sees with each of them.
+Contexts = Sequence[Sequence[TeacherContext | None]]
+
+
 def leave_out_long_questions(solver: Solver, problems: Sequence[Problem]) -> list[Problem]:
-    """Return the problems that leave room for a whole completion."""
+    """Return the problems that leave room for a whole completion.
+
+    Raises:
+        TaskError: none does, so a step has nothing to train on.
+    """
     room = solver.config.rollout.max_new_tokens
-    return [p for p in problems if solver.context.leaves_room(p, max_new_tokens=room)]
+    kept = [p for p in problems if solver.context.leaves_room(p, max_new_tokens=room)]
+    if not kept:
+        raise TaskError(
+            f"none of the {len(problems)} problems of a step leaves room for {room} new tokens, so "
+            "all of them were left out (prompt.too_long: drop): raise prompt.max_length or "
+            "prompts_per_step, or lower rollout.max_new_tokens"
+        )
+    return kept
 
 
 def leave_out_long_rollouts(
-    solver: Solver,
+    solver: Solver, attempts: Sequence[Attempts], contexts: Contexts
+) -> tuple[list[Attempts], list[list[TeacherContext | None]]]:
+    """Return the rollouts that fit behind the student's prompt and behind the teacher's."""
+    return keep_rollouts(
+        attempts,
+        contexts,
+        lambda problem, context, rollout: solver.context.fits(problem, context, rollout.token_ids),
+    )
+
+
+def leave_out(
+    method: Method, attempts: Sequence[Attempts], contexts: Contexts
+) -> tuple[list[Attempts], list[list[TeacherContext | None]]]:
+    """Return attempts and contexts without the rollouts that the method cannot learn from."""
+    if not method.needs_context:
+        return list(attempts), list(map(list, contexts))
+    return keep_rollouts(attempts, contexts, lambda problem, context, rollout: context is not None)
+
+
+def keep_rollouts(
     attempts: Sequence[Attempts],
-    contexts: Sequence[Sequence[TeacherContext]],
-) -> tuple[list[Attempts], list[list[TeacherContext]]]:
-    """Return the rollouts that fit behind both prompts; a problem without any is left out, too."""
+    contexts: Contexts,
+    keep: Callable[[Problem, TeacherContext | None, Rollout], bool],
+) -> tuple[list[Attempts], list[list[TeacherContext | None]]]:
+    """Return the rollouts that `keep` wants, with their contexts.
+
+    Prompts whose rollouts are all left out are left out, too: nothing may remain.
+    """
     kept: list[Attempts] = []
-    kept_contexts: list[list[TeacherContext]] = []
+    kept_contexts: list[list[TeacherContext | None]] = []
     for attempt, group in zip(attempts, contexts, strict=True):
         places = [
             i
             for i, (context, rollout) in enumerate(zip(group, attempt.rollouts, strict=True))
-            if solver.context.fits(attempt.problem, context, rollout.token_ids)
+            if keep(attempt.problem, context, rollout)
         ]
         if places:
             rollouts = [attempt.rollouts[i] for i in places]
@@ -306,32 +359,24 @@ def leave_out_long_rollouts(
     return kept, kept_contexts
 
 
-def refuse_empty_step(step: int, groups: Sequence[object], config: Config) -> None:
-    """Stop when every prompt of a step was left out: such a setting trains nothing.
-
-    Raises:
-        TaskError: nothing is left.
-    """
-    if not groups:
-        raise TaskError(
-            f"step {step}: none of its {config.prompts_per_step} problems fits into "
-            f"prompt.max_length ({config.prompt.max_length or 'the positions of the model'}), so "
-            "all were left out (prompt.too_long: drop): raise prompt.max_length or "
-            "prompts_per_step, or lower rollout.max_new_tokens"
-        )
+def count_rollouts(attempts: Sequence[Attempts]) -> int:
+    """Return how many rollouts there are in all."""
+    return sum(len(attempt.rollouts) for attempt in attempts)
 
 
 def render_groups(
     solver: Solver,
     attempts: Sequence[Attempts],
-    contexts: Sequence[Sequence[TeacherContext]],
+    contexts: Sequence[Sequence[TeacherContext | None]],
 ) -> list[PromptGroup]:
-    """Put questions, contexts and rollouts together as token ids."""
+    """Put questions, contexts and judged rollouts together as token ids."""
     return [
         solver.context.prompt_group(
             attempt.problem,
             group_contexts,
             [rollout.token_ids for rollout in attempt.rollouts],
+            rewards=[float(verdict.correct) for verdict in attempt.verdicts],
+            old_logprobs=[rollout.logprobs for rollout in attempt.rollouts],
         )
         for attempt, group_contexts in zip(attempts, contexts, strict=True)
     ]
@@ -339,9 +384,13 @@ def render_groups(
 
 @dataclass
 class Totals:
-    """Sums over the completion tokens of one step (`loss` is already divided by their number)."""
+    """Sums over the completion tokens that were read in one step.
+
+    `loss` is already divided by the step's denominator; `tokens` counts those not read, too.
+    """
 
     tokens: int
+    tokens_read: int = 0
     loss: float = 0.0
     kl: float = 0.0
     advantage: float = 0.0
@@ -350,10 +399,14 @@ class Totals:
     packed_tokens: int = 0
     unshared_tokens: int = 0
 
+    def per_token(self, total: float) -> float | None:
+        """Return a sum's mean over the tokens that were read; None when there are none."""
+        return total / self.tokens_read if self.tokens_read else None
+
 
 def accumulate_gradients(
     student: PreTrainedModel,
-    teacher: Teacher,
+    teacher: Teacher | None,
     loss: Loss,
     groups: Sequence[PromptGroup],
     *,
@@ -362,24 +415,26 @@ def accumulate_gradients(
 ) -> Totals:
     """Add the gradient of the step's mean loss to the student's parameters.
 
-    Every pass divides by the tokens of all groups, so the gradient does not depend on how many
-    groups one pass takes.
+    Every pass divides by the denominator of all groups, so the gradient does not depend on how many
+    groups one pass takes. Groups without gradient are not read.
 
     Args:
         student: gets the gradients.
-        teacher: scores the same completions with more context.
+        teacher: scores the same completions with more context; None for a method without one.
         loss: the method's loss.
         groups: all prompt groups of the step.
         heads: of the student and of the teacher.
         groups_per_pass: prompt groups that are scored at once.
     """
-    tokens = sum(len(completion) for group in groups for completion in group.completions)
-    totals = Totals(tokens=tokens)
-    for start in range(0, len(groups), groups_per_pass):
-        scored = score(student, teacher, groups[start : start + groups_per_pass])
-        output = loss(scored, *heads, normalizer=tokens)
+    totals = Totals(tokens=sum(group.num_tokens for group in groups))
+    denominator = sum(loss.denominator(group) for group in groups)
+    to_read = [group for group in groups if loss.learns_from(group)]
+    for start in range(0, len(to_read), groups_per_pass):
+        scored = score(student, teacher, to_read[start : start + groups_per_pass])
+        output = loss(scored, *heads, normalizer=denominator)
         output.loss.backward()
         assert output.advantage is not None  # the loss was given the sampled tokens
+        totals.tokens_read += len(scored.targets)
         totals.loss += output.loss.item()
         totals.kl += output.divergence.sum().item()
         totals.advantage += output.advantage.sum().item()
@@ -394,6 +449,12 @@ def mean_reward(attempts: Sequence[Attempts]) -> float:
     """Return the share of rollouts with the right answer."""
     correct = [verdict.correct for attempt in attempts for verdict in attempt.verdicts]
     return sum(correct) / len(correct)
+
+
+def tied_prompts(attempts: Sequence[Attempts]) -> float:
+    """Return the share of prompts whose rollouts all got the same reward (GRPO learns nothing)."""
+    tied = [len({verdict.correct for verdict in attempt.verdicts}) == 1 for attempt in attempts]
+    return sum(tied) / len(tied)
 
 
 def evaluate(solver: Solver, state: TrainState, log: JsonLines, bars: Progress) -> TrainState:
