@@ -12,7 +12,7 @@ from rich.text import Text
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from selfdistill.config import Config
-from selfdistill.context import ContextKind, ContextRenderer, TeacherContext
+from selfdistill.context import ContextKind, TeacherContext
 from selfdistill.layout import common_prefix_length
 from selfdistill.planning import (
     ROLLOUT_RATE,
@@ -24,6 +24,7 @@ from selfdistill.planning import (
     plan_memory,
     time_shares,
 )
+from selfdistill.solver import build_renderer
 from selfdistill.tasks import Problem, build_task, training_problems
 
 # Problems whose prompts are measured.
@@ -49,14 +50,7 @@ def dry_run(config: Config, console: Console) -> None:
     """
     tokenizer, model_config = load_without_weights(config.model)
     task = build_task(config.task)
-    renderer = ContextRenderer(
-        tokenizer,
-        instruction=task.instruction,
-        max_length=config.prompt.max_length
-        or getattr(model_config, "max_position_embeddings", None),
-        student_template=config.prompt.student_template,
-        teacher_template=config.prompt.teacher_template,
-    )
+    renderer = build_renderer(config, tokenizer, task, model_config)
     size = task.size("train")
     count = config.steps * config.prompts_per_step
     problems = training_problems(task, count=min(count, MEASURED, size or MEASURED), seed=0)

@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -81,12 +82,22 @@ def load_solver(config: Config, weights: str | Path | None = None) -> Solver:
         tokenizer,
         task,
         TransformersEngine(model, tokenizer, batch_size=config.rollout.engine.batch_size),
-        ContextRenderer(
-            tokenizer,
-            instruction=task.instruction,
-            max_length=config.prompt.max_length
-            or getattr(model.config, "max_position_embeddings", None),
-            student_template=config.prompt.student_template,
-            teacher_template=config.prompt.teacher_template,
-        ),
+        build_renderer(config, tokenizer, task, model.config),
+    )
+
+
+def build_renderer(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    model_config: PreTrainedConfig,
+) -> ContextRenderer:
+    """Return the renderer of all prompts of a run."""
+    return ContextRenderer(
+        tokenizer,
+        instruction=task.instruction,
+        max_length=config.prompt.max_length
+        or getattr(model_config, "max_position_embeddings", None),
+        student_template=config.prompt.student_template,
+        teacher_template=config.prompt.teacher_template,
     )

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ from transformers import LlamaForCausalLM
 import selfdistill.train
 from selfdistill.checkpoint import CheckpointError
 from selfdistill.config import Config, load_config
+from selfdistill.context import PromptTooLongError
 from selfdistill.evaluate import Attempts, Evaluation, judge
 from selfdistill.layout import PromptGroup
 from selfdistill.methods.loss import lm_head
 from selfdistill.methods.stepalign import StepAlign
 from selfdistill.runlog import JsonLines
 from selfdistill.scoring import score
+from selfdistill.tasks import TaskError
+from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.train import (
     DivergedError,
     RunExistsError,
@@ -453,3 +456,63 @@ def test_seeds_of_different_uses_differ() -> None:
     }
     assert len(seeds) == 300
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def jsonl_task(folder: Path, solver_dir: Path, *, count: int = 6) -> dict[str, Any]:
+    """Return a task of arithmetic questions in files, in the arithmetic tokenizer's own words."""
+    task = ArithmeticTask(step_counts=(1, 2))
+    splits = {}
+    for split in ("train", "dev"):
+        path = folder / f"{split}.jsonl"
+        problems = task.problems(split=split, count=count)
+        path.write_text("".join(json.dumps(asdict(problem)) + "\n" for problem in problems))
+        splits[split] = str(path)
+    return {
+        "name": "jsonl",
+        "splits": splits,
+        "id": "id",
+        "reference": "reference",
+        "instruction": "",
+        "checker": "plain",
+    }
+
+
+def test_a_task_of_files_is_trained_on_for_epochs(solver_dir: Path, tmp_path: Path) -> None:
+    task = jsonl_task(tmp_path, solver_dir, count=3)
+    config = make_config(
+        solver_dir, tmp_path / "run", task=task, method=refsol(), steps=4, prompts_per_step=2
+    )
+    assert train(config).step == 4  # 8 problems of 3 different ones
+    longer = config.model_copy(update={"output_dir": tmp_path / "whole"})
+    train(longer.model_copy(update={"steps": 2}))
+    train(longer, resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_what_is_too_long_stops_the_run_or_is_counted(solver_dir: Path, tmp_path: Path) -> None:
+    def run(name: str, **prompt: Any) -> list[dict[str, Any]]:
+        settings = make_config(
+            solver_dir,
+            tmp_path / name,
+            prompt=prompt,
+            method=refsol(group_size=2),
+            task={"step_counts": [1, 4]},
+            steps=3,
+            prompts_per_step=4,
+            evaluation={"every": 9, "problems": 1, "samples": 1},
+        )
+        train(settings)
+        return JsonLines(tmp_path / name / "metrics.jsonl").read()
+
+    free = run("free", too_long="drop")
+    assert [line["too_long"] for line in free] == [0, 0, 0]
+    # Between the teacher prompts of short and of long questions.
+    with pytest.raises(PromptTooLongError, match="teacher prompt"):
+        run("error", max_length=64)
+    dropped = run("drop", max_length=64, too_long="drop")
+    assert sum(line["too_long"] for line in dropped) > 0
+    for line, all_of_it in zip(dropped, free, strict=True):
+        assert line["too_long"] % 2 == 0  # whole groups: all rollouts of a prompt have one context
+        assert line["tokens"] <= all_of_it["tokens"]
+    with pytest.raises(TaskError, match="leaves room for 12 new tokens"):
+        run("none", max_length=13, too_long="drop")
