@@ -16,7 +16,8 @@ I intermediate size, h and k attention heads and key/value heads of size d, L la
                         backward pass; with activation checkpointing e T (L H + one layer's)
     rollout cache       transformers: 2 e L k d (prompt + completion) for each row sampled at once;
                         another engine: what it is configured to take
-    loss workspace      selfdistill_kernels' own plan for the completion tokens of a pass
+    loss workspace      selfdistill_kernels' own plan for the completion tokens of a pass (that of
+                        the CPU; on a GPU slabs of gradients take its place)
     hidden states       3 e T' H for the T' completion tokens: student, its gradient, teacher
 
 Allocator slack and the libraries' own buffers are left out: plan for a fifth more.
@@ -198,11 +199,11 @@ def plan_memory(model: ModelShape, step: StepShape, weights: Weights) -> dict[st
         )
     )
     kept = e * tokens * model.layers * model.hidden + layer
-    teacher = 0
-    if weights.teacher == "base" and not model.adapters:
-        teacher = e * model.parameters
-    elif weights.teacher == "ema":
-        teacher = (4 + e * half) * trained
+    teachers = {
+        "base": 0 if model.adapters else e * model.parameters,
+        "ema": (4 + e * half) * trained,
+        "live": 0,
+    }
     cache = 2 * e * model.layers * model.kv_heads * model.head_dim
     cache *= (step.prompt + step.completion) * min(step.rollout_rows, step.rollouts)
     completions = min(tokens, step.completion_tokens)
@@ -211,7 +212,7 @@ def plan_memory(model: ModelShape, step: StepShape, weights: Weights) -> dict[st
         "master weights": 4 * trained if half else 0,
         "gradients": 4 * trained,
         "optimizer (AdamW)": 8 * trained,
-        f"teacher ({weights.teacher})": teacher,
+        **({f"teacher ({weights.teacher})": teachers[weights.teacher]} if weights.teacher else {}),
         "activations": kept if weights.checkpointing else layer * model.layers,
         "rollout cache": cache if step.engine_bytes is None else step.engine_bytes,
         "loss workspace": loss_plan(model, step, weights).bytes,
@@ -241,10 +242,10 @@ def plan_flops(model: ModelShape, step: StepShape, weights: Weights) -> dict[str
     keys = step.prompt + step.completion / 2
     logits = 2.0 * step.completion_tokens * model.hidden * model.vocabulary
     student = forward(step.student_tokens, keys)
-    teacher = 0.0
+    teacher = {}
     if weights.teacher is not None:
         tokens = step.teacher_tokens(borrows=weights.teacher == "live")
-        teacher = forward(tokens, keys + step.context)
+        teacher = {"teacher forward": forward(tokens, keys + step.context)}
     plan = loss_plan(model, step, weights)
     sweeps = 1 if plan.strategy == "store" else 2
     gemms = sweeps * plan.heads + 1 + (not model.adapters)
@@ -252,7 +253,7 @@ def plan_flops(model: ModelShape, step: StepShape, weights: Weights) -> dict[str
         "rollout": student + logits,
         "student forward": student,
         "student backward": student * ((1 if model.adapters else 2) + weights.checkpointing),
-        "teacher forward": teacher,
+        **teacher,
         "loss": gemms * logits,
     }
 

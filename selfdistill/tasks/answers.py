@@ -11,7 +11,6 @@ import contextlib
 import importlib.util
 import json
 import re
-import select
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from multiprocessing import connection
 from typing import Literal, Protocol
 
 from selfdistill.tasks import TaskError
@@ -129,11 +129,13 @@ class MathVerifyChecker:
             worker.stdin.write(json.dumps([gold, answer]) + "\n")
             worker.stdin.flush()
             line = self._read(worker, self._answer_seconds)
-        except OSError:  # the worker died of the comparison before
+        except OSError:  # the worker died after the comparison before
             line = ""
+        except BaseException:  # an interrupt: its answer must not be taken for that of the next
+            self._drop(worker)
+            raise
         if not line:
-            self._worker = None
-            _end(worker)
+            self._drop(worker)
             self.undecided += 1
             return False
         return bool(json.loads(line))
@@ -151,20 +153,23 @@ class MathVerifyChecker:
         self._worker = worker
         weakref.finalize(self, _end, worker)
         if not self._read(worker, START_SECONDS):
-            self._worker = None
-            _end(worker)
+            self._drop(worker)
             raise TaskError(
                 "the math-verify worker did not start; `python -m selfdistill.tasks.math_worker` "
                 "shows why. Or compare numbers and strings only: task.checker: plain"
             )
         return worker
 
+    def _drop(self, worker: subprocess.Popen[str]) -> None:
+        self._worker = None
+        _end(worker)
+
     @staticmethod
     def _read(worker: subprocess.Popen[str], seconds: float) -> str:
         """Return one line of the worker, or nothing when it is too slow or dead."""
         assert worker.stdout is not None
         # One line answers one question, so no line ever waits in the buffer of `stdout`.
-        ready, _, _ = select.select([worker.stdout], [], [], seconds)
+        ready = connection.wait([worker.stdout.fileno()], seconds)
         return worker.stdout.readline() if ready else ""
 
 

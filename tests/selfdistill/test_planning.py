@@ -119,7 +119,8 @@ def test_phases_cost_what_the_method_asks_for() -> None:
     base = plan_flops(shape, STEP, Weights(teacher="base"))
     live = plan_flops(shape, STEP, Weights(teacher="live"))
     none = plan_flops(shape, STEP, Weights(teacher=None))
-    assert base["teacher forward"] > live["teacher forward"] > none["teacher forward"] == 0
+    assert base["teacher forward"] > live["teacher forward"]
+    assert "teacher forward" not in none
     assert base["student backward"] == 2 * base["student forward"]
     again = plan_flops(shape, STEP, Weights(checkpointing=True))
     assert again["student backward"] == 3 * base["student forward"]
