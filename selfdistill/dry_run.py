@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -57,7 +58,8 @@ def dry_run(config: Config, console: Console) -> None:
     students = [renderer.student_prompt(problem) for problem in problems]
     teachers = [renderer.teacher_prompt(p, stand_in(config, p)) for p in problems]
 
-    console.print(
+    show = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    show(
         f"{config.model}: {config.method.name} on the {task.name} task"
         + (f", {size} training problems" if size is not None else "")
         + f"; {config.steps} steps of {config.prompts_per_step} problems x "
@@ -65,15 +67,15 @@ def dry_run(config: Config, console: Console) -> None:
         + ("" if size is None else f", {count / size:.1f} epochs")
     )
     for text in show_prompts(tokenizer, students[0], teachers[0]):
-        console.print(text, soft_wrap=True)
+        show(text)
     if not problems[0].reference:
-        console.print("The data has no reference solutions: a line in brackets stands for them.")
+        show("The data has no reference solutions: a line in brackets stands for them.")
     elif config.method.name != "refsol":
-        console.print("The reference stands for what is written once there are rollouts.")
+        show("The reference stands for what is written once there are rollouts.")
 
     room = config.rollout.max_new_tokens
     too_long = sum(not renderer.leaves_room(p, max_new_tokens=room) for p in problems)
-    console.print(
+    show(
         f"\nOf {len(problems)} training problems the student prompt has "
         f"{statistics.mean(map(len, students)):.0f} tokens on average, {max(map(len, students))} "
         f"at most; {too_long} leave no room for {room} new tokens (prompt.too_long: "

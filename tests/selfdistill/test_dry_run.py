@@ -13,7 +13,8 @@ from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
 
 
 def shown(config: Config, *, color: bool = False) -> str:
-    console = Console(file=io.StringIO(), width=140, force_terminal=color, color_system="standard")
+    system = "standard" if color else None
+    console = Console(file=io.StringIO(), width=140, force_terminal=color, color_system=system)
     dry_run(config, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
