@@ -56,7 +56,11 @@ def dry_run(config: Config, console: Console) -> None:
     count = config.steps * config.prompts_per_step
     problems = training_problems(task, count=min(count, MEASURED, size or MEASURED), seed=0)
     students = [renderer.student_prompt(problem) for problem in problems]
-    teachers = [renderer.teacher_prompt(p, stand_in(config, p)) for p in problems]
+    contexts = [stand_in(config, problem) for problem in problems]
+    teachers = [
+        student if context is None else renderer.teacher_prompt(problem, context)
+        for student, problem, context in zip(students, problems, contexts, strict=True)
+    ]
 
     show = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     show(
@@ -68,7 +72,9 @@ def dry_run(config: Config, console: Console) -> None:
     )
     for text in show_prompts(tokenizer, students[0], teachers[0]):
         show(text)
-    if not problems[0].reference:
+    if contexts[0] is None:
+        show(f"{config.method.name} shows nobody more than the student sees.")
+    elif not problems[0].reference:
         show("The data has no reference solutions: a line in brackets stands for them.")
     elif config.method.name != "refsol":
         show("The reference stands for what is written once there are rollouts.")
@@ -121,8 +127,13 @@ def load_without_weights(name: str) -> tuple[PreTrainedTokenizerBase, PreTrained
         ) from error
 
 
-def stand_in(config: Config, problem: Problem) -> TeacherContext:
-    """Return a context of the run's kind, before there is any rollout: the reference solution."""
+def stand_in(config: Config, problem: Problem) -> TeacherContext | None:
+    """Return a context of the run's kind before there is any rollout: the reference solution.
+
+    None: the method has no context.
+    """
+    if config.method.name == "grpo":
+        return None
     kind: ContextKind = "reference" if config.method.name == "refsol" else "critique"
     return TeacherContext(kind, problem.reference or NO_REFERENCE)
 

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from selfdistill.config import Config
-from selfdistill.dry_run import ModelNotFoundError, dry_run, show_prompts
+from selfdistill.dry_run import ModelNotFoundError, dry_run, show_prompts, stand_in
+from selfdistill.tasks import Problem
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
 
 
@@ -61,7 +62,7 @@ def test_marks_stand_where_the_tokens_part() -> None:
     assert f"[shared prefix, 3 tokens]{shared}[teacher only, 2 tokens]" in teacher.plain
 
 
-def test_data_without_references_and_epochs(solver_dir: Path, tmp_path: Path) -> None:
+def test_epochs_and_a_method_without_a_teacher(solver_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(
         "".join(json.dumps({"q": f"{i} + 1", "a": i + 1}) + "\n" for i in range(10, 30))
@@ -85,8 +86,14 @@ def test_data_without_references_and_epochs(solver_dir: Path, tmp_path: Path) ->
     )
     text = shown(config)
     assert "20 training problems; 10 steps of 8 problems x 2 rollouts, 4.0 epochs" in text
-    assert "no reference solutions" in text
-    assert "teacher (None)" not in text
+    assert "grpo shows nobody more than the student sees" in text
+    assert "teacher (" not in text
+    assert "teacher forward" not in text
+    problem = Problem("p", "1 + 1", "2", reference="")
+    stands = stand_in(Config(model="m", output_dir=tmp_path), problem)
+    assert stands is not None
+    assert stands.kind == "critique"
+    assert "stands here" in stands.text
 
 
 def test_a_model_that_is_not_there_says_how_to_get_it(
