@@ -54,7 +54,9 @@ def dry_run(config: Config, console: Console) -> None:
     renderer = build_renderer(config, tokenizer, task, model_config)
     size = task.size("train")
     count = config.steps * config.prompts_per_step
-    problems = training_problems(task, count=min(count, MEASURED, size or MEASURED), seed=0)
+    problems = training_problems(
+        task, count=min(count, MEASURED, size or MEASURED), seed=config.seed
+    )
     students = [renderer.student_prompt(problem) for problem in problems]
     contexts = [stand_in(config, problem) for problem in problems]
     teachers = [
@@ -70,14 +72,16 @@ def dry_run(config: Config, console: Console) -> None:
         f"{config.method.group_size} rollouts"
         + ("" if size is None else f", {count / size:.1f} epochs")
     )
-    for text in show_prompts(tokenizer, students[0], teachers[0]):
-        show(text)
+    student, teacher = show_prompts(tokenizer, students[0], teachers[0])
+    show(student)
     if contexts[0] is None:
         show(f"{config.method.name} shows nobody more than the student sees.")
-    elif not problems[0].reference:
-        show("The data has no reference solutions: a line in brackets stands for them.")
-    elif config.method.name != "refsol":
-        show("The reference stands for what is written once there are rollouts.")
+    else:
+        show(teacher)
+        if not problems[0].reference:
+            show("The data has no reference solutions: a line in brackets stands for them.")
+        elif config.method.name != "refsol":
+            show("The reference stands for what is written once there are rollouts.")
 
     room = config.rollout.max_new_tokens
     too_long = sum(not renderer.leaves_room(p, max_new_tokens=room) for p in problems)

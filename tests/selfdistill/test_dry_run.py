@@ -87,6 +87,8 @@ def test_epochs_and_a_method_without_a_teacher(solver_dir: Path, tmp_path: Path)
     text = shown(config)
     assert "20 training problems; 10 steps of 8 problems x 2 rollouts, 4.0 epochs" in text
     assert "grpo shows nobody more than the student sees" in text
+    assert "student prompt, " in text
+    assert "teacher prompt, " not in text
     assert "teacher (" not in text
     assert "teacher forward" not in text
     problem = Problem("p", "1 + 1", "2", reference="")
