@@ -14,6 +14,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PositiveInt,
@@ -153,8 +154,13 @@ class HubTaskConfig(DatasetTaskConfig):
     """Splits of the data set: one for each of train, dev, test, or one for `all`."""
 
 
+def _arithmetic_unless_named(task: Any) -> Any:
+    return {"name": "arithmetic", **task} if isinstance(task, dict) else task
+
+
 TaskConfig = Annotated[
-    ArithmeticTaskConfig | JsonlTaskConfig | HubTaskConfig, Field(discriminator="name")
+    Annotated[ArithmeticTaskConfig | JsonlTaskConfig | HubTaskConfig, Field(discriminator="name")],
+    BeforeValidator(_arithmetic_unless_named),
 ]
 
 
