@@ -72,12 +72,12 @@ def dry_run(config: Config, console: Console) -> None:
         f"{config.method.group_size} rollouts"
         + ("" if size is None else f", {count / size:.1f} epochs")
     )
-    student, teacher = show_prompts(tokenizer, students[0], teachers[0])
-    show(student)
+    student_text, teacher_text = show_prompts(tokenizer, students[0], teachers[0])
+    show(student_text)
     if contexts[0] is None:
         show(f"{config.method.name} shows nobody more than the student sees.")
     else:
-        show(teacher)
+        show(teacher_text)
         if not problems[0].reference:
             show("The data has no reference solutions: a line in brackets stands for them.")
         elif config.method.name != "refsol":
