@@ -8,10 +8,22 @@ which means nothing cannot be written down.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from selfdistill.tasks.steps import STEP_INSTRUCTION
 
 
 class ConfigError(ValueError):
@@ -26,7 +38,18 @@ class Section(BaseModel):
     )
 
 
-class ArithmeticTask(Section):
+def _next_to_file(name: str, info: ValidationInfo) -> str:
+    """A name that exists next to the YAML file means that; every other stays as it is."""
+    folder = (info.context or {}).get("folder")
+    if folder is None or not (folder / name).exists():
+        return name
+    return str((folder / name).resolve())
+
+
+NearbyName = Annotated[str, AfterValidator(_next_to_file)]
+
+
+class ArithmeticTaskConfig(Section):
     """Chained arithmetic with an exact checker (embedded, needs no download)."""
 
     name: Literal["arithmetic"] = "arithmetic"
@@ -36,6 +59,109 @@ class ArithmeticTask(Section):
     """The numbers of operations that a question may have."""
     reference_dialect: int = Field(default=0, ge=0, le=5)
     """The wording of the reference solutions; 0 is the shipped solver's usual one."""
+
+
+class Shares(Section):
+    """How large the splits are; a hash of its id decides where a problem belongs."""
+
+    train: float = Field(default=0.8, ge=0, le=1)
+    """Share of the problems that are trained on."""
+    dev: float = Field(default=0.1, ge=0, le=1)
+    """Share that chooses the checkpoint."""
+    test: float = Field(default=0.1, ge=0, le=1)
+    """Share that is only looked at in the end."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Shares:
+        total = self.train + self.dev + self.test
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"train, dev and test must sum to 1, got {total:g}")
+        return self
+
+
+Source = TypeVar("Source")
+
+
+class NamedSplits(Section, Generic[Source]):
+    """One source for each split; a problem that is in two of them is refused."""
+
+    train: Source | None = None
+    """What is trained on."""
+    dev: Source | None = None
+    """What chooses the checkpoint."""
+    test: Source | None = None
+    """What is only looked at in the end."""
+
+    @model_validator(mode="after")
+    def _some(self) -> NamedSplits[Source]:
+        if self.train is None and self.dev is None and self.test is None:
+            raise ValueError("expected at least one of train, dev and test")
+        return self
+
+
+class HashedSplits(Section, Generic[Source]):
+    """One source, cut by a hash of the problems' ids."""
+
+    all: Source
+    """Where all problems are."""
+    shares: Shares = Shares()
+
+
+class DatasetTaskConfig(Section):
+    """Problems with known final answers, of a file or a data set."""
+
+    question: str = "question"
+    """The field that holds the question."""
+    answer: str = "answer"
+    """The field that holds the final answer, alone."""
+    reference: str | None = None
+    """The field that holds a complete solution; only what shows it to the teacher needs one."""
+    id: str | None = None
+    """The field that holds a unique identifier; by default the hash of the question is one."""
+    where: dict[str, str | int | float | bool] = {}
+    """Keeps the rows whose fields have these values, such as {problem_type: algebra}."""
+    limit: PositiveInt | None = None
+    """Reads at most so many distinct problems from each source."""
+    instruction: str = STEP_INSTRUCTION
+    """Said after each question, to student and teacher alike: how to write steps and answer."""
+    checker: Literal["auto", "math-verify", "plain"] = "auto"
+    """Compares answers: math-verify, or plain numbers and strings; auto takes what is there."""
+
+
+class JsonlTaskConfig(DatasetTaskConfig):
+    """Problems in files with one JSON object a line."""
+
+    name: Literal["jsonl"] = "jsonl"
+    splits: NamedSplits[NearbyName] | HashedSplits[NearbyName]
+    """The files, one for each split (train, dev, test) or one for `all`; in a YAML file they may be
+    relative to that file."""
+
+
+class HubTaskConfig(DatasetTaskConfig):
+    """Problems of a data set of the Hugging Face Hub, or of one in a local folder."""
+
+    name: Literal["hub"] = "hub"
+    path: NearbyName
+    """The data set's name on the Hub, or a folder: one that `save_to_disk` wrote, or of data files
+    that the datasets library reads."""
+    config: str | None = None
+    """Which configuration of the data set, where it has several."""
+    revision: str | None = None
+    """Which commit or tag; name one, and the problems can never change."""
+    streaming: bool = False
+    """Reads rows over the network as they are needed (see `limit`) and keeps nothing on disk."""
+    splits: NamedSplits[str] | HashedSplits[str]
+    """Splits of the data set: one for each of train, dev, test, or one for `all`."""
+
+
+def _arithmetic_unless_named(task: Any) -> Any:
+    return {"name": "arithmetic", **task} if isinstance(task, dict) else task
+
+
+TaskConfig = Annotated[
+    Annotated[ArithmeticTaskConfig | JsonlTaskConfig | HubTaskConfig, Field(discriminator="name")],
+    BeforeValidator(_arithmetic_unless_named),
+]
 
 
 class ForwardKL(Section):
@@ -258,6 +384,8 @@ class PromptConfig(Section):
     """The same for the teacher."""
     max_length: PositiveInt | None = None
     """Most tokens of a prompt and its completion; by default what the model has positions for."""
+    too_long: Literal["error", "drop"] = "error"
+    """What happens to a rollout whose prompts do not fit: stop, or leave it out and count it."""
 
 
 class RolloutConfig(Section):
@@ -307,11 +435,11 @@ class CheckpointConfig(Section):
 class Config(Section):
     """One training run."""
 
-    model: str
+    model: NearbyName
     """The solver: a folder or a Hub name. In a YAML file a folder may be relative to that file."""
     output_dir: Path
     """Where metrics, checkpoints and the report go; relative to the working directory."""
-    task: ArithmeticTask = ArithmeticTask()
+    task: TaskConfig = ArithmeticTaskConfig()
     """Where the problems come from and who checks the answers."""
     method: MethodConfig = StepAlignMethod()
     """What the student learns from its attempts."""
@@ -350,6 +478,23 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _task_has_what_the_method_needs(self) -> Config:
+        method, task = self.method, self.task
+        if isinstance(task, ArithmeticTaskConfig):
+            return self
+        if isinstance(method, StepAlignMethod) and isinstance(method.critic, ScribeCriticConfig):
+            raise ValueError(
+                "method.critic: the scribe writes steps of the arithmetic task only, and the task "
+                f"is {task.name}: choose another critic or another method"
+            )
+        if isinstance(method, RefSolMethod) and task.reference is None:
+            raise ValueError(
+                "task.reference: refsol shows the teacher the reference solutions, so name the "
+                f"field of the {task.name} data that holds them"
+            )
+        return self
+
 
 def load_config(path: Path) -> Config:
     """Read a YAML file.
@@ -365,14 +510,13 @@ def load_config(path: Path) -> Config:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a mapping of settings, got {type(data).__name__}")
-    model = data.get("model")
-    if isinstance(model, str) and (path.parent / model).is_dir():
-        data["model"] = str((path.parent / model).resolve())
     try:
-        return Config.model_validate(data)
+        return Config.model_validate(data, context={"folder": path.parent})
     except ValidationError as error:
         wrong = "\n".join(
             f"  {'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}"
+            if e["loc"]
+            else f"  {e['msg']}"  # of several settings together: all of them say nothing
             for e in error.errors()
         )
         raise ConfigError(f"{path} is not a configuration:\n{wrong}") from error

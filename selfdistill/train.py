@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from types import FrameType
@@ -35,7 +35,7 @@ from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
 from selfdistill.scoring import score
 from selfdistill.solver import Solver, load_solver
 from selfdistill.spans import token_span, token_steps
-from selfdistill.tasks import Verdict
+from selfdistill.tasks import Problem, SteppedTask, TaskError, Verdict, training_problems
 from selfdistill.teacher import BaseTeacher, LiveTeacher, Teacher
 
 # Settings that a continued run may change without becoming another run.
@@ -67,6 +67,7 @@ class StepMetrics:
         reward: share of the rollouts with the right answer.
         tied: share of the prompts whose rollouts all got the same reward.
         dropped: rollouts that were left out because the method has no context for them.
+        too_long: rollouts that were left out because a prompt did not fit (`prompt.too_long`).
         grad_norm: before clipping.
         learning_rate: of this step.
         tokens: completion tokens of the rollouts that were not left out.
@@ -85,6 +86,7 @@ class StepMetrics:
     reward: float
     tied: float
     dropped: int
+    too_long: int
     grad_norm: float
     learning_rate: float
     tokens: int
@@ -128,6 +130,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         DivergedError: the loss or gradient is not finite; the last checkpoint is kept.
         UnsupportedModelError: the model's family cannot share prefixes exactly.
         UnavailableBackendError: the attention that was asked for cannot run.
+        PromptTooLongError: a rollout does not fit, and `prompt.too_long` is "error".
+        TaskError: the problems cannot be read, or no problem of a step leaves room.
     """
     transformers_logging.disable_progress_bar()
     console = console or Console(stderr=True)
@@ -174,8 +178,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     metrics_log.keep_until(state.step)
     evaluation_log = JsonLines(config.output_dir / "evaluations.jsonl")
     evaluation_log.keep_until(state.step if state.best_step is not None else -1)
-    problems = solver.task.problems(
-        split="train", count=config.steps * config.prompts_per_step, seed=config.seed
+    problems = training_problems(
+        solver.task, count=config.steps * config.prompts_per_step, seed=config.seed
     )
 
     with deferred_interrupt(console) as interrupt, progress_bars(console) as bars:
@@ -188,7 +192,10 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             step = state.step + 1
             clock = Clock()
             end = step * config.prompts_per_step
-            batch = problems[end - config.prompts_per_step : end]
+            drawn = problems[end - config.prompts_per_step : end]
+            batch = drawn
+            if config.prompt.too_long == "drop":
+                batch = leave_out_long_questions(solver, drawn)
 
             with clock("rollout"):
                 groups = solver.engine.generate(
@@ -205,7 +212,10 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             with clock("critique"):
                 contexts = method.contexts(attempts)
             with clock("context"):
-                kept, contexts = leave_out(method, attempts, contexts)
+                with_context, contexts = leave_out(method, attempts, contexts)
+                kept = with_context
+                if config.prompt.too_long == "drop":
+                    kept, contexts = leave_out_long_rollouts(solver, with_context, contexts)
                 prompt_groups = render_groups(
                     solver, cut_rollouts(solver, config.method, kept), contexts
                 )
@@ -244,8 +254,10 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                 active=totals.active / max(1, totals.tokens),
                 reward=mean_reward(attempts),
                 tied=tied_prompts(attempts),
-                dropped=sum(len(attempt.rollouts) for attempt in attempts)
-                - sum(len(attempt.rollouts) for attempt in kept),
+                dropped=count_rollouts(attempts) - count_rollouts(with_context),
+                too_long=(len(drawn) - len(batch)) * method.group_size
+                + count_rollouts(with_context)
+                - count_rollouts(kept),
                 grad_norm=norm.item(),
                 learning_rate=rate,
                 tokens=totals.tokens,
@@ -289,30 +301,69 @@ def build_teacher(
             return BaseTeacher(base), base
 
 
-def leave_out(
-    method: Method,
-    attempts: Sequence[Attempts],
-    contexts: Sequence[Sequence[TeacherContext | None]],
+# Judged rollouts by problem, and what the teacher sees with each of them.
+Contexts = Sequence[Sequence[TeacherContext | None]]
+
+
+def leave_out_long_questions(solver: Solver, problems: Sequence[Problem]) -> list[Problem]:
+    """Return the problems that leave room for a whole completion.
+
+    Raises:
+        TaskError: none does, so a step has nothing to train on.
+    """
+    room = solver.config.rollout.max_new_tokens
+    kept = [p for p in problems if solver.context.leaves_room(p, max_new_tokens=room)]
+    if not kept:
+        raise TaskError(
+            f"none of the {len(problems)} problems of a step leaves room for {room} new tokens, so "
+            "all of them were left out (prompt.too_long: drop): raise prompt.max_length or "
+            "prompts_per_step, or lower rollout.max_new_tokens"
+        )
+    return kept
+
+
+def leave_out_long_rollouts(
+    solver: Solver, attempts: Sequence[Attempts], contexts: Contexts
 ) -> tuple[list[Attempts], list[list[TeacherContext | None]]]:
-    """Return attempts and contexts without the rollouts that the method cannot learn from.
+    """Return the rollouts that fit behind the student's prompt and behind the teacher's."""
+    return keep_rollouts(
+        attempts,
+        contexts,
+        lambda problem, context, rollout: solver.context.fits(problem, context, rollout.token_ids),
+    )
+
+
+def leave_out(
+    method: Method, attempts: Sequence[Attempts], contexts: Contexts
+) -> tuple[list[Attempts], list[list[TeacherContext | None]]]:
+    """Return attempts and contexts without the rollouts that the method cannot learn from."""
+    if not method.needs_context:
+        return list(attempts), list(map(list, contexts))
+    return keep_rollouts(attempts, contexts, lambda problem, context, rollout: context is not None)
+
+
+def keep_rollouts(
+    attempts: Sequence[Attempts],
+    contexts: Contexts,
+    keep: Callable[[Problem, TeacherContext | None, Rollout], bool],
+) -> tuple[list[Attempts], list[list[TeacherContext | None]]]:
+    """Return the rollouts that `keep` wants, with their contexts.
 
     Prompts whose rollouts are all left out are left out, too: nothing may remain.
     """
-    if not method.needs_context:
-        return list(attempts), list(map(list, contexts))
     kept: list[Attempts] = []
     kept_contexts: list[list[TeacherContext | None]] = []
-    for attempt, group_contexts in zip(attempts, contexts, strict=True):
-        places = [i for i, context in enumerate(group_contexts) if context is not None]
+    for attempt, group in zip(attempts, contexts, strict=True):
+        places = [
+            i
+            for i, (context, rollout) in enumerate(zip(group, attempt.rollouts, strict=True))
+            if keep(attempt.problem, context, rollout)
+        ]
         if places:
-            kept.append(
-                Attempts(
-                    attempt.problem,
-                    [attempt.rollouts[i] for i in places],
-                    [attempt.verdicts[i] for i in places],
-                )
-            )
-            kept_contexts.append([group_contexts[i] for i in places])
+            rollouts = [attempt.rollouts[i] for i in places]
+            verdicts = [attempt.verdicts[i] for i in places]
+            kept.append(Attempts(attempt.problem, rollouts, verdicts))
+            kept_contexts.append([group[i] for i in places])
     return kept, kept_contexts
 
 
@@ -344,10 +395,17 @@ def rollout_steps(solver: Solver, rollouts: Sequence[Rollout]) -> list[list[int]
     mask = method.loss.advantage_mask
     if mask is None or not mask.per_step:
         return None
+    task = solver.task
+    assert isinstance(task, SteppedTask)  # `build_method` refuses the others
     return [
-        token_steps(solver.tokenizer, rollout, solver.task.step_spans(rollout.text))
+        token_steps(solver.tokenizer, rollout, task.step_spans(rollout.text))
         for rollout in rollouts
     ]
+
+
+def count_rollouts(attempts: Sequence[Attempts]) -> int:
+    """Return how many rollouts there are in all."""
+    return sum(len(attempt.rollouts) for attempt in attempts)
 
 
 def render_groups(

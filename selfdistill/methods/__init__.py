@@ -7,6 +7,7 @@ from typing import Protocol
 
 from selfdistill.config import Config, LossConfig
 from selfdistill.context import TeacherContext
+from selfdistill.critic import build_critic
 from selfdistill.evaluate import Attempts
 from selfdistill.methods.environment import Environment
 from selfdistill.methods.grpo import GRPO, GRPOLoss
@@ -15,7 +16,6 @@ from selfdistill.methods.peer import Peer
 from selfdistill.methods.refsol import RefSol
 from selfdistill.methods.stepalign import StepAlign
 from selfdistill.tasks import SteppedTask, Task
-from selfdistill.tasks.arithmetic import ArithmeticTask
 
 __all__ = ["GRPO", "Environment", "Method", "Peer", "RefSol", "StepAlign", "build_method"]
 
@@ -44,8 +44,12 @@ class Method(Protocol):
         ...
 
 
-def build_method(config: Config, task: ArithmeticTask) -> Method:
-    """Build the configured method."""
+def build_method(config: Config, task: Task) -> Method:
+    """Build the configured method.
+
+    Raises:
+        ConfigError: see `build_critic`.
+    """
     settings = config.method
     if settings.name == "grpo":
         return GRPO(
@@ -62,9 +66,7 @@ def build_method(config: Config, task: ArithmeticTask) -> Method:
     _check_steps_known(settings.loss, task)
     match settings.name:
         case "stepalign":
-            from selfdistill.critic.scribe import ScribeCritic
-
-            critic = ScribeCritic(task, copying=settings.critic.copying)
+            critic = build_critic(settings.critic, task)
             return StepAlign(critic=critic, group_size=settings.group_size, loss=loss)
         case "refsol":
             return RefSol(group_size=settings.group_size, loss=loss)

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import selfdistill.train
 from selfdistill.attention import UnavailableBackendError, UnsupportedModelError
 from selfdistill.checkpoint import CheckpointError
 from selfdistill.config import Config, load_config
+from selfdistill.context import PromptTooLongError
 from selfdistill.evaluate import Attempts, Evaluation, judge
 from selfdistill.layout import PromptGroup
 from selfdistill.methods.loss import lm_head
@@ -25,6 +26,7 @@ from selfdistill.rollout import Rollout
 from selfdistill.runlog import JsonLines
 from selfdistill.scoring import score
 from selfdistill.solver import load_solver
+from selfdistill.tasks import TaskError
 from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.train import (
     DivergedError,
@@ -560,3 +562,63 @@ def test_an_attention_that_cannot_run_is_refused_before_training(
     with pytest.raises(UnavailableBackendError, match=r"flash cannot run: .* need a GPU"):
         train(make_config(solver_dir, tmp_path / "run", attention="flash"))
     assert not (tmp_path / "run").exists()
+
+
+def jsonl_task(folder: Path, solver_dir: Path, *, count: int = 6) -> dict[str, Any]:
+    """Return a task of arithmetic questions in files, in the arithmetic tokenizer's own words."""
+    task = ArithmeticTask(step_counts=(1, 2))
+    splits = {}
+    for split in ("train", "dev"):
+        path = folder / f"{split}.jsonl"
+        problems = task.problems(split=split, count=count)
+        path.write_text("".join(json.dumps(asdict(problem)) + "\n" for problem in problems))
+        splits[split] = str(path)
+    return {
+        "name": "jsonl",
+        "splits": splits,
+        "id": "id",
+        "reference": "reference",
+        "instruction": "",
+        "checker": "plain",
+    }
+
+
+def test_a_task_of_files_is_trained_on_for_epochs(solver_dir: Path, tmp_path: Path) -> None:
+    task = jsonl_task(tmp_path, solver_dir, count=3)
+    config = make_config(
+        solver_dir, tmp_path / "run", task=task, method=refsol(), steps=4, prompts_per_step=2
+    )
+    assert train(config).step == 4  # 8 problems of 3 different ones
+    longer = config.model_copy(update={"output_dir": tmp_path / "whole"})
+    train(longer.model_copy(update={"steps": 2}))
+    train(longer, resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_what_is_too_long_stops_the_run_or_is_counted(solver_dir: Path, tmp_path: Path) -> None:
+    def run(name: str, **prompt: Any) -> list[dict[str, Any]]:
+        settings = make_config(
+            solver_dir,
+            tmp_path / name,
+            prompt=prompt,
+            method=refsol(group_size=2),
+            task={"step_counts": [1, 4]},
+            steps=3,
+            prompts_per_step=4,
+            evaluation={"every": 9, "problems": 1, "samples": 1},
+        )
+        train(settings)
+        return JsonLines(tmp_path / name / "metrics.jsonl").read()
+
+    free = run("free", too_long="drop")
+    assert [line["too_long"] for line in free] == [0, 0, 0]
+    # A teacher's prompt has 25 tokens for questions of one operation, 58 for those of four.
+    with pytest.raises(PromptTooLongError, match="teacher prompt"):
+        run("error", max_length=50)
+    dropped = run("drop", max_length=50, too_long="drop")
+    # Of the 4 problems of each step, times 2 rollouts; nothing is left of the second step.
+    assert [line["too_long"] for line in dropped] == [6, 8, 4]
+    assert 0 < dropped[0]["tokens"] < free[0]["tokens"]
+    assert (dropped[1]["tokens"], dropped[1]["loss"]) == (0, 0)
+    with pytest.raises(TaskError, match="leaves room for 12 new tokens"):
+        run("none", max_length=13, too_long="drop")

@@ -65,6 +65,7 @@ class ArithmeticTask:
     """
 
     name = "arithmetic"
+    instruction = ""
 
     def __init__(
         self, *, step_counts: Sequence[int] = (4, 5, 6), reference_dialect: int = 0
@@ -80,6 +81,9 @@ class ArithmeticTask:
             )
         self.step_counts = tuple(step_counts)
         self.reference_dialect = reference_dialect
+
+    def size(self, split: str) -> None:
+        """There are far more problems than a run can use."""
 
     def problems(self, *, split: str, count: int, seed: int = 0) -> list[Problem]:
         """Return `count` distinct problems of a split; the same arguments give the same problems.

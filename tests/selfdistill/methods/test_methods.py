@@ -5,15 +5,17 @@ from typing import Any, cast
 
 import pytest
 
-from selfdistill.config import Config, LossConfig
+from selfdistill.config import Config, ConfigError, LossConfig, ScribeCriticConfig
 from selfdistill.context import TeacherContext
-from selfdistill.critic import Critique
+from selfdistill.critic import Critique, build_critic
 from selfdistill.evaluate import Attempts, judge
 from selfdistill.methods import GRPO, Environment, Peer, RefSol, StepAlign, build_method
 from selfdistill.methods.loss import DistillationLoss
 from selfdistill.rollout import Rollout
 from selfdistill.tasks import FeedbackDetail, Problem, Task, Verdict
+from selfdistill.tasks.answers import PlainChecker
 from selfdistill.tasks.arithmetic import ArithmeticTask
+from selfdistill.tasks.dataset import DatasetTask
 from selfdistill.train import leave_out
 
 PROBLEMS = [Problem("p", "1 + 2", "3", "reference of p"), Problem("q", "2 + 2", "4", "that of q")]
@@ -203,3 +205,9 @@ def test_the_scribe_corrects_a_wrong_attempt_in_its_own_words() -> None:
     attempts = judge(task, [problem], [[rollout(attempt)]])
     ((context,),) = build_method(configured(), task).contexts(attempts)
     assert context.text == problem.reference
+
+
+def test_the_scribe_is_refused_for_a_task_whose_steps_it_cannot_write() -> None:
+    task = DatasetTask("jsonl", {}, instruction="", checker=PlainChecker())
+    with pytest.raises(ConfigError, match=r"method\.critic: the scribe .* the task is jsonl"):
+        build_critic(ScribeCriticConfig(), task)
