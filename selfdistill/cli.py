@@ -164,6 +164,7 @@ def main() -> None:
         from selfdistill.context import PromptTooLongError
         from selfdistill.methods.loss import UnsupportedHeadError
         from selfdistill.train import DivergedError, RunExistsError
+        from selfdistill.weights import UnsupportedAdapterError
 
         known = (
             CheckpointError,
@@ -172,6 +173,7 @@ def main() -> None:
             OSError,
             PromptTooLongError,
             RunExistsError,
+            UnsupportedAdapterError,
             UnsupportedHeadError,
             UnsupportedModelError,
         )

@@ -7,12 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from selfdistill.config import Config
 from selfdistill.context import ContextRenderer
@@ -20,6 +15,7 @@ from selfdistill.evaluate import Attempts, sample_attempts
 from selfdistill.rollout import SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.tasks.arithmetic import ArithmeticTask
+from selfdistill.weights import Student, load_model
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,7 @@ class Solver:
     """A student and all that is needed to sample from it and to judge what it wrote."""
 
     config: Config
-    model: PreTrainedModel
+    model: Student
     tokenizer: PreTrainedTokenizerBase
     task: ArithmeticTask
     engine: TransformersEngine
@@ -61,18 +57,18 @@ class Solver:
         )
 
 
-def load_solver(config: Config, weights: str | Path | None = None) -> Solver:
-    """Load the configured model, or other `weights` of the same kind (a checkpoint folder).
+def load_solver(config: Config, checkpoint: Path | None = None) -> Solver:
+    """Load the configured model, with the weights of a checkpoint if one is given.
 
     Raises:
         OSError: there is no such model folder, or it lacks a file (transformers names it).
+        UnsupportedAdapterError: the adapter names layers that cannot be adapted.
     """
-    source = str(weights or config.model)
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    model = load_model(config, checkpoint).to(device)
     task = ArithmeticTask(
         step_counts=config.task.step_counts, reference_dialect=config.task.reference_dialect
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
 import math
 import os
@@ -18,7 +16,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from selfdistill.checkpoint import CheckpointStore, TrainState, fingerprint
@@ -27,13 +24,16 @@ from selfdistill.context import TeacherContext
 from selfdistill.evaluate import Attempts, judge, summarize
 from selfdistill.layout import PromptGroup
 from selfdistill.methods import build_method
-from selfdistill.methods.loss import Head, Loss, lm_head
+from selfdistill.methods.loss import Head, Loss, find_heads
+from selfdistill.microbatch import split_by_tokens
 from selfdistill.progress import progress_bars
 from selfdistill.rollout import SamplingParams
 from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
 from selfdistill.scoring import score
+from selfdistill.seeds import derive_seed
 from selfdistill.solver import Solver, load_solver
-from selfdistill.teacher import BaseTeacher, LiveTeacher, Teacher
+from selfdistill.teacher import Teacher, build_teacher
+from selfdistill.weights import Student, TrainedWeights, enable_activation_checkpointing
 
 # Settings that a continued run may change without becoming another run.
 MAY_DIFFER = ("model", "output_dir", "device", "steps", "checkpoint")
@@ -127,12 +127,16 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         )
     solver = load_solver(config)
     student = solver.model
-    teacher, teacher_model = build_teacher(config, student)
-    heads = (lm_head(student), lm_head(teacher_model))
+    base_sha256 = fingerprint(student)
+    teacher = build_teacher(config.method.teacher, student)
+    weights = TrainedWeights(student)
+    if config.activation_checkpointing:
+        enable_activation_checkpointing(student)
+    heads = find_heads(student, teacher)
     method = build_method(config, solver.task)
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
-        student.parameters(),
+        weights.masters.values(),
         lr=settings.learning_rate,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
@@ -142,13 +146,14 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         best_step=None,
         best_metric=None,
         config=config.model_dump(mode="json"),
-        base_sha256=fingerprint(student),
+        base_sha256=base_sha256,
     )
     if os.path.lexists(store.last):
         found = store.load(
             store.last,
-            model=student,
+            weights=weights,
             optimizer=optimizer,
+            teacher=teacher,
             config=state.config,
             base_sha256=state.base_sha256,
             may_differ=MAY_DIFFER,
@@ -169,7 +174,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         bar = bars.add_task("train", total=config.steps, completed=state.step, note="")
         if state.best_step is None:
             state = evaluate(solver, state, evaluation_log, bars)
-            store.save(state, student, solver.tokenizer, optimizer)
+            store.save(state, weights, solver.tokenizer, optimizer, teacher)
 
         while state.step < config.steps and not interrupt.requested:
             step = state.step + 1
@@ -201,15 +206,19 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                     method.loss,
                     prompt_groups,
                     heads=heads,
-                    groups_per_pass=config.prompts_per_microbatch,
+                    tokens_per_pass=config.tokens_per_microbatch,
                 )
             with clock("update"):
                 rate = settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
                 for parameters in optimizer.param_groups:
                     parameters["lr"] = rate
-                norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.max_grad_norm)
+                norm = torch.nn.utils.clip_grad_norm_(
+                    weights.masters.values(), settings.max_grad_norm
+                )
                 refuse_divergence(step, totals.loss, norm.item(), store)
                 optimizer.step()
+                weights.publish()
+                teacher.update(weights.masters)
 
             state = replace(state, step=step)
             if step % config.evaluation.every == 0 or step == config.steps:
@@ -234,7 +243,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             metrics_log.append(asdict(metrics))
             stopping = interrupt.requested or step == config.steps
             if stopping or state.best_step == step or step % config.checkpoint.every == 0:
-                store.save(state, student, solver.tokenizer, optimizer)
+                store.save(state, weights, solver.tokenizer, optimizer, teacher)
             bars.update(bar, advance=1, note=f"KL {metrics.kl:.3f}  reward {metrics.reward:.2f}")
     return TrainResult(
         step=state.step,
@@ -242,25 +251,6 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         best_step=state.best_step,
         best_metric=state.best_metric,
     )
-
-
-def build_teacher(
-    config: Config, student: PreTrainedModel, *, base: PreTrainedModel | None = None
-) -> tuple[Teacher, PreTrainedModel]:
-    """Return the teacher strategy and the model whose head it uses.
-
-    Args:
-        config: names the strategy.
-        student: the model that learns.
-        base: the model as it was before; None takes a copy of the student, which then must not
-            have learned anything yet.
-    """
-    match config.method.teacher.name:
-        case "live":
-            return LiveTeacher(), student
-        case "base":
-            base = base if base is not None else copy.deepcopy(student)
-            return BaseTeacher(base), base
 
 
 def render_groups(
@@ -294,18 +284,18 @@ class Totals:
 
 
 def accumulate_gradients(
-    student: PreTrainedModel,
+    student: Student,
     teacher: Teacher,
     loss: Loss,
     groups: Sequence[PromptGroup],
     *,
     heads: tuple[Head, Head],
-    groups_per_pass: int,
+    tokens_per_pass: int,
 ) -> Totals:
     """Add the gradient of the step's mean loss to the student's parameters.
 
-    Every pass divides by the tokens of all groups, so the gradient does not depend on how many
-    groups one pass takes.
+    Every pass divides by the completion tokens of all groups, so the gradient does not depend on
+    which groups one pass takes.
 
     Args:
         student: gets the gradients.
@@ -313,12 +303,14 @@ def accumulate_gradients(
         loss: the method's loss.
         groups: all prompt groups of the step.
         heads: of the student and of the teacher.
-        groups_per_pass: prompt groups that are scored at once.
+        tokens_per_pass: most packed tokens that are scored at once.
     """
     tokens = sum(len(completion) for group in groups for completion in group.completions)
     totals = Totals(tokens=tokens)
-    for start in range(0, len(groups), groups_per_pass):
-        scored = score(student, teacher, groups[start : start + groups_per_pass])
+    for microbatch in split_by_tokens(
+        groups, max_tokens=tokens_per_pass, share_student_prefix=teacher.has_student_weights
+    ):
+        scored = score(student, teacher, microbatch)
         output = loss(scored, *heads, normalizer=tokens)
         output.loss.backward()
         assert output.advantage is not None  # the loss was given the sampled tokens
@@ -358,12 +350,6 @@ def evaluate(solver: Solver, state: TrainState, log: JsonLines, bars: Progress) 
     if state.best_metric is not None and value <= state.best_metric:
         return state
     return replace(state, best_step=state.step, best_metric=value)
-
-
-def derive_seed(*parts: object) -> int:
-    """Return a seed that depends on all parts, so that no two uses share random numbers."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:7], "big")
 
 
 def refuse_divergence(step: int, loss: float, grad_norm: float, store: CheckpointStore) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from selfdistill.attention import base_causal_lm
 from selfdistill.config import LossConfig
 from selfdistill.scoring import ScoredTokens
+from selfdistill.teacher import Teacher
 from selfdistill_kernels import (
     AdvantageMask,
     DistillationOutput,
@@ -70,6 +71,16 @@ def lm_head(model: torch.nn.Module) -> Head:
             f"they differ by {error:.1e} (relative), expected at most {tolerance:.0e}"
         )
     return head
+
+
+def find_heads(student: torch.nn.Module, teacher: Teacher) -> tuple[Head, Head]:
+    """Return the heads of the student and of its teacher.
+
+    The weights of both change in place as training goes on.
+    """
+    own = lm_head(student)
+    with teacher.weights(student) as teacher_model:
+        return own, lm_head(teacher_model)
 
 
 def _logit_scale(config: object) -> float:

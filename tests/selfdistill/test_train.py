@@ -17,16 +17,16 @@ from selfdistill.checkpoint import CheckpointError
 from selfdistill.config import Config, load_config
 from selfdistill.evaluate import Evaluation
 from selfdistill.layout import PromptGroup
-from selfdistill.methods.loss import lm_head
+from selfdistill.methods.loss import find_heads
 from selfdistill.methods.stepalign import StepAlign
 from selfdistill.runlog import JsonLines
 from selfdistill.scoring import score
+from selfdistill.seeds import derive_seed
+from selfdistill.teacher import build_teacher
 from selfdistill.train import (
     DivergedError,
     RunExistsError,
     accumulate_gradients,
-    build_teacher,
-    derive_seed,
     train,
 )
 
@@ -58,11 +58,10 @@ def make_config(solver_dir: Path, output_dir: Path, **changes: Any) -> Config:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     folder = run / "checkpoints" / "last"
-    files = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
     return {
-        f"{name}/{key}": tensor
-        for name in files
-        for key, tensor in load_file(folder / name).items()
+        f"{path.name}/{key}": tensor
+        for path in folder.glob("*.safetensors")
+        for key, tensor in load_file(path).items()
     }
 
 
@@ -153,20 +152,34 @@ def test_the_same_seed_gives_the_same_numbers(solver_dir: Path, tmp_path: Path) 
     assert [line["loss"] for line in one] != [line["loss"] for line in three]
 
 
-@pytest.mark.parametrize("teacher", ["base", "live"])
+LORA = {"r": 2, "alpha": 4}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("adapter", [None, LORA])
+@pytest.mark.parametrize("teacher", ["base", "live", "ema"])
 def test_stopped_and_resumed_gives_the_same_bits(
-    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: str
+    solver_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    teacher: str,
+    adapter: dict[str, Any] | None,
+    precision: str,
 ) -> None:
+    common = {
+        "method": stepalign(teacher={"name": teacher}),
+        "adapter": adapter,
+        "precision": precision,
+    }
     torch.manual_seed(0)
-    undisturbed = make_config(
-        solver_dir, tmp_path / "undisturbed", method=stepalign(teacher={"name": teacher})
-    )
-    train(undisturbed)
+    train(make_config(solver_dir, tmp_path / "undisturbed", **common))
+    kept = {path.name for path in (tmp_path / "undisturbed" / "checkpoints" / "last").iterdir()}
+    assert ("teacher.safetensors" in kept) == (teacher == "ema")
+    assert ("adapter_model.safetensors" in kept) == (adapter is not None)
+    assert ("model.safetensors" in kept) == ("tokenizer.json" in kept) == (adapter is None)
 
     torch.manual_seed(0)
-    config = make_config(
-        solver_dir, tmp_path / "stopped", method=stepalign(teacher={"name": teacher})
-    )
+    config = make_config(solver_dir, tmp_path / "stopped", **common)
     interrupt_at_call(monkeypatch, 2)
     stopped = train(config)
     assert (stopped.step, stopped.interrupted) == (2, True)
@@ -279,9 +292,9 @@ def test_accumulated_gradients_equal_the_whole_batch(
     )
     groups = [*ragged_groups, ragged_groups[0]]
     results = []
-    for groups_per_pass in (1, 2, 3):
+    for tokens_per_pass in (1, 120, 10_000):
         student = make_model()
-        teacher, teacher_model = build_teacher(config, student)
+        teacher = build_teacher(config.method.teacher, student)
         method = selfdistill.train.build_method(config, None)
         assert isinstance(method, StepAlign)
         totals = accumulate_gradients(
@@ -289,8 +302,8 @@ def test_accumulated_gradients_equal_the_whole_batch(
             teacher,
             method.loss,
             groups,
-            heads=(lm_head(student), lm_head(teacher_model)),
-            groups_per_pass=groups_per_pass,
+            heads=find_heads(student, teacher),
+            tokens_per_pass=tokens_per_pass,
         )
         results.append((totals, {n: p.grad for n, p in student.named_parameters()}))
     totals, gradients = results[-1]
@@ -312,6 +325,14 @@ def test_accumulated_gradients_equal_the_whole_batch(
         {"method": stepalign()},
         {"method": refsol(group_size=3)},
         {"method": refsol(teacher={"name": "live"})},
+        {"method": refsol(teacher={"name": "ema"})},
+        {"method": refsol(teacher={"name": "ema", "decay": 0.5})},
+        {"precision": "bfloat16"},
+        {"adapter": {}},
+        {"adapter": {"r": 2}},
+        {"adapter": {"alpha": 64}},
+        {"adapter": {"target_modules": ["q_proj"]}},
+        {"tokens_per_microbatch": 1},
         {"prompts_per_step": 3},
         {"rollout": {"max_new_tokens": 11}},
         {"rollout": {"max_new_tokens": 12, "temperature": 0.8}},
@@ -333,9 +354,13 @@ def test_accumulated_gradients_equal_the_whole_batch(
 )
 def test_no_setting_does_nothing(solver_dir: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     runs = []
+    default: dict[str, Any] = {"steps": 2, "method": refsol()}
+    if change.get("adapter"):
+        default["adapter"] = {}
+    if "decay" in change.get("method", {}).get("teacher", {}):
+        default["method"] = refsol(teacher={"name": "ema"})
     for name, settings in (("default", {}), ("changed", change)):
-        common = {"steps": 2, "method": refsol()}
-        train(make_config(solver_dir, tmp_path / name, **{**common, **settings}))
+        train(make_config(solver_dir, tmp_path / name, **{**default, **settings}))
         lines = [
             {k: v for k, v in line.items() if k not in {"seconds", "peak_rss_mib"}}
             for log in ("metrics.jsonl", "evaluations.jsonl")
