@@ -50,6 +50,7 @@ class TrainState:
 
     Attributes:
         step: finished optimiser steps.
+        evaluated_step: the last step with a held-out evaluation, or None before the first.
         best_step: the step whose held-out Avg@k was highest, or None before the first evaluation.
         best_metric: that Avg@k, or None.
         config: the run's configuration (`Config.model_dump(mode="json")`).
@@ -57,6 +58,7 @@ class TrainState:
     """
 
     step: int
+    evaluated_step: int | None
     best_step: int | None
     best_metric: float | None
     config: dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,7 +32,8 @@ def train(
     from selfdistill.config import load_config
     from selfdistill.train import train as run_training
 
-    console = Console()
+    # Of several processes (torchrun), one speaks.
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
     settings = load_config(config)
     result = run_training(settings, resume=resume, console=console)
     if result.interrupted:
@@ -163,6 +165,7 @@ def main() -> None:
         from selfdistill.config import ConfigError
         from selfdistill.context import PromptTooLongError
         from selfdistill.methods.loss import UnsupportedHeadError
+        from selfdistill.rollout import EngineError
         from selfdistill.train import DivergedError, RunExistsError
         from selfdistill.weights import UnsupportedAdapterError
 
@@ -170,6 +173,7 @@ def main() -> None:
             CheckpointError,
             ConfigError,
             DivergedError,
+            EngineError,
             OSError,
             PromptTooLongError,
             RunExistsError,

@@ -36,22 +36,25 @@ class Solver:
         problems: int,
         samples: int,
         seed: int,
+        part: range | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Attempts]:
         """Sample and judge `samples` attempts at each of the first `problems` of a split.
 
-        The problems are the same whatever the seed, which decides the sampled tokens only.
+        The problems are the same whatever the seed, which decides the sampled tokens only. With a
+        `part`, only those of them are attempted, with the outcome that they have among all.
         """
+        part = part if part is not None else range(problems)
         return sample_attempts(
             self.engine,
             self.context.student_prompt,
             self.task,
-            self.task.problems(split=split, count=problems),
+            self.task.problems(split=split, count=problems)[part.start : part.stop],
             samples=samples,
             params=SamplingParams(
                 temperature=self.config.rollout.temperature,
                 max_new_tokens=self.config.rollout.max_new_tokens,
-                seed=seed,
+                seed=seed + part.start,
             ),
             progress=progress,
         )

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import Any
@@ -21,13 +21,14 @@ from transformers.utils import logging as transformers_logging
 from selfdistill.checkpoint import CheckpointStore, TrainState, fingerprint
 from selfdistill.config import Config, save_config
 from selfdistill.context import TeacherContext
+from selfdistill.distributed import ALONE, Ranks, join_ranks
 from selfdistill.evaluate import Attempts, judge, summarize
 from selfdistill.layout import PromptGroup
 from selfdistill.methods import build_method
 from selfdistill.methods.loss import Head, Loss, find_heads
 from selfdistill.microbatch import split_by_tokens
 from selfdistill.progress import progress_bars
-from selfdistill.rollout import SamplingParams
+from selfdistill.rollout import SamplingParams, sample
 from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
 from selfdistill.scoring import score
 from selfdistill.seeds import derive_seed
@@ -104,8 +105,9 @@ class TrainResult:
 def train(config: Config, *, resume: bool = False, console: Console | None = None) -> TrainResult:
     """Train as configured; everything lands in `config.output_dir`.
 
-    Ctrl-C (or SIGTERM) lets the step at hand finish and saves it; a second one stops at once. The
-    same configuration gives the same numbers, interrupted or not.
+    Ctrl-C (or SIGTERM) lets the step at hand finish and saves it; an evaluation at hand is given up
+    and made up for when the run is resumed; a second Ctrl-C stops at once. The same configuration
+    gives the same numbers, interrupted or not, and up to rounding on any number of ranks.
 
     Args:
         config: the run.
@@ -116,9 +118,16 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         RunExistsError: the folder holds a run and `resume` is False.
         CheckpointError: the last checkpoint is torn, belongs to another run, or cannot be written.
         DivergedError: the loss or gradient is not finite; the last checkpoint is kept.
+        EngineError: the rollout engine failed; the last checkpoint is kept.
     """
     transformers_logging.disable_progress_bar()
-    console = console or Console(stderr=True)
+    with join_ranks() as ranks:
+        if console is None or not ranks.is_main:
+            console = Console(stderr=True, quiet=not ranks.is_main)
+        return _train(config, ranks, resume=resume, console=console)
+
+
+def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> TrainResult:
     store = CheckpointStore(config.output_dir / "checkpoints")
     if os.path.lexists(store.last) and not resume:
         raise RunExistsError(
@@ -143,6 +152,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     )
     state = TrainState(
         step=0,
+        evaluated_step=None,
         best_step=None,
         best_metric=None,
         config=config.model_dump(mode="json"),
@@ -160,36 +170,46 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         )
         state = replace(found, config=state.config)
         console.print(f"Resuming after step {state.step} of {config.steps}.")
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    save_config(config, config.output_dir / "config.yaml")
     metrics_log = JsonLines(config.output_dir / "metrics.jsonl")
-    metrics_log.keep_until(state.step)
     evaluation_log = JsonLines(config.output_dir / "evaluations.jsonl")
-    evaluation_log.keep_until(state.step if state.best_step is not None else -1)
+    if ranks.is_main:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, config.output_dir / "config.yaml")
+        metrics_log.keep_until(state.step)
+        evaluation_log.keep_until(-1 if state.evaluated_step is None else state.evaluated_step)
     problems = solver.task.problems(
         split="train", count=config.steps * config.prompts_per_step, seed=config.seed
     )
 
-    with deferred_interrupt(console) as interrupt, progress_bars(console) as bars:
-        bar = bars.add_task("train", total=config.steps, completed=state.step, note="")
-        if state.best_step is None:
-            state = evaluate(solver, state, evaluation_log, bars)
+    def save() -> None:
+        if ranks.is_main:
             store.save(state, weights, solver.tokenizer, optimizer, teacher)
 
-        while state.step < config.steps and not interrupt.requested:
+    with deferred_interrupt(console) as interrupt, progress_bars(console) as bars:
+        bar = bars.add_task("train", total=config.steps, completed=state.step, note="")
+        if evaluation_is_due(state, config):
+            state = evaluate(solver, state, ranks, interrupt, evaluation_log, bars)
+            if state.evaluated_step == state.step:
+                save()
+        stopping = ranks.any(interrupt.requested)
+
+        while state.step < config.steps and not stopping:
             step = state.step + 1
             clock = Clock()
-            end = step * config.prompts_per_step
-            batch = problems[end - config.prompts_per_step : end]
+            first = state.step * config.prompts_per_step
+            share = ranks.share(config.prompts_per_step)
+            batch = problems[first + share.start : first + share.stop]
 
             with clock("rollout"):
-                groups = solver.engine.generate(
+                groups = sample(
+                    solver.engine,
                     [solver.context.student_prompt(problem) for problem in batch],
                     group_size=method.group_size,
                     params=SamplingParams(
                         temperature=config.rollout.temperature,
                         max_new_tokens=config.rollout.max_new_tokens,
-                        seed=derive_seed(config.seed, "rollout", step),
+                        # Problem i of the step draws from the stream of this seed + i.
+                        seed=derive_seed(config.seed, "rollout", step) + share.start,
                     ),
                 )
             with clock("reward"):
@@ -207,8 +227,10 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                     prompt_groups,
                     heads=heads,
                     tokens_per_pass=config.tokens_per_microbatch,
+                    ranks=ranks,
                 )
             with clock("update"):
+                ranks.sum_gradients(weights.masters.values())
                 rate = settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
                 for parameters in optimizer.param_groups:
                     parameters["lr"] = rate
@@ -221,9 +243,9 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                 teacher.update(weights.masters)
 
             state = replace(state, step=step)
-            if step % config.evaluation.every == 0 or step == config.steps:
+            if evaluation_is_due(state, config):
                 with clock("evaluate"):
-                    state = evaluate(solver, state, evaluation_log, bars)
+                    state = evaluate(solver, state, ranks, interrupt, evaluation_log, bars)
             metrics = StepMetrics(
                 step=step,
                 loss=totals.loss,
@@ -231,7 +253,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                 advantage=totals.advantage / totals.tokens,
                 entropy=totals.entropy / totals.tokens,
                 active=totals.active / totals.tokens,
-                reward=mean_reward(attempts),
+                reward=mean_reward(attempts, ranks),
                 grad_norm=norm.item(),
                 learning_rate=rate,
                 tokens=totals.tokens,
@@ -240,10 +262,12 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                 seconds=clock.seconds,
                 peak_rss_mib=peak_rss_mib(),
             )
-            metrics_log.append(asdict(metrics))
-            stopping = interrupt.requested or step == config.steps
-            if stopping or state.best_step == step or step % config.checkpoint.every == 0:
-                store.save(state, weights, solver.tokenizer, optimizer, teacher)
+            if ranks.is_main:
+                metrics_log.append(asdict(metrics))
+            stopping = ranks.any(interrupt.requested)
+            last = stopping or step == config.steps
+            if last or state.best_step == step or step % config.checkpoint.every == 0:
+                save()
             bars.update(bar, advance=1, note=f"KL {metrics.kl:.3f}  reward {metrics.reward:.2f}")
     return TrainResult(
         step=state.step,
@@ -282,6 +306,13 @@ class Totals:
     packed_tokens: int = 0
     unshared_tokens: int = 0
 
+    def over(self, ranks: Ranks) -> Totals:
+        """Return the totals of all ranks, which have the same `tokens` already."""
+        parts = asdict(self)
+        parts.pop("tokens")
+        summed = dict(zip(parts, ranks.sum(*parts.values()), strict=True))
+        return Totals(self.tokens, **{k: type(parts[k])(v) for k, v in summed.items()})
+
 
 def accumulate_gradients(
     student: Student,
@@ -291,21 +322,27 @@ def accumulate_gradients(
     *,
     heads: tuple[Head, Head],
     tokens_per_pass: int,
+    ranks: Ranks = ALONE,
 ) -> Totals:
     """Add the gradient of the step's mean loss to the student's parameters.
 
-    Every pass divides by the completion tokens of all groups, so the gradient does not depend on
-    which groups one pass takes.
+    Every pass divides by the completion tokens of all groups of all ranks, so the gradient does not
+    depend on which groups one pass takes. It still has to be summed over the ranks.
 
     Args:
         student: gets the gradients.
         teacher: scores the same completions with more context.
         loss: the method's loss.
-        groups: all prompt groups of the step.
+        groups: all prompt groups of this rank's share of the step; none is fine.
         heads: of the student and of the teacher.
         tokens_per_pass: most packed tokens that are scored at once.
+        ranks: the processes that share the step.
+
+    Returns:
+        The totals of all ranks.
     """
-    tokens = sum(len(completion) for group in groups for completion in group.completions)
+    own_tokens = sum(len(completion) for group in groups for completion in group.completions)
+    tokens = int(ranks.sum(own_tokens)[0])
     totals = Totals(tokens=tokens)
     for microbatch in split_by_tokens(
         groups, max_tokens=tokens_per_pass, share_student_prefix=teacher.has_student_weights
@@ -321,31 +358,70 @@ def accumulate_gradients(
         totals.active += int(output.active.sum())
         totals.packed_tokens += scored.statistics.packed_tokens
         totals.unshared_tokens += scored.statistics.unshared_tokens
-    return totals
+    return totals.over(ranks)
 
 
-def mean_reward(attempts: Sequence[Attempts]) -> float:
-    """Return the share of rollouts with the right answer."""
+def mean_reward(attempts: Sequence[Attempts], ranks: Ranks) -> float:
+    """Return the share of rollouts with the right answer, of all ranks."""
     correct = [verdict.correct for attempt in attempts for verdict in attempt.verdicts]
-    return sum(correct) / len(correct)
+    right, count = ranks.sum(sum(correct), len(correct))
+    return right / count
 
 
-def evaluate(solver: Solver, state: TrainState, log: JsonLines, bars: Progress) -> TrainState:
-    """Evaluate on the dev split, log it, and return the state with the best step so far."""
+def evaluation_is_due(state: TrainState, config: Config) -> bool:
+    """Return whether the state ends a step that is to be evaluated and was not."""
+    wanted = state.step % config.evaluation.every == 0 or state.step == config.steps
+    return wanted and state.evaluated_step != state.step
+
+
+class _EvaluationStopped(Exception):
+    """Somebody asked the run to stop in the middle of an evaluation."""
+
+
+def evaluate(
+    solver: Solver,
+    state: TrainState,
+    ranks: Ranks,
+    interrupt: Interrupt,
+    log: JsonLines,
+    bars: Progress,
+) -> TrainState:
+    """Evaluate on the dev split, log it, and return the state with the best step so far.
+
+    The ranks share the problems. An interrupt on a rank that is not done yet ends it for all; then
+    the state comes back as it was, not evaluated.
+    """
     settings = solver.config.evaluation
     clock = Clock()
-    bar = bars.add_task("evaluate", total=settings.problems, note=f"step {state.step}, dev")
-    with clock("evaluate"):
+    share = ranks.share(settings.problems)
+    bar = bars.add_task("evaluate", total=len(share), note=f"step {state.step}, dev")
+
+    done = 0
+
+    def progress(count: int) -> None:
+        nonlocal done
+        done += count
+        bars.advance(bar, count)
+        if interrupt.requested and done < len(share):
+            raise _EvaluationStopped
+
+    attempts: list[Attempts] | None = None
+    with clock("evaluate"), suppress(_EvaluationStopped):
         attempts = solver.attempt(
             split="dev",
             problems=settings.problems,
+            part=share,
             samples=settings.samples,
             seed=derive_seed(solver.config.seed, "evaluate", state.step),
-            progress=lambda count: bars.advance(bar, count),
+            progress=progress,
         )
     bars.remove_task(bar)
-    result = summarize(attempts, solver.task, split="dev")
-    log.append({"step": state.step, "seconds": clock.seconds, **json.loads(result.to_json())})
+    if ranks.any(attempts is None):
+        return state
+    result = summarize(ranks.gather(attempts or []), solver.task, split="dev")
+    if ranks.is_main:
+        log.append({"step": state.step, "seconds": clock.seconds, **json.loads(result.to_json())})
+    state = replace(state, evaluated_step=state.step)
     value = result.avg_at_k.value
     if state.best_metric is not None and value <= state.best_metric:
         return state

@@ -26,7 +26,7 @@ class Saved:
         self.base = fingerprint(model)
         self.store = CheckpointStore(folder / "checkpoints")
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        self.state = TrainState(1, 1, 0.5, CONFIG, self.base)
+        self.state = TrainState(1, 1, 1, 0.5, CONFIG, self.base)
         self.learn()
         self.store.save(self.state, self.weights, tokenizer, self.optimizer)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,19 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from runs import assert_same_run, lines, tensors
 from transformers import LlamaForCausalLM
 
 import selfdistill.train
 from selfdistill.checkpoint import CheckpointError
-from selfdistill.config import Config, load_config
+from selfdistill.config import AdapterConfig, Config, load_config
 from selfdistill.evaluate import Evaluation
 from selfdistill.layout import PromptGroup
 from selfdistill.methods.loss import find_heads
 from selfdistill.methods.stepalign import StepAlign
+from selfdistill.rollout import EngineError
+from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.runlog import JsonLines
 from selfdistill.scoring import score
 from selfdistill.seeds import derive_seed
+from selfdistill.solver import Solver
 from selfdistill.teacher import build_teacher
 from selfdistill.train import (
     DivergedError,
@@ -29,6 +33,7 @@ from selfdistill.train import (
     accumulate_gradients,
     train,
 )
+from selfdistill.weights import TrainedWeights
 
 
 def stepalign(**changes: Any) -> dict[str, Any]:
@@ -54,29 +59,6 @@ def make_config(solver_dir: Path, output_dir: Path, **changes: Any) -> Config:
         "evaluation": {"every": 2, "problems": 3, "samples": 2},
     }
     return Config.model_validate({**settings, **changes})
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    folder = run / "checkpoints" / "last"
-    return {
-        f"{path.name}/{key}": tensor
-        for path in folder.glob("*.safetensors")
-        for key, tensor in load_file(path).items()
-    }
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    expected, got = weights(one), weights(other)
-    assert expected.keys() == got.keys()
-    different = [name for name in expected if not torch.equal(expected[name], got[name])]
-    assert not different
-    for log in ("metrics.jsonl", "evaluations.jsonl"):
-        volatile = {"seconds", "peak_rss_mib"}
-        lines = [
-            [{k: v for k, v in line.items() if k not in volatile} for line in JsonLines(p).read()]
-            for p in (one / log, other / log)
-        ]
-        assert lines[0] == lines[1]
 
 
 def interrupt_at_call(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
@@ -270,9 +252,120 @@ def test_divergence_stops_before_the_weights_are_ruined(
     monkeypatch.setattr(selfdistill.train, "score", poisoned)
     with pytest.raises(DivergedError, match=r"step 2: .*nan.*learning_rate"):
         train(make_config(solver_dir, tmp_path / "run"))
-    saved = weights(tmp_path / "run")
+    saved = tensors(tmp_path / "run")
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
     assert len(JsonLines(tmp_path / "run" / "metrics.jsonl").read()) == 1
+
+
+def test_an_interrupted_evaluation_is_made_up_for(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    # More problems than are sampled at once.
+    several = {"evaluation": {"every": 2, "problems": 17, "samples": 1}}
+    train(make_config(solver_dir, tmp_path / "undisturbed", **several))
+    torch.manual_seed(0)
+    config = make_config(solver_dir, tmp_path / "stopped", **several)
+    attempt = Solver.attempt
+    calls = 0
+
+    def interrupted(self: Solver, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # the evaluation after step 2
+            os.kill(os.getpid(), signal.SIGINT)
+        return attempt(self, **kwargs)
+
+    monkeypatch.setattr(Solver, "attempt", interrupted)
+    assert train(config).step == 2
+    assert [line["step"] for line in lines(tmp_path / "stopped", "evaluations.jsonl")] == [0]
+    assert len(lines(tmp_path / "stopped", "metrics.jsonl")) == 2
+    assert train(config, resume=True).step == 4
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "stopped")
+    kept = [path.name for path in (tmp_path / "stopped" / "checkpoints").glob("step-*")]
+    assert len(kept) <= 2
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    train(make_config(solver_dir, tmp_path / "undisturbed"))
+    torch.manual_seed(0)
+    config = make_config(solver_dir, tmp_path / "full")
+    write = TrainedWeights.save
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def refused(self: TrainedWeights, folder: Path) -> None:
+        if "step-000003" in folder.name:
+            # The system refuses to write beyond this size, as it does when there is no room.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+        try:
+            write(self, folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    monkeypatch.setattr(TrainedWeights, "save", refused)
+    with pytest.raises(CheckpointError, match=r"cannot write checkpoint .*step-000003: .*resume"):
+        train(config)
+    checkpoints = tmp_path / "full" / "checkpoints"
+    assert (checkpoints / "last").resolve().name == "step-000002"
+    assert not list(checkpoints.glob(".*"))
+    monkeypatch.undo()
+    assert train(config, resume=True).step == 4
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "full")
+
+
+def test_an_engine_that_dies_keeps_the_last_checkpoint(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    train(make_config(solver_dir, tmp_path / "undisturbed"))
+    torch.manual_seed(0)
+    config = make_config(solver_dir, tmp_path / "died")
+    generate = TransformersEngine.generate
+    calls = 0
+
+    def dying(self: TransformersEngine, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # the first evaluation, step 1, step 2
+            raise ConnectionResetError("the worker is gone")
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(TransformersEngine, "generate", dying)
+    with pytest.raises(EngineError, match=r"ConnectionResetError: the worker is gone.*--resume"):
+        train(config)
+    assert (tmp_path / "died" / "checkpoints" / "last").resolve().name == "step-000001"
+    assert train(config, resume=True).step == 4
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "died")
+
+
+@pytest.mark.parametrize("teacher", ["ema", "base"])
+def test_a_damaged_adapter_or_average_is_refused(
+    solver_dir: Path, tmp_path: Path, teacher: str
+) -> None:
+    config = make_config(
+        solver_dir,
+        tmp_path / "run",
+        steps=1,
+        adapter=LORA,
+        method=stepalign(teacher={"name": teacher}),
+    )
+    train(config)
+    name = "teacher.safetensors" if teacher == "ema" else "adapter_model.safetensors"
+    path = tmp_path / "run" / "checkpoints" / "last" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=f"last is damaged: {name}"):
+        train(config, resume=True)
+
+
+def test_another_adapter_is_refused(solver_dir: Path, tmp_path: Path) -> None:
+    config = make_config(solver_dir, tmp_path / "run", steps=1, adapter=LORA)
+    train(config)
+    for other in (AdapterConfig(r=4), None):
+        with pytest.raises(CheckpointError, match="another configuration: adapter"):
+            train(config.model_copy(update={"adapter": other}), resume=True)
 
 
 @pytest.mark.parametrize("objective", ["forward_kl", "reverse_kl", "jsd"])
@@ -336,7 +429,6 @@ def test_accumulated_gradients_equal_the_whole_batch(
         {"prompts_per_step": 3},
         {"rollout": {"max_new_tokens": 11}},
         {"rollout": {"max_new_tokens": 12, "temperature": 0.8}},
-        {"rollout": {"max_new_tokens": 12, "engine": {"name": "transformers", "batch_size": 2}}},
         {"method": refsol(loss={"objective": {"name": "reverse_kl"}})},
         {"method": refsol(loss={"objective": {"name": "jsd", "beta": 0.4}})},
         {"method": refsol(loss={"advantage_mask": {"threshold": 0.002}})},
@@ -361,13 +453,9 @@ def test_no_setting_does_nothing(solver_dir: Path, tmp_path: Path, change: dict[
         default["method"] = refsol(teacher={"name": "ema"})
     for name, settings in (("default", {}), ("changed", change)):
         train(make_config(solver_dir, tmp_path / name, **{**default, **settings}))
-        lines = [
-            {k: v for k, v in line.items() if k not in {"seconds", "peak_rss_mib"}}
-            for log in ("metrics.jsonl", "evaluations.jsonl")
-            for line in JsonLines(tmp_path / name / log).read()
-        ]
-        tensors = {name: tensor.tolist() for name, tensor in weights(tmp_path / name).items()}
-        runs.append((lines, tensors))
+        logs = [lines(tmp_path / name, log) for log in ("metrics.jsonl", "evaluations.jsonl")]
+        saved = {name: tensor.tolist() for name, tensor in tensors(tmp_path / name).items()}
+        runs.append((logs, saved))
     assert runs[0] != runs[1]
 
 
