@@ -155,13 +155,15 @@ def held_out(name: str, config: Config, solver: Solver, console: Console) -> Hel
     evaluation = summarize(attempts, solver.task, split="test")
     base = load_solver(config).model
     teacher = build_teacher(config.method.teacher, solver.model, base=base)
-    records = analyze(
-        solver,
-        teacher,
-        build_method(config, solver.task),
-        erroneous_attempts(attempts, limit=ANALYSED_ATTEMPTS),
-        heads=find_heads(solver.model, teacher),
-    )
+    records = []
+    if teacher is not None:  # GRPO has nobody who disagrees
+        records = analyze(
+            solver,
+            teacher,
+            build_method(config, solver.task),
+            erroneous_attempts(attempts, limit=ANALYSED_ATTEMPTS),
+            heads=find_heads(solver.model, teacher),
+        )
     analysis = {
         "localisation": asdict(localise(records)),
         "attempts": [asdict(record) for record in records],

@@ -55,6 +55,11 @@ class Ranks:
         dist.all_reduce(total)
         return total.tolist()
 
+    def mean(self, values: Sequence[float]) -> float:
+        """Return the mean of the values of all ranks."""
+        total, count = self.sum(sum(values), len(values))
+        return total / count
+
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on some rank."""
         return self.sum(float(flag))[0] > 0

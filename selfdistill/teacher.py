@@ -178,15 +178,20 @@ class EmaTeacher:
 
 
 def build_teacher(
-    config: TeacherConfig, student: torch.nn.Module, *, base: torch.nn.Module | None = None
-) -> Teacher:
+    config: TeacherConfig | None,
+    student: torch.nn.Module,
+    *,
+    base: torch.nn.Module | None = None,
+) -> Teacher | None:
     """Return the configured teacher of a student that has not learned anything yet.
 
     Args:
-        config: names the strategy.
+        config: names the strategy; None for a method without a teacher.
         student: the model that learns.
         base: the model as it was before, for a student without adapters that has learned already.
     """
+    if config is None:
+        return None
     match config.name:
         case "live":
             return LiveTeacher()

@@ -24,7 +24,7 @@ from selfdistill.context import TeacherContext
 from selfdistill.distributed import ALONE, Ranks, join_ranks
 from selfdistill.evaluate import Attempts, judge, summarize
 from selfdistill.layout import PromptGroup
-from selfdistill.methods import build_method
+from selfdistill.methods import Method, build_method
 from selfdistill.methods.loss import Head, Loss, find_heads
 from selfdistill.microbatch import split_by_tokens
 from selfdistill.progress import progress_bars
@@ -50,19 +50,24 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of metrics.jsonl; per-token figures are means over the step's completion tokens.
+    """One line of metrics.jsonl; per-token figures are means over the completion tokens read.
+
+    None stands for what the step does not have: no teacher, or no token that was read. With several
+    updates a step, the figures of the loss are those of the last one.
 
     Attributes:
-        step: the optimiser step, from 1.
+        step: the training step, from 1.
         loss: the minimised loss (tokens that the advantage mask drops count as 0).
-        kl: the divergence of the objective, over all tokens, in nats.
-        advantage: log p_teacher(y) - log p_student(y), in nats.
+        kl: the divergence of the objective, in nats (GRPO: from the reference model).
+        advantage: log p_teacher(y) - log p_student(y), in nats (GRPO: of the normalised reward).
         entropy: of the student's next-token distribution, in nats.
-        active: share of the tokens that carry a gradient.
+        active: share of all completion tokens, read or not, that carry a gradient.
         reward: share of the rollouts with the right answer.
+        tied: share of the prompts whose rollouts all got the same reward.
+        dropped: rollouts that were left out because the method has no context for them.
         grad_norm: before clipping.
         learning_rate: of this step.
-        tokens: completion tokens.
+        tokens: completion tokens of the rollouts that were not left out.
         packed_tokens: tokens that student and teacher read.
         unshared_tokens: what they would have read without prefix sharing.
         seconds: wall time of each phase.
@@ -71,11 +76,13 @@ class StepMetrics:
 
     step: int
     loss: float
-    kl: float
-    advantage: float
-    entropy: float
+    kl: float | None
+    advantage: float | None
+    entropy: float | None
     active: float
     reward: float
+    tied: float
+    dropped: int
     grad_norm: float
     learning_rate: float
     tokens: int
@@ -217,30 +224,33 @@ def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> T
             with clock("critique"):
                 contexts = method.contexts(attempts)
             with clock("context"):
-                prompt_groups = render_groups(solver, attempts, contexts)
-            with clock("score"):
-                optimizer.zero_grad()
-                totals = accumulate_gradients(
-                    student,
-                    teacher,
-                    method.loss,
-                    prompt_groups,
-                    heads=heads,
-                    tokens_per_pass=config.tokens_per_microbatch,
-                    ranks=ranks,
-                )
-            with clock("update"):
-                ranks.sum_gradients(weights.masters.values())
-                rate = settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
-                for parameters in optimizer.param_groups:
-                    parameters["lr"] = rate
-                norm = torch.nn.utils.clip_grad_norm_(
-                    weights.masters.values(), settings.max_grad_norm
-                )
-                refuse_divergence(step, totals.loss, norm.item(), store)
-                optimizer.step()
-                weights.publish()
-                teacher.update(weights.masters)
+                kept, contexts = leave_out(method, attempts, contexts)
+                prompt_groups = render_groups(solver, kept, contexts)
+            rate = settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
+            for _ in range(config.updates_per_step):
+                with clock("score"):
+                    optimizer.zero_grad()
+                    totals = accumulate_gradients(
+                        student,
+                        teacher,
+                        method.loss,
+                        prompt_groups,
+                        heads=heads,
+                        tokens_per_pass=config.tokens_per_microbatch,
+                        ranks=ranks,
+                    )
+                with clock("update"):
+                    ranks.sum_gradients(weights.masters.values())
+                    for parameters in optimizer.param_groups:
+                        parameters["lr"] = rate
+                    norm = torch.nn.utils.clip_grad_norm_(
+                        weights.masters.values(), settings.max_grad_norm
+                    )
+                    refuse_divergence(step, totals.loss, norm.item(), store)
+                    optimizer.step()
+                    weights.publish()
+                    if teacher is not None:
+                        teacher.update(weights.masters)
 
             state = replace(state, step=step)
             if evaluation_is_due(state, config):
@@ -249,11 +259,13 @@ def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> T
             metrics = StepMetrics(
                 step=step,
                 loss=totals.loss,
-                kl=totals.kl / totals.tokens,
-                advantage=totals.advantage / totals.tokens,
-                entropy=totals.entropy / totals.tokens,
-                active=totals.active / totals.tokens,
-                reward=mean_reward(attempts, ranks),
+                kl=None if teacher is None else totals.per_token(totals.kl),
+                advantage=totals.per_token(totals.advantage),
+                entropy=totals.per_token(totals.entropy),
+                active=totals.active / max(1, totals.tokens),
+                reward=ranks.mean(correct(attempts)),
+                tied=ranks.mean(tied(attempts)),
+                dropped=int(ranks.sum(len(correct(attempts)) - len(correct(kept)))[0]),
                 grad_norm=norm.item(),
                 learning_rate=rate,
                 tokens=totals.tokens,
@@ -268,7 +280,8 @@ def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> T
             last = stopping or step == config.steps
             if last or state.best_step == step or step % config.checkpoint.every == 0:
                 save()
-            bars.update(bar, advance=1, note=f"KL {metrics.kl:.3f}  reward {metrics.reward:.2f}")
+            kl = "" if metrics.kl is None else f"KL {metrics.kl:.3f}  "
+            bars.update(bar, advance=1, note=f"{kl}reward {metrics.reward:.2f}")
     return TrainResult(
         step=state.step,
         interrupted=state.step < config.steps,
@@ -277,17 +290,46 @@ def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> T
     )
 
 
+def leave_out(
+    method: Method,
+    attempts: Sequence[Attempts],
+    contexts: Sequence[Sequence[TeacherContext | None]],
+) -> tuple[list[Attempts], list[list[TeacherContext | None]]]:
+    """Return attempts and contexts without the rollouts that the method cannot learn from.
+
+    Prompts whose rollouts are all left out are left out, too: nothing may remain.
+    """
+    if not method.needs_context:
+        return list(attempts), list(map(list, contexts))
+    kept: list[Attempts] = []
+    kept_contexts: list[list[TeacherContext | None]] = []
+    for attempt, group_contexts in zip(attempts, contexts, strict=True):
+        places = [i for i, context in enumerate(group_contexts) if context is not None]
+        if places:
+            kept.append(
+                Attempts(
+                    attempt.problem,
+                    [attempt.rollouts[i] for i in places],
+                    [attempt.verdicts[i] for i in places],
+                )
+            )
+            kept_contexts.append([group_contexts[i] for i in places])
+    return kept, kept_contexts
+
+
 def render_groups(
     solver: Solver,
     attempts: Sequence[Attempts],
-    contexts: Sequence[Sequence[TeacherContext]],
+    contexts: Sequence[Sequence[TeacherContext | None]],
 ) -> list[PromptGroup]:
-    """Put questions, contexts and rollouts together as token ids."""
+    """Put questions, contexts and judged rollouts together as token ids."""
     return [
         solver.context.prompt_group(
             attempt.problem,
             group_contexts,
             [rollout.token_ids for rollout in attempt.rollouts],
+            rewards=[float(verdict.correct) for verdict in attempt.verdicts],
+            old_logprobs=[rollout.logprobs for rollout in attempt.rollouts],
         )
         for attempt, group_contexts in zip(attempts, contexts, strict=True)
     ]
@@ -295,9 +337,13 @@ def render_groups(
 
 @dataclass
 class Totals:
-    """Sums over the completion tokens of one step (`loss` is already divided by their number)."""
+    """Sums over the completion tokens that were read in one step.
+
+    `loss` is already divided by the step's denominator; `tokens` counts those not read, too.
+    """
 
     tokens: int
+    tokens_read: int = 0
     loss: float = 0.0
     kl: float = 0.0
     advantage: float = 0.0
@@ -306,17 +352,20 @@ class Totals:
     packed_tokens: int = 0
     unshared_tokens: int = 0
 
+    def per_token(self, total: float) -> float | None:
+        """Return a sum's mean over the tokens that were read; None when there are none."""
+        return total / self.tokens_read if self.tokens_read else None
+
     def over(self, ranks: Ranks) -> Totals:
-        """Return the totals of all ranks, which have the same `tokens` already."""
+        """Return the totals of all ranks."""
         parts = asdict(self)
-        parts.pop("tokens")
-        summed = dict(zip(parts, ranks.sum(*parts.values()), strict=True))
-        return Totals(self.tokens, **{k: type(parts[k])(v) for k, v in summed.items()})
+        summed = zip(parts.items(), ranks.sum(*parts.values()), strict=True)
+        return Totals(**{name: type(part)(total) for (name, part), total in summed})
 
 
 def accumulate_gradients(
     student: Student,
-    teacher: Teacher,
+    teacher: Teacher | None,
     loss: Loss,
     groups: Sequence[PromptGroup],
     *,
@@ -326,12 +375,13 @@ def accumulate_gradients(
 ) -> Totals:
     """Add the gradient of the step's mean loss to the student's parameters.
 
-    Every pass divides by the completion tokens of all groups of all ranks, so the gradient does not
-    depend on which groups one pass takes. It still has to be summed over the ranks.
+    Every pass divides by the denominator of all groups of all ranks, so the gradient does not
+    depend on which groups one pass takes. It still has to be summed over the ranks. Groups without
+    gradient are not read.
 
     Args:
         student: gets the gradients.
-        teacher: scores the same completions with more context.
+        teacher: scores the same completions with more context; None for a method without one.
         loss: the method's loss.
         groups: all prompt groups of this rank's share of the step; none is fine.
         heads: of the student and of the teacher.
@@ -341,16 +391,19 @@ def accumulate_gradients(
     Returns:
         The totals of all ranks.
     """
-    own_tokens = sum(len(completion) for group in groups for completion in group.completions)
-    tokens = int(ranks.sum(own_tokens)[0])
-    totals = Totals(tokens=tokens)
+    totals = Totals(tokens=sum(group.num_tokens for group in groups))
+    (denominator,) = ranks.sum(sum(loss.denominator(group) for group in groups))
     for microbatch in split_by_tokens(
-        groups, max_tokens=tokens_per_pass, share_student_prefix=teacher.has_student_weights
+        [group for group in groups if loss.learns_from(group)],
+        max_tokens=tokens_per_pass,
+        share_student_prefix=teacher is not None and teacher.has_student_weights,
+        with_teacher=teacher is not None,
     ):
         scored = score(student, teacher, microbatch)
-        output = loss(scored, *heads, normalizer=tokens)
+        output = loss(scored, *heads, normalizer=denominator)
         output.loss.backward()
         assert output.advantage is not None  # the loss was given the sampled tokens
+        totals.tokens_read += len(scored.targets)
         totals.loss += output.loss.item()
         totals.kl += output.divergence.sum().item()
         totals.advantage += output.advantage.sum().item()
@@ -361,11 +414,14 @@ def accumulate_gradients(
     return totals.over(ranks)
 
 
-def mean_reward(attempts: Sequence[Attempts], ranks: Ranks) -> float:
-    """Return the share of rollouts with the right answer, of all ranks."""
-    correct = [verdict.correct for attempt in attempts for verdict in attempt.verdicts]
-    right, count = ranks.sum(sum(correct), len(correct))
-    return right / count
+def correct(attempts: Sequence[Attempts]) -> list[bool]:
+    """Return for every rollout whether its answer is right."""
+    return [verdict.correct for attempt in attempts for verdict in attempt.verdicts]
+
+
+def tied(attempts: Sequence[Attempts]) -> list[bool]:
+    """Return for every prompt whether its rollouts got one reward, which teaches GRPO nothing."""
+    return [len({verdict.correct for verdict in attempt.verdicts}) == 1 for attempt in attempts]
 
 
 def evaluation_is_due(state: TrainState, config: Config) -> bool:

@@ -15,6 +15,7 @@ class Warps:
     warps: int = 4
     stages: int = 1
     thrifty: bool = False
+    max_registers: int | None = None
 
 
 class Shape(Protocol):
@@ -28,6 +29,9 @@ class Shape(Protocol):
 
     @property
     def thrifty(self) -> bool: ...
+
+    @property
+    def max_registers(self) -> int | None: ...
 
 
 class Launch(Protocol):
@@ -53,6 +57,8 @@ def compiler_options(shape: Shape) -> dict[str, Any]:
     }
     if shape.thrifty and _knows("sched4reg"):
         options["sched4reg"] = True
+    if shape.max_registers is not None:
+        options["maxnreg"] = shape.max_registers
     return options
 
 
