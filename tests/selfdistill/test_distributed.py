@@ -46,6 +46,8 @@ def assert_close_runs(alone: Path, together: Path) -> None:
     expected_tensors, got_tensors = tensors(alone), tensors(together)
     assert expected_tensors.keys() == got_tensors.keys()
     for name, tensor in expected_tensors.items():
+        if name.startswith("rng"):
+            continue  # of the process at large; a run draws from generators of its own
         error = (got_tensors[name].double() - tensor.double()).norm()
         # AdamW divides by the gradient's size: elements whose gradient is noise move at random.
         tolerance = 1e-5 if name.startswith("optimizer") else 1e-6
