@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from selfdistill.batch import render_groups
 from selfdistill.evaluate import Attempts
 from selfdistill.methods import Method
 from selfdistill.methods.loss import Head
@@ -16,7 +17,6 @@ from selfdistill.solver import Solver
 from selfdistill.spans import token_span
 from selfdistill.tasks import Problem, Verdict
 from selfdistill.teacher import Teacher
-from selfdistill.train import render_groups
 
 # A token counts as negative when the teacher finds it less likely by more than this (nats).
 NEGATIVE = -0.1

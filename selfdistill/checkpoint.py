@@ -1,10 +1,15 @@
 """Checkpoints that are whole or absent, and that are refused by name when they are neither.
 
     checkpoints/
-      step-000042/   model.safetensors config.json tokenizer...   (a transformers folder)
+      step-000042/   model.safetensors config.json tokenizer...   (a transformers folder), or
+                     adapter_model.safetensors adapter_config.json       (a PEFT folder)
                      optimizer.safetensors rng.safetensors state.json
+                     teacher.safetensors          (of a teacher with a state, such as ema)
       last -> step-000042
       best -> step-000030
+
+The weights are the float32 masters. The data position and the seeds of the rollouts follow from the
+step, so neither has a state of its own.
 
 A step folder is written under a temporary name, flushed to the disk and renamed; then `last` and
 `best`, symbolic links, are replaced in one system call each. state.json carries the SHA-256 of
@@ -17,7 +22,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +30,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+
+from selfdistill.teacher import Teacher
+from selfdistill.weights import TrainedWeights, copy_tensors
 
 FORMAT = "selfdistill-checkpoint"
-VERSION = 1
+VERSION = 2
+TEACHER_FILE = "teacher.safetensors"
 
 
 class CheckpointError(RuntimeError):
@@ -41,6 +50,7 @@ class TrainState:
 
     Attributes:
         step: finished optimiser steps.
+        evaluated_step: the last step with a held-out evaluation, or None before the first.
         best_step: the step whose held-out Avg@k was highest, or None before the first evaluation.
         best_metric: that Avg@k, or None.
         config: the run's configuration (`Config.model_dump(mode="json")`).
@@ -48,6 +58,7 @@ class TrainState:
     """
 
     step: int
+    evaluated_step: int | None
     best_step: int | None
     best_metric: float | None
     config: dict[str, Any]
@@ -77,22 +88,26 @@ class CheckpointStore:
     def save(
         self,
         state: TrainState,
-        model: PreTrainedModel,
+        weights: TrainedWeights,
         tokenizer: PreTrainedTokenizerBase,
         optimizer: torch.optim.Optimizer,
+        teacher: Teacher | None = None,
     ) -> Path:
         """Write one checkpoint, point `last` (and `best`, when it is the best) at it, tidy up.
 
         Raises:
             CheckpointError: the disk refused (full, read-only); earlier checkpoints are intact.
         """
-        name = f"step-{state.step:06d}"
+        name = self._free_name(state.step)
         temporary = self.directory / f".writing-{name}"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
+            weights.save(temporary)
+            if weights.is_whole_model:
+                tokenizer.save_pretrained(temporary)
+            if teacher is not None and teacher.state:
+                save_file(dict(teacher.state), temporary / TEACHER_FILE)
             tensors, groups = _flatten_optimizer(optimizer)
             save_file(tensors, temporary / "optimizer.safetensors")
             save_file(_rng_states(), temporary / "rng.safetensors")
@@ -125,18 +140,20 @@ class CheckpointStore:
         self,
         path: Path,
         *,
-        model: PreTrainedModel,
+        weights: TrainedWeights,
         optimizer: torch.optim.Optimizer,
         config: dict[str, Any],
         base_sha256: str,
+        teacher: Teacher | None = None,
         may_differ: Iterable[str] = (),
     ) -> TrainState:
-        """Put a checkpoint's weights, optimiser state and random number states back in place.
+        """Put the weights, the optimiser's, teacher's and random numbers' states back in place.
 
         Args:
             path: a checkpoint folder (`last` or `best` of this store, or any other).
-            model: gets the weights.
+            weights: gets the weights.
             optimizer: gets the moments; must hold the same parameters in the same order.
+            teacher: gets its state, if it has one.
             config: the configuration of the run that wants to continue.
             base_sha256: fingerprint of the weights that this run starts from.
             may_differ: settings of `config` that may differ from the checkpoint's.
@@ -162,18 +179,43 @@ class CheckpointStore:
             raise CheckpointError(
                 f"checkpoint {path} started from other weights than {config.get('model')!r} holds"
             )
-        weights = load_file(path / "model.safetensors")
-        own = model.state_dict()
-        wrong = sorted(n for n, w in weights.items() if n not in own or own[n].shape != w.shape)
-        if wrong:
-            raise CheckpointError(f"checkpoint {path} is of another model: {', '.join(wrong[:5])}")
-        # Tied weights are stored once, hence strict=False; the shapes were checked above.
-        model.load_state_dict(weights, strict=False)
+        self._restore(path, weights.read(path), weights.masters, "another model")
+        weights.publish()
+        if teacher is not None and teacher.state:
+            if TEACHER_FILE not in document["sha256"]:
+                raise CheckpointError(
+                    f"checkpoint {path} has no state of an {teacher.name} teacher"
+                )
+            saved = load_file(path / TEACHER_FILE)
+            self._restore(path, saved, teacher.state, f"another {teacher.name} teacher")
+            teacher.publish()
         _restore_optimizer(
             optimizer, load_file(path / "optimizer.safetensors"), document["optimizer_groups"]
         )
         _restore_rng(load_file(path / "rng.safetensors"))
         return state
+
+    @staticmethod
+    def _restore(
+        path: Path,
+        source: Mapping[str, torch.Tensor],
+        target: Mapping[str, torch.Tensor],
+        other: str,
+    ) -> None:
+        try:
+            copy_tensors(source, target)
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {path} is of {other}: {error}") from error
+
+    def _free_name(self, step: int) -> str:
+        """Return a folder name for this step that no link points at.
+
+        A step is saved again when its evaluation was interrupted and made up for later. Were its
+        folder removed first, a crash in between would leave `last` pointing at nothing.
+        """
+        name = f"step-{step:06d}"
+        used = {link.resolve().name for link in (self.last, self.best) if link.is_symlink()}
+        return f"{name}-evaluated" if name in used else name
 
     def _point(self, link: Path, name: str) -> None:
         temporary = link.with_name(f".{link.name}.new")
@@ -216,7 +258,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return document
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: torch.nn.Module) -> str:
     """SHA-256 over the names, shapes and bytes of a model's weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,7 +35,8 @@ def train(
     """Train a solver as a YAML file says."""
     from selfdistill.config import load_config
 
-    console = Console()
+    # Of several processes (torchrun), one speaks.
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
     settings = load_config(config)
     if dry_run:
         from selfdistill.dry_run import dry_run as show_plan
@@ -223,19 +225,23 @@ def main() -> None:
         from selfdistill.context import PromptTooLongError
         from selfdistill.filtering import FilterExistsError
         from selfdistill.methods.loss import UnsupportedHeadError
+        from selfdistill.rollout import EngineError
         from selfdistill.tasks import TaskError
         from selfdistill.train import DivergedError, RunExistsError
+        from selfdistill.weights import UnsupportedAdapterError
 
         known = (
             CheckpointError,
             ConfigError,
             DivergedError,
+            EngineError,
             FilterExistsError,
             OSError,
             PromptTooLongError,
             RunExistsError,
             TaskError,
             UnavailableBackendError,
+            UnsupportedAdapterError,
             UnsupportedHeadError,
             UnsupportedModelError,
         )

@@ -275,7 +275,17 @@ class LiveTeacherConfig(Section):
     name: Literal["live"] = "live"
 
 
-TeacherConfig = Annotated[BaseTeacherConfig | LiveTeacherConfig, Field(discriminator="name")]
+class EmaTeacherConfig(Section):
+    """The exponential moving average of the trained weights, moved after every optimiser step."""
+
+    name: Literal["ema"] = "ema"
+    decay: float = Field(default=0.99, gt=0, lt=1)
+    """How much of the average stays in one step."""
+
+
+TeacherConfig = Annotated[
+    BaseTeacherConfig | LiveTeacherConfig | EmaTeacherConfig, Field(discriminator="name")
+]
 
 
 class ScribeCriticConfig(Section):
@@ -399,6 +409,19 @@ class RolloutConfig(Section):
     """What samples."""
 
 
+class AdapterConfig(Section):
+    """LoRA adapters (peft) on a frozen model; no dropout, which would make the teacher disagree."""
+
+    r: PositiveInt = 16
+    """The rank."""
+    alpha: PositiveInt = 32
+    """The update is scaled by alpha / r."""
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "all-linear"
+    )
+    """Names of the layers; by default every linear one but the lm_head, which stays frozen."""
+
+
 class OptimizerConfig(Section):
     """AdamW with a linear warm-up to a constant learning rate."""
 
@@ -439,6 +462,12 @@ class Config(Section):
     """The solver: a folder or a Hub name. In a YAML file a folder may be relative to that file."""
     output_dir: Path
     """Where metrics, checkpoints and the report go; relative to the working directory."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the model computes in; the trained weights and the optimiser are float32 anyway."""
+    adapter: AdapterConfig | None = None
+    """Train LoRA adapters only; by default every weight learns."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more compute."""
     task: TaskConfig = ArithmeticTaskConfig()
     """Where the problems come from and who checks the answers."""
     method: MethodConfig = StepAlignMethod()
@@ -454,8 +483,9 @@ class Config(Section):
     """Training steps: each draws new rollouts."""
     prompts_per_step: PositiveInt = 8
     """Problems per training step."""
-    prompts_per_microbatch: PositiveInt = 8
-    """Problems scored at once: fewer need less memory, the gradient of the step stays the same."""
+    tokens_per_microbatch: PositiveInt = 16384
+    """Most packed tokens (student's and teacher's) of one forward and backward pass: memory follows
+    it, the gradient of the step does not. A problem with more of them has a pass of its own."""
     updates_per_step: PositiveInt = 1
     """Optimiser updates on the rollouts of a step; after the first the student has moved on."""
     rollout: RolloutConfig = RolloutConfig()

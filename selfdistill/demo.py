@@ -31,12 +31,14 @@ from selfdistill.checkpoint import CheckpointStore
 from selfdistill.config import Config
 from selfdistill.evaluate import Evaluation, Interval, avg_difference, summarize
 from selfdistill.methods import build_method
-from selfdistill.methods.loss import lm_head
+from selfdistill.methods.loss import find_heads
 from selfdistill.progress import progress_bars
 from selfdistill.runlog import JsonLines, peak_rss_mib, write_atomically
+from selfdistill.seeds import derive_seed
 from selfdistill.solver import Solver, load_solver
 from selfdistill.tables import evaluation_table, percent
-from selfdistill.train import RunExistsError, build_teacher, derive_seed, train
+from selfdistill.teacher import build_teacher
+from selfdistill.train import RunExistsError, train
 
 HELD_OUT_PROBLEMS = 200
 HELD_OUT_SAMPLES = 12
@@ -152,7 +154,7 @@ def held_out(name: str, config: Config, solver: Solver, console: Console) -> Hel
         )
     evaluation = summarize(attempts, solver.task, split="test")
     base = load_solver(config).model
-    teacher, teacher_model = build_teacher(config, solver.model, base=base)
+    teacher = build_teacher(config.method.teacher, solver.model, base=base)
     records = []
     if teacher is not None:  # GRPO has nobody who disagrees
         records = analyze(
@@ -160,7 +162,7 @@ def held_out(name: str, config: Config, solver: Solver, console: Console) -> Hel
             teacher,
             build_method(config, solver.task),
             erroneous_attempts(attempts, limit=ANALYSED_ATTEMPTS),
-            heads=(lm_head(solver.model), lm_head(teacher_model)),
+            heads=find_heads(solver.model, teacher),
         )
     analysis = {
         "localisation": asdict(localise(records)),

@@ -100,9 +100,17 @@ def dry_run(config: Config, console: Console) -> None:
         prompt=round(statistics.mean(map(len, students))),
         context=room if config.method.name == "stepalign" else max(0, round(context)),
     )
-    model = ModelShape.of(model_config)
-    teacher = config.method.teacher
-    weights = Weights(teacher=None if teacher is None else teacher.name)
+    adapter, teacher = config.adapter, config.method.teacher
+    model = ModelShape.of(
+        model_config,
+        rank=None if adapter is None else adapter.r,
+        target_modules="all-linear" if adapter is None else adapter.target_modules,
+    )
+    weights = Weights(
+        itemsize=2 if config.precision == "bfloat16" else 4,
+        teacher=None if teacher is None else teacher.name,
+        checkpointing=config.activation_checkpointing,
+    )
     console.print(memory_table(model, step, weights))
     console.print(time_table(config, model, step, weights))
 
@@ -163,14 +171,13 @@ def show_prompts(
 def step_shape(config: Config, *, prompt: int, context: int) -> StepShape:
     """Return the tokens of a step of this run, every completion at its full length."""
     completion = config.rollout.max_new_tokens
-    group = prompt + config.method.group_size * completion
     return StepShape(
         prompts=config.prompts_per_step,
         group_size=config.method.group_size,
         prompt=prompt,
         context=context,
         completion=completion,
-        tokens_per_pass=config.prompts_per_microbatch * group,
+        tokens_per_pass=config.tokens_per_microbatch,
         rollout_rows=config.rollout.engine.batch_size,
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from selfdistill.rollout import Rollout, RolloutEngine, SamplingParams
+from selfdistill.rollout import Rollout, RolloutEngine, SamplingParams, sample
 from selfdistill.tasks import Problem, Task, Verdict
 
 BOOTSTRAP_RESAMPLES = 10_000
@@ -109,11 +109,12 @@ def sample_attempts(
         progress: called with the number of problems just finished.
     """
     attempts: list[Attempts] = []
-    # Small portions, so that progress shows; the portion's place is part of its seed.
+    # Small portions, so that progress shows; every problem keeps the random stream of its place.
     portion = 16
     for start in range(0, len(problems), portion):
         batch = problems[start : start + portion]
-        groups = engine.generate(
+        groups = sample(
+            engine,
             [render(problem) for problem in batch],
             group_size=samples,
             params=replace(params, seed=params.seed + start),

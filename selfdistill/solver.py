@@ -7,13 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from selfdistill.config import Config
 from selfdistill.context import ContextRenderer
@@ -21,6 +15,7 @@ from selfdistill.evaluate import Attempts, sample_attempts
 from selfdistill.rollout import SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.tasks import Task, build_task
+from selfdistill.weights import Student, load_model
 
 
 @dataclass(frozen=True)
@@ -28,7 +23,7 @@ class Solver:
     """A student and all that is needed to sample from it and to judge what it wrote."""
 
     config: Config
-    model: PreTrainedModel
+    model: Student
     tokenizer: PreTrainedTokenizerBase
     task: Task
     engine: TransformersEngine
@@ -41,40 +36,43 @@ class Solver:
         problems: int,
         samples: int,
         seed: int,
+        part: range | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Attempts]:
         """Sample and judge `samples` attempts at each of the first `problems` of a split.
 
-        The problems are the same whatever the seed, which decides the sampled tokens only.
+        The problems are the same whatever the seed, which decides the sampled tokens only. With a
+        `part`, only those of them are attempted, with the outcome that they have among all.
         """
+        part = part if part is not None else range(problems)
         return sample_attempts(
             self.engine,
             self.context.student_prompt,
             self.task,
-            self.task.problems(split=split, count=problems),
+            self.task.problems(split=split, count=problems)[part.start : part.stop],
             samples=samples,
             params=SamplingParams(
                 temperature=self.config.rollout.temperature,
                 max_new_tokens=self.config.rollout.max_new_tokens,
-                seed=seed,
+                seed=seed + part.start,
             ),
             progress=progress,
         )
 
 
-def load_solver(config: Config, weights: str | Path | None = None) -> Solver:
-    """Load the configured task and model, or other `weights` of its kind (a checkpoint folder).
+def load_solver(config: Config, checkpoint: Path | None = None) -> Solver:
+    """Load the configured task and model, with the weights of a checkpoint if one is given.
 
     Raises:
         OSError: there is no such model folder, or it lacks a file (transformers names it).
         TaskError: the task's problems cannot be read.
+        UnsupportedAdapterError: the adapter names layers that cannot be adapted.
     """
-    source = str(weights or config.model)
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    model = load_model(config, checkpoint).to(device)
     task = build_task(config.task)
     return Solver(
         config,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
 import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import Any
@@ -18,25 +16,27 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from selfdistill.attention import enable_prefix_sharing
+from selfdistill.batch import build_batch, leave_out_long_questions
 from selfdistill.checkpoint import CheckpointStore, TrainState, fingerprint
-from selfdistill.config import Config, MethodConfig, save_config
-from selfdistill.context import TeacherContext
+from selfdistill.config import Config, save_config
+from selfdistill.distributed import ALONE, Ranks, join_ranks
 from selfdistill.evaluate import Attempts, judge, summarize
 from selfdistill.layout import PromptGroup
-from selfdistill.methods import Method, build_method
-from selfdistill.methods.loss import Head, Loss, lm_head
+from selfdistill.methods import build_method
+from selfdistill.methods.loss import Head, Loss, find_heads
+from selfdistill.microbatch import split_by_tokens
 from selfdistill.progress import progress_bars
-from selfdistill.rollout import Rollout, SamplingParams
+from selfdistill.rollout import SamplingParams, sample
 from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
 from selfdistill.scoring import score
+from selfdistill.seeds import derive_seed
 from selfdistill.solver import Solver, load_solver
-from selfdistill.spans import token_span, token_steps
-from selfdistill.tasks import Problem, SteppedTask, TaskError, Verdict, training_problems
-from selfdistill.teacher import BaseTeacher, LiveTeacher, Teacher
+from selfdistill.tasks import training_problems
+from selfdistill.teacher import Teacher, build_teacher
+from selfdistill.weights import Student, TrainedWeights, enable_activation_checkpointing
 
 # Settings that a continued run may change without becoming another run.
 MAY_DIFFER = ("model", "output_dir", "device", "attention", "steps", "checkpoint")
@@ -116,8 +116,9 @@ class TrainResult:
 def train(config: Config, *, resume: bool = False, console: Console | None = None) -> TrainResult:
     """Train as configured; everything lands in `config.output_dir`.
 
-    Ctrl-C (or SIGTERM) lets the step at hand finish and saves it; a second one stops at once. The
-    same configuration gives the same numbers, interrupted or not.
+    Ctrl-C (or SIGTERM) lets the step at hand finish and saves it; an evaluation at hand is given up
+    and made up for when the run is resumed; a second Ctrl-C stops at once. The same configuration
+    gives the same numbers, interrupted or not, and up to rounding on any number of ranks.
 
     Args:
         config: the run.
@@ -128,13 +129,20 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         RunExistsError: the folder holds a run and `resume` is False.
         CheckpointError: the last checkpoint is torn, belongs to another run, or cannot be written.
         DivergedError: the loss or gradient is not finite; the last checkpoint is kept.
+        EngineError: the rollout engine failed; the last checkpoint is kept.
         UnsupportedModelError: the model's family cannot share prefixes exactly.
         UnavailableBackendError: the attention that was asked for cannot run.
         PromptTooLongError: a rollout does not fit, and `prompt.too_long` is "error".
         TaskError: the problems cannot be read, or no problem of a step leaves room.
     """
     transformers_logging.disable_progress_bar()
-    console = console or Console(stderr=True)
+    with join_ranks() as ranks:
+        if console is None or not ranks.is_main:
+            console = Console(stderr=True, quiet=not ranks.is_main)
+        return _train(config, ranks, resume=resume, console=console)
+
+
+def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> TrainResult:
     store = CheckpointStore(config.output_dir / "checkpoints")
     if os.path.lexists(store.last) and not resume:
         raise RunExistsError(
@@ -144,81 +152,91 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     solver = load_solver(config)
     student = solver.model
     enable_prefix_sharing(student, backend=config.attention)  # refuses a model that cannot share
-    teacher, teacher_model = build_teacher(config, student)
-    heads = (lm_head(student), lm_head(teacher_model))
+    base_sha256 = fingerprint(student)
+    teacher = build_teacher(config.method.teacher, student)
+    weights = TrainedWeights(student)
+    if config.activation_checkpointing:
+        enable_activation_checkpointing(student)
+    heads = find_heads(student, teacher)
     method = build_method(config, solver.task)
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
-        student.parameters(),
+        weights.masters.values(),
         lr=settings.learning_rate,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
     )
     state = TrainState(
         step=0,
+        evaluated_step=None,
         best_step=None,
         best_metric=None,
         config=config.model_dump(mode="json"),
-        base_sha256=fingerprint(student),
+        base_sha256=base_sha256,
     )
     if os.path.lexists(store.last):
         found = store.load(
             store.last,
-            model=student,
+            weights=weights,
             optimizer=optimizer,
+            teacher=teacher,
             config=state.config,
             base_sha256=state.base_sha256,
             may_differ=MAY_DIFFER,
         )
         state = replace(found, config=state.config)
         console.print(f"Resuming after step {state.step} of {config.steps}.")
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    save_config(config, config.output_dir / "config.yaml")
     metrics_log = JsonLines(config.output_dir / "metrics.jsonl")
-    metrics_log.keep_until(state.step)
     evaluation_log = JsonLines(config.output_dir / "evaluations.jsonl")
-    evaluation_log.keep_until(state.step if state.best_step is not None else -1)
+    if ranks.is_main:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, config.output_dir / "config.yaml")
+        metrics_log.keep_until(state.step)
+        evaluation_log.keep_until(-1 if state.evaluated_step is None else state.evaluated_step)
     problems = training_problems(
         solver.task, count=config.steps * config.prompts_per_step, seed=config.seed
     )
 
+    def save() -> None:
+        if ranks.is_main:
+            store.save(state, weights, solver.tokenizer, optimizer, teacher)
+
     with deferred_interrupt(console) as interrupt, progress_bars(console) as bars:
         bar = bars.add_task("train", total=config.steps, completed=state.step, note="")
-        if state.best_step is None:
-            state = evaluate(solver, state, evaluation_log, bars)
-            store.save(state, student, solver.tokenizer, optimizer)
+        if evaluation_is_due(state, config):
+            state = evaluate(solver, state, ranks, interrupt, evaluation_log, bars)
+            if state.evaluated_step == state.step:
+                save()
+        stopping = ranks.any(interrupt.requested)
 
-        while state.step < config.steps and not interrupt.requested:
+        while state.step < config.steps and not stopping:
             step = state.step + 1
             clock = Clock()
-            end = step * config.prompts_per_step
-            drawn = problems[end - config.prompts_per_step : end]
-            batch = drawn
+            first = state.step * config.prompts_per_step
+            share = ranks.share(config.prompts_per_step)
+            drawn = problems[first + share.start : first + share.stop]
+            asked = drawn
             if config.prompt.too_long == "drop":
-                batch = leave_out_long_questions(solver, drawn)
+                asked = leave_out_long_questions(solver, drawn)
 
             with clock("rollout"):
-                groups = solver.engine.generate(
-                    [solver.context.student_prompt(problem) for problem in batch],
+                groups = sample(
+                    solver.engine,
+                    [solver.context.student_prompt(problem) for problem in asked],
                     group_size=method.group_size,
                     params=SamplingParams(
                         temperature=config.rollout.temperature,
                         max_new_tokens=config.rollout.max_new_tokens,
-                        seed=derive_seed(config.seed, "rollout", step),
+                        # Problem i of the step draws from the stream of this seed + i.
+                        seed=derive_seed(config.seed, "rollout", step) + share.start,
                     ),
                 )
             with clock("reward"):
-                attempts = judge(solver.task, batch, groups)
+                attempts = judge(solver.task, asked, groups)
             with clock("critique"):
                 contexts = method.contexts(attempts)
             with clock("context"):
-                with_context, contexts = leave_out(method, attempts, contexts)
-                kept = with_context
-                if config.prompt.too_long == "drop":
-                    kept, contexts = leave_out_long_rollouts(solver, with_context, contexts)
-                prompt_groups = render_groups(
-                    solver, cut_rollouts(solver, config.method, kept), contexts
-                )
+                batch = build_batch(solver, method, attempts, contexts)
             rate = settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
             for _ in range(config.updates_per_step):
                 with clock("score"):
@@ -227,24 +245,31 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                         student,
                         teacher,
                         method.loss,
-                        prompt_groups,
+                        batch.groups,
                         heads=heads,
-                        groups_per_pass=config.prompts_per_microbatch,
+                        tokens_per_pass=config.tokens_per_microbatch,
                         attention=config.attention,
+                        ranks=ranks,
                     )
                 with clock("update"):
+                    ranks.sum_gradients(weights.masters.values())
                     for parameters in optimizer.param_groups:
                         parameters["lr"] = rate
                     norm = torch.nn.utils.clip_grad_norm_(
-                        student.parameters(), settings.max_grad_norm
+                        weights.masters.values(), settings.max_grad_norm
                     )
                     refuse_divergence(step, totals.loss, norm.item(), store)
                     optimizer.step()
+                    weights.publish()
+                    if teacher is not None:
+                        teacher.update(weights.masters)
 
+            unasked = (len(drawn) - len(asked)) * method.group_size
+            dropped, too_long = map(int, ranks.sum(batch.dropped, unasked + batch.too_long))
             state = replace(state, step=step)
-            if step % config.evaluation.every == 0 or step == config.steps:
+            if evaluation_is_due(state, config):
                 with clock("evaluate"):
-                    state = evaluate(solver, state, evaluation_log, bars)
+                    state = evaluate(solver, state, ranks, interrupt, evaluation_log, bars)
             metrics = StepMetrics(
                 step=step,
                 loss=totals.loss,
@@ -252,12 +277,10 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                 advantage=totals.per_token(totals.advantage),
                 entropy=totals.per_token(totals.entropy),
                 active=totals.active / max(1, totals.tokens),
-                reward=mean_reward(attempts),
-                tied=tied_prompts(attempts),
-                dropped=count_rollouts(attempts) - count_rollouts(with_context),
-                too_long=(len(drawn) - len(batch)) * method.group_size
-                + count_rollouts(with_context)
-                - count_rollouts(kept),
+                reward=ranks.mean(correct(attempts)),
+                tied=ranks.mean(tied(attempts)),
+                dropped=dropped,
+                too_long=too_long,
                 grad_norm=norm.item(),
                 learning_rate=rate,
                 tokens=totals.tokens,
@@ -266,10 +289,12 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                 seconds=clock.seconds,
                 peak_rss_mib=peak_rss_mib(),
             )
-            metrics_log.append(asdict(metrics))
-            stopping = interrupt.requested or step == config.steps
-            if stopping or state.best_step == step or step % config.checkpoint.every == 0:
-                store.save(state, student, solver.tokenizer, optimizer)
+            if ranks.is_main:
+                metrics_log.append(asdict(metrics))
+            stopping = ranks.any(interrupt.requested)
+            last = stopping or step == config.steps
+            if last or state.best_step == step or step % config.checkpoint.every == 0:
+                save()
             kl = "" if metrics.kl is None else f"KL {metrics.kl:.3f}  "
             bars.update(bar, advance=1, note=f"{kl}reward {metrics.reward:.2f}")
     return TrainResult(
@@ -278,153 +303,6 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         best_step=state.best_step,
         best_metric=state.best_metric,
     )
-
-
-def build_teacher(
-    config: Config, student: PreTrainedModel, *, base: PreTrainedModel | None = None
-) -> tuple[Teacher | None, PreTrainedModel]:
-    """Return the teacher strategy and the model whose head it uses; no teacher, the student's.
-
-    Args:
-        config: names the strategy.
-        student: the model that learns.
-        base: the model as it was before; None takes a copy of the student, which then must not
-            have learned anything yet.
-    """
-    if config.method.teacher is None:
-        return None, student
-    match config.method.teacher.name:
-        case "live":
-            return LiveTeacher(), student
-        case "base":
-            base = base if base is not None else copy.deepcopy(student)
-            return BaseTeacher(base), base
-
-
-# Judged rollouts by problem, and what the teacher sees with each of them.
-Contexts = Sequence[Sequence[TeacherContext | None]]
-
-
-def leave_out_long_questions(solver: Solver, problems: Sequence[Problem]) -> list[Problem]:
-    """Return the problems that leave room for a whole completion.
-
-    Raises:
-        TaskError: none does, so a step has nothing to train on.
-    """
-    room = solver.config.rollout.max_new_tokens
-    kept = [p for p in problems if solver.context.leaves_room(p, max_new_tokens=room)]
-    if not kept:
-        raise TaskError(
-            f"none of the {len(problems)} problems of a step leaves room for {room} new tokens, so "
-            "all of them were left out (prompt.too_long: drop): raise prompt.max_length or "
-            "prompts_per_step, or lower rollout.max_new_tokens"
-        )
-    return kept
-
-
-def leave_out_long_rollouts(
-    solver: Solver, attempts: Sequence[Attempts], contexts: Contexts
-) -> tuple[list[Attempts], list[list[TeacherContext | None]]]:
-    """Return the rollouts that fit behind the student's prompt and behind the teacher's."""
-    return keep_rollouts(
-        attempts,
-        contexts,
-        lambda problem, context, rollout: solver.context.fits(problem, context, rollout.token_ids),
-    )
-
-
-def leave_out(
-    method: Method, attempts: Sequence[Attempts], contexts: Contexts
-) -> tuple[list[Attempts], list[list[TeacherContext | None]]]:
-    """Return attempts and contexts without the rollouts that the method cannot learn from."""
-    if not method.needs_context:
-        return list(attempts), list(map(list, contexts))
-    return keep_rollouts(attempts, contexts, lambda problem, context, rollout: context is not None)
-
-
-def keep_rollouts(
-    attempts: Sequence[Attempts],
-    contexts: Contexts,
-    keep: Callable[[Problem, TeacherContext | None, Rollout], bool],
-) -> tuple[list[Attempts], list[list[TeacherContext | None]]]:
-    """Return the rollouts that `keep` wants, with their contexts.
-
-    Prompts whose rollouts are all left out are left out, too: nothing may remain.
-    """
-    kept: list[Attempts] = []
-    kept_contexts: list[list[TeacherContext | None]] = []
-    for attempt, group in zip(attempts, contexts, strict=True):
-        places = [
-            i
-            for i, (context, rollout) in enumerate(zip(group, attempt.rollouts, strict=True))
-            if keep(attempt.problem, context, rollout)
-        ]
-        if places:
-            rollouts = [attempt.rollouts[i] for i in places]
-            verdicts = [attempt.verdicts[i] for i in places]
-            kept.append(Attempts(attempt.problem, rollouts, verdicts))
-            kept_contexts.append([group[i] for i in places])
-    return kept, kept_contexts
-
-
-def cut_rollouts(
-    solver: Solver, method: MethodConfig, attempts: Sequence[Attempts]
-) -> list[Attempts]:
-    """Cut the tokens of each rollout behind its first wrong step, if the loss asks for it."""
-    if method.name == "grpo" or not method.loss.stop_after_first_wrong_step:
-        return list(attempts)
-
-    def cut(rollout: Rollout, verdict: Verdict) -> Rollout:
-        span = token_span(solver.tokenizer, rollout, verdict.wrong_span)
-        stop = None if span is None else span[1]
-        return replace(
-            rollout, token_ids=rollout.token_ids[:stop], logprobs=rollout.logprobs[:stop]
-        )
-
-    return [
-        replace(attempt, rollouts=list(map(cut, attempt.rollouts, attempt.verdicts)))
-        for attempt in attempts
-    ]
-
-
-def rollout_steps(solver: Solver, rollouts: Sequence[Rollout]) -> list[list[int]] | None:
-    """Return the step of every token, if the loss asks for it; see `PromptGroup.steps`."""
-    method = solver.config.method
-    if method.name == "grpo":
-        return None
-    mask = method.loss.advantage_mask
-    if mask is None or not mask.per_step:
-        return None
-    task = solver.task
-    assert isinstance(task, SteppedTask)  # `build_method` refuses the others
-    return [
-        token_steps(solver.tokenizer, rollout, task.step_spans(rollout.text))
-        for rollout in rollouts
-    ]
-
-
-def count_rollouts(attempts: Sequence[Attempts]) -> int:
-    """Return how many rollouts there are in all."""
-    return sum(len(attempt.rollouts) for attempt in attempts)
-
-
-def render_groups(
-    solver: Solver,
-    attempts: Sequence[Attempts],
-    contexts: Sequence[Sequence[TeacherContext | None]],
-) -> list[PromptGroup]:
-    """Put questions, contexts and judged rollouts together as token ids."""
-    return [
-        solver.context.prompt_group(
-            attempt.problem,
-            group_contexts,
-            [rollout.token_ids for rollout in attempt.rollouts],
-            rewards=[float(verdict.correct) for verdict in attempt.verdicts],
-            old_logprobs=[rollout.logprobs for rollout in attempt.rollouts],
-            steps=rollout_steps(solver, attempt.rollouts),
-        )
-        for attempt, group_contexts in zip(attempts, contexts, strict=True)
-    ]
 
 
 @dataclass
@@ -448,37 +326,52 @@ class Totals:
         """Return a sum's mean over the tokens that were read; None when there are none."""
         return total / self.tokens_read if self.tokens_read else None
 
+    def over(self, ranks: Ranks) -> Totals:
+        """Return the totals of all ranks."""
+        parts = asdict(self)
+        summed = zip(parts.items(), ranks.sum(*parts.values()), strict=True)
+        return Totals(**{name: type(part)(total) for (name, part), total in summed})
+
 
 def accumulate_gradients(
-    student: PreTrainedModel,
+    student: Student,
     teacher: Teacher | None,
     loss: Loss,
     groups: Sequence[PromptGroup],
     *,
     heads: tuple[Head, Head],
-    groups_per_pass: int,
+    tokens_per_pass: int,
     attention: str = "auto",
+    ranks: Ranks = ALONE,
 ) -> Totals:
     """Add the gradient of the step's mean loss to the student's parameters.
 
-    Every pass divides by the denominator of all groups, so the gradient does not depend on how many
-    groups one pass takes. Groups without gradient are not read.
+    Every pass divides by the denominator of all groups of all ranks, so the gradient does not
+    depend on which groups one pass takes. It still has to be summed over the ranks. Groups without
+    gradient are not read.
 
     Args:
         student: gets the gradients.
         teacher: scores the same completions with more context; None for a method without one.
         loss: the method's loss.
-        groups: all prompt groups of the step.
+        groups: all prompt groups of this rank's share of the step; none is fine.
         heads: of the student and of the teacher.
-        groups_per_pass: prompt groups that are scored at once.
+        tokens_per_pass: most packed tokens that are scored at once.
         attention: who computes it, see `selfdistill.attention.choose_backend`.
+        ranks: the processes that share the step.
+
+    Returns:
+        The totals of all ranks.
     """
     totals = Totals(tokens=sum(group.num_tokens for group in groups))
-    denominator = sum(loss.denominator(group) for group in groups)
-    to_read = [group for group in groups if loss.learns_from(group)]
-    for start in range(0, len(to_read), groups_per_pass):
-        part = to_read[start : start + groups_per_pass]
-        scored = score(student, teacher, part, attention=attention)
+    (denominator,) = ranks.sum(sum(loss.denominator(group) for group in groups))
+    for microbatch in split_by_tokens(
+        [group for group in groups if loss.learns_from(group)],
+        max_tokens=tokens_per_pass,
+        share_student_prefix=teacher is not None and teacher.has_student_weights,
+        with_teacher=teacher is not None,
+    ):
+        scored = score(student, teacher, microbatch, attention=attention)
         output = loss(scored, *heads, normalizer=denominator)
         output.loss.backward()
         assert output.advantage is not None  # the loss was given the sampled tokens
@@ -490,47 +383,77 @@ def accumulate_gradients(
         totals.active += int(output.active.sum())
         totals.packed_tokens += scored.statistics.packed_tokens
         totals.unshared_tokens += scored.statistics.unshared_tokens
-    return totals
+    return totals.over(ranks)
 
 
-def mean_reward(attempts: Sequence[Attempts]) -> float:
-    """Return the share of rollouts with the right answer."""
-    correct = [verdict.correct for attempt in attempts for verdict in attempt.verdicts]
-    return sum(correct) / len(correct)
+def correct(attempts: Sequence[Attempts]) -> list[bool]:
+    """Return for every rollout whether its answer is right."""
+    return [verdict.correct for attempt in attempts for verdict in attempt.verdicts]
 
 
-def tied_prompts(attempts: Sequence[Attempts]) -> float:
-    """Return the share of prompts whose rollouts all got the same reward (GRPO learns nothing)."""
-    tied = [len({verdict.correct for verdict in attempt.verdicts}) == 1 for attempt in attempts]
-    return sum(tied) / len(tied)
+def tied(attempts: Sequence[Attempts]) -> list[bool]:
+    """Return for every prompt whether its rollouts got one reward, which teaches GRPO nothing."""
+    return [len({verdict.correct for verdict in attempt.verdicts}) == 1 for attempt in attempts]
 
 
-def evaluate(solver: Solver, state: TrainState, log: JsonLines, bars: Progress) -> TrainState:
-    """Evaluate on the dev split, log it, and return the state with the best step so far."""
+def evaluation_is_due(state: TrainState, config: Config) -> bool:
+    """Return whether the state ends a step that is to be evaluated and was not."""
+    wanted = state.step % config.evaluation.every == 0 or state.step == config.steps
+    return wanted and state.evaluated_step != state.step
+
+
+class _EvaluationStopped(Exception):
+    """Somebody asked the run to stop in the middle of an evaluation."""
+
+
+def evaluate(
+    solver: Solver,
+    state: TrainState,
+    ranks: Ranks,
+    interrupt: Interrupt,
+    log: JsonLines,
+    bars: Progress,
+) -> TrainState:
+    """Evaluate on the dev split, log it, and return the state with the best step so far.
+
+    The ranks share the problems. An interrupt on a rank that is not done yet ends it for all; then
+    the state comes back as it was, not evaluated.
+    """
     settings = solver.config.evaluation
     clock = Clock()
-    bar = bars.add_task("evaluate", total=settings.problems, note=f"step {state.step}, dev")
-    with clock("evaluate"):
+    share = ranks.share(settings.problems)
+    bar = bars.add_task("evaluate", total=len(share), note=f"step {state.step}, dev")
+
+    done = 0
+
+    def progress(count: int) -> None:
+        nonlocal done
+        done += count
+        bars.advance(bar, count)
+        if interrupt.requested and done < len(share):
+            raise _EvaluationStopped
+
+    attempts: list[Attempts] | None = None
+    with clock("evaluate"), suppress(_EvaluationStopped):
         attempts = solver.attempt(
             split="dev",
             problems=settings.problems,
+            part=share,
             samples=settings.samples,
             seed=derive_seed(solver.config.seed, "evaluate", state.step),
-            progress=lambda count: bars.advance(bar, count),
+            progress=progress,
         )
     bars.remove_task(bar)
-    result = summarize(attempts, solver.task, split="dev")
-    log.append({"step": state.step, "seconds": clock.seconds, **json.loads(result.to_json())})
+    if ranks.any(attempts is None):
+        return state
+    result = summarize(ranks.gather(attempts or []), solver.task, split="dev")
+    if ranks.is_main:
+        log.append({"step": state.step, "seconds": clock.seconds, **json.loads(result.to_json())})
+    state = replace(state, evaluated_step=state.step)
     value = result.avg_at_k.value
     if state.best_metric is not None and value <= state.best_metric:
         return state
     return replace(state, best_step=state.step, best_metric=value)
-
-
-def derive_seed(*parts: object) -> int:
-    """Return a seed that depends on all parts, so that no two uses share random numbers."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:7], "big")
 
 
 def refuse_divergence(step: int, loss: float, grad_norm: float, store: CheckpointStore) -> None:

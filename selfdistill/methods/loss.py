@@ -13,6 +13,7 @@ from selfdistill.attention import base_causal_lm
 from selfdistill.config import LossConfig
 from selfdistill.layout import PromptGroup
 from selfdistill.scoring import ScoredTokens
+from selfdistill.teacher import Teacher
 from selfdistill_kernels import (
     AdvantageMask,
     DistillationOutput,
@@ -72,6 +73,18 @@ def lm_head(model: torch.nn.Module) -> Head:
             f"they differ by {error:.1e} (relative), expected at most {tolerance:.0e}"
         )
     return head
+
+
+def find_heads(student: torch.nn.Module, teacher: Teacher | None) -> tuple[Head, Head]:
+    """Return the heads of the student and of its teacher; without a teacher twice the student's.
+
+    The weights of both change in place as training goes on.
+    """
+    own = lm_head(student)
+    if teacher is None:
+        return own, own
+    with teacher.weights(student) as teacher_model:
+        return own, lm_head(teacher_model)
 
 
 def _logit_scale(config: object) -> float:

@@ -9,7 +9,12 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How completions are drawn: softmax temperature, length limit in tokens, seed of this call."""
+    """How completions are drawn: softmax temperature, length limit in tokens, seed of this call.
+
+    Prompt i of a call draws from a stream of its own, that of `seed + i`: what it gets depends
+    neither on the other prompts nor on how a call is split over batches or ranks (except that
+    another batch shape may round the probabilities differently).
+    """
 
     temperature: float = 1.0
     max_new_tokens: int = 256
@@ -41,3 +46,30 @@ class RolloutEngine(Protocol):
     ) -> list[list[Rollout]]:
         """Return one list of `group_size` rollouts per prompt (prompts are token ids)."""
         ...
+
+
+class EngineError(RuntimeError):
+    """A rollout engine that failed."""
+
+
+def sample(
+    engine: RolloutEngine,
+    prompts: Sequence[Sequence[int]],
+    *,
+    group_size: int,
+    params: SamplingParams,
+) -> list[list[Rollout]]:
+    """Return the engine's rollouts, none for no prompts.
+
+    Raises:
+        EngineError: whatever the engine raised; the message says what and how to go on.
+    """
+    if not prompts:
+        return []
+    try:
+        return engine.generate(prompts, group_size=group_size, params=params)
+    except Exception as error:
+        raise EngineError(
+            f"{type(engine).__name__} failed with {type(error).__name__}: {error}. A training run "
+            "keeps its last checkpoint: mend the cause, then go on with --resume"
+        ) from error

@@ -14,8 +14,8 @@ class TransformersEngine:
     """Samples from the very weights that are being trained, so there is nothing to synchronise.
 
     An own loop over the model, not `model.generate`: it reads a prompt once for its whole group,
-    stops paying for finished rows, and draws from a generator of its own, so that a call with the
-    same seed returns the same rollouts whatever else used random numbers in between.
+    stops paying for finished rows, and draws from a generator of its own for each prompt, so that
+    the same seed returns the same rollouts whatever else used random numbers in between.
 
     Args:
         model: a causal language model whose cache is a `DynamicCache`; used in evaluation mode.
@@ -50,7 +50,6 @@ class TransformersEngine:
                 sampling parameters outside their range.
         """
         self._check(prompts, group_size, params)
-        generator = torch.Generator(self.model.device).manual_seed(params.seed)
         prompts_at_once = max(1, self.batch_size // group_size)
         groups: list[list[Rollout]] = []
         was_training = self.model.training
@@ -58,7 +57,7 @@ class TransformersEngine:
         try:
             for start in range(0, len(prompts), prompts_at_once):
                 batch = prompts[start : start + prompts_at_once]
-                groups.extend(self._sample(batch, group_size, params, generator))
+                groups.extend(self._sample(batch, group_size, params, first=start))
         finally:
             self.model.train(was_training)
         return groups
@@ -69,7 +68,8 @@ class TransformersEngine:
         prompts: Sequence[Sequence[int]],
         group_size: int,
         params: SamplingParams,
-        generator: torch.Generator,
+        *,
+        first: int,
     ) -> list[list[Rollout]]:
         device = self.model.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -84,13 +84,19 @@ class TransformersEngine:
         mask = mask.repeat_interleave(group_size, 0)
         position = lengths.repeat_interleave(group_size)[:, None]
 
+        draws = torch.cat(
+            [
+                _uniforms(params.seed + first + i, group_size, params.max_new_tokens)
+                for i in range(len(prompts))
+            ]
+        ).to(device)
         eos = torch.tensor(self.eos_token_ids, device=device)
         rows = torch.arange(len(prompts) * group_size, device=device)
         tokens: list[list[int]] = [[] for _ in rows]
         logprobs: list[list[float]] = [[] for _ in rows]
         while True:
             scores = torch.log_softmax(logits.float() / params.temperature, -1)
-            drawn = torch.multinomial(scores.exp(), 1, generator=generator)
+            drawn = _inverse_cdf(scores, draws[rows, len(tokens[rows[0]])])
             drawn_scores = scores.gather(-1, drawn)
             for row, token, score in zip(
                 rows.tolist(), drawn[:, 0].tolist(), drawn_scores[:, 0].tolist(), strict=True
@@ -156,6 +162,20 @@ class TransformersEngine:
                     f"{params.max_new_tokens} it exceeds the model's {limit} positions. "
                     "Shorten the prompt or lower max_new_tokens."
                 )
+
+
+def _uniforms(seed: int, group_size: int, length: int) -> torch.Tensor:
+    """All random numbers of one prompt, [group_size, length] in [0, 1), the same on any device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(group_size, length, generator=generator, dtype=torch.float64)
+
+
+def _inverse_cdf(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Draw one token a row: [rows, V] log-probs and [rows] numbers in [0, 1) give [rows, 1]."""
+    # In float64, where the sum of a large vocabulary's tail is not lost.
+    cumulated = logprobs.double().exp().cumsum(-1)
+    threshold = uniform[:, None] * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, threshold, right=True)
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -18,12 +18,12 @@ from selfdistill.config import Config
 from selfdistill.context import ContextRenderer
 from selfdistill.evaluate import Attempts, judge
 from selfdistill.methods import build_method
-from selfdistill.methods.loss import lm_head
+from selfdistill.methods.loss import find_heads
 from selfdistill.rollout import Rollout
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.solver import Solver
 from selfdistill.tasks.arithmetic import ArithmeticTask
-from selfdistill.train import build_teacher
+from selfdistill.teacher import build_teacher
 
 TASK = ArithmeticTask(step_counts=(3,))
 
@@ -91,7 +91,7 @@ def test_figures_are_those_of_the_models_own_logits(
     solver = Solver(
         config, student, tokenizer, TASK, TransformersEngine(student, tokenizer), renderer
     )
-    teacher, teacher_model = build_teacher(config, student, base=base)
+    teacher = build_teacher(config.method.teacher, student, base=base)
     method = build_method(config, TASK)
     attempts = []
     for problem in TASK.problems(split="test", count=3):
@@ -102,7 +102,7 @@ def test_figures_are_those_of_the_models_own_logits(
         teacher,
         method,
         attempts,
-        heads=(lm_head(student), lm_head(teacher_model)),
+        heads=find_heads(student, teacher),
         batch_size=2,
     )
     assert [r.problem_id for r in records] == [problem.id for problem, _, _ in attempts]

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from selfdistill.checkpoint import CheckpointError, CheckpointStore, TrainState, fingerprint
+from selfdistill.weights import TrainedWeights
 
 ModelFactory = Callable[..., LlamaForCausalLM]
 CONFIG = {"model": "m", "seed": 1, "steps": 9}
@@ -21,12 +22,13 @@ class Saved:
 
     def __init__(self, folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase):
         self.model, self.tokenizer = model, tokenizer
+        self.weights = TrainedWeights(model)
         self.base = fingerprint(model)
         self.store = CheckpointStore(folder / "checkpoints")
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        self.state = TrainState(1, 1, 0.5, CONFIG, self.base)
+        self.state = TrainState(1, 1, 1, 0.5, CONFIG, self.base)
         self.learn()
-        self.store.save(self.state, model, tokenizer, self.optimizer)
+        self.store.save(self.state, self.weights, tokenizer, self.optimizer)
 
     def learn(self) -> None:
         self.model(torch.tensor([[1, 2, 3]])).logits.square().mean().backward()
@@ -36,7 +38,7 @@ class Saved:
     def load(self, model: LlamaForCausalLM, path: Path | None = None) -> TrainState:
         return self.store.load(
             path or self.store.last,
-            model=model,
+            weights=TrainedWeights(model),
             optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2),
             config=CONFIG,
             base_sha256=self.base,
@@ -50,12 +52,16 @@ def saved(tmp_path: Path, make_model: ModelFactory, tokenizer: PreTrainedTokeniz
 
 def test_everything_comes_back(saved: Saved, make_model: ModelFactory) -> None:
     expected_draw = torch.rand(3)
-    saved.store.save(saved.state, saved.model, saved.tokenizer, saved.optimizer)
+    saved.store.save(saved.state, saved.weights, saved.tokenizer, saved.optimizer)
     torch.manual_seed(99)
     model = make_model(seed=7)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
     state = saved.store.load(
-        saved.store.last, model=model, optimizer=optimizer, config=CONFIG, base_sha256=saved.base
+        saved.store.last,
+        weights=TrainedWeights(model),
+        optimizer=optimizer,
+        config=CONFIG,
+        base_sha256=saved.base,
     )
     assert state == saved.state
     assert fingerprint(model) == fingerprint(saved.model) != saved.base
@@ -69,7 +75,7 @@ def test_everything_comes_back(saved: Saved, make_model: ModelFactory) -> None:
 
 
 def test_random_numbers_continue(saved: Saved, make_model: ModelFactory) -> None:
-    saved.store.save(saved.state, saved.model, saved.tokenizer, saved.optimizer)
+    saved.store.save(saved.state, saved.weights, saved.tokenizer, saved.optimizer)
     expected = torch.rand(3)
     torch.manual_seed(99)
     saved.load(make_model())
@@ -84,7 +90,7 @@ def test_a_checkpoint_is_a_transformers_folder(saved: Saved) -> None:
 def test_only_last_and_best_are_kept(saved: Saved) -> None:
     for step in (2, 3):
         state = replace(saved.state, step=step)
-        saved.store.save(state, saved.model, saved.tokenizer, saved.optimizer)
+        saved.store.save(state, saved.weights, saved.tokenizer, saved.optimizer)
     assert saved.store.last.resolve().name == "step-000003"
     assert saved.store.best.resolve().name == "step-000001"
     names = sorted(path.name for path in saved.store.directory.iterdir())
@@ -100,7 +106,7 @@ def test_a_write_that_fails_leaves_the_last_one(
     monkeypatch.setattr("selfdistill.checkpoint.save_file", full)
     with pytest.raises(CheckpointError, match=r"step-000002.*No space left.*intact"):
         saved.store.save(
-            replace(saved.state, step=2), saved.model, saved.tokenizer, saved.optimizer
+            replace(saved.state, step=2), saved.weights, saved.tokenizer, saved.optimizer
         )
     assert saved.load(make_model()).step == 1
     assert not list(saved.store.directory.glob(".writing*"))
@@ -140,7 +146,7 @@ def test_a_foreign_checkpoint_is_refused(
     saved: Saved, make_model: ModelFactory, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model = make_model()
-    common = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+    common = {"weights": TrainedWeights(model), "optimizer": torch.optim.AdamW(model.parameters())}
     with pytest.raises(CheckpointError, match=r"another configuration: seed \(1 there, 2 here\)"):
         saved.store.load(
             saved.store.last, **common, config={**CONFIG, "seed": 2}, base_sha256=saved.base

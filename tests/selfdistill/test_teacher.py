@@ -8,7 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from selfdistill.teacher import BaseTeacher, LiveTeacher
+from selfdistill.layout import PromptGroup
+from selfdistill.scoring import score
+from selfdistill.teacher import BaseTeacher, EmaTeacher, LiveTeacher
 
 IDS = torch.tensor([[5, 6, 7]])
 
@@ -49,3 +51,52 @@ def test_base_needs_base_weights(tiny_model: Callable[..., PreTrainedModel]) -> 
         BaseTeacher().weights(student)
     with pytest.raises(ValueError, match="model is the student itself"):
         BaseTeacher(student).weights(student)
+
+
+def test_ema_follows_the_float32_weights(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    student = tiny_model("llama").to(torch.bfloat16)
+    teacher = EmaTeacher(student, decay=0.9)
+    start = {name: value.clone() for name, value in teacher.state.items()}
+    masters = {name: value + 1e-4 for name, value in start.items()}  # lost in bfloat16
+    for _ in range(2):
+        teacher.update(masters)
+    for name, value in teacher.state.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, start[name] + 0.19e-4, rtol=1e-6, atol=1e-8)
+    with teacher.weights(student) as model:
+        weight = model.get_parameter("lm_head.weight")
+        assert torch.equal(weight, teacher.state["lm_head.weight"].bfloat16())
+    assert model.get_parameter("lm_head.weight") is not weight
+
+
+def test_ema_gives_the_students_weights_back_after_an_error(
+    tiny_model: Callable[..., PreTrainedModel],
+) -> None:
+    student = tiny_model("qwen3")
+    parameters = dict(student.named_parameters())
+
+    def fail() -> None:
+        with EmaTeacher(student, decay=0.9).weights(student):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert all(student.get_parameter(name) is value for name, value in parameters.items())
+    assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
+
+
+def test_an_average_may_not_borrow_the_students_prefix(
+    tiny_model: Callable[..., PreTrainedModel], ragged_groups: list[PromptGroup]
+) -> None:
+    student = tiny_model("llama")
+    teacher = EmaTeacher(student, decay=0.9)
+    with pytest.raises(ValueError, match="'ema' teacher: keys and values made by the student"):
+        score(student, teacher, ragged_groups, share_student_prefix=True)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, -0.1])
+def test_ema_decay_lies_between_0_and_1(
+    tiny_model: Callable[..., PreTrainedModel], decay: float
+) -> None:
+    with pytest.raises(ValueError, match=f"decay is {decay}, expected a number between 0 and 1"):
+        EmaTeacher(tiny_model("llama"), decay=decay)

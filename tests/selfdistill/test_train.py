@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -11,31 +12,35 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_runs import assert_same_run, lines, tensors
 from transformers import LlamaForCausalLM
 
+import selfdistill.batch
 import selfdistill.train
 from selfdistill.attention import UnavailableBackendError, UnsupportedModelError
 from selfdistill.checkpoint import CheckpointError
-from selfdistill.config import Config, load_config
+from selfdistill.config import AdapterConfig, Config, load_config
 from selfdistill.context import PromptTooLongError
 from selfdistill.evaluate import Attempts, Evaluation, judge
 from selfdistill.layout import PromptGroup
-from selfdistill.methods.loss import lm_head
+from selfdistill.methods.loss import find_heads
 from selfdistill.methods.stepalign import StepAlign
-from selfdistill.rollout import Rollout
+from selfdistill.rollout import EngineError, Rollout
+from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.runlog import JsonLines
 from selfdistill.scoring import score
-from selfdistill.solver import load_solver
+from selfdistill.seeds import derive_seed
+from selfdistill.solver import Solver, load_solver
 from selfdistill.tasks import TaskError
 from selfdistill.tasks.arithmetic import ArithmeticTask
+from selfdistill.teacher import build_teacher
 from selfdistill.train import (
     DivergedError,
     RunExistsError,
     accumulate_gradients,
-    build_teacher,
-    derive_seed,
     train,
 )
+from selfdistill.weights import TrainedWeights
 
 
 def stepalign(**changes: Any) -> dict[str, Any]:
@@ -65,30 +70,6 @@ def make_config(solver_dir: Path, output_dir: Path, **changes: Any) -> Config:
         "evaluation": {"every": 2, "problems": 3, "samples": 2},
     }
     return Config.model_validate({**settings, **changes})
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    folder = run / "checkpoints" / "last"
-    files = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
-    return {
-        f"{name}/{key}": tensor
-        for name in files
-        for key, tensor in load_file(folder / name).items()
-    }
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    expected, got = weights(one), weights(other)
-    assert expected.keys() == got.keys()
-    different = [name for name in expected if not torch.equal(expected[name], got[name])]
-    assert not different
-    for log in ("metrics.jsonl", "evaluations.jsonl"):
-        volatile = {"seconds", "peak_rss_mib"}
-        lines = [
-            [{k: v for k, v in line.items() if k not in volatile} for line in JsonLines(p).read()]
-            for p in (one / log, other / log)
-        ]
-        assert lines[0] == lines[1]
 
 
 def interrupt_at_call(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
@@ -164,24 +145,45 @@ def test_the_same_seed_gives_the_same_numbers(solver_dir: Path, tmp_path: Path) 
     assert [line["loss"] for line in one] != [line["loss"] for line in three]
 
 
+LORA = {"r": 2, "alpha": 4}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize(
     "method",
     [
         stepalign(),
         stepalign(teacher={"name": "live"}),
+        stepalign(teacher={"name": "ema"}),
         # Nearly every answer of a random model is wrong: only the KL penalty reads those rollouts.
         grpo(kl={}),
     ],
-    ids=["base", "live", "grpo"],
+    ids=["base", "live", "ema", "grpo"],
 )
 def test_stopped_and_resumed_gives_the_same_bits(
-    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]
+    solver_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: dict[str, Any],
+    adapter: dict[str, Any] | None,
+    precision: str,
 ) -> None:
+    common = {
+        "method": method,
+        "adapter": adapter,
+        "precision": precision,
+    }
     torch.manual_seed(0)
-    train(make_config(solver_dir, tmp_path / "undisturbed", method=method))
+    train(make_config(solver_dir, tmp_path / "undisturbed", **common))
+    kept = {path.name for path in (tmp_path / "undisturbed" / "checkpoints" / "last").iterdir()}
+    has_average = method.get("teacher") == {"name": "ema"}
+    assert ("teacher.safetensors" in kept) == has_average
+    assert ("adapter_model.safetensors" in kept) == (adapter is not None)
+    assert ("model.safetensors" in kept) == ("tokenizer.json" in kept) == (adapter is None)
 
     torch.manual_seed(0)
-    config = make_config(solver_dir, tmp_path / "stopped", method=method)
+    config = make_config(solver_dir, tmp_path / "stopped", **common)
     interrupt_at_call(monkeypatch, 2)
     stopped = train(config)
     assert (stopped.step, stopped.interrupted) == (2, True)
@@ -272,9 +274,120 @@ def test_divergence_stops_before_the_weights_are_ruined(
     monkeypatch.setattr(selfdistill.train, "score", poisoned)
     with pytest.raises(DivergedError, match=r"step 2: .*nan.*learning_rate"):
         train(make_config(solver_dir, tmp_path / "run"))
-    saved = weights(tmp_path / "run")
+    saved = tensors(tmp_path / "run")
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
     assert len(JsonLines(tmp_path / "run" / "metrics.jsonl").read()) == 1
+
+
+def test_an_interrupted_evaluation_is_made_up_for(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    # More problems than are sampled at once.
+    several = {"evaluation": {"every": 2, "problems": 17, "samples": 1}}
+    train(make_config(solver_dir, tmp_path / "undisturbed", **several))
+    torch.manual_seed(0)
+    config = make_config(solver_dir, tmp_path / "stopped", **several)
+    attempt = Solver.attempt
+    calls = 0
+
+    def interrupted(self: Solver, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # the evaluation after step 2
+            os.kill(os.getpid(), signal.SIGINT)
+        return attempt(self, **kwargs)
+
+    monkeypatch.setattr(Solver, "attempt", interrupted)
+    assert train(config).step == 2
+    assert [line["step"] for line in lines(tmp_path / "stopped", "evaluations.jsonl")] == [0]
+    assert len(lines(tmp_path / "stopped", "metrics.jsonl")) == 2
+    assert train(config, resume=True).step == 4
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "stopped")
+    kept = [path.name for path in (tmp_path / "stopped" / "checkpoints").glob("step-*")]
+    assert len(kept) <= 2
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    train(make_config(solver_dir, tmp_path / "undisturbed"))
+    torch.manual_seed(0)
+    config = make_config(solver_dir, tmp_path / "full")
+    write = TrainedWeights.save
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def refused(self: TrainedWeights, folder: Path) -> None:
+        if "step-000003" in folder.name:
+            # The system refuses to write beyond this size, as it does when there is no room.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+        try:
+            write(self, folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    monkeypatch.setattr(TrainedWeights, "save", refused)
+    with pytest.raises(CheckpointError, match=r"cannot write checkpoint .*step-000003: .*resume"):
+        train(config)
+    checkpoints = tmp_path / "full" / "checkpoints"
+    assert (checkpoints / "last").resolve().name == "step-000002"
+    assert not list(checkpoints.glob(".*"))
+    monkeypatch.undo()
+    assert train(config, resume=True).step == 4
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "full")
+
+
+def test_an_engine_that_dies_keeps_the_last_checkpoint(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    train(make_config(solver_dir, tmp_path / "undisturbed"))
+    torch.manual_seed(0)
+    config = make_config(solver_dir, tmp_path / "died")
+    generate = TransformersEngine.generate
+    calls = 0
+
+    def dying(self: TransformersEngine, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # the first evaluation, step 1, step 2
+            raise ConnectionResetError("the worker is gone")
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(TransformersEngine, "generate", dying)
+    with pytest.raises(EngineError, match=r"ConnectionResetError: the worker is gone.*--resume"):
+        train(config)
+    assert (tmp_path / "died" / "checkpoints" / "last").resolve().name == "step-000001"
+    assert train(config, resume=True).step == 4
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "died")
+
+
+@pytest.mark.parametrize("teacher", ["ema", "base"])
+def test_a_damaged_adapter_or_average_is_refused(
+    solver_dir: Path, tmp_path: Path, teacher: str
+) -> None:
+    config = make_config(
+        solver_dir,
+        tmp_path / "run",
+        steps=1,
+        adapter=LORA,
+        method=stepalign(teacher={"name": teacher}),
+    )
+    train(config)
+    name = "teacher.safetensors" if teacher == "ema" else "adapter_model.safetensors"
+    path = tmp_path / "run" / "checkpoints" / "last" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=f"last is damaged: {name}"):
+        train(config, resume=True)
+
+
+def test_another_adapter_is_refused(solver_dir: Path, tmp_path: Path) -> None:
+    config = make_config(solver_dir, tmp_path / "run", steps=1, adapter=LORA)
+    train(config)
+    for other in (AdapterConfig(r=4), None):
+        with pytest.raises(CheckpointError, match="another configuration: adapter"):
+            train(config.model_copy(update={"adapter": other}), resume=True)
 
 
 @pytest.mark.parametrize(
@@ -303,9 +416,9 @@ def test_accumulated_gradients_equal_the_whole_batch(
         for group in [*ragged_groups, ragged_groups[0]]
     ]
     results = []
-    for groups_per_pass in (1, 2, 3):
+    for tokens_per_pass in (1, 120, 10_000):
         student = make_model()
-        teacher, teacher_model = build_teacher(config, student)
+        teacher = build_teacher(config.method.teacher, student)
         method = selfdistill.train.build_method(config, ArithmeticTask())
         assert isinstance(method, StepAlign)
         totals = accumulate_gradients(
@@ -313,8 +426,8 @@ def test_accumulated_gradients_equal_the_whole_batch(
             teacher,
             method.loss,
             groups,
-            heads=(lm_head(student), lm_head(teacher_model)),
-            groups_per_pass=groups_per_pass,
+            heads=find_heads(student, teacher),
+            tokens_per_pass=tokens_per_pass,
         )
         results.append((totals, {n: p.grad for n, p in student.named_parameters()}))
     totals, gradients = results[-1]
@@ -336,10 +449,17 @@ def test_accumulated_gradients_equal_the_whole_batch(
         {"method": stepalign()},
         {"method": refsol(group_size=3)},
         {"method": refsol(teacher={"name": "live"})},
+        {"method": refsol(teacher={"name": "ema"})},
+        {"method": refsol(teacher={"name": "ema", "decay": 0.5})},
+        {"precision": "bfloat16"},
+        {"adapter": {}},
+        {"adapter": {"r": 2}},
+        {"adapter": {"alpha": 64}},
+        {"adapter": {"target_modules": ["q_proj"]}},
+        {"tokens_per_microbatch": 1},
         {"prompts_per_step": 3},
         {"rollout": {"max_new_tokens": 11}},
         {"rollout": {"max_new_tokens": 12, "temperature": 0.8}},
-        {"rollout": {"max_new_tokens": 12, "engine": {"name": "transformers", "batch_size": 2}}},
         {"method": refsol(loss={"objective": {"name": "reverse_kl"}})},
         {"method": refsol(loss={"objective": {"name": "jsd", "beta": 0.4}})},
         {"method": refsol(loss={"advantage_mask": {"threshold": 0.002}})},
@@ -373,19 +493,18 @@ def test_no_setting_does_nothing(solver_dir: Path, tmp_path: Path, change: dict[
     runs = []
     # What belongs to one method is compared with that method's default.
     method = {key: value for key, value in change.get("method", {}).items() if key == "name"}
-    default = {**refsol(), **method}
-    if default == change.get("method"):
-        default = refsol()
+    default: dict[str, Any] = {"steps": 2, "method": {**refsol(), **method}}
+    if default["method"] == change.get("method"):
+        default["method"] = refsol()
+    if change.get("adapter"):
+        default["adapter"] = {}
+    if "decay" in change.get("method", {}).get("teacher", {}):
+        default["method"] = refsol(teacher={"name": "ema"})
     for name, settings in (("default", {}), ("changed", change)):
-        common = {"steps": 2, "method": default}
-        train(make_config(solver_dir, tmp_path / name, **{**common, **settings}))
-        lines = [
-            {k: v for k, v in line.items() if k not in {"seconds", "peak_rss_mib"}}
-            for log in ("metrics.jsonl", "evaluations.jsonl")
-            for line in JsonLines(tmp_path / name / log).read()
-        ]
-        tensors = {name: tensor.tolist() for name, tensor in weights(tmp_path / name).items()}
-        runs.append((lines, tensors))
+        train(make_config(solver_dir, tmp_path / name, **{**default, **settings}))
+        logs = [lines(tmp_path / name, log) for log in ("metrics.jsonl", "evaluations.jsonl")]
+        saved = {name: tensor.tolist() for name, tensor in tensors(tmp_path / name).items()}
+        runs.append((logs, saved))
     assert runs[0] != runs[1]
 
 
@@ -434,7 +553,7 @@ def test_no_setting_of_grpo_does_nothing(
                 solver_dir, tmp_path / name, steps=2, method=method, updates_per_step=updates
             )
         )
-        runs.append({key: value.tolist() for key, value in weights(tmp_path / name).items()})
+        runs.append({key: value.tolist() for key, value in tensors(tmp_path / name).items()})
     assert runs[0] != runs[1]
 
 
@@ -517,12 +636,12 @@ def test_rollouts_are_cut_behind_the_first_wrong_step(solver_dir: Path, tmp_path
         ids = solver.tokenizer(text, add_special_tokens=False)["input_ids"]
         rollouts.append(Rollout(ids, [-float(i) for i in range(len(ids))], text, False))
     (whole,) = judge(solver.task, [problem], [rollouts])
-    (cut,) = selfdistill.train.cut_rollouts(solver, config.method, [whole])
+    (cut,) = selfdistill.batch.cut_rollouts(solver, config.method, [whole])
     assert cut.rollouts[0] == rollouts[0]
     kept = cut.rollouts[1].token_ids
     assert solver.tokenizer.decode(kept) == f"{one} {wrong_two}"
     assert cut.rollouts[1].logprobs == [-float(i) for i in range(len(kept))]
-    unchanged = selfdistill.train.cut_rollouts(
+    unchanged = selfdistill.batch.cut_rollouts(
         solver, make_config(solver_dir, tmp_path).method, [whole]
     )
     assert unchanged == [whole]

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import pytest
 
+from selfdistill.batch import leave_out
 from selfdistill.config import Config, ConfigError, LossConfig, ScribeCriticConfig
 from selfdistill.context import TeacherContext
 from selfdistill.critic import Critique, build_critic
@@ -16,7 +17,6 @@ from selfdistill.tasks import FeedbackDetail, Problem, Task, Verdict
 from selfdistill.tasks.answers import PlainChecker
 from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.tasks.dataset import DatasetTask
-from selfdistill.train import leave_out
 
 PROBLEMS = [Problem("p", "1 + 2", "3", "reference of p"), Problem("q", "2 + 2", "4", "that of q")]
 

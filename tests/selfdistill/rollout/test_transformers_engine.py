@@ -59,6 +59,23 @@ def test_a_seed_decides_whatever_else_draws(
     assert other != first
 
 
+def test_a_prompts_rollouts_do_not_depend_on_the_others(
+    make_model: ModelFactory, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = make_model()
+
+    def ids(engine: TransformersEngine, first: int, stop: int) -> list[list[list[int]]]:
+        params = SamplingParams(max_new_tokens=12, seed=5 + first)
+        groups = engine.generate(PROMPTS[first:stop], group_size=2, params=params)
+        return [[rollout.token_ids for rollout in group] for group in groups]
+
+    engine = TransformersEngine(model, tokenizer)
+    together = ids(engine, 0, 3)
+    assert ids(engine, 0, 1) + ids(engine, 1, 3) == together
+    assert ids(TransformersEngine(model, tokenizer, batch_size=2), 0, 3) == together
+    assert together[0][0] != together[0][1]  # the rollouts of one prompt differ
+
+
 def test_sampling_follows_the_distribution(
     make_model: ModelFactory, tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -1,0 +1,200 @@
+"""Training runs in processes that may be killed, or that share the work of one run.
+
+    python forked_runs.py kill REQUEST.json      python forked_runs.py ranks REQUEST.json
+
+Importing torch and transformers takes seconds; here one process does it and forks its runs, which
+is safe because it computes nothing itself and has one thread. The answer is one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+from rich.console import Console
+
+import selfdistill.checkpoint
+import selfdistill.runlog
+import selfdistill.train
+from selfdistill.checkpoint import fingerprint
+from selfdistill.config import Config
+from selfdistill.weights import TrainedWeights
+
+torch.set_num_threads(1)
+
+# Where a process is killed, beside random moments: (module, function, most calls before it).
+MOMENTS = [
+    (selfdistill.checkpoint, "save_file", 6),
+    (selfdistill.checkpoint, "_sha256", 20),
+    (selfdistill.checkpoint, "_flush", 24),
+    (selfdistill.checkpoint.os, "rename", 3),
+    (selfdistill.checkpoint.os, "replace", 8),
+    (selfdistill.checkpoint.shutil, "rmtree", 8),
+    (selfdistill.train, "score", 3),
+    (selfdistill.train, "judge", 3),
+]
+
+
+def fork(task: Callable[[], object], log: Path) -> int:
+    """Run `task` in a new process and return its id; its status is 0 unless the task raises."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        with log.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        task()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def run(config: Config) -> None:
+    """Train, or go on training."""
+    selfdistill.train.train(config, resume=True, console=Console(quiet=True))
+
+
+def die_at(module: Any, name: str, calls: int, *, before: bool) -> None:
+    """Kill this process with SIGKILL right before or after a call of a function."""
+    original = getattr(module, name)
+    left = calls
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0 and before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(module, name, deadly)
+
+
+def wait(pid: int, log: Path) -> bool:
+    """Return whether the process came to its end; False when it was killed.
+
+    Raises:
+        RuntimeError: it failed in any other way.
+    """
+    status = os.waitpid(pid, 0)[1]
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return False
+    if status:
+        raise RuntimeError(f"the run failed, status {status}:\n{log.read_text()}")
+    return True
+
+
+def kill(request: dict[str, Any]) -> dict[str, Any]:
+    """Kill runs until `kills` have happened, resuming each until it is done."""
+    config = Config.model_validate(request["config"])
+    folder = config.output_dir
+    folder.mkdir(parents=True)
+    log = folder / "log"
+
+    def at(name: str) -> Config:
+        return config.model_copy(update={"output_dir": folder / name})
+
+    start = time.monotonic()
+    wait(fork(lambda: run(at("undisturbed")), log), log)
+    seconds = time.monotonic() - start
+
+    chance = random.Random(request["seed"])
+    kills: dict[str, int] = {}
+    finished: list[str] = []
+    while sum(kills.values()) < request["kills"]:
+        name = f"killed-{len(finished)}"
+        module, function, most = chance.choice(MOMENTS)
+        calls, before = chance.randint(1, most), chance.random() < 0.5
+        random_moment = chance.random() < 0.4
+
+        def task(
+            name: str = name,
+            moment: tuple[Any, str, int] | None = None
+            if random_moment
+            else (module, function, calls),
+            before: bool = before,
+        ) -> None:
+            if moment is not None:
+                die_at(*moment, before=before)
+            run(at(name))
+
+        pid = fork(task, log)
+        if random_moment:
+            time.sleep(chance.uniform(0, seconds))
+            os.kill(pid, signal.SIGKILL)  # at worst a zombie, which nobody has waited for yet
+        if wait(pid, log):
+            finished.append(name)
+        else:
+            where = "random" if random_moment else function
+            kills[where] = kills.get(where, 0) + 1
+    name = f"killed-{len(finished)}"
+    wait(fork(lambda: run(at(name)), log), log)
+    return {"undisturbed": "undisturbed", "finished": [*finished, name], "kills": kills}
+
+
+def ranks(request: dict[str, Any]) -> dict[str, Any]:
+    """Run each configuration with as many processes as asked, and alone; compare the ranks."""
+    answers = {}
+    for name, case in request["cases"].items():
+        config = Config.model_validate(case)
+        folder = config.output_dir
+        folder.mkdir(parents=True)
+        for size in (1, 2):
+            log = folder / f"log-{size}"
+            port = str(20000 + os.getpid() % 20000 + len(answers) * 2 + size)
+
+            def task(
+                rank: int, size: int = size, port: str = port, config: Config = config
+            ) -> None:
+                if size > 1:
+                    os.environ |= {
+                        "RANK": str(rank),
+                        "WORLD_SIZE": str(size),
+                        "LOCAL_RANK": str(rank),
+                        "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": port,
+                        "GLOO_SOCKET_IFNAME": "lo",
+                    }
+                models: list[TrainedWeights] = []
+                original = TrainedWeights.__init__
+
+                def remembering(self: TrainedWeights, model: Any) -> None:
+                    original(self, model)
+                    models.append(self)
+
+                TrainedWeights.__init__ = remembering  # type: ignore[method-assign]
+                run(config.model_copy(update={"output_dir": config.output_dir / str(size)}))
+                digest = fingerprint(models[0].model)
+                (config.output_dir / f"fingerprint-{size}-{rank}").write_text(digest)
+
+            processes = [fork(lambda rank=rank: task(rank), log) for rank in range(size)]
+            for pid in processes:
+                wait(pid, log)
+        prints = [(folder / f"fingerprint-2-{rank}").read_text() for rank in range(2)]
+        answers[name] = {"ranks_agree": prints[0] == prints[1]}
+    return answers
+
+
+if __name__ == "__main__":
+    action, path = sys.argv[1:]
+    answer = {"kill": kill, "ranks": ranks}[action](json.loads(Path(path).read_text()))
+    print(json.dumps(answer))
