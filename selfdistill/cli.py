@@ -159,16 +159,22 @@ def main() -> None:
     except Exception as error:
         # Imported late, so that --help need not wait for torch.
         from selfdistill.attention import UnsupportedModelError
+        from selfdistill.chat import ControlTokenError
         from selfdistill.checkpoint import CheckpointError
         from selfdistill.config import ConfigError
         from selfdistill.context import PromptTooLongError
         from selfdistill.methods.loss import UnsupportedHeadError
+        from selfdistill.rollout import EngineError
+        from selfdistill.rollout.agreement import EngineMismatchError
         from selfdistill.train import DivergedError, RunExistsError
 
         known = (
             CheckpointError,
             ConfigError,
+            ControlTokenError,
             DivergedError,
+            EngineError,
+            EngineMismatchError,
             OSError,
             PromptTooLongError,
             RunExistsError,

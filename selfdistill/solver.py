@@ -16,8 +16,9 @@ from transformers import (
 
 from selfdistill.config import Config
 from selfdistill.context import ContextRenderer
+from selfdistill.device import resolve_device
 from selfdistill.evaluate import Attempts, sample_attempts
-from selfdistill.rollout import SamplingParams
+from selfdistill.rollout import RolloutEngine, SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.tasks.arithmetic import ArithmeticTask
 
@@ -30,7 +31,7 @@ class Solver:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     task: ArithmeticTask
-    engine: TransformersEngine
+    engine: RolloutEngine
     context: ContextRenderer
 
     def attempt(
@@ -68,20 +69,21 @@ def load_solver(config: Config, weights: str | Path | None = None) -> Solver:
         OSError: there is no such model folder, or it lacks a file (transformers names it).
     """
     source = str(weights or config.model)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(config.device)
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device).eval()
     task = ArithmeticTask(
         step_counts=config.task.step_counts, reference_dialect=config.task.reference_dialect
     )
+    engine = build_engine(config, model, tokenizer)
+    if weights is not None:
+        engine.sync(model)
     return Solver(
         config,
         model,
         tokenizer,
         task,
-        TransformersEngine(model, tokenizer, batch_size=config.rollout.engine.batch_size),
+        engine,
         ContextRenderer(
             tokenizer,
             max_length=config.prompt.max_length
@@ -90,3 +92,24 @@ def load_solver(config: Config, weights: str | Path | None = None) -> Solver:
             teacher_template=config.prompt.teacher_template,
         ),
     )
+
+
+def build_engine(
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> RolloutEngine:
+    """Build the configured engine; one with weights of its own starts from the configured model.
+
+    Args:
+        config: names the engine and the model.
+        model: the student, which `RolloutEngine.sync` will be told about; a PEFT wrapper says that
+            only adapters will change.
+        tokenizer: of the model.
+    """
+    settings = config.rollout.engine
+    if settings.name == "transformers":
+        return TransformersEngine(model, tokenizer, batch_size=settings.batch_size)
+    from selfdistill.rollout.vllm_engine import VLLMEngine
+
+    adapters = getattr(model, "peft_config", {}).values()
+    rank = max((adapter.r for adapter in adapters), default=None)
+    return VLLMEngine(config.model, tokenizer, settings, adapter_rank=rank)

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +30,7 @@ from selfdistill.layout import PromptGroup
 from selfdistill.methods import build_method
 from selfdistill.methods.loss import Head, Loss, lm_head
 from selfdistill.progress import progress_bars
-from selfdistill.rollout import SamplingParams
+from selfdistill.rollout import Rollout, SamplingParams
 from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
 from selfdistill.scoring import score
 from selfdistill.solver import Solver, load_solver
@@ -59,6 +60,9 @@ class StepMetrics:
         entropy: of the student's next-token distribution, in nats.
         active: share of the tokens that carry a gradient.
         reward: share of the rollouts with the right answer.
+        engine_disagreement: largest difference between the rollout engine's log-prob of a token and
+            the trainer's own, in nats; None where nothing was compared.
+        contexts: how many rollouts had which kind of context; "none" had none.
         grad_norm: before clipping.
         learning_rate: of this step.
         tokens: completion tokens.
@@ -75,6 +79,8 @@ class StepMetrics:
     entropy: float
     active: float
     reward: float
+    engine_disagreement: float | None
+    contexts: dict[str, int]
     grad_norm: float
     learning_rate: float
     tokens: int
@@ -116,6 +122,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         RunExistsError: the folder holds a run and `resume` is False.
         CheckpointError: the last checkpoint is torn, belongs to another run, or cannot be written.
         DivergedError: the loss or gradient is not finite; the last checkpoint is kept.
+        EngineError: an engine died, or a critic's server gave no answer; likewise.
+        EngineMismatchError: the rollout engine has other weights than the student; likewise.
     """
     transformers_logging.disable_progress_bar()
     console = console or Console(stderr=True)
@@ -154,6 +162,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             may_differ=MAY_DIFFER,
         )
         state = replace(found, config=state.config)
+        solver.engine.sync(student)
         console.print(f"Resuming after step {state.step} of {config.steps}.")
     config.output_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, config.output_dir / "config.yaml")
@@ -178,8 +187,9 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             batch = problems[end - config.prompts_per_step : end]
 
             with clock("rollout"):
+                prompts = [solver.context.student_prompt(problem) for problem in batch]
                 groups = solver.engine.generate(
-                    [solver.context.student_prompt(problem) for problem in batch],
+                    prompts,
                     group_size=method.group_size,
                     params=SamplingParams(
                         temperature=config.rollout.temperature,
@@ -187,6 +197,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                         seed=derive_seed(config.seed, "rollout", step),
                     ),
                 )
+            with clock("check"):
+                disagreement = check_engine(config, step, student, heads[0], prompts, groups)
             with clock("reward"):
                 attempts = judge(solver.task, batch, groups)
             with clock("critique"):
@@ -210,6 +222,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                 norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.max_grad_norm)
                 refuse_divergence(step, totals.loss, norm.item(), store)
                 optimizer.step()
+            with clock("sync"):
+                solver.engine.sync(student)
 
             state = replace(state, step=step)
             if step % config.evaluation.every == 0 or step == config.steps:
@@ -223,6 +237,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                 entropy=totals.entropy / totals.tokens,
                 active=totals.active / totals.tokens,
                 reward=mean_reward(attempts),
+                engine_disagreement=disagreement,
+                contexts=count_contexts(contexts),
                 grad_norm=norm.item(),
                 learning_rate=rate,
                 tokens=totals.tokens,
@@ -261,6 +277,47 @@ def build_teacher(
         case "base":
             base = base if base is not None else copy.deepcopy(student)
             return BaseTeacher(base), base
+
+
+def check_engine(
+    config: Config,
+    step: int,
+    student: PreTrainedModel,
+    head: Head,
+    prompts: Sequence[Sequence[int]],
+    groups: Sequence[Sequence[Rollout]],
+) -> float | None:
+    """Compare the log-probs of an engine that has weights of its own with the student's.
+
+    One prompt's rollouts are enough: wrong weights are wrong everywhere.
+
+    Returns:
+        The largest difference in nats, or None when there is nothing to compare at this step.
+
+    Raises:
+        EngineMismatchError: it is larger than the configured tolerance.
+    """
+    engine = config.rollout.engine
+    if engine.name == "transformers" or step % engine.check_every != 0:
+        return None
+    from selfdistill.rollout.agreement import check_agreement
+
+    exact = engine.dtype == "float32" and student.dtype == torch.float32
+    return check_agreement(
+        student,
+        head,
+        prompts[:1],
+        groups[:1],
+        temperature=config.rollout.temperature,
+        tolerance=engine.tolerance or (1e-4 if exact else 1.0),
+    )
+
+
+def count_contexts(contexts: Sequence[Sequence[TeacherContext | None]]) -> dict[str, int]:
+    """Return how many rollouts have which kind of context, "none" included."""
+    return dict(
+        Counter("none" if context is None else context.kind for g in contexts for context in g)
+    )
 
 
 def render_groups(

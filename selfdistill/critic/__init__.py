@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
+from selfdistill.config import CriticConfig
 from selfdistill.tasks import Problem
+
+if TYPE_CHECKING:
+    from selfdistill.critic.scribe import StepTask
 
 CritiqueCase = Literal["A", "B", "C", "D"]
 
@@ -29,6 +33,39 @@ class Critique:
 class Critic(Protocol):
     """Anything that critiques a batch of attempts."""
 
-    def critique(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Critique]:
-        """Return one critique per (problem, response) pair, in order."""
+    def critique(
+        self, problems: Sequence[Problem], responses: Sequence[str]
+    ) -> Sequence[Critique | None]:
+        """Return one critique per (problem, response) pair, in order.
+
+        None: the critic has nothing usable to say about this one.
+        """
         ...
+
+
+def build_critic(config: CriticConfig, task: StepTask, *, device: str) -> Critic:
+    """Build the configured critic.
+
+    Args:
+        config: which critic.
+        task: knows right steps (the scribe) and right answers (the language model).
+        device: where a language model of this process runs.
+
+    Raises:
+        OSError: there is no such model (transformers names it).
+        EngineError: its engine cannot start.
+    """
+    match config.name:
+        case "scribe":
+            from selfdistill.critic.scribe import ScribeCritic
+
+            return ScribeCritic(task)
+        case "llm":
+            from selfdistill.critic.llm import LLMCritic
+            from selfdistill.textgen import build_text_generator
+
+            return LLMCritic(
+                build_text_generator(config.engine, device=device),
+                check=task.check if config.check_answer else None,
+                show_reference=config.show_reference,
+            )

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from selfdistill.config import Config
 from selfdistill.context import TeacherContext
+from selfdistill.critic import build_critic
+from selfdistill.device import resolve_device
 from selfdistill.evaluate import Attempts
 from selfdistill.methods.loss import DistillationLoss, Loss
 from selfdistill.methods.refsol import RefSol
@@ -40,8 +42,12 @@ def build_method(config: Config, task: ArithmeticTask) -> Method:
     loss = DistillationLoss(settings.loss)
     match settings.name:
         case "stepalign":
-            from selfdistill.critic.scribe import ScribeCritic
-
-            return StepAlign(critic=ScribeCritic(task), group_size=settings.group_size, loss=loss)
+            critic = settings.critic
+            return StepAlign(
+                critic=build_critic(critic, task, device=resolve_device(config.device)),
+                group_size=settings.group_size,
+                loss=loss,
+                fallback=critic.fallback if critic.name == "llm" else "drop",
+            )
         case "refsol":
             return RefSol(group_size=settings.group_size, loss=loss)

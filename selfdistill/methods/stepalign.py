@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from selfdistill.context import TeacherContext
-from selfdistill.critic import Critic
+from selfdistill.critic import Critic, Critique
 from selfdistill.evaluate import Attempts
 from selfdistill.methods.loss import Loss
+from selfdistill.tasks import Problem
 
 
 class StepAlign:
@@ -18,19 +20,29 @@ class StepAlign:
 
     Args:
         critic: writes one critique for each rollout.
+        fallback: what a rollout without a usable critique gets: nothing ("drop"), or the reference
+            solution where the problem has one.
         group_size: rollouts drawn for each prompt.
         loss: what is minimised on the completion tokens.
     """
 
     name = "stepalign"
 
-    def __init__(self, *, critic: Critic, group_size: int, loss: Loss) -> None:
+    def __init__(
+        self,
+        *,
+        critic: Critic,
+        group_size: int,
+        loss: Loss,
+        fallback: Literal["drop", "reference"] = "drop",
+    ) -> None:
         self.critic = critic
+        self.fallback = fallback
         self.group_size = group_size
         self.loss = loss
 
-    def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext]]:
-        """Return the critique of every rollout."""
+    def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext | None]]:
+        """Return the critique of every rollout; None where there is none."""
         critiques = iter(
             self.critic.critique(
                 [attempt.problem for attempt in attempts for _ in attempt.rollouts],
@@ -38,6 +50,13 @@ class StepAlign:
             )
         )
         return [
-            [TeacherContext("critique", next(critiques).text) for _ in attempt.rollouts]
+            [self._context(attempt.problem, next(critiques)) for _ in attempt.rollouts]
             for attempt in attempts
         ]
+
+    def _context(self, problem: Problem, critique: Critique | None) -> TeacherContext | None:
+        if critique is not None:
+            return TeacherContext("critique", critique.text)
+        if self.fallback == "reference" and problem.reference.strip():
+            return TeacherContext("reference", problem.reference)
+        return None

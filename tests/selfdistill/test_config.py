@@ -73,7 +73,7 @@ def test_a_model_folder_is_found_next_to_the_file(tmp_path: Path) -> None:
         (with_loss(advantage_mask={"threshold": -0.1}), "advantage_mask.threshold"),
         ({"rollout": {"temperature": 0}}, "rollout.temperature"),
         ({"method": {"name": "refsol", "teacher": {"name": "wise"}}}, "refsol.teacher"),
-        ({"rollout": {"engine": {"name": "guess"}}}, "rollout.engine.name"),
+        ({"rollout": {"engine": {"name": "guess"}}}, "rollout.engine"),
         ({"steps": 0}, "steps"),
     ],
 )
