@@ -27,6 +27,7 @@ class StepAlign:
     """
 
     name = "stepalign"
+    needs_context = True
 
     def __init__(
         self,
