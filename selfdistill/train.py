@@ -322,6 +322,8 @@ def leave_out(
             )
             kept_contexts.append([group_contexts[i] for i in places])
     return kept, kept_contexts
+
+
 def check_engine(
     config: Config,
     step: int,
