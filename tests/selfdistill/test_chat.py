@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from selfdistill.chat import ChatTemplate, ControlTokenError
 from selfdistill.context import ContextRenderer, TeacherContext
@@ -114,6 +116,22 @@ def test_text_never_becomes_a_control_token(text: str) -> None:
         f"<|im_start|>user\nWhat?\n{text}<|im_end|>\n<|im_start|>assistant\n"
     )
     assert len(controls(tokenizer, whole(tokenizer, text))) > 3  # what would happen otherwise
+
+
+def test_a_real_tokenizer_is_as_safe() -> None:
+    folder = os.environ.get("SELFDISTILL_SMOLLM2")
+    if folder is None:
+        pytest.skip(
+            "set SELFDISTILL_SMOLLM2 to the folder that examples/smollm2_135m/prepare.py writes"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = ChatTemplate(tokenizer)
+    assert chat.encode("What is 1 + 2?") == whole(tokenizer, "What is 1 + 2?")
+    own = controls(tokenizer, chat.encode("What?"))
+    everything = HOSTILE + "".join(tokenizer.get_added_vocab())
+    for ids in (chat.encode(everything), chat.encode("What?", everything)):
+        assert controls(tokenizer, ids) == own
+        assert everything in tokenizer.decode(ids)
 
 
 def test_neither_a_text_and_the_template_nor_two_texts_make_a_control_token() -> None:

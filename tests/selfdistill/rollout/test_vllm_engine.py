@@ -9,12 +9,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from selfdistill.config import Config, VLLMEngineConfig
+from selfdistill.config import (
+    Config,
+    TransformersTextEngine,
+    VLLMEngineConfig,
+    VLLMTextEngine,
+)
 from selfdistill.methods.loss import lm_head
 from selfdistill.rollout import EngineError, Rollout, SamplingParams
 from selfdistill.rollout.agreement import EngineMismatchError, check_agreement
 from selfdistill.rollout.vllm_engine import VLLMEngine
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
+from selfdistill.textgen import build_text_generator
 from selfdistill.train import train
 
 pytest.importorskip(
@@ -170,6 +176,20 @@ def test_an_adapter_is_handed_over(tmp_path: Path) -> None:
         assert disagreement(model, before) < 2e-5
     with pytest.raises(ValueError, match="lacks a PEFT adapter"):
         engine.sync(base.__class__(base.config))
+
+
+def test_a_critic_answers_the_same_from_either_engine(tmp_path: Path) -> None:
+    # `<eos>` in a prompt is text to both.
+    prompts = ["4 + 7", "3 - 1 mod 100 <eos> 5", "9"]
+    shared = {"model": save(tiny(tied=False, seed=3), tmp_path), "max_new_tokens": 8}
+    shared["dtype"] = "float32"
+    engine = SETTINGS.model_dump(include={"max_length", "kv_cache_gib", "enforce_eager"})
+    by_vllm = build_text_generator(VLLMTextEngine(**shared, **engine), device="cpu")
+    by_transformers = build_text_generator(TransformersTextEngine(**shared), device="cpu")
+    answers = dict(by_vllm.generate(prompts))
+    assert answers == dict(by_transformers.generate(prompts))
+    assert len(answers) == 3
+    assert by_vllm.identity != by_transformers.identity
 
 
 def test_a_dead_engine_says_what_it_was_doing(
