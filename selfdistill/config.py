@@ -121,48 +121,46 @@ class VLLMSettings(Section):
     """No compilation and no CUDA graphs: starts in seconds, samples more slowly on a GPU."""
 
 
-class TransformersTextEngine(Section):
+class TextEngine(Section):
+    """What all engines that answer prompts have in common."""
+
+    model: str
+    """A folder or a Hub name; for a server, what it calls the model."""
+    max_new_tokens: PositiveInt = 4096
+    """Answers are cut off at this length, think part included."""
+    cache: Path | None = None
+    """A folder that keeps the answers, so that nothing is asked twice; runs may share it."""
+
+
+class LocalTextEngine(TextEngine):
+    """What the engines of the trainer's own process have in common."""
+
+    template: dict[str, Any] = {}
+    """More variables for the model's chat template, such as {enable_thinking: true}."""
+
+
+class TransformersTextEngine(LocalTextEngine):
     """A model in the trainer's process, read by transformers."""
 
     name: Literal["transformers"] = "transformers"
-    model: str
-    """A folder or a Hub name."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of its weights."""
     batch_size: PositiveInt = 16
     """Prompts answered at once."""
-    max_new_tokens: PositiveInt = 4096
-    """Answers are cut off at this length, think part included."""
-    template: dict[str, Any] = {}
-    """More variables for its chat template, such as {enable_thinking: true}."""
-    cache: Path | None = None
-    """A folder that keeps its answers, so that nothing is asked twice; runs may share it."""
 
 
-class VLLMTextEngine(VLLMSettings):
+class VLLMTextEngine(VLLMSettings, LocalTextEngine):
     """A model in the trainer's process, read by vLLM."""
 
     name: Literal["vllm"] = "vllm"
-    model: str
-    """A folder or a Hub name."""
-    max_new_tokens: PositiveInt = 2048
-    """Answers are cut off at this length, think part included."""
-    template: dict[str, Any] = {}
-    """More variables for its chat template, such as {enable_thinking: true}."""
-    cache: Path | None = None
-    """A folder that keeps its answers, so that nothing is asked twice; runs may share it."""
 
 
-class ServerTextEngine(Section):
+class ServerTextEngine(TextEngine):
     """A model behind an OpenAI-compatible server."""
 
     name: Literal["server"] = "server"
     base_url: str
     """Up to and with /v1, such as http://localhost:8000/v1."""
-    model: str
-    """As the server calls it."""
-    max_new_tokens: PositiveInt = 4096
-    """Answers are cut off at this length, think part included."""
     api_key_variable: str = "OPENAI_API_KEY"
     """The environment variable that holds the key, if the server wants one."""
     timeout: float = Field(default=600.0, gt=0)
@@ -175,8 +173,6 @@ class ServerTextEngine(Section):
     """Requests under way at once."""
     extra_body: dict[str, Any] = {}
     """More fields of the request, such as {chat_template_kwargs: {enable_thinking: true}}."""
-    cache: Path | None = None
-    """A folder that keeps its answers, so that nothing is asked twice; runs may share it."""
 
 
 TextEngineConfig = Annotated[
