@@ -51,7 +51,8 @@ class WeightSync:
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
         if not getattr(model.config, "tie_word_embeddings", False):
             return
-        # Reloading leaves a tied head with its old weight, and on a CPU with a packed copy of it.
+        # Reloading leaves a tied head with its old weight, on a CPU with a packed copy of it, and
+        # raises nothing: log-probs are then off by whole nats.
         layers = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
         (embedding,) = [layer for layer in layers if not isinstance(layer, ParallelLMHead)]
         (head,) = [layer for layer in layers if isinstance(layer, ParallelLMHead)]
@@ -150,8 +151,11 @@ class VLLMEngine:
             if has_adapter:
                 self._take_adapter(model)
             else:
-                weights = [(name, tensor.detach()) for name, tensor in model.state_dict().items()]
-                llm.collective_rpc("load_student_weights", args=(weights,))
+                # As in a checkpoint: a tied head is the embedding and not sent again.
+                weights: dict[int, tuple[str, torch.Tensor]] = {}
+                for name, tensor in model.state_dict().items():
+                    weights.setdefault(tensor.data_ptr(), (name, tensor.detach()))
+                llm.collective_rpc("load_student_weights", args=(list(weights.values()),))
             if not llm.reset_prefix_cache():
                 raise RuntimeError("the prefix cache could not be emptied")
 
