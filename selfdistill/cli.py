@@ -120,7 +120,10 @@ def doctor(
     ] = False,
 ) -> None:
     """Say what is installed, what is missing and what would run for a shape."""
-    from selfdistill_kernels.doctor import run
+    import torch
+
+    from selfdistill.attention.backend import describe
+    from selfdistill_kernels.doctor import DTYPES, run
 
     status = run(
         tokens=tokens,
@@ -131,6 +134,10 @@ def doctor(
         frozen=frozen,
         gpu=gpu,
     )
+    print()
+    on = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for line in describe(device=on, dtype=DTYPES[dtype]):
+        print(line)
     raise typer.Exit(status)
 
 
@@ -158,7 +165,7 @@ def main() -> None:
         app()
     except Exception as error:
         # Imported late, so that --help need not wait for torch.
-        from selfdistill.attention import UnsupportedModelError
+        from selfdistill.attention import UnavailableBackendError, UnsupportedModelError
         from selfdistill.chat import ControlTokenError
         from selfdistill.checkpoint import CheckpointError
         from selfdistill.config import ConfigError
@@ -178,6 +185,7 @@ def main() -> None:
             OSError,
             PromptTooLongError,
             RunExistsError,
+            UnavailableBackendError,
             UnsupportedHeadError,
             UnsupportedModelError,
         )

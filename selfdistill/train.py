@@ -22,8 +22,9 @@ from rich.progress import Progress
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from selfdistill.attention import enable_prefix_sharing
 from selfdistill.checkpoint import CheckpointStore, TrainState, fingerprint
-from selfdistill.config import Config, save_config
+from selfdistill.config import Config, MethodConfig, save_config
 from selfdistill.context import TeacherContext
 from selfdistill.evaluate import Attempts, judge, summarize
 from selfdistill.layout import PromptGroup
@@ -34,10 +35,12 @@ from selfdistill.rollout import Rollout, SamplingParams
 from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
 from selfdistill.scoring import score
 from selfdistill.solver import Solver, load_solver
+from selfdistill.spans import token_span, token_steps
+from selfdistill.tasks import Verdict
 from selfdistill.teacher import BaseTeacher, LiveTeacher, Teacher
 
 # Settings that a continued run may change without becoming another run.
-MAY_DIFFER = ("model", "output_dir", "device", "steps", "checkpoint")
+MAY_DIFFER = ("model", "output_dir", "device", "attention", "steps", "checkpoint")
 
 
 class RunExistsError(RuntimeError):
@@ -131,6 +134,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         DivergedError: the loss or gradient is not finite; the last checkpoint is kept.
         EngineError: an engine died, or a critic's server gave no answer; likewise.
         EngineMismatchError: the rollout engine has other weights than the student; likewise.
+        UnsupportedModelError: the model's family cannot share prefixes exactly.
+        UnavailableBackendError: the attention that was asked for cannot run.
     """
     transformers_logging.disable_progress_bar()
     console = console or Console(stderr=True)
@@ -142,6 +147,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         )
     solver = load_solver(config)
     student = solver.model
+    enable_prefix_sharing(student, backend=config.attention)  # refuses a model that cannot share
     teacher, teacher_model = build_teacher(config, student)
     heads = (lm_head(student), lm_head(teacher_model))
     method = build_method(config, solver.task)
@@ -213,7 +219,9 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                 kinds = count_contexts(contexts)
             with clock("context"):
                 kept, contexts = leave_out(method, attempts, contexts)
-                prompt_groups = render_groups(solver, kept, contexts)
+                prompt_groups = render_groups(
+                    solver, cut_rollouts(solver, config.method, kept), contexts
+                )
             rate = settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
             for _ in range(config.updates_per_step):
                 with clock("score"):
@@ -225,6 +233,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                         prompt_groups,
                         heads=heads,
                         groups_per_pass=config.prompts_per_microbatch,
+                        attention=config.attention,
                     )
                 with clock("update"):
                     for parameters in optimizer.param_groups:
@@ -365,6 +374,40 @@ def count_contexts(contexts: Sequence[Sequence[TeacherContext | None]]) -> dict[
     )
 
 
+def cut_rollouts(
+    solver: Solver, method: MethodConfig, attempts: Sequence[Attempts]
+) -> list[Attempts]:
+    """Cut the tokens of each rollout behind its first wrong step, if the loss asks for it."""
+    if method.name == "grpo" or not method.loss.stop_after_first_wrong_step:
+        return list(attempts)
+
+    def cut(rollout: Rollout, verdict: Verdict) -> Rollout:
+        span = token_span(solver.tokenizer, rollout, verdict.wrong_span)
+        stop = None if span is None else span[1]
+        return replace(
+            rollout, token_ids=rollout.token_ids[:stop], logprobs=rollout.logprobs[:stop]
+        )
+
+    return [
+        replace(attempt, rollouts=list(map(cut, attempt.rollouts, attempt.verdicts)))
+        for attempt in attempts
+    ]
+
+
+def rollout_steps(solver: Solver, rollouts: Sequence[Rollout]) -> list[list[int]] | None:
+    """Return the step of every token, if the loss asks for it; see `PromptGroup.steps`."""
+    method = solver.config.method
+    if method.name == "grpo":
+        return None
+    mask = method.loss.advantage_mask
+    if mask is None or not mask.per_step:
+        return None
+    return [
+        token_steps(solver.tokenizer, rollout, solver.task.step_spans(rollout.text))
+        for rollout in rollouts
+    ]
+
+
 def render_groups(
     solver: Solver,
     attempts: Sequence[Attempts],
@@ -378,6 +421,7 @@ def render_groups(
             [rollout.token_ids for rollout in attempt.rollouts],
             rewards=[float(verdict.correct) for verdict in attempt.verdicts],
             old_logprobs=[rollout.logprobs for rollout in attempt.rollouts],
+            steps=rollout_steps(solver, attempt.rollouts),
         )
         for attempt, group_contexts in zip(attempts, contexts, strict=True)
     ]
@@ -413,6 +457,7 @@ def accumulate_gradients(
     *,
     heads: tuple[Head, Head],
     groups_per_pass: int,
+    attention: str = "auto",
 ) -> Totals:
     """Add the gradient of the step's mean loss to the student's parameters.
 
@@ -426,12 +471,14 @@ def accumulate_gradients(
         groups: all prompt groups of the step.
         heads: of the student and of the teacher.
         groups_per_pass: prompt groups that are scored at once.
+        attention: who computes it, see `selfdistill.attention.choose_backend`.
     """
     totals = Totals(tokens=sum(group.num_tokens for group in groups))
     denominator = sum(loss.denominator(group) for group in groups)
     to_read = [group for group in groups if loss.learns_from(group)]
     for start in range(0, len(to_read), groups_per_pass):
-        scored = score(student, teacher, to_read[start : start + groups_per_pass])
+        part = to_read[start : start + groups_per_pass]
+        scored = score(student, teacher, part, attention=attention)
         output = loss(scored, *heads, normalizer=denominator)
         output.loss.backward()
         assert output.advantage is not None  # the loss was given the sampled tokens

@@ -21,7 +21,7 @@ class Critique:
 
     Attributes:
         case: A fully correct, B right answer with a step missing, C incomplete, D wrong.
-        text: the critique, ready to be rendered as teacher context.
+        text: the critique, ready to be rendered as teacher context; empty: nothing to say.
         first_wrong_step: 1-based number of the first rewritten step, or None.
     """
 
@@ -59,7 +59,7 @@ def build_critic(config: CriticConfig, task: StepTask, *, device: str) -> Critic
         case "scribe":
             from selfdistill.critic.scribe import ScribeCritic
 
-            return ScribeCritic(task)
+            return ScribeCritic(task, copying=config.copying)
         case "llm":
             from selfdistill.critic.llm import LLMCritic
             from selfdistill.textgen import build_text_generator

@@ -43,7 +43,7 @@ class StepAlign:
         self.loss = loss
 
     def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext | None]]:
-        """Return the critique of every rollout; None where there is none."""
+        """Return the critique of every rollout; None where the critic has nothing to say."""
         critiques = iter(
             self.critic.critique(
                 [attempt.problem for attempt in attempts for _ in attempt.rollouts],
@@ -56,7 +56,7 @@ class StepAlign:
         ]
 
     def _context(self, problem: Problem, critique: Critique | None) -> TeacherContext | None:
-        if critique is not None:
+        if critique is not None and critique.text.strip():
             return TeacherContext("critique", critique.text)
         if self.fallback == "reference" and problem.reference.strip():
             return TeacherContext("reference", problem.reference)
