@@ -54,6 +54,11 @@ def build_batch(
     )
 
 
+def context_kinds(contexts: Contexts) -> list[str]:
+    """Return each rollout's kind of context, "none" for those without."""
+    return ["none" if context is None else context.kind for group in contexts for context in group]
+
+
 def leave_out_long_questions(solver: Solver, problems: Sequence[Problem]) -> list[Problem]:
     """Return the problems that leave room for a whole completion.
 

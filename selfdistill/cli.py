@@ -220,12 +220,14 @@ def main() -> None:
     except Exception as error:
         # Imported late, so that --help need not wait for torch.
         from selfdistill.attention import UnavailableBackendError, UnsupportedModelError
+        from selfdistill.chat import ControlTokenError
         from selfdistill.checkpoint import CheckpointError
         from selfdistill.config import ConfigError
         from selfdistill.context import PromptTooLongError
         from selfdistill.filtering import FilterExistsError
         from selfdistill.methods.loss import UnsupportedHeadError
         from selfdistill.rollout import EngineError
+        from selfdistill.rollout.agreement import EngineMismatchError
         from selfdistill.tasks import TaskError
         from selfdistill.train import DivergedError, RunExistsError
         from selfdistill.weights import UnsupportedAdapterError
@@ -233,8 +235,10 @@ def main() -> None:
         known = (
             CheckpointError,
             ConfigError,
+            ControlTokenError,
             DivergedError,
             EngineError,
+            EngineMismatchError,
             FilterExistsError,
             OSError,
             PromptTooLongError,

@@ -296,7 +296,96 @@ class ScribeCriticConfig(Section):
     """What it repeats of an attempt: up to the first wrong step, that step too, or nothing."""
 
 
-CriticConfig = ScribeCriticConfig
+class VLLMSettings(Section):
+    """What any vLLM engine needs to know; it runs in the trainer's own process, on its device."""
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of its weights and its cache."""
+    max_length: PositiveInt | None = None
+    """Most tokens of a prompt and its completion, which must fit into the cache; by default what
+    the model has positions for."""
+    kv_cache_gib: float = Field(default=4.0, gt=0)
+    """Memory for keys and values, shared by all sequences that are sampled at once."""
+    block_size: PositiveInt = 32
+    """Tokens of a cache block: only whole blocks of a prompt are shared between its rollouts."""
+    enforce_eager: bool = False
+    """No compilation and no CUDA graphs: starts in seconds, samples more slowly on a GPU."""
+
+
+class TextEngine(Section):
+    """What all engines that answer prompts have in common."""
+
+    model: str
+    """A folder or a Hub name; for a server, what it calls the model."""
+    max_new_tokens: PositiveInt = 4096
+    """Answers are cut off at this length, think part included."""
+    cache: Path | None = None
+    """A folder that keeps the answers, so that nothing is asked twice; runs may share it."""
+
+
+class LocalTextEngine(TextEngine):
+    """What the engines of the trainer's own process have in common."""
+
+    template: dict[str, Any] = {}
+    """More variables for the model's chat template, such as {enable_thinking: true}."""
+
+
+class TransformersTextEngine(LocalTextEngine):
+    """A model in the trainer's process, read by transformers."""
+
+    name: Literal["transformers"] = "transformers"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of its weights."""
+    batch_size: PositiveInt = 16
+    """Prompts answered at once."""
+
+
+class VLLMTextEngine(VLLMSettings, LocalTextEngine):
+    """A model in the trainer's process, read by vLLM."""
+
+    name: Literal["vllm"] = "vllm"
+
+
+class ServerTextEngine(TextEngine):
+    """A model behind an OpenAI-compatible server."""
+
+    name: Literal["server"] = "server"
+    base_url: str
+    """Up to and with /v1, such as http://localhost:8000/v1."""
+    api_key_variable: str = "OPENAI_API_KEY"
+    """The environment variable that holds the key, if the server wants one."""
+    timeout: float = Field(default=600.0, gt=0)
+    """Seconds without a byte from the server before a request counts as failed."""
+    retries: int = Field(default=5, ge=0)
+    """How often a request is sent again when the server is busy, away or silent."""
+    backoff: float = Field(default=1.0, ge=0)
+    """Seconds before the first retry; each further one waits twice as long, at most a minute."""
+    concurrency: PositiveInt = 16
+    """Requests under way at once."""
+    extra_body: dict[str, Any] = {}
+    """More fields of the request, such as {chat_template_kwargs: {enable_thinking: true}}."""
+
+
+TextEngineConfig = Annotated[
+    TransformersTextEngine | VLLMTextEngine | ServerTextEngine, Field(discriminator="name")
+]
+
+
+class LLMCriticConfig(Section):
+    """A frozen language model as the scribe, for any task."""
+
+    name: Literal["llm"] = "llm"
+    engine: TextEngineConfig
+    """Which model, and where it runs."""
+    show_reference: bool = False
+    """Show the critic the reference solution, where the problem has one."""
+    check_answer: bool = True
+    """Refuse a critique whose own final answer the task's checker finds wrong."""
+    fallback: Literal["drop", "reference"] = "drop"
+    """For a rollout without a usable critique: leave it out, or show the teacher the reference."""
+
+
+CriticConfig = Annotated[ScribeCriticConfig | LLMCriticConfig, Field(discriminator="name")]
 
 
 class Distillation(Section):
@@ -382,7 +471,17 @@ class TransformersEngineConfig(Section):
     """Rows sampled at once (whole groups); bounds the memory of the key/value cache."""
 
 
-EngineConfig = TransformersEngineConfig
+class VLLMEngineConfig(VLLMSettings):
+    """vLLM with weights of its own, which follow the student's after every step."""
+
+    name: Literal["vllm"] = "vllm"
+    check_every: PositiveInt = 1
+    """Compare the engine's log-probs with the trainer's own float32 ones every so many steps."""
+    tolerance: float | None = Field(default=None, gt=0)
+    """Largest difference that is allowed, in nats; by default 1e-4 in float32, 1 in bfloat16."""
+
+
+EngineConfig = Annotated[TransformersEngineConfig | VLLMEngineConfig, Field(discriminator="name")]
 
 
 class PromptConfig(Section):

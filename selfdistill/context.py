@@ -10,7 +10,8 @@ Both get one user turn through the tokenizer's chat template, question first:
               ...
               </critique>                                       (or <reference>, <feedback>)
 
-so their longest common token prefix is the template's head, the question and the instruction.
+so their longest common token prefix is the template's head, the question and the instruction. All
+text is tokenised by `selfdistill.chat`: nothing that it says can become a control token.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
+from selfdistill.chat import ChatTemplate
 from selfdistill.layout import PromptGroup
 from selfdistill.tasks import Problem
 
@@ -83,7 +85,7 @@ class ContextRenderer:
             they share is decided by their tokens.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or max_length is not positive.
+        ValueError: max_length is not positive; for the chat template see `ChatTemplate`.
     """
 
     def __init__(
@@ -95,27 +97,21 @@ class ContextRenderer:
         student_template: Mapping[str, Any] | None = None,
         teacher_template: Mapping[str, Any] | None = None,
     ) -> None:
-        if tokenizer.chat_template is None:
-            raise ValueError(
-                f"tokenizer {tokenizer.name_or_path!r} has no chat template: prompts are rendered "
-                "with it, so set tokenizer.chat_template"
-            )
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length is {max_length}, expected at least 1 or None")
-        self._tokenizer = tokenizer
         self._instruction = instruction
         self._max_length = max_length
-        self._student_template = dict(student_template or {})
-        self._teacher_template = dict(teacher_template or {})
+        self._student_chat = ChatTemplate(tokenizer, student_template)
+        self._teacher_chat = ChatTemplate(tokenizer, teacher_template)
 
     def student_prompt(self, problem: Problem) -> list[int]:
         """Return the question, the instruction and the generation prompt as token ids."""
-        return self._render(self._question(problem), self._student_template)
+        return self._student_chat.encode(self._question(problem))
 
     def teacher_prompt(self, problem: Problem, context: TeacherContext) -> list[int]:
         """Return what the student reads, with the tagged context after the instruction."""
         block = f"<{context.kind}>\n{context.text}\n</{context.kind}>"
-        return self._render(f"{self._question(problem)}\n{block}", self._teacher_template)
+        return self._teacher_chat.encode(self._question(problem), block)
 
     def leaves_room(self, problem: Problem, *, max_new_tokens: int) -> bool:
         """True when a completion of that length fits behind the student's prompt."""
@@ -181,11 +177,3 @@ class ContextRenderer:
 
     def _question(self, problem: Problem) -> str:
         return f"{problem.question}\n\n{self._instruction}".strip()
-
-    def _render(self, content: str, template: Mapping[str, Any]) -> list[int]:
-        return self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            return_dict=False,
-            **template,
-        )

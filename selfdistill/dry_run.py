@@ -171,6 +171,7 @@ def show_prompts(
 def step_shape(config: Config, *, prompt: int, context: int) -> StepShape:
     """Return the tokens of a step of this run, every completion at its full length."""
     completion = config.rollout.max_new_tokens
+    engine = config.rollout.engine
     return StepShape(
         prompts=config.prompts_per_step,
         group_size=config.method.group_size,
@@ -178,7 +179,8 @@ def step_shape(config: Config, *, prompt: int, context: int) -> StepShape:
         context=context,
         completion=completion,
         tokens_per_pass=config.tokens_per_microbatch,
-        rollout_rows=config.rollout.engine.batch_size,
+        rollout_rows=engine.batch_size if engine.name == "transformers" else 0,
+        engine_bytes=None if engine.name == "transformers" else int(engine.kv_cache_gib * GIBIBYTE),
     )
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from selfdistill.config import Config
 from selfdistill.context import ContextRenderer
+from selfdistill.device import resolve_device
 from selfdistill.evaluate import Attempts, sample_attempts
-from selfdistill.rollout import SamplingParams
+from selfdistill.rollout import RolloutEngine, SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.tasks import Task, build_task
 from selfdistill.weights import Student, load_model
@@ -26,7 +26,7 @@ class Solver:
     model: Student
     tokenizer: PreTrainedTokenizerBase
     task: Task
-    engine: TransformersEngine
+    engine: RolloutEngine
     context: ContextRenderer
 
     def attempt(
@@ -68,18 +68,18 @@ def load_solver(config: Config, checkpoint: Path | None = None) -> Solver:
         TaskError: the task's problems cannot be read.
         UnsupportedAdapterError: the adapter names layers that cannot be adapted.
     """
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(config.model)
-    model = load_model(config, checkpoint).to(device)
+    model = load_model(config, checkpoint).to(resolve_device(config.device))
     task = build_task(config.task)
+    engine = build_engine(config, model, tokenizer)
+    if checkpoint is not None:
+        engine.sync(model)
     return Solver(
         config,
         model,
         tokenizer,
         task,
-        TransformersEngine(model, tokenizer, batch_size=config.rollout.engine.batch_size),
+        engine,
         build_renderer(config, tokenizer, task, model.config),
     )
 
@@ -99,3 +99,24 @@ def build_renderer(
         student_template=config.prompt.student_template,
         teacher_template=config.prompt.teacher_template,
     )
+
+
+def build_engine(
+    config: Config, model: Student, tokenizer: PreTrainedTokenizerBase
+) -> RolloutEngine:
+    """Build the configured engine; one with weights of its own starts from the configured model.
+
+    Args:
+        config: names the engine and the model.
+        model: the student, which `RolloutEngine.sync` will be told about; a PEFT wrapper says that
+            only adapters will change.
+        tokenizer: of the model.
+    """
+    settings = config.rollout.engine
+    if settings.name == "transformers":
+        return TransformersEngine(model, tokenizer, batch_size=settings.batch_size)
+    from selfdistill.rollout.vllm_engine import VLLMEngine
+
+    adapters = getattr(model, "peft_config", {}).values()
+    rank = max((adapter.r for adapter in adapters), default=None)
+    return VLLMEngine(config.model, tokenizer, settings, adapter_rank=rank)

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ from rich.progress import Progress
 from transformers.utils import logging as transformers_logging
 
 from selfdistill.attention import enable_prefix_sharing
-from selfdistill.batch import build_batch, leave_out_long_questions
+from selfdistill.batch import build_batch, context_kinds, leave_out_long_questions
 from selfdistill.checkpoint import CheckpointStore, TrainState, fingerprint
 from selfdistill.config import Config, save_config
 from selfdistill.distributed import ALONE, Ranks, join_ranks
@@ -30,6 +31,7 @@ from selfdistill.methods.loss import Head, Loss, find_heads
 from selfdistill.microbatch import split_by_tokens
 from selfdistill.progress import progress_bars
 from selfdistill.rollout import SamplingParams, sample
+from selfdistill.rollout.agreement import check_engine
 from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
 from selfdistill.scoring import score
 from selfdistill.seeds import derive_seed
@@ -68,6 +70,9 @@ class StepMetrics:
         tied: share of the prompts whose rollouts all got the same reward.
         dropped: rollouts that were left out because the method has no context for them.
         too_long: rollouts that were left out because a prompt did not fit (`prompt.too_long`).
+        engine_disagreement: largest difference between the rollout engine's log-prob of a token and
+            the trainer's own, in nats; None where nothing was compared.
+        contexts: how many rollouts had which kind of context; "none" had none.
         grad_norm: before clipping.
         learning_rate: of this step.
         tokens: completion tokens of the rollouts that were not left out.
@@ -87,6 +92,8 @@ class StepMetrics:
     tied: float
     dropped: int
     too_long: int
+    engine_disagreement: float | None
+    contexts: dict[str, int]
     grad_norm: float
     learning_rate: float
     tokens: int
@@ -129,7 +136,9 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         RunExistsError: the folder holds a run and `resume` is False.
         CheckpointError: the last checkpoint is torn, belongs to another run, or cannot be written.
         DivergedError: the loss or gradient is not finite; the last checkpoint is kept.
-        EngineError: the rollout engine failed; the last checkpoint is kept.
+        EngineError: an engine died, or a critic's server gave no answer; the last checkpoint
+            is kept.
+        EngineMismatchError: the rollout engine has other weights than the student; likewise.
         UnsupportedModelError: the model's family cannot share prefixes exactly.
         UnavailableBackendError: the attention that was asked for cannot run.
         PromptTooLongError: a rollout does not fit, and `prompt.too_long` is "error".
@@ -185,6 +194,7 @@ def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> T
             may_differ=MAY_DIFFER,
         )
         state = replace(found, config=state.config)
+        solver.engine.sync(student)
         console.print(f"Resuming after step {state.step} of {config.steps}.")
     metrics_log = JsonLines(config.output_dir / "metrics.jsonl")
     evaluation_log = JsonLines(config.output_dir / "evaluations.jsonl")
@@ -220,9 +230,10 @@ def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> T
                 asked = leave_out_long_questions(solver, drawn)
 
             with clock("rollout"):
+                prompts = [solver.context.student_prompt(problem) for problem in asked]
                 groups = sample(
                     solver.engine,
-                    [solver.context.student_prompt(problem) for problem in asked],
+                    prompts,
                     group_size=method.group_size,
                     params=SamplingParams(
                         temperature=config.rollout.temperature,
@@ -231,10 +242,13 @@ def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> T
                         seed=derive_seed(config.seed, "rollout", step) + share.start,
                     ),
                 )
+            with clock("check"):
+                disagreement = check_engine(config, step, student, heads[0], prompts, groups)
             with clock("reward"):
                 attempts = judge(solver.task, asked, groups)
             with clock("critique"):
                 contexts = method.contexts(attempts)
+                kinds = ranks.gather(context_kinds(contexts))
             with clock("context"):
                 batch = build_batch(solver, method, attempts, contexts)
             rate = settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
@@ -263,6 +277,8 @@ def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> T
                     weights.publish()
                     if teacher is not None:
                         teacher.update(weights.masters)
+            with clock("sync"):
+                solver.engine.sync(student)
 
             unasked = (len(drawn) - len(asked)) * method.group_size
             dropped, too_long = map(int, ranks.sum(batch.dropped, unasked + batch.too_long))
@@ -281,6 +297,8 @@ def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> T
                 tied=ranks.mean(tied(attempts)),
                 dropped=dropped,
                 too_long=too_long,
+                engine_disagreement=disagreement,
+                contexts=dict(Counter(kinds)),
                 grad_norm=norm.item(),
                 learning_rate=rate,
                 tokens=totals.tokens,

@@ -30,23 +30,46 @@ class Critique:
 class Critic(Protocol):
     """Anything that critiques a batch of attempts."""
 
-    def critique(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Critique]:
-        """Return one critique per (problem, response) pair, in order."""
+    def critique(
+        self, problems: Sequence[Problem], responses: Sequence[str]
+    ) -> Sequence[Critique | None]:
+        """Return one critique per (problem, response) pair, in order.
+
+        None: the critic has nothing usable to say about this one.
+        """
         ...
 
 
-def build_critic(config: CriticConfig, task: Task) -> Critic:
+def build_critic(config: CriticConfig, task: Task, *, device: str) -> Critic:
     """Build the configured critic.
+
+    Args:
+        config: which critic.
+        task: knows right steps (the scribe) and right answers (the language model).
+        device: where a language model of this process runs.
 
     Raises:
         ConfigError: the scribe was asked for, and the task is not the arithmetic one.
+        OSError: there is no such model (transformers names it).
+        EngineError: its engine cannot start.
     """
-    from selfdistill.critic.scribe import ScribeCritic
-    from selfdistill.tasks.arithmetic import ArithmeticTask
+    match config.name:
+        case "scribe":
+            from selfdistill.critic.scribe import ScribeCritic
+            from selfdistill.tasks.arithmetic import ArithmeticTask
 
-    if not isinstance(task, ArithmeticTask):
-        raise ConfigError(
-            "method.critic: the scribe writes steps of the arithmetic task only, and the task is "
-            f"{task.name}: choose another critic or another method"
-        )
-    return ScribeCritic(task, copying=config.copying)
+            if not isinstance(task, ArithmeticTask):
+                raise ConfigError(
+                    "method.critic: the scribe writes steps of the arithmetic task only, and the "
+                    f"task is {task.name}: choose another critic or another method"
+                )
+            return ScribeCritic(task, copying=config.copying)
+        case "llm":
+            from selfdistill.critic.llm import LLMCritic
+            from selfdistill.textgen import build_text_generator
+
+            return LLMCritic(
+                build_text_generator(config.engine, device=device),
+                check=task.check if config.check_answer else None,
+                show_reference=config.show_reference,
+            )

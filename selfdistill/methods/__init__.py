@@ -8,6 +8,7 @@ from typing import Protocol
 from selfdistill.config import Config, LossConfig
 from selfdistill.context import TeacherContext
 from selfdistill.critic import build_critic
+from selfdistill.device import resolve_device
 from selfdistill.evaluate import Attempts
 from selfdistill.methods.environment import Environment
 from selfdistill.methods.grpo import GRPO, GRPOLoss
@@ -66,8 +67,13 @@ def build_method(config: Config, task: Task) -> Method:
     _check_steps_known(settings.loss, task)
     match settings.name:
         case "stepalign":
-            critic = build_critic(settings.critic, task)
-            return StepAlign(critic=critic, group_size=settings.group_size, loss=loss)
+            critic = settings.critic
+            return StepAlign(
+                critic=build_critic(critic, task, device=resolve_device(config.device)),
+                group_size=settings.group_size,
+                loss=loss,
+                fallback=critic.fallback if critic.name == "llm" else "drop",
+            )
         case "refsol":
             return RefSol(group_size=settings.group_size, loss=loss)
         case "peer":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from selfdistill.context import TeacherContext
 from selfdistill.critic import Critic, Critique
 from selfdistill.evaluate import Attempts
 from selfdistill.methods.loss import Loss
+from selfdistill.tasks import Problem
 
 
 class StepAlign:
@@ -18,6 +20,8 @@ class StepAlign:
 
     Args:
         critic: writes one critique for each rollout.
+        fallback: what a rollout without a usable critique gets: nothing ("drop"), or the reference
+            solution where the problem has one.
         group_size: rollouts drawn for each prompt.
         loss: what is minimised on the completion tokens.
     """
@@ -25,8 +29,16 @@ class StepAlign:
     name = "stepalign"
     needs_context = True
 
-    def __init__(self, *, critic: Critic, group_size: int, loss: Loss) -> None:
+    def __init__(
+        self,
+        *,
+        critic: Critic,
+        group_size: int,
+        loss: Loss,
+        fallback: Literal["drop", "reference"] = "drop",
+    ) -> None:
         self.critic = critic
+        self.fallback = fallback
         self.group_size = group_size
         self.loss = loss
 
@@ -38,8 +50,14 @@ class StepAlign:
                 [rollout.text for attempt in attempts for rollout in attempt.rollouts],
             )
         )
-        return [[_context(next(critiques)) for _ in attempt.rollouts] for attempt in attempts]
+        return [
+            [self._context(attempt.problem, next(critiques)) for _ in attempt.rollouts]
+            for attempt in attempts
+        ]
 
-
-def _context(critique: Critique) -> TeacherContext | None:
-    return TeacherContext("critique", critique.text) if critique.text.strip() else None
+    def _context(self, problem: Problem, critique: Critique | None) -> TeacherContext | None:
+        if critique is not None and critique.text.strip():
+            return TeacherContext("critique", critique.text)
+        if self.fallback == "reference" and problem.reference.strip():
+            return TeacherContext("reference", problem.reference)
+        return None

@@ -6,14 +6,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+
+class EngineError(RuntimeError):
+    """An engine cannot start, or died; what it was doing has to be done again."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How completions are drawn: softmax temperature, length limit in tokens, seed of this call.
+    """How completions are drawn.
 
     Prompt i of a call draws from a stream of its own, that of `seed + i`: what it gets depends
     neither on the other prompts nor on how a call is split over batches or ranks (except that
     another batch shape may round the probabilities differently).
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        max_new_tokens: length limit.
+        seed: of this call.
     """
 
     temperature: float = 1.0
@@ -27,7 +39,7 @@ class Rollout:
 
     Attributes:
         token_ids: the completion, with its end-of-sequence token when `finished`.
-        logprobs: the sampling log-prob (nats) of each token at the sampling temperature.
+        logprobs: log-prob (nats) of each token at the sampling temperature (at 1 if that is 0).
         text: the decoded completion, special tokens dropped.
         finished: False when the length limit cut it off.
     """
@@ -44,12 +56,23 @@ class RolloutEngine(Protocol):
     def generate(
         self, prompts: Sequence[Sequence[int]], *, group_size: int, params: SamplingParams
     ) -> list[list[Rollout]]:
-        """Return one list of `group_size` rollouts per prompt (prompts are token ids)."""
+        """Return one list of `group_size` rollouts per prompt (prompts are token ids).
+
+        The same weights, prompts and seed give the same rollouts.
+
+        Raises:
+            ValueError: see `check_request`.
+            EngineError: the engine died.
+        """
         ...
 
+    def sync(self, model: nn.Module) -> None:
+        """Sample from the weights that `model` has now; called after every change of them.
 
-class EngineError(RuntimeError):
-    """A rollout engine that failed."""
+        Raises:
+            EngineError: the engine cannot take these weights, or died.
+        """
+        ...
 
 
 def sample(
@@ -68,8 +91,77 @@ def sample(
         return []
     try:
         return engine.generate(prompts, group_size=group_size, params=params)
+    except EngineError:
+        raise
     except Exception as error:
         raise EngineError(
             f"{type(engine).__name__} failed with {type(error).__name__}: {error}. A training run "
             "keeps its last checkpoint: mend the cause, then go on with --resume"
         ) from error
+
+
+def check_request(
+    prompts: Sequence[Sequence[int]],
+    *,
+    group_size: int,
+    params: SamplingParams,
+    max_length: int | None,
+) -> None:
+    """Refuse what no engine can sample.
+
+    Args:
+        prompts: token ids.
+        group_size: completions per prompt.
+        params: how they are drawn.
+        max_length: most tokens of a prompt and its completion; None: no limit.
+
+    Raises:
+        ValueError: an empty prompt, a prompt that leaves no room for `max_new_tokens`, or sampling
+            parameters outside their range.
+    """
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, got {group_size}")
+    if params.temperature < 0:
+        raise ValueError(f"temperature must be at least 0, got {params.temperature}")
+    if params.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {params.max_new_tokens}")
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompts[{index}] is empty; a prompt needs at least one token")
+        if max_length is not None and len(prompt) + params.max_new_tokens > max_length:
+            raise ValueError(
+                f"prompts[{index}] has {len(prompt)} tokens; with max_new_tokens="
+                f"{params.max_new_tokens} it exceeds the model's {max_length} positions. "
+                "Shorten the prompt or lower max_new_tokens."
+            )
+
+
+def end_token_ids(
+    generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """Return the tokens that end a completion: the generation config's and the tokenizer's.
+
+    Raises:
+        ValueError: neither names one.
+    """
+    configured = getattr(generation, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    known = {token for token in [*ids, tokenizer.eos_token_id] if token is not None}
+    if not known:
+        raise ValueError("the tokenizer and the generation config name no end-of-sequence token")
+    return tuple(sorted(known))
+
+
+def make_rollout(
+    token_ids: list[int],
+    logprobs: list[float],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Sequence[int],
+) -> Rollout:
+    """Return a completion with its text."""
+    return Rollout(
+        token_ids=token_ids,
+        logprobs=logprobs,
+        text=str(tokenizer.decode(token_ids, skip_special_tokens=True)),
+        finished=token_ids[-1] in ends,
+    )

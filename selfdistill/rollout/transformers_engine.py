@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from selfdistill.rollout import Rollout, SamplingParams
+from selfdistill.rollout import (
+    Rollout,
+    SamplingParams,
+    check_request,
+    end_token_ids,
+    make_rollout,
+)
 
 
 class TransformersEngine:
@@ -35,7 +42,7 @@ class TransformersEngine:
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self.eos_token_ids = _eos_token_ids(model, tokenizer)
+        self.eos_token_ids = end_token_ids(model.generation_config, tokenizer)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, group_size: int, params: SamplingParams
@@ -46,10 +53,14 @@ class TransformersEngine:
             One list of rollouts per prompt, in order.
 
         Raises:
-            ValueError: an empty prompt, a prompt that leaves no room for `max_new_tokens`, or
-                sampling parameters outside their range.
+            ValueError: see `check_request`.
         """
-        self._check(prompts, group_size, params)
+        check_request(
+            prompts,
+            group_size=group_size,
+            params=params,
+            max_length=getattr(self.model.config, "max_position_embeddings", None),
+        )
         prompts_at_once = max(1, self.batch_size // group_size)
         groups: list[list[Rollout]] = []
         was_training = self.model.training
@@ -61,6 +72,9 @@ class TransformersEngine:
         finally:
             self.model.train(was_training)
         return groups
+
+    def sync(self, model: nn.Module) -> None:
+        """Do nothing: the engine samples from the very model that is trained."""
 
     @torch.no_grad()
     def _sample(
@@ -95,8 +109,11 @@ class TransformersEngine:
         tokens: list[list[int]] = [[] for _ in rows]
         logprobs: list[list[float]] = [[] for _ in rows]
         while True:
-            scores = torch.log_softmax(logits.float() / params.temperature, -1)
-            drawn = _inverse_cdf(scores, draws[rows, len(tokens[rows[0]])])
+            scores = torch.log_softmax(logits.float() / (params.temperature or 1.0), -1)
+            if params.temperature == 0:
+                drawn = scores.argmax(-1, keepdim=True)
+            else:
+                drawn = _inverse_cdf(scores, draws[rows, len(tokens[rows[0]])])
             drawn_scores = scores.gather(-1, drawn)
             for row, token, score in zip(
                 rows.tolist(), drawn[:, 0].tolist(), drawn_scores[:, 0].tolist(), strict=True
@@ -113,7 +130,10 @@ class TransformersEngine:
             logits = self._forward(drawn, mask, position, cache)
             position = position + 1
 
-        rollouts = [self._rollout(t, lp) for t, lp in zip(tokens, logprobs, strict=True)]
+        rollouts = [
+            make_rollout(ids, scores, self.tokenizer, self.eos_token_ids)
+            for ids, scores in zip(tokens, logprobs, strict=True)
+        ]
         return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
 
     def _forward(
@@ -135,34 +155,6 @@ class TransformersEngine:
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 
-    def _rollout(self, token_ids: list[int], logprobs: list[float]) -> Rollout:
-        return Rollout(
-            token_ids=token_ids,
-            logprobs=logprobs,
-            text=str(self.tokenizer.decode(token_ids, skip_special_tokens=True)),
-            finished=token_ids[-1] in self.eos_token_ids,
-        )
-
-    def _check(
-        self, prompts: Sequence[Sequence[int]], group_size: int, params: SamplingParams
-    ) -> None:
-        if group_size < 1:
-            raise ValueError(f"group_size must be at least 1, got {group_size}")
-        if params.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {params.temperature}")
-        if params.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {params.max_new_tokens}")
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        for index, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompts[{index}] is empty; a prompt needs at least one token")
-            if limit is not None and len(prompt) + params.max_new_tokens > limit:
-                raise ValueError(
-                    f"prompts[{index}] has {len(prompt)} tokens; with max_new_tokens="
-                    f"{params.max_new_tokens} it exceeds the model's {limit} positions. "
-                    "Shorten the prompt or lower max_new_tokens."
-                )
-
 
 def _uniforms(seed: int, group_size: int, length: int) -> torch.Tensor:
     """All random numbers of one prompt, [group_size, length] in [0, 1), the same on any device."""
@@ -176,13 +168,3 @@ def _inverse_cdf(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     cumulated = logprobs.double().exp().cumsum(-1)
     threshold = uniform[:, None] * cumulated[:, -1:]
     return torch.searchsorted(cumulated, threshold, right=True)
-
-
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end a completion: the generation config's and the tokenizer's."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    known = {token for token in [*ids, tokenizer.eos_token_id] if token is not None}
-    if not known:
-        raise ValueError("the tokenizer and the generation config name no end-of-sequence token")
-    return tuple(sorted(known))

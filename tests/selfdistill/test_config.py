@@ -77,7 +77,7 @@ GRPO = {"name": "grpo"}
         (with_loss(advantage_mask={"threshold": -0.1}), "advantage_mask.threshold"),
         ({"rollout": {"temperature": 0}}, "rollout.temperature"),
         ({"method": {"name": "refsol", "teacher": {"name": "wise"}}}, "refsol.teacher"),
-        ({"rollout": {"engine": {"name": "guess"}}}, "rollout.engine.name"),
+        ({"rollout": {"engine": {"name": "guess"}}}, "rollout.engine"),
         ({"steps": 0}, "steps"),
         (with_loss(objective={"name": "skew_kl", "beta": 1}), "skew_kl.beta"),
         (with_loss(top_k={"tail": False}), "top_k.k"),

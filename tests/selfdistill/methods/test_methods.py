@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -9,6 +10,7 @@ from selfdistill.batch import leave_out
 from selfdistill.config import Config, ConfigError, LossConfig, ScribeCriticConfig
 from selfdistill.context import TeacherContext
 from selfdistill.critic import Critique, build_critic
+from selfdistill.critic.llm import LLMCritic
 from selfdistill.evaluate import Attempts, judge
 from selfdistill.methods import GRPO, Environment, Peer, RefSol, StepAlign, build_method
 from selfdistill.methods.loss import DistillationLoss
@@ -53,6 +55,24 @@ def test_stepalign_gives_every_rollout_its_own_critique() -> None:
     texts = [[context.text for context in group] for group in contexts]
     assert texts == [["p: p one", "p: p two"], ["q: q one"]]
     assert {context.kind for group in contexts for context in group} == {"critique"}
+
+
+def test_a_rollout_without_a_critique_is_left_out_or_sees_the_reference() -> None:
+    class SilentCritic:
+        def critique(
+            self, problems: Sequence[Problem], responses: Sequence[str]
+        ) -> list[Critique | None]:
+            return [None if "two" in r or "q" in r else Critique("D", r, 1) for r in responses]
+
+    loss = DistillationLoss(LossConfig())
+    method = StepAlign(critic=SilentCritic(), group_size=2, loss=loss)
+    critique = TeacherContext("critique", "p one")
+    assert method.contexts(ATTEMPTS) == [[critique, None], [None]]
+    method = StepAlign(critic=SilentCritic(), group_size=2, loss=loss, fallback="reference")
+    references = [TeacherContext("reference", problem.reference) for problem in PROBLEMS]
+    assert method.contexts(ATTEMPTS) == [[critique, references[0]], [references[1]]]
+    bare = Attempts(replace(PROBLEMS[0], reference=" "), [rollout("two")], [VERDICT])
+    assert method.contexts([bare]) == [[None]]
 
 
 def test_refsol_gives_the_reference_whatever_the_attempt() -> None:
@@ -195,6 +215,16 @@ def test_methods_are_built_from_their_name(name: str, kind: type) -> None:
     method = build_method(config, ArithmeticTask())
     assert isinstance(method, kind)
     assert (method.name, method.group_size) == (name, 5)
+
+
+def test_the_llm_critic_is_built_with_its_engine_and_fallback() -> None:
+    engine = {"name": "server", "base_url": "http://localhost:1/v1", "model": "judge"}
+    critic = {"name": "llm", "engine": engine, "fallback": "reference"}
+    config = configured(method={"name": "stepalign", "critic": critic})
+    method = build_method(config, ArithmeticTask())
+    assert isinstance(method, StepAlign)
+    assert isinstance(method.critic, LLMCritic)
+    assert method.fallback == "reference"
 
 
 def test_the_scribe_corrects_a_wrong_attempt_in_its_own_words() -> None:

@@ -90,6 +90,22 @@ def test_sampling_follows_the_distribution(
     assert (counts / 20_000 - expected).abs().max() < 5 * 0.5 / 20_000**0.5
 
 
+def test_temperature_0_takes_the_likeliest_token(
+    make_model: ModelFactory, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = make_model()
+    params = SamplingParams(temperature=0.0, max_new_tokens=6)
+    (group,) = TransformersEngine(model, tokenizer).generate(
+        [PROMPTS[0]], group_size=2, params=params
+    )
+    assert group[0] == group[1]
+    ids = torch.tensor([PROMPTS[0] + group[0].token_ids])
+    with torch.no_grad():
+        scores = model(ids).logits[0, len(PROMPTS[0]) - 1 : -1].log_softmax(-1)
+    assert group[0].token_ids == scores.argmax(-1).tolist()
+    torch.testing.assert_close(torch.tensor(group[0].logprobs), scores.amax(-1))
+
+
 def test_completions_end_with_eos_or_at_the_limit(
     make_model: ModelFactory, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -131,7 +147,7 @@ def test_batches_hold_whole_groups_and_training_mode_is_restored(
         ([[1], []], 1, SamplingParams(max_new_tokens=9), r"prompts\[1\] is empty"),
         ([[1] * 200], 1, SamplingParams(max_new_tokens=57), "256 positions"),
         ([[1]], 0, SamplingParams(), "group_size"),
-        ([[1]], 1, SamplingParams(temperature=0.0), "temperature"),
+        ([[1]], 1, SamplingParams(temperature=-0.1), "temperature"),
         ([[1]], 1, SamplingParams(max_new_tokens=0), "max_new_tokens"),
     ],
 )

