@@ -143,7 +143,7 @@ def analyze(
 
 
 def erroneous_attempts(
-    attempts: Sequence[Attempts], *, limit: int, each: int | None = None
+    attempts: Sequence[Attempts], *, limit: int, each: int | None = None, located: bool = False
 ) -> list[Place]:
     """Pick attempts that went wrong: with a wrong step, or cut off, or with a wrong answer.
 
@@ -151,10 +151,15 @@ def erroneous_attempts(
         attempts: groups of rollouts with verdicts.
         limit: how many to pick at most.
         each: how many of one problem at most; None: all.
+        located: only those whose first wrong step the checker has marked.
     """
     picked: list[Place] = []
     for i, group in enumerate(attempts):
-        wrong = [(i, j) for j, v in enumerate(group.verdicts) if v.wrong_span or not v.correct]
+        wrong = [
+            (i, j)
+            for j, verdict in enumerate(group.verdicts)
+            if verdict.wrong_span is not None or not (verdict.correct or located)
+        ]
         picked += wrong[:each]
     return picked[:limit]
 

@@ -27,7 +27,7 @@ from selfdistill.analysis import Place, TokenAnalysis, analyze, erroneous_attemp
 from selfdistill.checkpoint import CheckpointStore, read_checkpoint
 from selfdistill.compare import flatten
 from selfdistill.config import Config, ConfigError, MethodConfig, load_config
-from selfdistill.evaluate import Attempts, Interval, bootstrap, sample_attempts
+from selfdistill.evaluate import Attempts, Interval, sample_attempts
 from selfdistill.localisation import (
     GEMMS,
     KEPT,
@@ -47,6 +47,7 @@ from selfdistill.localisation import (
 from selfdistill.methods import build_method
 from selfdistill.methods.loss import lm_head
 from selfdistill.progress import progress_bars
+from selfdistill.resampling import ratio_intervals
 from selfdistill.rollout import SamplingParams
 from selfdistill.runlog import write_atomically
 from selfdistill.solver import Solver, load_solver
@@ -55,8 +56,10 @@ from selfdistill.train import build_teacher, derive_seed
 
 Checkpoint = Literal["best", "last", "base"]
 
-# Attempts drawn and judged at once.
+# Groups drawn and judged at once.
 PORTION = 16
+# Draw at most so many times the attempts that were asked for: a good solver errs seldom.
+PATIENCE = 10
 EXAMPLES = 4
 
 
@@ -106,7 +109,7 @@ class RunAnalysis:
         step: optimiser steps behind these weights.
         split: which problems.
         task: its name.
-        problems, rollouts: how many were drawn.
+        problems, rollouts: how many were attempted, and how often in all.
         wrong: attempts that went wrong and were scored.
         as_they_come: attempts that were scored as drawn, right or wrong.
         solved: share of the drawn attempts with the right answer.
@@ -158,8 +161,8 @@ def analyze_run(
     checkpoint: Checkpoint = "best",
     methods: str | None = None,
     attempts: int = 500,
-    problems: int = 500,
-    samples: int | None = None,
+    problems: int = 1000,
+    samples: int = 1,
     split: str = "test",
     seed: int = 0,
     console: Console | None = None,
@@ -170,9 +173,11 @@ def analyze_run(
         run: the folder of a training run.
         checkpoint: whose weights write the attempts; "base": those before training.
         methods: see `parse_methods`; None: the run's own method.
-        attempts: how many that went wrong to look at; fewer, where the problems give no more.
-        problems: how many problems of the split to draw from, at most.
-        samples: attempts at each problem; None: the methods' group size.
+        attempts: how many that went wrong to look at; fewer, where 10 times as many attempts
+            give no more.
+        problems: of the split; they are gone through again where once is not enough.
+        samples: attempts at each problem at a time. More than 1 for a context that comes from the
+            rest of the group, such as another attempt that was right.
         split: "dev" or "test".
         seed: of the sampled tokens.
         console: where progress is shown; the standard error stream by default.
@@ -201,7 +206,7 @@ def analyze_run(
             split=split,
             attempts=attempts,
             problems=problems,
-            samples=samples or max(section.group_size for section in sections),
+            samples=samples,
             seed=derive_seed(seed, "analyze"),
             progress=lambda count: bars.update(bar, completed=min(count, attempts)),
         )
@@ -223,16 +228,11 @@ def analyze_run(
         step=step,
         split=split,
         task=config.task.name,
-        problems=len(draw.attempts),
+        problems=len({group.problem.id for group in draw.attempts}),
         rollouts=len(rollouts),
         wrong=len(draw.wrong),
         as_they_come=len(draw.as_they_come),
-        solved=bootstrap(
-            [
-                sum(v.correct for v in group.verdicts) / len(group.verdicts)
-                for group in draw.attempts
-            ]
-        ),
+        solved=share_solved(draw.attempts),
         knows_steps=any(verdict.wrong_span is not None for verdict in rollouts),
         methods=tuple(
             method_figures(label, section.model_dump(mode="json"), draw, found)
@@ -318,14 +318,14 @@ def draw_attempts(
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> Draw:
-    """Draw groups, portion by portion, until enough attempts went wrong or problems run out.
+    """Draw groups, portion by portion, until enough attempts went wrong or too many were drawn.
 
     Args:
         solver: writes the attempts.
         split: which problems.
         attempts: how many wrong ones, and how many as they come, to choose.
-        problems: at most so many groups.
-        samples: attempts at each problem.
+        problems: gone through as often as it takes.
+        samples: attempts at each problem at a time.
         seed: of the sampled tokens.
         progress: called with the number of wrong attempts so far.
     """
@@ -336,12 +336,13 @@ def draw_attempts(
     asked = solver.task.problems(split=split, count=problems)
     groups: list[Attempts] = []
     wrong: list[Place] = []
-    while len(wrong) < attempts and len(groups) < len(asked):
+    while len(wrong) < attempts and samples * len(groups) < PATIENCE * attempts:
+        start = len(groups) % len(asked)
         groups += sample_attempts(
             solver.engine,
             solver.context.student_prompt,
             solver.task,
-            asked[len(groups) : len(groups) + PORTION],
+            asked[start : start + PORTION],
             samples=samples,
             params=replace(params, seed=seed + len(groups)),
         )
@@ -350,6 +351,19 @@ def draw_attempts(
             progress(len(wrong))
     drawn = [(i, j) for i, group in enumerate(groups) for j in range(len(group.rollouts))]
     return Draw(groups, wrong, drawn[:attempts])
+
+
+def share_solved(attempts: Sequence[Attempts]) -> Interval:
+    """Return the share of attempts with the right answer, problems resampled."""
+    right: dict[str, list[float]] = {}
+    for group in attempts:
+        total = right.setdefault(group.problem.id, [0.0, 0.0])
+        total[0] += sum(verdict.correct for verdict in group.verdicts)
+        total[1] += len(group.verdicts)
+    sums = list(right.values())
+    (share,) = ratio_intervals([[s[0]] for s in sums], [[s[1]] for s in sums])
+    assert share is not None  # there are attempts
+    return share
 
 
 def score_method(

@@ -103,11 +103,15 @@ def analyze(
     ] = None,
     attempts: Annotated[int, typer.Option(min=1, help="Attempts that went wrong.")] = 500,
     problems: Annotated[
-        int, typer.Option(min=1, help="Problems to draw from, at most; all of them if fewer.")
-    ] = 500,
+        int, typer.Option(min=1, help="Problems to go through, again where once is too little.")
+    ] = 1000,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Attempts per problem; by default the group size.")
-    ] = None,
+        int,
+        typer.Option(
+            min=1,
+            help="Attempts per problem at a time; more than 1 for contexts made from a group.",
+        ),
+    ] = 1,
     split: Annotated[Literal["dev", "test"], typer.Option(help="Which problems.")] = "test",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampled tokens.")] = 0,
     output: Annotated[

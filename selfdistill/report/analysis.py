@@ -59,12 +59,18 @@ def charts(analysis: RunAnalysis) -> str:
             )
             + profiles(methods)
         )
-    kept = line_chart(
-        "What an advantage mask |A| > threshold keeps",
-        [_mask_curve(method, STYLES[i % len(STYLES)]) for i, method in enumerate(methods)],
-        x_label="active tokens (%)",
-        y_label="of the sum of |A| (%)",
-        percent=True,
+    kept = "".join(
+        line_chart(
+            f"Of {what}, what a mask |A| > threshold keeps",
+            [
+                _mask_curve(method, field, STYLES[i % len(STYLES)])
+                for i, method in enumerate(methods)
+            ],
+            x_label="active tokens (%)",
+            y_label="kept (%)",
+            percent=True,
+        )
+        for what, field in (("the sum of |A|", "advantage_kept"), ("the KL", "kl_kept"))
     )
     return (
         f'<section id="figures"><h2>How local it is</h2>{"".join(parts)}'
@@ -133,11 +139,11 @@ def _strip(points: Sequence[ProfilePoint]) -> str:
     return f'<span class="strip">{cells}</span>'
 
 
-def _mask_curve(method: MethodAnalysis, style: str) -> Series:
+def _mask_curve(method: MethodAnalysis, field: str, style: str) -> Series:
     points = [
-        (100 * e.rho.value, e.advantage_kept)
-        for e in sorted(method.masks, key=lambda e: e.rho.value)
-        if e.sign == "any" and e.advantage_kept is not None
+        (100 * effect.rho.value, kept)
+        for effect in sorted(method.masks, key=lambda effect: effect.rho.value)
+        if effect.sign == "any" and (kept := getattr(effect, field)) is not None
     ]
     return Series(
         method.label,

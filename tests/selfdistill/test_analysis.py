@@ -123,6 +123,7 @@ def test_wrong_attempts_are_picked_problem_by_problem(
     attempts = judge(TASK, problems, groups)
     assert erroneous_attempts(attempts, limit=4) == [(0, 1), (1, 1), (1, 2), (2, 1)]
     assert erroneous_attempts(attempts, limit=9, each=1) == [(0, 1), (1, 1), (2, 1), (3, 1)]
+    assert erroneous_attempts(attempts, limit=2, located=True) == [(1, 1), (1, 2)]
 
 
 class Peers:
