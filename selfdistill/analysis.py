@@ -125,7 +125,7 @@ def analyze(
                     answer=alone.problem.answer,
                     reference=alone.problem.reference,
                     response=rollout.text,
-                    context=context.text,
+                    context=context.text if context else "",
                     correct=verdict.correct,
                     first_wrong_step=verdict.first_wrong_step,
                     wrong_tokens=token_span(solver.tokenizer, rollout, verdict.wrong_span),

@@ -2,11 +2,8 @@
 
 The run's own solver (of a chosen checkpoint) attempts problems of a split. The same attempts are
 then scored by each method that was asked for: the method decides what the teacher sees, while
-teacher weights, loss and attempts stay the same, so that only the context differs. Written are
-
-    analysis.json    every figure with its interval
-    analysis.md      the tables
-    analysis.html    the tables, charts, and some attempts as heat maps
+teacher weights, loss and attempts stay the same, so that only the context differs.
+`selfdistill.analysis_tables` and `selfdistill.report.analysis` show the result.
 """
 
 from __future__ import annotations
@@ -26,18 +23,14 @@ from transformers.utils import logging as transformers_logging
 from selfdistill.analysis import Place, TokenAnalysis, analyze, erroneous_attempts
 from selfdistill.checkpoint import CheckpointStore, read_checkpoint
 from selfdistill.compare import flatten
-from selfdistill.config import Config, ConfigError, MethodConfig, load_config
+from selfdistill.config import Config, ConfigError, Distillation, MethodConfig, load_config
 from selfdistill.evaluate import Attempts, Interval, sample_attempts
 from selfdistill.localisation import (
-    GEMMS,
-    KEPT,
-    NEGATIVE,
     Localisation,
     MaskEffect,
     Overall,
     ProfilePoint,
     first_step_wrong,
-    localisation_table,
     localise,
     mask_effects,
     overall,
@@ -49,9 +42,7 @@ from selfdistill.methods.loss import lm_head
 from selfdistill.progress import progress_bars
 from selfdistill.resampling import ratio_intervals
 from selfdistill.rollout import SamplingParams
-from selfdistill.runlog import write_atomically
 from selfdistill.solver import Solver, load_solver
-from selfdistill.tables import MISSING, TextTable, number, percent
 from selfdistill.train import build_teacher, derive_seed
 
 Checkpoint = Literal["best", "last", "base"]
@@ -70,6 +61,8 @@ class MethodAnalysis:
     Attributes:
         label: short, and unique within the analysis.
         settings: the method's configuration section.
+        without_context: attempts for which the method has nothing to show to the teacher; they
+            are in none of the figures.
         all_wrong: attempts with a wrong step.
         first_wrong: those whose first step is the wrong one: nothing right comes before it.
         later_wrong: those whose first error follows a right step.
@@ -82,6 +75,7 @@ class MethodAnalysis:
 
     label: str
     settings: dict[str, Any]
+    without_context: int
     all_wrong: Localisation
     first_wrong: Localisation
     later_wrong: Localisation
@@ -245,7 +239,7 @@ def analyze_run(
     )
 
 
-def parse_methods(text: str | None, config: Config) -> list[Any]:
+def parse_methods(text: str | None, config: Config) -> list[Distillation]:
     """Return the method sections that a text names, the run's teacher and loss in each.
 
     Args:
@@ -258,7 +252,9 @@ def parse_methods(text: str | None, config: Config) -> list[Any]:
         ConfigError: not YAML, not a method, or a method without a teacher.
     """
     own = config.method.model_dump(mode="json")
-    shared = {key: own[key] for key in ("teacher", "loss", "group_size") if key in own}
+    shared = {}
+    if isinstance(config.method, Distillation):
+        shared = {key: own[key] for key in Distillation.model_fields}
     try:
         asked = [own] if text is None else yaml.safe_load(f"[{text}]")
     except yaml.YAMLError as error:
@@ -268,7 +264,7 @@ def parse_methods(text: str | None, config: Config) -> list[Any]:
         section = {"name": entry} if isinstance(entry, str) else entry
         if section == {"name": own["name"]}:
             section = own
-        elif isinstance(section, dict) and "teacher" in own:
+        elif isinstance(section, dict):
             section = {**shared, **section}
         try:
             sections.append(TypeAdapter(MethodConfig).validate_python(section))
@@ -280,7 +276,7 @@ def parse_methods(text: str | None, config: Config) -> list[Any]:
                 f"methods: {entry!r} is not a method: {wrong}. Give names or mappings as under "
                 "`method:` in a configuration, with commas between them"
             ) from error
-        if not hasattr(sections[-1], "teacher"):
+        if not isinstance(sections[-1], Distillation):
             raise ConfigError(
                 f"methods: {section['name']} has no teacher, so its advantage is one number for "
                 "a whole attempt and there is nothing to locate. Name a method with a teacher, "
@@ -289,7 +285,7 @@ def parse_methods(text: str | None, config: Config) -> list[Any]:
     return sections
 
 
-def method_labels(sections: Sequence[Any]) -> list[str]:
+def method_labels(sections: Sequence[Distillation]) -> list[str]:
     """Return a short unique name for each section: the method's, and what it changes."""
     names = []
     for section in sections:
@@ -298,10 +294,10 @@ def method_labels(sections: Sequence[Any]) -> list[str]:
         changed = [
             f"{key.rsplit('.', 1)[-1]}={value}"
             for key, value in found.items()
-            if value != usual.get(key)
-            and key.split(".")[0] not in ("name", "teacher", "loss", "group_size")
+            if value != usual.get(key) and key.split(".")[0] not in Distillation.model_fields
         ]
-        names.append(f"{section.name} ({', '.join(changed)})" if changed else section.name)
+        name = found["name"]
+        names.append(f"{name} ({', '.join(changed)})" if changed else name)
     return [
         name if names.count(name) == 1 else f"{name} #{names[: i + 1].count(name)}"
         for i, name in enumerate(names)
@@ -376,6 +372,7 @@ def score_method(
     """Score the chosen attempts as `config.method` would; one record for each of them."""
     base = load_solver(config).model
     teacher, teacher_model = build_teacher(config, solver.model, base=base)
+    assert teacher is not None  # every Distillation has one
     return analyze(
         solver,
         teacher,
@@ -390,15 +387,21 @@ def score_method(
 def method_figures(
     label: str, settings: dict[str, Any], draw: Draw, records: Sequence[TokenAnalysis]
 ) -> MethodAnalysis:
-    """Aggregate the records of one method, one for each of `draw.chosen`."""
-    at = dict(zip(draw.chosen, records, strict=True))
-    wrong = [at[place] for place in draw.wrong]
-    come = [at[place] for place in draw.as_they_come]
+    """Aggregate the records of one method, one for each of `draw.chosen`.
+
+    Attempts for which the method has no context are left out, as training leaves them out.
+    """
+    at = {
+        place: record for place, record in zip(draw.chosen, records, strict=True) if record.context
+    }
+    wrong = [at[place] for place in draw.wrong if place in at]
+    come = [at[place] for place in draw.as_they_come if place in at]
     later = [r for r in wrong if not first_step_wrong(r)]
     masks = mask_effects(come)
     return MethodAnalysis(
         label=label,
         settings=settings,
+        without_context=len(draw.chosen) - len(at),
         all_wrong=localise(wrong),
         first_wrong=localise([r for r in wrong if first_step_wrong(r)]),
         later_wrong=localise(later),
@@ -430,135 +433,3 @@ def pick_examples(
     return tuple(
         Example(tuple(found[index[record.problem_id]] for found in records)) for record in picked
     )
-
-
-def analysis_tables(analysis: RunAnalysis) -> list[TextTable]:
-    """Return the tables of an analysis, in the order of the page."""
-    methods = analysis.methods
-    tables = []
-    if analysis.knows_steps:
-        note = (
-            "95 % bootstrap intervals over problems. A: advantage, log p_teacher - log p_student "
-            "of the sampled token."
-        )
-        for title, field in (
-            ("First error after a right step", "later_wrong"),
-            ("First error in step 1", "first_wrong"),
-            ("All attempts with a wrong step, the two kinds mixed", "all_wrong"),
-        ):
-            tables.append(
-                localisation_table(title, {m.label: getattr(m, field) for m in methods}, note=note)
-            )
-            note = ""
-    return [*tables, overall_table(methods), mask_table(methods)]
-
-
-def overall_table(methods: Sequence[MethodAnalysis]) -> TextTable:
-    """Return the figures of whole attempts, right ones beside wrong ones."""
-    columns = [
-        (f"{m.label}: {kind}", getattr(m, kind)) for m in methods for kind in ("wrong", "right")
-    ]
-    rows: list[tuple[str, Callable[[Overall], str]]] = [
-        ("attempts (problems)", lambda f: f"{f.attempts} ({f.problems})"),
-        ("mean A of a token (nats)", lambda f: number(f.mean)),
-        ("mean |A| of a token", lambda f: number(f.magnitude, ".3f")),
-        ("mean KL of a token", lambda f: number(f.kl, ".3f")),
-        (f"tokens with A < {NEGATIVE:g}", lambda f: percent(f.negative)),
-    ]
-    return TextTable(
-        "Whole attempts",
-        ["", *(name for name, _ in columns)],
-        [[label, *(show(figures) for _, figures in columns)] for label, show in rows],
-        "Right: right answer and no wrong step.",
-    )
-
-
-def mask_table(methods: Sequence[MethodAnalysis]) -> TextTable:
-    """Return the suggested mask of each method."""
-    rows: list[tuple[str, Callable[[MaskEffect], str]]] = [
-        ("threshold (nats)", lambda e: f"{e.threshold:g}"),
-        ("sign", lambda e: e.sign),
-        ("active tokens, rho", lambda e: percent(e.rho)),
-        ("of the sum of |A| they keep", lambda e: percent(e.advantage_kept)),
-        ("of the KL they keep", lambda e: percent(e.kl_kept)),
-        *((f"GEMM time saved, {name}", partial(_saved, name)) for name in GEMMS),
-    ]
-    return TextTable(
-        "Suggested advantage masks (method.loss.advantage_mask)",
-        ["", *(m.label for m in methods)],
-        [
-            [label, *(MISSING if m.suggested is None else show(m.suggested) for m in methods)]
-            for label, show in rows
-        ],
-        f"The mask with the fewest tokens that keeps {KEPT:.0%} of the sum of |A|, over attempts "
-        f"as they come. {GEMM_NOTE}",
-    )
-
-
-def _saved(strategy: str, effect: MaskEffect) -> str:
-    return f"{effect.saved[strategy]:.0%}"
-
-
-GEMM_NOTE = (
-    "Saved is arithmetic and no measurement: GEMMs of the loss at this rho against rho = 1 in the "
-    "same strategy, store 2 + 2 rho (frozen head 2 + rho), recompute 2 + 4 rho (2 + 3 rho). What "
-    "the mask does to learning is not told by these figures."
-)
-
-
-def masks_table(method: MethodAnalysis) -> TextTable:
-    """Return all masks that were tried for one method."""
-    rules = {"any": "|A| > {:g}", "negative": "A < -{:g}", "positive": "A > {:g}"}
-    return TextTable(
-        f"Advantage masks: {method.label}",
-        ["active", "rho", "|A| kept", "KL kept", *(f"saved, {name}" for name in GEMMS)],
-        [
-            [
-                rules[effect.sign].format(effect.threshold),
-                *map(percent, (effect.rho, effect.advantage_kept, effect.kl_kept)),
-                *(_saved(name, effect) for name in GEMMS),
-            ]
-            for effect in method.masks
-        ],
-    )
-
-
-def missing_note(analysis: RunAnalysis) -> str:
-    """Say what the analysis cannot show, or nothing."""
-    if analysis.knows_steps or not analysis.wrong:
-        return "" if analysis.wrong else "No attempt went wrong: there is no error to look at."
-    return (
-        f"The checker of task {analysis.task!r} judges answers and marked no wrong step, so "
-        "nothing can be said about before, at and after the first error, nor about how much of "
-        "the advantage lies on it. Shown are whole attempts, wrong ones beside right ones, and "
-        "what masks keep."
-    )
-
-
-def summary_line(analysis: RunAnalysis) -> str:
-    """Say in a sentence what was looked at."""
-    where = "before training" if not analysis.step else f"after step {analysis.step}"
-    return (
-        f"{analysis.rollouts} attempts at {analysis.problems} {analysis.split} problems by the "
-        f"{analysis.checkpoint} checkpoint ({where}), {percent(analysis.solved)} with the right "
-        f"answer. Scored: {analysis.wrong} that went wrong, and the first {analysis.as_they_come} "
-        "as they came."
-    )
-
-
-def write_analysis(analysis: RunAnalysis, folder: Path) -> Path:
-    """Write analysis.json, analysis.md and analysis.html; return the page."""
-    from selfdistill.report.analysis import analysis_page
-
-    tables = [*analysis_tables(analysis), *map(masks_table, analysis.methods)]
-    lead = "\n\n".join(filter(None, (summary_line(analysis), missing_note(analysis))))
-    write_atomically(
-        folder / "analysis.md",
-        f"# Per-token advantage\n\n{lead}\n\n" + "\n".join(t.markdown() for t in tables),
-    )
-    write_atomically(
-        folder / "analysis.json", TypeAdapter(RunAnalysis).dump_json(analysis, indent=1).decode()
-    )
-    page = folder / "analysis.html"
-    write_atomically(page, analysis_page(analysis))
-    return page

@@ -119,13 +119,9 @@ def analyze(
     ] = None,
 ) -> None:
     """Show where the teacher disagrees with attempts, by method, and what masks would keep."""
-    from selfdistill.analyze import (
-        analysis_tables,
-        analyze_run,
-        missing_note,
-        summary_line,
-        write_analysis,
-    )
+    from selfdistill.analysis_tables import analysis_tables, missing_note, summary_line
+    from selfdistill.analyze import analyze_run
+    from selfdistill.report.analysis import write_analysis
 
     console = Console()
     analysis = analyze_run(
@@ -155,12 +151,9 @@ def compare(
 ) -> None:
     """Put runs beside each other: curves, final accuracy, paired differences, on one page."""
     from selfdistill.compare import compare as compare_runs
-    from selfdistill.compare import (
-        difference_table,
-        final_table,
-        read_run_curve,
-        write_comparison,
-    )
+    from selfdistill.compare import read_run_curve
+    from selfdistill.comparison_tables import difference_table, final_table
+    from selfdistill.report.compare import write_comparison
 
     console = Console()
     names = [run.resolve().name for run in runs]

@@ -4,24 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
-from selfdistill.analyze import (
-    Example,
-    MethodAnalysis,
-    RunAnalysis,
+from pydantic import TypeAdapter
+
+from selfdistill.analysis_tables import (
     analysis_tables,
     masks_table,
     missing_note,
     summary_line,
 )
+from selfdistill.analyze import Example, MethodAnalysis, RunAnalysis
 from selfdistill.evaluate import Interval
 from selfdistill.localisation import ProfilePoint
 from selfdistill.report.charts import STYLES, Series, interval_rows, line_chart
 from selfdistill.report.document import document, html_table
 from selfdistill.report.heatmap import FULL_COLOUR, LEGEND, heat_map, verdict
+from selfdistill.runlog import write_atomically
 
 TITLE = "Where the teacher disagrees"
 CONTEXT_NAMES = {"stepalign": "critique", "refsol": "reference solution"}
+
+
+def write_analysis(analysis: RunAnalysis, folder: Path) -> Path:
+    """Write analysis.json, analysis.md and analysis.html; return the page."""
+    tables = [*analysis_tables(analysis), *map(masks_table, analysis.methods)]
+    lead = "\n\n".join(filter(None, (summary_line(analysis), missing_note(analysis))))
+    write_atomically(
+        folder / "analysis.md",
+        f"# Per-token advantage\n\n{lead}\n\n" + "\n".join(t.markdown() for t in tables),
+    )
+    write_atomically(
+        folder / "analysis.json", TypeAdapter(RunAnalysis).dump_json(analysis, indent=1).decode()
+    )
+    page = folder / "analysis.html"
+    write_atomically(page, analysis_page(analysis))
+    return page
 
 
 def analysis_page(analysis: RunAnalysis) -> str:

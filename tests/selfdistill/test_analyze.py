@@ -12,26 +12,30 @@ from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
+import selfdistill.analyze
+from selfdistill.analysis import TokenAnalysis
+from selfdistill.analysis_tables import analysis_tables, missing_note
 from selfdistill.analyze import (
+    Draw,
     RunAnalysis,
-    analysis_tables,
     analyze_run,
     draw_attempts,
+    method_figures,
     method_labels,
-    missing_note,
     parse_methods,
     score_method,
-    write_analysis,
 )
 from selfdistill.cli import app
-from selfdistill.config import Config, ConfigError
+from selfdistill.config import Config, ConfigError, RefSolMethod, StepAlignMethod
 from selfdistill.context import ContextRenderer
+from selfdistill.evaluate import Interval
 from selfdistill.localisation import localise
+from selfdistill.report.analysis import write_analysis
 from selfdistill.rollout import Rollout, SamplingParams
-from selfdistill.solver import Solver
+from selfdistill.solver import Solver, load_solver
 from selfdistill.tasks import Problem, Verdict
 from selfdistill.tasks.arithmetic import ArithmeticTask
-from selfdistill.train import train
+from selfdistill.train import derive_seed, train
 
 QUIET = Console(file=io.StringIO())
 
@@ -107,9 +111,6 @@ def test_figures_are_those_of_the_records(solver_dir: Path, finished: Path) -> N
     )
     assert analysis.step == 0
     config = make_config(solver_dir, finished)
-    from selfdistill.solver import load_solver
-    from selfdistill.train import derive_seed
-
     solver = load_solver(config)
     draw = draw_attempts(
         solver, split="test", attempts=4, problems=3, samples=2, seed=derive_seed(0, "analyze")
@@ -133,11 +134,19 @@ def test_methods_carry_the_teacher_and_loss_of_the_run(solver_dir: Path, tmp_pat
     assert own == config.method
     named, refsol = parse_methods("stepalign, {name: refsol, group_size: 3}", config)
     assert named == own
-    assert (refsol.name, refsol.group_size) == ("refsol", 3)
+    assert isinstance(refsol, RefSolMethod)
+    assert refsol.group_size == 3
     assert refsol.teacher.name == "live"
     assert refsol.loss == own.loss
     assert method_labels([own, refsol]) == ["stepalign", "refsol"]
     assert method_labels([own, own]) == ["stepalign #1", "stepalign #2"]
+    grpo = Config.model_validate(
+        {"model": "m", "output_dir": "o", "method": {"name": "grpo", "kl": {}}}
+    )
+    with pytest.raises(ConfigError, match="grpo has no teacher"):
+        parse_methods(None, grpo)
+    (usual,) = parse_methods("stepalign", grpo)
+    assert usual == StepAlignMethod()
     for text, message in (
         ("nonsense", "'nonsense' is not a method"),
         ("{name: refsol, critic: x}", "critic"),
@@ -223,8 +232,6 @@ def test_without_known_steps_the_analysis_says_what_it_cannot_show(
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import selfdistill.analyze
-
     load = selfdistill.analyze.load_solver
 
     def without_steps(*arguments: object) -> Solver:
@@ -246,6 +253,36 @@ def test_without_known_steps_the_analysis_says_what_it_cannot_show(
     assert "before the first wrong step" not in text
     assert page.within("heat")  # attempts are shown all the same
     assert "marked no wrong step" in (tmp_path / "out" / "analysis.md").read_text()
+
+
+def test_attempts_without_context_are_in_no_figure() -> None:
+    def record(problem: str, context: str, advantage: float) -> TokenAnalysis:
+        one = [0.0]
+        return TokenAnalysis(
+            problem,
+            "",
+            "",
+            "",
+            "",
+            context,
+            False,
+            1,
+            (0, 1),
+            ["x"],
+            [advantage],
+            one,
+            one,
+            one,
+            one,
+        )
+
+    draw = Draw([], wrong=[(0, 0), (1, 0)], as_they_come=[(0, 0), (1, 0), (2, 0)])
+    records = [record("p", "seen", -2.0), record("q", "", 0.0), record("r", "", 0.0)]
+    figures = method_figures("m", {"name": "m"}, draw, records)
+    assert figures.without_context == 2
+    assert figures.wrong.attempts == figures.first_wrong.attempts == 1
+    assert figures.first_wrong.mean_at == Interval(-2.0, -2.0, -2.0)
+    assert figures.masks[0].rho.value == 1.0
 
 
 def test_no_attempt_that_went_wrong_is_said(finished: Path, tmp_path: Path) -> None:

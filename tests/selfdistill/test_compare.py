@@ -15,7 +15,6 @@ from selfdistill.compare import (
     NotARunError,
     RunCurve,
     compare,
-    final_table,
     flatten,
     labels,
     mean_curve,
@@ -23,6 +22,7 @@ from selfdistill.compare import (
     problem_scores,
     read_run_curve,
 )
+from selfdistill.comparison_tables import final_table
 from selfdistill.evaluate import Evaluation, ProblemScore, bootstrap
 
 SAMPLES = 4
