@@ -40,6 +40,7 @@ from selfdistill.localisation import (
 from selfdistill.methods import build_method
 from selfdistill.methods.loss import lm_head
 from selfdistill.progress import progress_bars
+from selfdistill.report.heatmap import clear_examples, spread
 from selfdistill.resampling import ratio_intervals
 from selfdistill.rollout import SamplingParams
 from selfdistill.solver import Solver, load_solver
@@ -259,6 +260,8 @@ def parse_methods(text: str | None, config: Config) -> list[Distillation]:
         asked = [own] if text is None else yaml.safe_load(f"[{text}]")
     except yaml.YAMLError as error:
         raise ConfigError(f"methods: {text!r} is not a list of names or YAML: {error}") from error
+    if not asked:
+        raise ConfigError("methods: got none, expected names or mappings with commas between them")
     sections = []
     for entry in asked:
         section = {"name": entry} if isinstance(entry, str) else entry
@@ -420,8 +423,6 @@ def pick_examples(
 
     The first method decides; those whose first error follows a right step are preferred.
     """
-    from selfdistill.report.heatmap import clear_examples, spread
-
     places = {place: i for i, place in enumerate(draw.chosen)}
     first: dict[str, TokenAnalysis] = {}
     index = {}

@@ -151,6 +151,7 @@ def test_methods_carry_the_teacher_and_loss_of_the_run(solver_dir: Path, tmp_pat
         ("nonsense", "'nonsense' is not a method"),
         ("{name: refsol, critic: x}", "critic"),
         ("[", "not a list"),
+        ("", "got none"),
         ("3", "not a method"),
     ):
         with pytest.raises(ConfigError, match=message):
