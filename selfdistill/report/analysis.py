@@ -67,6 +67,7 @@ def charts(analysis: RunAnalysis) -> str:
             "<p>Attempts whose first error follows a right step.</p>"
             + _rows(methods, "Mean advantage before the first wrong step (nats)", "mean_before")
             + _rows(methods, "&hellip; within it", "mean_at")
+            + _rows(methods, "&hellip; at its lowest token, mean over attempts", "lowest_at")
             + _rows(methods, "&hellip; after it", "mean_after")
             + _rows(methods, "Share of all |advantage| on it (%)", "share_at", scale=100)
             + _rows(

@@ -76,7 +76,8 @@ details { margin-top: .6rem; }
 summary { cursor: pointer; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr));
   gap: 1rem 1.5rem; }
-.charts.pairs { grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
+.charts.pairs { margin-top: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
 figure { margin: 0; }
 figcaption { font-size: .85rem; min-height: 1.4em; }
 .key { margin-right: 1rem; white-space: nowrap; }

@@ -48,7 +48,7 @@ def make_config(solver_dir: Path, output: Path, **method: object) -> Config:
             "device": "cpu",
             "steps": 1,
             "prompts_per_step": 1,
-            "task": {"name": "arithmetic", "step_counts": [2]},
+            "task": {"name": "arithmetic", "step_counts": [2], "reference_dialect": 3},
             "method": {"name": "stepalign", "group_size": 2, **method},
             "rollout": {"max_new_tokens": 8},
             "evaluation": {"every": 5, "problems": 2, "samples": 2},
