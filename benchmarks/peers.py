@@ -24,7 +24,7 @@ from benchmarks.cross_entropy import (
 )
 from benchmarks.problems import BETAS, Problem, Shape
 from selfdistill_kernels import fused_linear_distillation
-from selfdistill_kernels.backends import found
+from selfdistill_kernels.backends import found_on
 from selfdistill_kernels.backends.dispatch import Choice, decide
 from selfdistill_kernels.plan import TilePlan
 
@@ -192,7 +192,7 @@ def ours(
         RuntimeError: only the reference backend could serve the problem.
     """
     head = problem.head(trained_head)
-    choice = decide(backend, device=head.device.type, dtype=head.dtype, found=found())
+    choice = decide(backend, device=head.device.type, dtype=head.dtype, found=found_on(head.device))
     if choice.backend == "reference":
         raise RuntimeError(_no_backend(choice, head))
     mask = None if rho is None else problem.advantage_mask(rho)

@@ -96,14 +96,15 @@ def examine() -> Findings:
     elif torch.version.hip is not None:
         built_for = f"ROCm {torch.version.hip}"
     native = backends.native_problem() is None
+    gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     return Findings(
         versions={name: _version(name) for name in ("torch", *PACKAGES)},
         cuda=built_for,
-        gpus=tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())),
+        gpus=gpus,
         threads=torch.get_num_threads(),
         instructions=torch.ops.selfdistill.cpu_capability() if native else None,
         has_bfloat16_products=native and bool(torch.ops.selfdistill.gemm_bf16_available()),
-        found=backends.found(),
+        found=backends.found_on(torch.device("cuda", 0)) if gpus else backends.found(),
     )
 
 
@@ -174,6 +175,7 @@ def what_runs(findings: Findings, question: Question) -> Iterator[str]:
             heads=size.models,
             itemsize=dtype.itemsize,
             need_weight=not question.frozen,
+            on_gpu=question.device == "cuda",
         )
         yield plan.describe()
     elif choice.backend == "triton":

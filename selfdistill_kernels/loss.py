@@ -11,10 +11,15 @@ from torch import Tensor, nn
 
 from selfdistill_kernels.advantage import SIGNS, AdvantageMask
 from selfdistill_kernels.backends import check_backend_name, choose_backend
-from selfdistill_kernels.backends.base import Gate, token_losses
+from selfdistill_kernels.backends.base import Gate, Needs, token_losses
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
-from selfdistill_kernels.ops import LogitsLossInPlace, call_linear_loss, linear_statistics
+from selfdistill_kernels.ops import (
+    LogitsLossInPlace,
+    LossOptions,
+    call_linear_loss,
+    linear_statistics,
+)
 from selfdistill_kernels.statistics import Column, advantage_of, statistics_dtype
 from selfdistill_kernels.validation import (
     check_head,
@@ -117,7 +122,9 @@ def fused_linear_distillation(
         normalizer: replaces the denominator: of "mean", "sum" and "none" the number of tokens, of
             "sequence_mean" the number of sequences. For gradient accumulation and data
             parallelism, pass the whole batch's.
-        workspace: bytes for logits tiles, or "auto".
+        workspace: bytes for tiles of logits and, with 16-bit inputs, the float32 sums beside them
+            (on the CPU as little as dH in float32 and a few rows; too little is an error that
+            names the least), or "auto".
         backend: "auto", "triton", "native" or "reference" (`selfdistill doctor` says what runs).
 
     Returns:
@@ -126,12 +133,18 @@ def fused_linear_distillation(
     Raises:
         TypeError, ValueError: bad input; the message names the argument.
     """
-    student_hidden = _autocast(require_tensor("student_hidden", student_hidden))
-    teacher_hidden = _autocast(require_tensor("teacher_hidden", teacher_hidden))
-    weight = _autocast(require_tensor("weight", weight))
-    teacher_weight, bias, teacher_bias = map(
-        _autocast_optional, (teacher_weight, bias, teacher_bias)
-    )
+    student_hidden = require_tensor("student_hidden", student_hidden)
+    teacher_hidden = require_tensor("teacher_hidden", teacher_hidden)
+    weight = require_tensor("weight", weight)
+    autocast = _autocast_dtype(student_hidden.device)
+    if autocast is not None:
+        student_hidden, teacher_hidden, weight = (
+            _cast(tensor, autocast) for tensor in (student_hidden, teacher_hidden, weight)
+        )
+        teacher_weight, bias, teacher_bias = (
+            None if tensor is None else _cast(tensor, autocast)
+            for tensor in (teacher_weight, bias, teacher_bias)
+        )
     check_head("student", "student_hidden", student_hidden, "weight", weight, "bias", bias)
     leading = tuple(student_hidden.shape[:-1])
     _check_teacher(leading, weight, teacher_hidden, teacher_weight, bias, teacher_bias)
@@ -266,7 +279,7 @@ def _distillation(
     check_reduction(reduction, leading)
     check_normalizer(normalizer)
     _check_targets_given(input_name, objective, advantage_mask, targets)
-    vocabulary = (student_hidden if weight is None else weight.mT).shape[-1]
+    vocabulary = student_hidden.shape[-1] if weight is None else weight.shape[0]
     if objective.top_k is not None and objective.top_k > vocabulary:
         raise ValueError(
             f"objective: top_k must be at most the vocabulary of {vocabulary}, got "
@@ -278,19 +291,18 @@ def _distillation(
     exists = _existing(leading, student_hidden.device, targets, mask, ignore_index)
     loss_weight = _loss_weight(exists, token_weight, reduction, normalizer, student_hidden.dtype)
     tensors = (
-        student_hidden.reshape(-1, student_hidden.shape[-1]),
-        teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
+        _flat_rows(student_hidden),
+        _flat_rows(_constant(teacher_hidden)),
         weight,
-        None if teacher_weight is None else teacher_weight.detach(),
+        None if teacher_weight is None else _constant(teacher_weight),
         bias,
-        None if teacher_bias is None else teacher_bias.detach(),
-        None if targets is None else targets.reshape(-1).to(torch.int64),
-        exists.reshape(-1),
+        None if teacher_bias is None else _constant(teacher_bias),
+        None if targets is None else _flat(targets).to(torch.int64),
+        _flat(exists),
     )
     flat_old_logprobs = (
-        None if old_logprobs is None else old_logprobs.detach().reshape(-1).to(loss_weight.dtype)
+        None if old_logprobs is None else _flat(_constant(old_logprobs)).to(loss_weight.dtype)
     )
-    options = (transform.logit_scale, transform.softcap, transform.temperature)
 
     two_visits = (
         reduction == "none"
@@ -306,64 +318,69 @@ def _distillation(
         # The loss of a token is not known when its row is visited: statistics first, and the
         # backward pass recomputes the logits of the tokens that carry a gradient.
         statistics, *_ = linear_statistics(
-            *tensors, *options, objective.divergence, objective.beta,
+            *tensors, transform.logit_scale, transform.softcap, transform.temperature,
+            objective.divergence, objective.beta,
             objective.top_k or 0, objective.top_k_of,
             objective.tail and objective.top_k != vocabulary, budget, name,
         )  # fmt: skip
         frozen = statistics.detach()
-        kept = exists.reshape(-1)
+        kept = _flat(exists)
         if advantage_mask is not None:
             steps = None if step_ids is None else _flat_step_ids(step_ids, leading)
             kept = advantage_mask.select(advantage_of(frozen), kept, steps)
         active = kept & (loss_weight != 0)
         per_token = token_losses(objective, statistics, loss_weight, active, flat_old_logprobs)
         loss = per_token.reshape(leading) if reduction == "none" else per_token.sum()
-        divergence = frozen[:, Column.DIVERGENCE]
-        if reduction == "none":
-            # Dropped tokens keep their value and lose their gradient.
-            divergence = torch.where(kept, statistics[:, Column.DIVERGENCE], divergence)
     else:
-        needs = [
-            torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-            for tensor in (student_hidden, weight, bias)
-        ]
+        has_grad = torch.is_grad_enabled()
+        needs = Needs(
+            has_grad and student_hidden.requires_grad,
+            has_grad and weight is not None and weight.requires_grad,
+            has_grad and bias is not None and bias.requires_grad,
+        )
         gate = (
             None if advantage_mask is None
             else Gate(SIGNS[advantage_mask.sign], advantage_mask.threshold)
         )  # fmt: skip
-        if in_place and needs[0]:
-            student, teacher, *_, flat_targets, flat_exists = tensors
-            assert student is not None
-            loss, statistics, active = LogitsLossInPlace.apply(
-                student, teacher, flat_targets, flat_exists, loss_weight, flat_old_logprobs,
-                transform, objective, gate, budget, name,
-            )  # fmt: skip
+        options = LossOptions(transform, objective, gate, needs, budget, name)
+        arguments = (*tensors, loss_weight, flat_old_logprobs)
+        if in_place and needs.hidden:
+            loss, statistics, active = LogitsLossInPlace.apply(*arguments, options)
         else:
-            loss, statistics, active, *_ = call_linear_loss(
-                *tensors, loss_weight, flat_old_logprobs, *options,
-                objective.divergence, objective.beta, objective.policy_gradient,
-                objective.cross_entropy, objective.entropy,
-                objective.divergence_clip, objective.importance_clip,
-                None if gate is None else gate.sign, 0.0 if gate is None else gate.threshold,
-                *needs, budget, name,
-            )  # fmt: skip
+            loss, statistics, active = call_linear_loss(arguments, options)
         frozen = statistics.detach()
-        divergence = frozen[:, Column.DIVERGENCE]
 
-    def column(which: Column) -> Tensor:
-        return frozen[:, which].reshape(leading)
-
-    has_targets = targets is not None
+    shaped = frozen.reshape(*leading, frozen.shape[1])
+    divergence = shaped[..., Column.DIVERGENCE]
+    if reduction == "none":
+        # Dropped tokens keep their value and lose their gradient.
+        differentiable = statistics[:, Column.DIVERGENCE].reshape(leading)
+        divergence = torch.where(kept.reshape(leading), differentiable, divergence)
+    student_logprob = teacher_logprob = advantage = None
+    if targets is not None:
+        student_logprob = shaped[..., Column.STUDENT_LOGPROB]
+        teacher_logprob = shaped[..., Column.TEACHER_LOGPROB]
+        advantage = teacher_logprob - student_logprob
     return DistillationOutput(
         loss=loss,
-        divergence=divergence.reshape(leading),
-        student_logprob=column(Column.STUDENT_LOGPROB) if has_targets else None,
-        teacher_logprob=column(Column.TEACHER_LOGPROB) if has_targets else None,
-        advantage=advantage_of(frozen).reshape(leading) if has_targets else None,
-        entropy=column(Column.ENTROPY),
-        teacher_entropy=column(Column.TEACHER_ENTROPY),
+        divergence=divergence,
+        student_logprob=student_logprob,
+        teacher_logprob=teacher_logprob,
+        advantage=advantage,
+        entropy=shaped[..., Column.ENTROPY],
+        teacher_entropy=shaped[..., Column.TEACHER_ENTROPY],
         active=active.reshape(leading),
     )
+
+
+def _flat(per_token: Tensor) -> Tensor:
+    """[...] as [N]."""
+    return per_token if per_token.dim() == 1 else per_token.reshape(-1)
+
+
+def _flat_rows(rows: Tensor) -> Tensor:
+    """[..., H] as [N, H]."""
+    return rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1])
 
 
 def fused_linear_logprobs(
@@ -397,9 +414,12 @@ def fused_linear_logprobs(
     """
     transform = LogitTransform(logit_scale, softcap, temperature)
     budget = workspace_bytes(workspace)
-    hidden = _autocast(require_tensor("hidden", hidden))
-    weight = _autocast(require_tensor("weight", weight))
-    bias = _autocast_optional(bias)
+    hidden = require_tensor("hidden", hidden)
+    weight = require_tensor("weight", weight)
+    autocast = _autocast_dtype(hidden.device)
+    if autocast is not None:
+        hidden, weight = _cast(hidden, autocast), _cast(weight, autocast)
+        bias = None if bias is None else _cast(bias, autocast)
     check_head("model", "hidden", hidden, "weight", weight, "bias", bias)
     leading = tuple(hidden.shape[:-1])
     require_tensor("targets", targets)
@@ -408,7 +428,7 @@ def fused_linear_logprobs(
     exists = _existing(leading, hidden.device, targets, mask, ignore_index)
     statistics, *_ = linear_statistics(
         hidden.reshape(-1, hidden.shape[-1]), None, weight, None, bias, None,
-        targets.reshape(-1).to(torch.int64), exists.reshape(-1),
+        _flat(targets).to(torch.int64), _flat(exists),
         transform.logit_scale, transform.softcap, transform.temperature,
         "none", 0.5, 0, "student", True, budget, name,
     )  # fmt: skip
@@ -499,21 +519,24 @@ class FusedLinearDistillationLoss(nn.Module):
         return f"{self.objective}, reduction={self.reduction!r}, backend={self.backend!r}"
 
 
-def _autocast(tensor: Tensor) -> Tensor:
-    """Under autocast, cast as torch.nn.functional.linear would (float64 stays)."""
-    kind = tensor.device.type
-    if (
-        not torch.amp.is_autocast_available(kind)
-        or not torch.is_autocast_enabled(kind)
-        or not tensor.is_floating_point()
-        or tensor.dtype == torch.float64
-    ):
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that torch.nn.functional.linear would cast to, None without autocast."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast does: float64 stays, and so does what holds no floats."""
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
-    return tensor.to(torch.get_autocast_dtype(kind))
+    return tensor.to(dtype)
 
 
-def _autocast_optional(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else _autocast(tensor)
+def _constant(tensor: Tensor) -> Tensor:
+    """Without the graph behind it."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _check_teacher(
@@ -648,8 +671,10 @@ def _existing(
     ignore_index: int,
 ) -> Tensor:
     """[...] bool, True where a token exists."""
-    exists = torch.ones(leading, dtype=torch.bool, device=device) if mask is None else mask
-    return exists if targets is None else exists & (targets != ignore_index)
+    if targets is None:
+        return torch.ones(leading, dtype=torch.bool, device=device) if mask is None else mask
+    counted = targets != ignore_index
+    return counted if mask is None else mask & counted
 
 
 def _loss_weight(
@@ -672,4 +697,4 @@ def _loss_weight(
         weight = weight / normalizer
     elif reduction == "mean":
         weight = weight / exists.sum().clamp(min=1)
-    return weight.reshape(-1)
+    return _flat(weight)

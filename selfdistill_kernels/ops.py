@@ -11,6 +11,7 @@ All three are functional, so torch.compile and AOT autograd take them whole. Wit
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +28,30 @@ from selfdistill_kernels.top_k import support_logprobs, top_k_divergence, top_k_
 _TERM_COLUMNS = ((Column.DIVERGENCE, 1.0), (Column.STUDENT_LOGPROB, -1.0), (Column.ENTROPY, 1.0))
 
 
+@dataclass(frozen=True)
+class LossOptions:
+    """What a scalar loss is, besides its tensors."""
+
+    transform: LogitTransform
+    objective: Objective
+    gate: Gate | None
+    needs: Needs
+    workspace: int
+    backend: str
+
+    def scalars(self) -> tuple[Any, ...]:
+        """The same, as the schema of `linear_loss` spells it."""
+        transform, objective, gate, needs = self.transform, self.objective, self.gate, self.needs
+        return (
+            transform.logit_scale, transform.softcap, transform.temperature,
+            objective.divergence, objective.beta, objective.policy_gradient,
+            objective.cross_entropy, objective.entropy,
+            objective.divergence_clip, objective.importance_clip,
+            None if gate is None else gate.sign, 0.0 if gate is None else gate.threshold,
+            needs.hidden, needs.weight, needs.bias, self.workspace, self.backend,
+        )  # fmt: skip
+
+
 def _linear_inputs(
     student_hidden: Tensor,
     teacher_hidden: Tensor | None,
@@ -36,13 +61,9 @@ def _linear_inputs(
     teacher_bias: Tensor | None,
     targets: Tensor | None,
     exists: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
+    transform: LogitTransform,
 ) -> LinearInputs:
-    if targets is not None:
-        _check_targets(targets, exists, (student_hidden if weight is None else weight.mT).shape[-1])
-    return LinearInputs(
+    inputs = LinearInputs(
         student_hidden.contiguous(),
         None if teacher_hidden is None else teacher_hidden.contiguous(),
         None if weight is None else weight.contiguous(),
@@ -51,8 +72,11 @@ def _linear_inputs(
         teacher_bias,
         targets,
         exists,
-        LogitTransform(logit_scale, softcap, temperature),
+        transform,
     )
+    if targets is not None:
+        _check_targets(inputs, targets)
+    return inputs
 
 
 def _float32_products(like: Tensor) -> AbstractContextManager[Any]:
@@ -88,27 +112,57 @@ def _fake_gradients(
     return like(student_hidden, need_hidden), like(weight, need_weight), like(bias, need_bias)
 
 
-def _check_targets(targets: Tensor, exists: Tensor | None, vocabulary: int) -> None:
-    if targets.device.type in ("cuda", "meta"):
+def _check_targets(inputs: LinearInputs, targets: Tensor) -> None:
+    vocabulary = inputs.vocabulary
+    if inputs.device.type in ("cuda", "meta"):
         # Reading a value would make the host wait for the device: the device checks by itself.
         valid = (targets >= 0) & (targets < vocabulary)
-        if exists is not None:
-            valid |= ~exists
+        if inputs.exists is not None:
+            valid |= ~inputs.exists
         torch._assert_async(valid.all(), "targets: a token id lies outside the vocabulary")
         return
-    present = targets if exists is None else targets[exists]
-    if present.numel() == 0:
+    if inputs.tokens.count == 0:
         return
-    low, high = present.aminmax()
+    low, high = (int(bound) for bound in inputs.tokens.of(targets).aminmax())
     if low < 0 or high >= vocabulary:
-        bad = int(low) if low < 0 else int(high)
+        bad = low if low < 0 else high
         raise ValueError(
             f"targets: token id {bad} lies outside the vocabulary [0, {vocabulary}); tokens to "
             "leave out take `ignore_index` or a False in `mask`"
         )
 
 
-def _loss_and_gradients(
+def _visit(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    weight: Tensor | None,
+    teacher_weight: Tensor | None,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    targets: Tensor | None,
+    exists: Tensor | None,
+    loss_weight: Tensor,
+    old_logprobs: Tensor | None,
+    options: LossOptions,
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    """Return loss [], statistics [N, 10], active [N] and the gradients that are needed."""
+    objective = options.objective
+    inputs = _linear_inputs(
+        student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, targets,
+        exists, options.transform,
+    )  # fmt: skip
+    with _float32_products(student_hidden):
+        statistics, active, gradients = get_backend(options.backend).visit(
+            inputs, objective, options.gate, loss_weight, old_logprobs, options.needs,
+            options.workspace,
+        )  # fmt: skip
+    losses = token_losses(objective, statistics, loss_weight, active, old_logprobs)
+    loss = losses.sum(dtype=torch.float64).to(statistics.dtype)
+    return loss, statistics, active, gradients
+
+
+@torch.library.custom_op("selfdistill::linear_loss", mutates_args=())
+def linear_loss(
     student_hidden: Tensor,
     teacher_hidden: Tensor | None,
     weight: Tensor | None,
@@ -141,27 +195,22 @@ def _loss_and_gradients(
 
     Gradients that are not needed are empty tensors.
     """
-    inputs = _linear_inputs(
-        student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, targets,
-        exists, logit_scale, softcap, temperature,
+    options = LossOptions(
+        LogitTransform(logit_scale, softcap, temperature),
+        Objective(
+            divergence, beta, policy_gradient, cross_entropy, entropy, divergence_clip,
+            importance_clip,
+        ),
+        None if gate_sign is None else Gate(gate_sign, gate_threshold),
+        Needs(need_hidden, need_weight, need_bias),
+        workspace,
+        backend,
     )  # fmt: skip
-    objective = Objective(
-        divergence, beta, policy_gradient, cross_entropy, entropy, divergence_clip, importance_clip
-    )
-    gate = None if gate_sign is None else Gate(gate_sign, gate_threshold)
-    needs = Needs(need_hidden, need_weight, need_bias)
-    with _float32_products(student_hidden):
-        statistics, active, gradients = get_backend(backend).visit(
-            inputs, objective, gate, loss_weight, old_logprobs, needs, workspace
-        )
-    loss = token_losses(objective, statistics, loss_weight, active, old_logprobs)
-    loss = loss.sum(dtype=torch.float64)
-    return (loss.to(statistics.dtype), statistics, active, *_returned(gradients, student_hidden))
-
-
-linear_loss = torch.library.custom_op("selfdistill::linear_loss", mutates_args=())(
-    _loss_and_gradients
-)
+    loss, statistics, active, gradients = _visit(
+        student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, targets,
+        exists, loss_weight, old_logprobs, options,
+    )  # fmt: skip
+    return (loss, statistics, active, *_returned(gradients, student_hidden))
 
 
 @linear_loss.register_fake
@@ -178,9 +227,11 @@ def _(
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.needs = inputs[-5:-2]
     ctx.argument_count = len(inputs)
-    ctx.save_for_backward(*output[3:])
+    needs = inputs[-5:-2]
+    ctx.save_for_backward(
+        *(saved if needed else None for needed, saved in zip(needs, output[3:], strict=True))
+    )
     ctx.set_materialize_grads(False)
 
 
@@ -189,53 +240,37 @@ def _linear_loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[
     gradients: list[Tensor | None] = [None] * ctx.argument_count
     if grad_loss is None:
         return tuple(gradients)
-    for position, needed, saved in zip((0, 2, 4), ctx.needs, ctx.saved_tensors, strict=True):
-        if needed:
-            gradients[position] = _scaled(saved, grad_loss)
+    factor = _factor(grad_loss)
+    for position, saved in zip((0, 2, 4), ctx.saved_tensors, strict=True):
+        if saved is not None:
+            # Where nothing is to be multiplied, the tensor itself is handed over.
+            gradients[position] = (
+                saved.detach() if factor is None else saved * factor.to(saved.dtype)
+            )
     return tuple(gradients)
 
 
 class LogitsLossInPlace(torch.autograd.Function):
-    """`linear_loss` of logits that become their own gradient; eager only.
+    """`linear_loss` of logits [N, V] that become their own gradient; eager only.
 
-    Arguments: logits [N, V] with a gradient, then teacher_logits, targets, exists, loss_weight,
-    old_logprobs, transform, objective, gate, workspace, backend. Returns loss, statistics, active.
+    Arguments and results are those of `_EagerLoss`.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        teacher_logits: Tensor,
-        targets: Tensor | None,
-        exists: Tensor,
-        loss_weight: Tensor,
-        old_logprobs: Tensor | None,
-        transform: LogitTransform,
-        objective: Objective,
-        gate: Gate | None,
-        workspace: int,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
         student = logits.detach()  # shares the version: who saved these logits hears of the change
-        inputs = _linear_inputs(
-            student, teacher_logits, None, None, None, None, targets, exists,
-            transform.logit_scale, transform.softcap, transform.temperature,
-        )  # fmt: skip
-        needs = Needs(True, False, False, in_place=True)
-        with _float32_products(student):
-            statistics, active, (gradient, _, _) = get_backend(backend).visit(
-                inputs, objective, gate, loss_weight, old_logprobs, needs, workspace
-            )
+        *tensors, options = others
+        options = replace(options, needs=Needs(True, False, False, in_place=True))
+        loss, statistics, active, (gradient, _, _) = _visit(student, *tensors, options)
         assert gradient is not None
         if gradient.data_ptr() != student.data_ptr():
             student.copy_(gradient)
         else:
+            exists = tensors[6]
             student[~exists] = 0
-        ctx.gradient = student
+        ctx.gradient, ctx.argument_count = student, 1 + len(others)
         ctx.mark_non_differentiable(statistics, active)
-        loss = token_losses(objective, statistics, loss_weight, active, old_logprobs)
-        return loss.sum(dtype=torch.float64).to(statistics.dtype), statistics, active
+        return loss, statistics, active
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -248,7 +283,7 @@ class LogitsLossInPlace(torch.autograd.Function):
             )
         if not (grad_loss.device.type == "cpu" and grad_loss.item() == 1.0):
             gradient.mul_(grad_loss.to(gradient.dtype))
-        return (gradient, *(None,) * 10)
+        return (gradient, *(None,) * (ctx.argument_count - 1))
 
 
 def _refuse_double_backward() -> None:
@@ -259,38 +294,51 @@ def _refuse_double_backward() -> None:
         )
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient * factor; hands the tensor itself over where that is safe (loss.backward())."""
+def _factor(grad_loss: Tensor) -> Tensor | None:
+    """What gradients are multiplied by; None for 1 where they may be given away, as in
+    loss.backward()."""
     # A subclass is a tracer's tensor, which has no value to look at.
-    if type(factor) is Tensor and factor.device.type == "cpu":
+    if type(grad_loss) is Tensor and grad_loss.device.type == "cpu":
         keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-        if not keeps_graph and factor.item() == 1.0:
-            return gradient.detach()
-    return gradient * factor.to(gradient.dtype)
+        if not keeps_graph and grad_loss.item() == 1.0:
+            return None
+    return grad_loss
 
 
 linear_loss.register_autograd(_linear_loss_backward, setup_context=_save_gradients)
 
 
 class _EagerLoss(torch.autograd.Function):
+    """`linear_loss` without its operator: its tensors, then a LossOptions. Returns loss, statistics
+    and active."""
+
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         # Not with a setup_context of its own: torch then binds the arguments by `inspect`.
-        output = _loss_and_gradients(*arguments)
-        _save_gradients(ctx, arguments, output)
-        return output
+        loss, statistics, active, gradients = _visit(*arguments)
+        ctx.argument_count = len(arguments)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(statistics, active)
+        ctx.set_materialize_grads(False)
+        return loss, statistics, active
 
     backward = staticmethod(_linear_loss_backward)
 
 
-def call_linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
-    """`linear_loss`; an eager call goes around the operator, whose Python layers cost more than the
-    rest of a small problem (docs/decisions.md). Same functions, same bits."""
-    result = linear_loss(*arguments) if _is_traced(arguments) else _EagerLoss.apply(*arguments)
-    return tuple(result)
+def call_linear_loss(
+    tensors: tuple[Tensor | None, ...], options: LossOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, statistics and active of `linear_loss`, for its tensors; an eager call goes around the
+    operator, whose Python layers cost more than the rest of a small problem (docs/decisions.md).
+    Same functions, same bits."""
+    if _is_traced(tensors):
+        loss, statistics, active, *_ = linear_loss(*tensors, *options.scalars())
+    else:
+        loss, statistics, active = _EagerLoss.apply(*tensors, options)
+    return loss, statistics, active
 
 
-def _is_traced(arguments: tuple[Any, ...]) -> bool:
+def _is_traced(tensors: tuple[Tensor | None, ...]) -> bool:
     """True when somebody watches (torch.compile, a dispatch mode, functorch, a tensor subclass) or
     there are no values."""
     return (
@@ -298,9 +346,9 @@ def _is_traced(arguments: tuple[Any, ...]) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or any(
-            isinstance(tensor, Tensor)
+            tensor is not None
             and (type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta)
-            for tensor in arguments
+            for tensor in tensors
         )
     )
 
@@ -333,7 +381,7 @@ def linear_statistics(
     """
     inputs = _linear_inputs(
         student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, targets,
-        exists, logit_scale, softcap, temperature,
+        exists, LogitTransform(logit_scale, softcap, temperature),
     )  # fmt: skip
     tokens, chosen = student_hidden.shape[0], get_backend(backend)
     objective = _divergence_only(divergence if top_k == 0 else "none", beta)
@@ -397,7 +445,7 @@ def linear_statistics_backward(
     """Return dH, dW, db for the weights [N, 3] of divergence, -log S(y) and entropy."""
     inputs = _linear_inputs(
         student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, targets,
-        exists, logit_scale, softcap, temperature,
+        exists, LogitTransform(logit_scale, softcap, temperature),
     )  # fmt: skip
     objective = _divergence_only(divergence, beta)
     needs, chosen = Needs(need_hidden, need_weight, need_bias), get_backend(backend)

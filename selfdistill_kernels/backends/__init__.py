@@ -20,6 +20,7 @@ __all__ = [
     "choose_backend",
     "cuda_problem",
     "found",
+    "found_on",
     "get_backend",
     "native_problem",
 ]
@@ -35,7 +36,7 @@ def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> st
         ValueError: unknown name, or a named backend that does not take the device or dtype.
         RuntimeError: a named backend that is not available here.
     """
-    choice = decide(name, device=device.type, dtype=dtype, found=_FOUND)
+    choice = decide(name, device=device.type, dtype=dtype, found=found_on(device))
     if choice.backend == "reference" and choice.passed_over and not torch.compiler.is_compiling():
         _warn_once(choice.passed_over)
     return choice.backend
@@ -58,6 +59,20 @@ def get_backend(name: str) -> Backend:
 def found() -> Found:
     """What this process can use; settled at import."""
     return _FOUND
+
+
+def found_on(device: torch.device) -> Found:
+    """The same, with the GPU that a device names."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return _FOUND
+    properties = torch.cuda.get_device_properties(device)
+    return Found(
+        triton_problem=_FOUND.triton_problem,
+        native_problem=_FOUND.native_problem,
+        cuda_problem=_FOUND.cuda_problem,
+        interprets=_FOUND.interprets,
+        capability=(properties.major, properties.minor),
+    )
 
 
 def native_problem() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from selfdistill_kernels.advantage import token_gate
+from selfdistill_kernels.backends.tokens import Tokens
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.statistics import Column, advantage_of
@@ -49,11 +51,21 @@ class LinearInputs:
         """V."""
         return self.student_hidden.shape[1] if self.weight is None else self.weight.shape[0]
 
-    def existing_rows(self) -> Tensor:
-        """[n] int64, the rows that are tokens."""
+    @property
+    def device(self) -> torch.device:
+        """Of all tensors."""
+        return self.student_hidden.device
+
+    @functools.cached_property
+    def tokens(self) -> Tokens:
+        """The rows that are tokens; a GPU is waited for."""
         if self.exists is None:
-            return torch.arange(self.student_hidden.shape[0], device=self.student_hidden.device)
-        return self.exists.nonzero().squeeze(1)
+            return Tokens(self.student_hidden.shape[0])
+        return Tokens.where(self.exists)
+
+    def existing_rows(self) -> Tensor:
+        """[n] int64, the rows that are tokens; a GPU is waited for."""
+        return self.tokens.indices(self.device)
 
 
 @dataclass(frozen=True)
@@ -223,17 +235,19 @@ def token_losses(
     Differentiable with respect to the statistics' DIVERGENCE, STUDENT_LOGPROB and ENTROPY.
     """
     logprob = statistics[:, Column.STUDENT_LOGPROB]
-    loss = torch.zeros_like(logprob)
+    terms = []
     if objective.divergence != "none":
         divergence = statistics[:, Column.DIVERGENCE]
         if objective.divergence_clip is not None:
             divergence = divergence.clamp(max=objective.divergence_clip)
-        loss = loss + divergence
+        terms.append(divergence)
     if objective.policy_gradient:
-        loss = loss - objective.policy_gradient * advantage_of(statistics).detach() * logprob
+        terms.append(-objective.policy_gradient * advantage_of(statistics).detach() * logprob)
     if objective.cross_entropy:
-        loss = loss - objective.cross_entropy * logprob
+        terms.append(-objective.cross_entropy * logprob)
     if objective.entropy:
-        loss = loss + objective.entropy * statistics[:, Column.ENTROPY]
-    importance = importance_of(objective, logprob, old_logprobs)
-    return torch.where(active, loss * importance * loss_weight, torch.zeros_like(loss))
+        terms.append(objective.entropy * statistics[:, Column.ENTROPY])
+    loss = functools.reduce(torch.add, terms)
+    if objective.importance_clip is not None:
+        loss = loss * importance_of(objective, logprob, old_logprobs)
+    return torch.where(active, loss * loss_weight, 0.0)

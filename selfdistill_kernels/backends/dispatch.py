@@ -11,6 +11,9 @@ BACKENDS = ("auto", "triton", "native", "reference")
 # What "auto" tries on a device, best first; the reference is last everywhere.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "native"), "cpu": ("native",)}
 
+# Least compute capability of an NVIDIA GPU for the Triton kernels (bfloat16 tensor cores).
+TRITON_CAPABILITY = (8, 0)
+
 # The dtypes that a backend takes on a device. Everything else, float64 among it, is for the oracle.
 SERVED: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
     ("triton", "cuda"): (torch.float32, torch.bfloat16, torch.float16),
@@ -31,17 +34,22 @@ class Found:
         native_problem: the same for the compiled extension.
         cuda_problem: the same for its CUDA row kernels.
         interprets: whether Triton's interpreter stands in for a GPU on CPU tensors.
+        capability: compute capability of the NVIDIA GPU in question; None where there is none, or
+            none was asked about.
     """
 
     triton_problem: str | None
     native_problem: str | None
     cuda_problem: str | None
     interprets: bool = False
+    capability: tuple[int, int] | None = None
 
     def missing(self, backend: str, device: str) -> str | None:
         """None, or why a backend that takes the inputs cannot run here, and what mends it."""
         if backend == "triton":
             if device != "cpu":
+                if self.capability is not None and self.capability < TRITON_CAPABILITY:
+                    return capability_problem(self.capability)
                 return self.triton_problem
             if not self.interprets:
                 return (
@@ -52,6 +60,15 @@ class Found:
         if backend == "native":
             return self.cuda_problem if device == "cuda" else self.native_problem
         return None
+
+
+def capability_problem(capability: tuple[int, int]) -> str:
+    """Why a GPU is too old for the Triton kernels."""
+    has, needs = (".".join(map(str, version)) for version in (capability, TRITON_CAPABILITY))
+    return (
+        f"it needs compute capability {needs} or later, this GPU has {has}; use backend='auto' or "
+        "'reference'"
+    )
 
 
 @dataclass(frozen=True)

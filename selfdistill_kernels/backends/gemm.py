@@ -86,7 +86,7 @@ class BrgemmHead:
 
     def hidden_gradient(self, gradient: Tensor, start: int, stop: int) -> Tensor:
         size = (gradient.shape[0], self.weight.shape[1])
-        out = torch.empty(size, dtype=torch.float32)
+        out = gradient.new_empty(size, dtype=torch.float32)
         torch.ops.selfdistill.gemm_bf16_hidden_gradient_(
             gradient, self.weight[start:stop], False, out
         )

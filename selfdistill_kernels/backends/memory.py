@@ -8,39 +8,41 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+# Where the system has large pages, they are of this size; a smaller tensor holds none.
+LARGE_PAGE = 1 << 21
 # At most one workspace is kept; a list because its operations are atomic, so that a call of another
 # thread finds it empty and makes a workspace of its own.
 _kept: list[Tensor] = []
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Uninitialised tensor on the default device; on the CPU in large pages where there are some.
+def empty(shape: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uninitialised tensor; on the CPU in large pages where there are some.
 
     Page faults of fresh tiles and gradients cost a tenth of the GEMMs (docs/decisions.md).
     """
-    tensor = torch.empty(shape, dtype=dtype)
-    if tensor.device.type == "cpu":
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu" and tensor.nbytes >= LARGE_PAGE:
         torch.ops.selfdistill.advise_huge_pages_(tensor)
     return tensor
 
 
 @contextmanager
-def workspace(elements: int) -> Iterator[Tensor]:
-    """Lend a flat float32 tensor of so many elements on the default device, with undefined values.
+def workspace(elements: int, device: torch.device) -> Iterator[Tensor]:
+    """Lend a flat float32 tensor of so many elements, with undefined values.
 
     On the CPU it is kept for the next call: even in large pages, the system clears 200 MiB in the
     time of several percent of the GEMMs. `release_workspace` gives it back. GPUs have torch's
     caching allocator.
     """
-    if torch.get_default_device().type != "cpu":
-        yield torch.empty((elements,), dtype=torch.float32)
+    if device.type != "cpu":
+        yield torch.empty((elements,), dtype=torch.float32, device=device)
         return
     found = _kept.pop() if _kept else None
     if found is None or found.numel() < elements:
         del found
         # Not an inference tensor: those cannot be written outside of inference mode later.
         with torch.inference_mode(False):
-            found = empty((elements,))
+            found = empty((elements,), device)
     try:
         yield found[:elements]
     finally:

@@ -6,9 +6,7 @@ that exist, once a tile with an advantage mask, once a call in a backward pass t
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -25,6 +23,7 @@ from selfdistill_kernels.backends.base import (
     term_weights_of,
 )
 from selfdistill_kernels.backends.rows import RowKernels
+from selfdistill_kernels.backends.tokens import Tokens
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.plan import TilePlan
 from selfdistill_kernels.statistics import Column
@@ -33,52 +32,27 @@ NO_NEEDS = Needs(False, False, False)
 # Tokens of a tile on a GPU: its GEMMs read the head, and add to dW, seldom enough (docs/math.md).
 GPU_TOKENS = 2048
 
-P = ParamSpec("P")
-Result = TypeVar("Result")
-
-
-def _beside_inputs(
-    method: Callable[Concatenate[NativeBackend, LinearInputs, P], Result],
-) -> Callable[Concatenate[NativeBackend, LinearInputs, P], Result]:
-    """Tensors that a host loop makes lie on the device of its inputs."""
-
-    @functools.wraps(method)
-    def wrapped(
-        self: NativeBackend, inputs: LinearInputs, /, *args: P.args, **kwargs: P.kwargs
-    ) -> Result:
-        device = inputs.student_hidden.device
-        if device == torch.get_default_device():
-            return method(self, inputs, *args, **kwargs)
-        with torch.device(device):
-            return method(self, inputs, *args, **kwargs)
-
-    return wrapped
-
 
 class NativeBackend:
     """float32 and bfloat16 inputs; on a GPU float16 too."""
 
-    @_beside_inputs
     def statistics(self, inputs: LinearInputs, objective: Objective, workspace: int) -> Tensor:
         statistics = _new_statistics(inputs)
-        tokens = inputs.existing_rows()
         kernels = RowKernels(inputs, objective)
-        plan = plan_for(inputs, tokens.numel(), NO_NEEDS, workspace)
+        plan = plan_for(inputs, NO_NEEDS, workspace)
         if plan.strategy == "recompute":
-            statistics[tokens] = recompute.sweep_statistics(kernels, tokens, plan)
+            inputs.tokens.put(statistics, recompute.sweep_statistics(kernels, plan))
         else:
             store.visit(
-                kernels, tokens, plan,
+                kernels, plan,
                 gate=None, loss_weight=None, old_logprobs=None, needs=NO_NEEDS,
                 statistics=statistics,
             )  # fmt: skip
         return statistics
 
-    @_beside_inputs
     def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) -> Tensor:
         return recompute.sweep_top_k(inputs, k, of_teacher, workspace)
 
-    @_beside_inputs
     def visit(
         self,
         inputs: LinearInputs,
@@ -89,25 +63,22 @@ class NativeBackend:
         needs: Needs,
         workspace: int,
     ) -> tuple[Tensor, Tensor, Gradients]:
-        tokens = inputs.existing_rows()
         kernels = RowKernels(inputs, objective)
-        plan = plan_for(inputs, tokens.numel(), needs, workspace)
+        plan = plan_for(inputs, needs, workspace)
         loss_weight = loss_weight.to(torch.float32)
         statistics = _new_statistics(inputs)
         if plan.strategy == "store":
             active, gradients = store.visit(
-                kernels, tokens, plan,
+                kernels, plan,
                 gate=gate, loss_weight=loss_weight, old_logprobs=old_logprobs,
                 needs=needs, statistics=statistics,
             )  # fmt: skip
             return statistics, active, gradients
-        statistics[tokens] = recompute.sweep_statistics(kernels, tokens, plan)
+        inputs.tokens.put(statistics, recompute.sweep_statistics(kernels, plan))
         active = active_tokens(statistics, loss_weight, inputs.exists, gate)
         weights = term_weights_of(objective, statistics, loss_weight * active, old_logprobs)
-        gradients = self.gradient(inputs, objective, statistics, weights, needs, workspace)
-        return statistics, active, gradients
+        return statistics, active, _recomputed(kernels, statistics, weights, needs, workspace)
 
-    @_beside_inputs
     def gradient(
         self,
         inputs: LinearInputs,
@@ -118,39 +89,70 @@ class NativeBackend:
         workspace: int,
         entries: Entries | None = None,
     ) -> Gradients:
-        if not needs:
-            return Gradients(None, None, None)
-        tokens = rows_with_gradient(inputs, term_weights, entries).nonzero().squeeze(1)
-        plan = TilePlan.slabs(
-            tokens=tokens.numel(),
-            vocabulary=inputs.vocabulary,
-            heads=_heads(inputs),
-            workspace=workspace,
+        # Whether a budget is enough must not depend on how many tokens have a gradient today.
+        TilePlan.slabs(
+            **_problem(inputs, inputs.student_hidden.shape[0], needs), workspace=workspace
         )
-        return recompute.sweep_gradients(
-            RowKernels(inputs, objective),
-            tokens,
-            plan,
-            statistics=statistics,
-            term_weights=term_weights.to(torch.float32),
-            entries=entries,
-            needs=needs,
-        )
+        kernels = RowKernels(inputs, objective)
+        return _recomputed(kernels, statistics, term_weights, needs, workspace, entries)
 
 
-def plan_for(inputs: LinearInputs, tokens: int, needs: Needs, workspace: int) -> TilePlan:
+def _recomputed(
+    kernels: RowKernels,
+    statistics: Tensor,
+    term_weights: Tensor,
+    needs: Needs,
+    workspace: int,
+    entries: Entries | None = None,
+) -> Gradients:
+    """The gradients of tokens with a weight or an entry, from their logits made again."""
+    if not needs:
+        return Gradients(None, None, None)
+    inputs = kernels.inputs
+    tokens = Tokens.where(rows_with_gradient(inputs, term_weights, entries))
+    return recompute.sweep_gradients(
+        kernels,
+        tokens,
+        TilePlan.slabs(**_problem(inputs, tokens.count, needs), workspace=workspace),
+        statistics=statistics,
+        term_weights=term_weights.to(torch.float32),
+        entries=entries,
+        needs=needs,
+    )
+
+
+def plan_for(inputs: LinearInputs, needs: Needs, workspace: int) -> TilePlan:
     """The tiles of one visit."""
     if workspace == 0 and inputs.student_hidden.is_cuda:
         workspace = _gpu_workspace(inputs, needs)
-    return TilePlan.choose(
-        tokens=tokens,
-        hidden=inputs.student_hidden.shape[1],
-        vocabulary=inputs.vocabulary,
-        heads=_heads(inputs),
-        itemsize=inputs.student_hidden.element_size(),
-        need_weight=needs.weight,
-        workspace=workspace,
-    )
+    return TilePlan.choose(**_problem(inputs, inputs.tokens.count, needs), workspace=workspace)
+
+
+class _Problem(TypedDict):
+    """What a plan needs to know."""
+
+    tokens: int
+    hidden: int
+    vocabulary: int
+    heads: int
+    itemsize: int
+    need_hidden: bool
+    need_weight: bool
+    on_gpu: bool
+
+
+def _problem(inputs: LinearInputs, tokens: int, needs: Needs) -> _Problem:
+    return {
+        "tokens": tokens,
+        "hidden": inputs.student_hidden.shape[1],
+        "vocabulary": inputs.vocabulary,
+        "heads": _heads(inputs),
+        "itemsize": inputs.student_hidden.element_size(),
+        # Ready-made logits get each element of their gradient once: nothing is summed.
+        "need_hidden": needs.hidden and inputs.weight is not None,
+        "need_weight": needs.weight,
+        "on_gpu": inputs.student_hidden.is_cuda,
+    }
 
 
 def _gpu_workspace(inputs: LinearInputs, needs: Needs) -> int:
@@ -165,4 +167,5 @@ def _heads(inputs: LinearInputs) -> int:
 
 
 def _new_statistics(inputs: LinearInputs) -> Tensor:
-    return torch.zeros((inputs.student_hidden.shape[0], len(Column)), dtype=torch.float32)
+    shape = (inputs.student_hidden.shape[0], len(Column))
+    return inputs.student_hidden.new_zeros(shape, dtype=torch.float32)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from selfdistill_kernels.backends.base import Gate, LinearInputs, active_tokens, term_weights_of
 from selfdistill_kernels.backends.gemm import Head, head_for
+from selfdistill_kernels.backends.tokens import Tokens
 from selfdistill_kernels.objective import DIVERGENCES, Objective
-from selfdistill_kernels.statistics import Column
 
 NO_GATE = Gate(sign=-2, threshold=0.0)
 STATE_COLUMNS = 16  # of the float64 streaming state, csrc/divergence.h
@@ -21,13 +21,13 @@ class Tile:
     """Raw scores of r tokens for the vocabulary entries [start, start + c).
 
     Attributes:
-        rows: [r] int64, the tokens.
+        tokens: the r tokens.
         student: [r, c] float32.
         teacher: [r, c] float32 or None.
         start: first vocabulary entry.
     """
 
-    rows: Tensor
+    tokens: Tokens
     student: Tensor
     teacher: Tensor | None
     start: int
@@ -64,26 +64,26 @@ class RowKernels:
         return self.divergence >= DIVERGENCES["jsd"]
 
     def tile(
-        self, rows: Tensor, start: int, stop: int, buffer: Tensor, *, with_teacher: bool
+        self, tokens: Tokens, start: int, stop: int, buffer: Tensor, *, with_teacher: bool
     ) -> Tile:
-        """Raw scores of `rows` in the front of `buffer`, the student's before the teacher's."""
-        inputs, count, columns = self.inputs, rows.numel(), stop - start
-        flat = buffer.view(-1)
-        student = inputs.student_hidden[rows]
-        first = flat[: count * columns].view(count, columns)
+        """Raw scores of `tokens` in the front of a flat `buffer`, the student's before the
+        teacher's."""
+        inputs, count, columns = self.inputs, tokens.count, stop - start
+        student = tokens.of(inputs.student_hidden)
         if inputs.teacher_hidden is None or not with_teacher:
-            self.head.logits(student, start, stop, out=first)
-            return Tile(rows, first, None, start)
-        second = flat[count * columns : 2 * count * columns].view(count, columns)
-        teacher = inputs.teacher_hidden[rows]
+            scores = buffer[: count * columns].view(count, columns)
+            self.head.logits(student, start, stop, out=scores)
+            return Tile(tokens, scores, None, start)
+        both = buffer[: 2 * count * columns].view(2 * count, columns)
+        first, second = both[:count], both[count:]
+        teacher = tokens.of(inputs.teacher_hidden)
         if inputs.teacher_weight is None:
             # One reading of the head serves both.
-            both = flat[: 2 * count * columns].view(2 * count, columns)
             self.head.logits(torch.cat([student, teacher]), start, stop, out=both)
         else:
             self.head.logits(student, start, stop, out=first)
             self.teacher_head.logits(teacher, start, stop, out=second)
-        return Tile(rows, first, second, start)
+        return Tile(tokens, first, second, start)
 
     def visit(
         self,
@@ -91,14 +91,15 @@ class RowKernels:
         loss_weight: Tensor | None,
         gate: Gate | None,
         old_logprobs: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """One visit of whole rows: statistics [r, 10] and active [r]; with `loss_weight` [r] the
-        student's scores of active rows become gradients in place."""
+        *,
+        statistics: Tensor,
+        active: Tensor,
+    ) -> None:
+        """One visit of whole rows: fills statistics [r, 10] and leaves in active [r] bool those
+        that have a gradient; with `loss_weight` [r] their student's scores become gradients."""
         if loss_weight is not None and self.objective.needs_statistics_first:
-            return self._visit_twice(tile, loss_weight, gate, old_logprobs)
-        count = tile.rows.numel()
-        statistics = tile.student.new_empty((count, len(Column)))
-        active = torch.ones(count, dtype=torch.bool)
+            self._visit_twice(tile, loss_weight, gate, old_logprobs, statistics, active)
+            return
         objective, kernel_gate = self.objective, gate or NO_GATE
         torch.ops.selfdistill.row_visit_(
             tile.student, tile.teacher, *self._biases(tile), self._targets(tile), loss_weight,
@@ -107,33 +108,38 @@ class RowKernels:
             self.head.narrow_gradient,
             statistics, active,
         )  # fmt: skip
-        return statistics, active
 
-    def keep_active(self, tile: Tile, active: Tensor, gate: Gate | None) -> Tensor:
+    def keep_active(self, tile: Tile, active: Tensor, gate: Gate | None) -> Tokens:
         """Move the gradients of active rows [r] to the front of a visited tile; return their
         tokens. Without a gate a GPU keeps all rows: those without a weight are zeros there."""
         if self.asynchronous and gate is None:
-            return tile.rows
-        return tile.rows[torch.ops.selfdistill.gather_active_rows_(tile.student, active)]
+            return tile.tokens
+        order = torch.ops.selfdistill.gather_active_rows_(tile.student, active)
+        return tile.tokens.take(order)
 
     def _visit_twice(
-        self, tile: Tile, loss_weight: Tensor, gate: Gate | None, old_logprobs: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        tile: Tile,
+        loss_weight: Tensor,
+        gate: Gate | None,
+        old_logprobs: Tensor | None,
+        statistics: Tensor,
+        active: Tensor,
+    ) -> None:
         """`visit` for weights that depend on the row's own statistics: the tile is read again
         (a few percent of its GEMMs)."""
-        state = self.new_state(tile.rows.numel())
+        state = self.new_state(tile.tokens.count)
         self.accumulate(tile, state)
         if self.needs_mixture:
             self.accumulate_mixture(tile, state)
-        statistics = self.finish(state)
-        active = active_tokens(statistics, loss_weight, None, gate)
+        statistics.copy_(self.finish(state))
+        active &= active_tokens(statistics, loss_weight, None, gate)
         weights = term_weights_of(self.objective, statistics, loss_weight * active, old_logprobs)
         self.gradient(tile, statistics, weights)
-        return statistics, active
 
     def new_state(self, count: int) -> Tensor:
         """Streaming state of `count` tokens, to be filled by `accumulate`."""
-        return torch.empty((count, STATE_COLUMNS), dtype=torch.float64)
+        return torch.empty((count, STATE_COLUMNS), dtype=torch.float64, device=self.inputs.device)
 
     def accumulate(self, tile: Tile, state: Tensor) -> None:
         """First sweep: merge a slab into `state` [r, 16]."""
@@ -174,7 +180,7 @@ class RowKernels:
         return scores.view(torch.bfloat16)[:, : scores.shape[1]]
 
     def _targets(self, tile: Tile) -> Tensor | None:
-        return None if self.inputs.targets is None else self.inputs.targets[tile.rows]
+        return None if self.inputs.targets is None else tile.tokens.of(self.inputs.targets)
 
     def _biases(self, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
         part = slice(tile.start, tile.start + tile.student.shape[1])

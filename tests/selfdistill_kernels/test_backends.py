@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from types import ModuleType
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +52,33 @@ def test_auto_says_what_it_passed_over():
     assert choice == Choice("reference", (("triton", "install triton"), ("native", "install nvcc")))
     # Nothing is missing where no other backend takes the dtype.
     assert decide("auto", device="cpu", dtype=torch.float64, found=NOTHING) == Choice("reference")
+
+
+def test_a_gpu_too_old_for_triton_is_known_before_it_runs():
+    old, new = (replace(ALL, capability=capability) for capability in ((7, 5), (8, 0)))
+    assert decide("auto", device="cuda", dtype=torch.float16, found=new) == Choice("triton")
+    choice = decide("auto", device="cuda", dtype=torch.float16, found=old)
+    assert choice.backend == "native"
+    ((name, reason),) = choice.passed_over
+    assert name == "triton"
+    assert reason.startswith("it needs compute capability 8.0 or later, this GPU has 7.5")
+    with pytest.raises(RuntimeError, match=r"capability 8\.0 or later, this GPU has 7\.5"):
+        decide("triton", device="cuda", dtype=torch.float16, found=old)
+
+
+def test_the_capability_is_that_of_the_inputs_gpu(monkeypatch):
+    asked = []
+
+    def properties(device):
+        asked.append(device)
+        return SimpleNamespace(major=7, minor=0)
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    device = torch.device("cuda", 3)
+    assert backends.found_on(device) == replace(found(), capability=(7, 0))
+    assert asked == [device]
+    assert backends.found_on(CPU) is found()
 
 
 def test_the_interpreter_runs_triton_on_a_cpu_when_asked_for_it():

@@ -16,6 +16,7 @@ from selfdistill_kernels import AdvantageMask, Objective, fused_linear_distillat
 
 PROBLEMS = 10_000
 CHUNKS = 10
+NARROW = 5  # one problem in so many has bfloat16 inputs
 
 
 def draw(seed: int) -> tuple[dict, dict]:
@@ -61,6 +62,9 @@ def draw(seed: int) -> tuple[dict, dict]:
         # From a single pair of short slabs to the whole problem at once.
         "workspace": rng.choice(["auto", 8 * 16, 8 * vocabulary * 3 + 128]),
     }
+    if seed % NARROW == 0 and options["workspace"] != "auto":
+        # float32 sums of dH, and of a slab of dW.
+        options["workspace"] += 4 * tokens * hidden + 4 * 16 * hidden
     if rng.random() < 0.4:
         options["advantage_mask"] = AdvantageMask(
             threshold=rng.choice([0.0, 0.3]),
@@ -98,7 +102,7 @@ def borderline(active: torch.Tensor, exact: list[torch.Tensor], options: dict) -
 def test_random_problems(chunk):
     for seed in range(chunk, PROBLEMS, CHUNKS):
         tensors, options = draw(seed)
-        dtype = torch.bfloat16 if seed % 5 == 0 else torch.float32
+        dtype = torch.bfloat16 if seed % NARROW == 0 else torch.float32
         exact = run(tensors, options, torch.float64, "reference")
         ours = run(tensors, options, dtype, "native")
         if borderline(ours[0], exact, options):

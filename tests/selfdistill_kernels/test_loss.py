@@ -103,7 +103,8 @@ def test_two_heads_of_different_hidden_size(objective, backend):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES[:5], ids=str)
-@pytest.mark.parametrize("workspace", ["auto", 4 * 2 * 507, 4 * 507 * 7])
+# With the float32 sums of dH; tiles of 32 columns, and of the vocabulary.
+@pytest.mark.parametrize("workspace", ["auto", 4 * (11 * 64 + 2 * 507), 4 * (11 * 64 + 507 * 7)])
 @pytest.mark.parametrize("widening", [False, True])
 def test_bfloat16_inputs(objective, workspace, widening, backend, monkeypatch):
     """`widening`: the way of processors without 16-bit matrix products, whatever runs this."""

@@ -18,6 +18,7 @@ from selfdistill_kernels import (
     ops,
 )
 from selfdistill_kernels.backends.base import Gradients, active_tokens, term_weights_of
+from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.statistics import Column
 
 TOKENS, HIDDEN, VOCABULARY = 6, 8, 31
@@ -171,7 +172,7 @@ def test_the_device_checks_the_targets_by_itself(monkeypatch):
     """On the CPU the same check is an error with the token id (test_validation.py)."""
     asked = []
     monkeypatch.setattr(torch, "_assert_async", lambda *arguments: asked.append(arguments))
-    ops._check_targets(meta(6, dtype=torch.int64), meta(6, dtype=torch.bool), VOCABULARY)
+    ops._linear_inputs(*flat_tensors(), LogitTransform())
     ((valid, message),) = asked
     assert valid.shape == ()
     assert "targets" in message

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfdistill_kernels.plan import AUTO_CAP, AUTO_TOKENS, FEW_TOKENS, MEBIBYTE, TilePlan
+from selfdistill_kernels import fused_linear_distillation, release_workspace
+from selfdistill_kernels.backends import native
+from selfdistill_kernels.backends.base import LinearInputs, Needs
+from selfdistill_kernels.backends.native import plan_for
+from selfdistill_kernels.caches import Caches
+from selfdistill_kernels.logits import LogitTransform
+from selfdistill_kernels.plan import (
+    AUTO_CAP,
+    AUTO_TOKENS,
+    FEW_TOKENS,
+    MEBIBYTE,
+    NARROW_COLUMNS,
+    SLAB_COLUMNS,
+    TilePlan,
+)
 
 SMALL = {"hidden": 576, "vocabulary": 49152}
 LARGE = {"hidden": 1024, "vocabulary": 151936}
+# Of the machine on which the choices were measured; the tests do not depend on theirs.
+MEASURED = Caches(300 * MEBIBYTE, "sysfs")
 
 
 def plan(**changes):
-    given = {"tokens": 4096, **SMALL, "heads": 2, "itemsize": 4, "need_weight": True}
+    given = {
+        "tokens": 4096, **SMALL, "heads": 2, "itemsize": 4, "need_weight": True, "caches": MEASURED
+    }  # fmt: skip
     return TilePlan.choose(**{**given, **changes})
 
 
@@ -48,18 +67,63 @@ def test_choices(changes, strategy, rows):
     assert (made.strategy, made.rows) == (strategy, rows)
 
 
+@pytest.mark.parametrize(
+    ("mebibytes", "shape", "columns"),
+    [
+        (300, SMALL, SLAB_COLUMNS),
+        (300, LARGE, SLAB_COLUMNS),
+        (32, SMALL, 1920),  # 16 MiB of 576 * 8 + 2 * 4 * 512 bytes a column
+        (32, LARGE, 1360),
+        (4, LARGE, NARROW_COLUMNS),
+    ],
+)
+def test_slabs_fit_half_of_the_last_cache(mebibytes, shape, columns):
+    caches = Caches(mebibytes * MEBIBYTE, "sysfs")
+    made = plan(**shape, workspace=32 * MEBIBYTE, tokens=60_000, caches=caches)
+    if made.strategy == "store":
+        made = TilePlan.slabs(
+            **shape, tokens=60_000, heads=2, itemsize=4, need_weight=True, caches=caches
+        )
+    assert made.columns == columns
+    assert f"slabs for a {mebibytes} MiB last-level cache (sysfs)" in made.describe()
+
+
+def test_the_processors_caches_mean_nothing_on_a_gpu():
+    tiny = Caches(MEBIBYTE, "sysfs")
+    made = plan(**LARGE, workspace=32 * MEBIBYTE, caches=tiny, on_gpu=True)
+    assert (made.columns, made.caches) == (SLAB_COLUMNS, None)
+    assert "cache" not in made.describe()
+
+
+def test_sums_of_16_bit_inputs_are_part_of_the_plan():
+    """float32 dH of all tokens, and a slab of dW where several tiles make one."""
+    given = {**LARGE, "itemsize": 2}
+    several = plan(**given)
+    assert several.sum_bytes == 4 * 4096 * 1024 + 4 * several.columns * 1024
+    assert plan(**given, need_hidden=False).sum_bytes == 4 * several.columns * 1024
+    one = plan(**given, tokens=500, workspace=48 * MEBIBYTE)
+    assert (one.strategy, one.sum_bytes) == ("recompute", 4 * 500 * 1024)
+    assert "float32 sums" in one.describe()
+    assert plan(**LARGE, workspace=32 * MEBIBYTE).sum_bytes == 0
+
+
 @given(
     tokens=st.integers(0, 10_000),
+    hidden=st.integers(1, 3000),
     vocabulary=st.integers(1, 300_000),
     heads=st.sampled_from([1, 2]),
     itemsize=st.sampled_from([2, 4]),
     need_weight=st.booleans(),
     spare=st.integers(0, 10**8),
 )
-def test_a_given_budget_is_kept(tokens, vocabulary, heads, itemsize, need_weight, spare):
-    budget = heads * 4 * min(16, vocabulary) + spare
+def test_a_given_budget_is_kept(tokens, hidden, vocabulary, heads, itemsize, need_weight, spare):
+    least = min(16, vocabulary)
+    budget = heads * 4 * least + spare
+    if itemsize < 4:
+        budget += 4 * hidden * (max(tokens, 1) + least * need_weight)
     made = plan(
         tokens=tokens,
+        hidden=hidden,
         vocabulary=vocabulary,
         heads=heads,
         itemsize=itemsize,
@@ -77,6 +141,11 @@ def test_a_given_budget_is_kept(tokens, vocabulary, heads, itemsize, need_weight
 def test_too_small_a_budget_is_refused():
     with pytest.raises(ValueError, match=r"workspace: 127 bytes .*at least 128 bytes"):
         plan(workspace=127)
+    # 4,096 tokens: dH and 16 rows of dW in float32, beside two rows of 16 logits.
+    needed = 4 * 576 * (4096 + 16) + 128
+    with pytest.raises(ValueError, match=rf"at least {needed} bytes .*sums of dH"):
+        plan(itemsize=2, workspace=needed - 1)
+    assert plan(itemsize=2, workspace=needed).bytes == needed
 
 
 def test_describe_names_strategy_tile_and_bytes():
@@ -86,5 +155,65 @@ def test_describe_names_strategy_tile_and_bytes():
     )
     assert plan(**LARGE, workspace=32 * MEBIBYTE).describe() == (
         "recompute (two sweeps over slabs, 2 + 4 rho GEMMs): tiles of 512 tokens x 8192 logits x "
-        "2 models, 32.0 MiB"
+        "2 models, 32.0 MiB; slabs for a 300 MiB last-level cache (sysfs)"
     )
+
+
+def peak_bytes(step) -> int:
+    """Most bytes of tensors that `step` holds at a time."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kilobytes", [3000, 4000, 8000])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_call_holds_no_more_than_its_plan(dtype, kilobytes, trained):
+    tokens, hidden, vocabulary = 2000, 256, 4096
+    student, teacher = torch.randn(2, tokens, hidden).to(dtype)
+    weight = torch.randn(vocabulary, hidden).mul(0.1).to(dtype).requires_grad_(trained)
+    student.requires_grad_()
+    inputs = LinearInputs(student, teacher, weight, None, None, None, None, None, LogitTransform())
+    made = plan_for(inputs, Needs(True, trained, False), 1000 * kilobytes)
+    assert made.bytes <= 1000 * kilobytes
+
+    def step() -> None:
+        fused_linear_distillation(
+            student, teacher, weight, workspace=1000 * kilobytes, backend="native"
+        ).loss.backward()
+
+    step()  # libraries pack and keep what they like
+    release_workspace()
+    student.grad = weight.grad = None
+    most = peak_bytes(step)
+    gradients = dtype.itemsize * (tokens * hidden + trained * vocabulary * hidden)
+    # Hidden states of a tile, copied and packed, and its part of dH; statistics.
+    uncounted = made.rows * hidden * 24 + 256 * tokens
+    assert 4 * made.heads * made.rows * made.columns + gradients <= most
+    assert most <= made.bytes + gradients + uncounted
+
+
+def test_recomputation_makes_its_kernels_once(monkeypatch):
+    """Of a head they hold widened biases, and the choice of its products."""
+    made = []
+
+    class Counted(native.RowKernels):
+        def __init__(self, *arguments):
+            made.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(native, "RowKernels", Counted)
+    hidden, weight = torch.randn(9, 8, requires_grad=True), torch.randn(64, 8, requires_grad=True)
+    fused_linear_distillation(
+        hidden, hidden.detach() + 1, weight, workspace=8 * 32, backend="native"
+    ).loss.backward()
+    assert weight.grad.any()
+    assert len(made) == 1

@@ -56,7 +56,7 @@ def test_threads_do_not_share_it():
 
 
 def fail_with_workspace() -> None:
-    with memory.workspace(8):
+    with memory.workspace(8, torch.device("cpu")):
         assert memory._kept == []
         raise RuntimeError("stop")
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
-MOST_REGISTERS = 255  # that an NVIDIA thread can name
-
 
 @dataclass(frozen=True)
 class Warps:
@@ -17,6 +15,7 @@ class Warps:
     warps: int = 4
     stages: int = 1
     thrifty: bool = False
+    max_registers: int | None = None
 
 
 class Shape(Protocol):
@@ -30,6 +29,9 @@ class Shape(Protocol):
 
     @property
     def thrifty(self) -> bool: ...
+
+    @property
+    def max_registers(self) -> int | None: ...
 
 
 class Launch(Protocol):
@@ -53,11 +55,10 @@ def compiler_options(shape: Shape) -> dict[str, Any]:
         # Fusion is written out in the kernels (divergence.py).
         "enable_fp_fusion": False,
     }
-    if shape.thrifty:
-        # Without a bound the assembler spills a few registers to fit one more program.
-        options["maxnreg"] = MOST_REGISTERS
-        if _knows("sched4reg"):
-            options["sched4reg"] = True
+    if shape.thrifty and _knows("sched4reg"):
+        options["sched4reg"] = True
+    if shape.max_registers is not None:
+        options["maxnreg"] = shape.max_registers
     return options
 
 

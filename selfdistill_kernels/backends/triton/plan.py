@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from selfdistill_kernels.backends.dispatch import TRITON_CAPABILITY, capability_problem
+
 MEBIBYTE = 1 << 20
 # Columns that one work item sums in float32 before its state goes to the float64 merge. Few enough
 # that the sums lose no digit that matters and that the last wave of items is short; many enough
@@ -35,8 +37,9 @@ class Configuration:
         parts: pieces in which the accumulators are turned into statistics (tiles.parts).
         warps, stages: of Triton.
         resident: programs that share a multiprocessor.
-        thrifty: instructions are scheduled for few live registers. Without it the assembler for
-            sm_100 and sm_120 now and then spills a little to fit one program more.
+        thrifty: instructions are scheduled for few live registers.
+        max_registers: a bound that is given to the assembler. Without one it now and then spills a
+            little to fit one program more; with one of 255 the sweep of sm_100 takes them all.
     """
 
     rows: int
@@ -47,6 +50,7 @@ class Configuration:
     stages: int
     resident: int = 1
     thrifty: bool = False
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,12 +88,10 @@ def _machine(device: torch.device) -> Machine:
     count = properties.multi_processor_count
     if torch.version.hip is not None:
         return Machine("gfx942", count, 128 * MEBIBYTE, descriptors=False)
+    if (properties.major, properties.minor) < TRITON_CAPABILITY:
+        reason = capability_problem((properties.major, properties.minor))
+        raise RuntimeError(f"backend: 'triton' is not available: {reason}")
     capability = properties.major * 10 + properties.minor
-    if capability < 80:
-        raise RuntimeError(
-            f"backend: 'triton' needs compute capability 8.0 or later, {properties.name} has "
-            f"{properties.major}.{properties.minor}; use backend='reference'"
-        )
     known = max(version for version in (80, 90, 100, 120) if version <= capability)
     return Machine(f"sm_{known}", count, properties.L2_cache_size // 2, descriptors=known >= 90)
 
@@ -114,15 +116,15 @@ SHIPPED: dict[str, dict[Kind, Configuration]] = {
     },
     "sm_100": {
         "sweep": Configuration(128, 128, 64, 8, 8, 3, thrifty=True),
-        "mixture": Configuration(128, 128, 64, 8, 8, 3, thrifty=True),
-        "gradient": Configuration(128, 128, 64, 8, 8, 3, thrifty=True),
+        "mixture": Configuration(128, 128, 64, 8, 8, 3, thrifty=True, max_registers=255),
+        "gradient": Configuration(128, 128, 64, 8, 8, 3, thrifty=True, max_registers=255),
         "product": Configuration(128, 256, 64, 4, 8, 3, thrifty=True),
     },
     "sm_120": {
-        "sweep": Configuration(128, 64, 64, 4, 8, 2, thrifty=True),
-        "mixture": Configuration(128, 64, 64, 4, 8, 2, thrifty=True),
-        "gradient": Configuration(128, 64, 64, 4, 8, 2, thrifty=True),
-        "product": Configuration(128, 128, 32, 4, 8, 3, thrifty=True),
+        "sweep": Configuration(128, 64, 64, 4, 8, 2, thrifty=True, max_registers=255),
+        "mixture": Configuration(128, 64, 64, 4, 8, 2, thrifty=True, max_registers=255),
+        "gradient": Configuration(128, 64, 64, 4, 8, 2, thrifty=True, max_registers=255),
+        "product": Configuration(128, 128, 32, 4, 8, 3, thrifty=True, max_registers=255),
     },
     "gfx942": {
         "sweep": Configuration(64, 64, 64, 4, 4, 2),
@@ -146,13 +148,13 @@ HEAVY: dict[str, dict[Kind, Configuration]] = {
     },
     "sm_100": {
         "sweep": Configuration(128, 64, 64, 2, 8, 3, thrifty=True),
-        "mixture": Configuration(128, 64, 64, 8, 8, 3, thrifty=True),
-        "gradient": Configuration(128, 128, 64, 8, 8, 3, thrifty=True),
+        "mixture": Configuration(128, 64, 64, 8, 8, 3, thrifty=True, max_registers=255),
+        "gradient": Configuration(128, 128, 64, 8, 8, 3, thrifty=True, max_registers=255),
     },
     "sm_120": {
-        "sweep": Configuration(64, 64, 64, 2, 8, 2, thrifty=True),
-        "mixture": Configuration(64, 64, 64, 2, 8, 2, thrifty=True),
-        "gradient": Configuration(64, 64, 64, 2, 8, 2, thrifty=True),
+        "sweep": Configuration(64, 64, 64, 2, 8, 2, thrifty=True, max_registers=255),
+        "mixture": Configuration(64, 64, 64, 2, 8, 2, thrifty=True, max_registers=255),
+        "gradient": Configuration(64, 64, 64, 2, 8, 2, thrifty=True, max_registers=255),
     },
     "gfx942": {
         "sweep": Configuration(64, 64, 64, 4, 4, 2),
