@@ -262,7 +262,7 @@ def parse_methods(text: str | None, config: Config) -> list[Distillation]:
         raise ConfigError(f"methods: {text!r} is not a list of names or YAML: {error}") from error
     if not asked:
         raise ConfigError("methods: got none, expected names or mappings with commas between them")
-    sections = []
+    sections: list[Distillation] = []
     for entry in asked:
         section = {"name": entry} if isinstance(entry, str) else entry
         if section == {"name": own["name"]}:
@@ -270,7 +270,7 @@ def parse_methods(text: str | None, config: Config) -> list[Distillation]:
         elif isinstance(section, dict):
             section = {**shared, **section}
         try:
-            sections.append(TypeAdapter(MethodConfig).validate_python(section))
+            found = TypeAdapter(MethodConfig).validate_python(section)
         except ValidationError as error:
             wrong = "; ".join(
                 f"{'.'.join(map(str, e['loc'])) or 'name'}: {e['msg']}" for e in error.errors()
@@ -279,12 +279,13 @@ def parse_methods(text: str | None, config: Config) -> list[Distillation]:
                 f"methods: {entry!r} is not a method: {wrong}. Give names or mappings as under "
                 "`method:` in a configuration, with commas between them"
             ) from error
-        if not isinstance(sections[-1], Distillation):
+        if not isinstance(found, Distillation):
             raise ConfigError(
-                f"methods: {section['name']} has no teacher, so its advantage is one number for "
+                f"methods: {found.name} has no teacher, so its advantage is one number for "
                 "a whole attempt and there is nothing to locate. Name a method with a teacher, "
                 "such as --methods stepalign,refsol: it is scored on this run's attempts"
             )
+        sections.append(found)
     return sections
 
 
