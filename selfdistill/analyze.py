@@ -262,15 +262,16 @@ def parse_methods(text: str | None, config: Config) -> list[Distillation]:
         raise ConfigError(f"methods: {text!r} is not a list of names or YAML: {error}") from error
     if not asked:
         raise ConfigError("methods: got none, expected names or mappings with commas between them")
+    methods = TypeAdapter(MethodConfig)
     sections: list[Distillation] = []
     for entry in asked:
         section = {"name": entry} if isinstance(entry, str) else entry
         if section == {"name": own["name"]}:
             section = own
-        elif isinstance(section, dict):
-            section = {**shared, **section}
         try:
-            found = TypeAdapter(MethodConfig).validate_python(section)
+            found = methods.validate_python(section)
+            if isinstance(found, Distillation):
+                found = methods.validate_python({**shared, **section})
         except ValidationError as error:
             wrong = "; ".join(
                 f"{'.'.join(map(str, e['loc'])) or 'name'}: {e['msg']}" for e in error.errors()

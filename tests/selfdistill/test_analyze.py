@@ -145,6 +145,8 @@ def test_methods_carry_the_teacher_and_loss_of_the_run(solver_dir: Path, tmp_pat
     )
     with pytest.raises(ConfigError, match="grpo has no teacher"):
         parse_methods(None, grpo)
+    with pytest.raises(ConfigError, match="grpo has no teacher"):
+        parse_methods("grpo", config)
     (usual,) = parse_methods("stepalign", grpo)
     assert usual == StepAlignMethod()
     for text, message in (
