@@ -14,7 +14,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -65,7 +65,7 @@ def peak_extra_bytes(
     return int(run.stdout.split()[-1])
 
 
-def measure(step: Callable[[], StepResult], device: str) -> int:
+def measure(step: Callable[[], Iterable[torch.Tensor | None]], device: str) -> int:
     """Bytes that one call needs at its peak beyond what is there before and what it returns."""
     if device == "cuda":
         torch.cuda.synchronize()

@@ -255,7 +255,7 @@ def parse_methods(text: str | None, config: Config) -> list[Distillation]:
     own = config.method.model_dump(mode="json")
     shared = {}
     if isinstance(config.method, Distillation):
-        shared = {key: own[key] for key in Distillation.model_fields}
+        shared = {"teacher": own["teacher"], "loss": own["loss"]}
     try:
         asked = [own] if text is None else yaml.safe_load(f"[{text}]")
     except yaml.YAMLError as error:
@@ -334,7 +334,9 @@ def draw_attempts(
         temperature=solver.config.rollout.temperature,
         max_new_tokens=solver.config.rollout.max_new_tokens,
     )
-    asked = solver.task.problems(split=split, count=problems)
+    size = solver.task.size(split)
+    count = problems if size is None else min(problems, size)
+    asked = solver.task.problems(split=split, count=count)
     groups: list[Attempts] = []
     wrong: list[Place] = []
     while len(wrong) < attempts and samples * len(groups) < PATIENCE * attempts:

@@ -1,4 +1,4 @@
-"""The command line: selfdistill train | evaluate | analyze | compare | demo | doctor."""
+"""The command line: selfdistill train | evaluate | filter | analyze | compare | demo | doctor."""
 
 from __future__ import annotations
 
@@ -26,13 +26,23 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show the prompts, memory and time it would take."),
+    ] = False,
 ) -> None:
     """Train a solver as a YAML file says."""
     from selfdistill.config import load_config
-    from selfdistill.train import train as run_training
 
     console = Console()
     settings = load_config(config)
+    if dry_run:
+        from selfdistill.dry_run import dry_run as show_plan
+
+        show_plan(settings, console)
+        return
+    from selfdistill.train import train as run_training
+
     result = run_training(settings, resume=resume, console=console)
     if result.interrupted:
         console.print(f"Stopped after step {result.step}; go on with --resume.")
@@ -45,7 +55,13 @@ def train(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A run's folder, a model folder or a Hub name.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A run's folder; a run's YAML file (its model before training, on its task); a "
+            "model folder or a Hub name (on the arithmetic task)."
+        ),
+    ],
     split: Annotated[Literal["dev", "test"], typer.Option(help="Which problems.")] = "test",
     problems: Annotated[int, typer.Option(min=1, help="How many of them.")] = 200,
     samples: Annotated[int, typer.Option(min=1, help="Attempts per problem: the k of @k.")] = 12,
@@ -70,6 +86,8 @@ def evaluate(
         weights = Path(model) / "checkpoints" / checkpoint
         read_checkpoint(weights)
         solver = load_solver(settings, weights)
+    elif model.endswith((".yaml", ".yml")):
+        solver = load_solver(load_config(Path(model)))
     else:
         solver = load_solver(Config(model=model, output_dir=Path(".")))
     with progress_bars(console) as bars:
@@ -85,6 +103,40 @@ def evaluate(
     if output is not None:
         write_atomically(output, result.to_json())
     console.print(evaluation_table({model: result}))
+
+
+@app.command(name="filter")
+def filter_(
+    config: Annotated[Path, typer.Argument(help="A StepAlign run's YAML file.")],
+    output: Annotated[Path, typer.Option(help="The JSONL file of the problems that are kept.")],
+    samples: Annotated[int, typer.Option(min=1, help="Attempts at each problem.")] = 16,
+    below: Annotated[str, typer.Option(help="Keep problems with a smaller share right.")] = "5/16",
+    critic_samples: Annotated[
+        int, typer.Option(min=1, help="Attempts the critic rewrites; one right one is enough.")
+    ] = 1,
+    split: Annotated[Literal["train", "dev", "test", "all"], typer.Option(help="Which.")] = "all",
+    problems: Annotated[
+        int | None, typer.Option(min=1, help="At most so many of each split.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampled tokens.")] = 0,
+) -> None:
+    """Keep the problems that the model rarely solves and the critic does; go on if interrupted."""
+    from fractions import Fraction
+
+    from selfdistill.config import load_config
+    from selfdistill.filtering import FilterSettings, filter_problems
+
+    try:
+        threshold = Fraction(below)
+    except (ValueError, ZeroDivisionError) as error:
+        raise typer.BadParameter(
+            f"got {below!r}, expected a share such as 5/16", param_hint="--below"
+        ) from error
+    settings = FilterSettings(samples, threshold, critic_samples, split, problems, seed)
+    console = Console()
+    report = filter_problems(load_config(config), output, settings, console=console)
+    console.print(report.table())
+    console.print(f"{report.count('kept')} problems are in {output}.")
 
 
 @app.command()
@@ -202,7 +254,10 @@ def doctor(
     ] = False,
 ) -> None:
     """Say what is installed, what is missing and what would run for a shape."""
-    from selfdistill_kernels.doctor import run
+    import torch
+
+    from selfdistill.attention.backend import describe
+    from selfdistill_kernels.doctor import DTYPES, run
 
     status = run(
         tokens=tokens,
@@ -213,6 +268,10 @@ def doctor(
         frozen=frozen,
         gpu=gpu,
     )
+    print()
+    on = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for line in describe(device=on, dtype=DTYPES[dtype]):
+        print(line)
     raise typer.Exit(status)
 
 
@@ -240,22 +299,27 @@ def main() -> None:
         app()
     except Exception as error:
         # Imported late, so that --help need not wait for torch.
-        from selfdistill.attention import UnsupportedModelError
+        from selfdistill.attention import UnavailableBackendError, UnsupportedModelError
         from selfdistill.checkpoint import CheckpointError
         from selfdistill.compare import NotARunError
         from selfdistill.config import ConfigError
         from selfdistill.context import PromptTooLongError
+        from selfdistill.filtering import FilterExistsError
         from selfdistill.methods.loss import UnsupportedHeadError
+        from selfdistill.tasks import TaskError
         from selfdistill.train import DivergedError, RunExistsError
 
         known = (
             CheckpointError,
             ConfigError,
             DivergedError,
+            FilterExistsError,
             NotARunError,
             OSError,
             PromptTooLongError,
             RunExistsError,
+            TaskError,
+            UnavailableBackendError,
             UnsupportedHeadError,
             UnsupportedModelError,
         )

@@ -8,10 +8,22 @@ which means nothing cannot be written down.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from selfdistill.tasks.steps import STEP_INSTRUCTION
 
 
 class ConfigError(ValueError):
@@ -26,7 +38,18 @@ class Section(BaseModel):
     )
 
 
-class ArithmeticTask(Section):
+def _next_to_file(name: str, info: ValidationInfo) -> str:
+    """A name that exists next to the YAML file means that; every other stays as it is."""
+    folder = (info.context or {}).get("folder")
+    if folder is None or not (folder / name).exists():
+        return name
+    return str((folder / name).resolve())
+
+
+NearbyName = Annotated[str, AfterValidator(_next_to_file)]
+
+
+class ArithmeticTaskConfig(Section):
     """Chained arithmetic with an exact checker (embedded, needs no download)."""
 
     name: Literal["arithmetic"] = "arithmetic"
@@ -36,6 +59,109 @@ class ArithmeticTask(Section):
     """The numbers of operations that a question may have."""
     reference_dialect: int = Field(default=0, ge=0, le=5)
     """The wording of the reference solutions; 0 is the shipped solver's usual one."""
+
+
+class Shares(Section):
+    """How large the splits are; a hash of its id decides where a problem belongs."""
+
+    train: float = Field(default=0.8, ge=0, le=1)
+    """Share of the problems that are trained on."""
+    dev: float = Field(default=0.1, ge=0, le=1)
+    """Share that chooses the checkpoint."""
+    test: float = Field(default=0.1, ge=0, le=1)
+    """Share that is only looked at in the end."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Shares:
+        total = self.train + self.dev + self.test
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"train, dev and test must sum to 1, got {total:g}")
+        return self
+
+
+Source = TypeVar("Source")
+
+
+class NamedSplits(Section, Generic[Source]):
+    """One source for each split; a problem that is in two of them is refused."""
+
+    train: Source | None = None
+    """What is trained on."""
+    dev: Source | None = None
+    """What chooses the checkpoint."""
+    test: Source | None = None
+    """What is only looked at in the end."""
+
+    @model_validator(mode="after")
+    def _some(self) -> NamedSplits[Source]:
+        if self.train is None and self.dev is None and self.test is None:
+            raise ValueError("expected at least one of train, dev and test")
+        return self
+
+
+class HashedSplits(Section, Generic[Source]):
+    """One source, cut by a hash of the problems' ids."""
+
+    all: Source
+    """Where all problems are."""
+    shares: Shares = Shares()
+
+
+class DatasetTaskConfig(Section):
+    """Problems with known final answers, of a file or a data set."""
+
+    question: str = "question"
+    """The field that holds the question."""
+    answer: str = "answer"
+    """The field that holds the final answer, alone."""
+    reference: str | None = None
+    """The field that holds a complete solution; only what shows it to the teacher needs one."""
+    id: str | None = None
+    """The field that holds a unique identifier; by default the hash of the question is one."""
+    where: dict[str, str | int | float | bool] = {}
+    """Keeps the rows whose fields have these values, such as {problem_type: algebra}."""
+    limit: PositiveInt | None = None
+    """Reads at most so many distinct problems from each source."""
+    instruction: str = STEP_INSTRUCTION
+    """Said after each question, to student and teacher alike: how to write steps and answer."""
+    checker: Literal["auto", "math-verify", "plain"] = "auto"
+    """Compares answers: math-verify, or plain numbers and strings; auto takes what is there."""
+
+
+class JsonlTaskConfig(DatasetTaskConfig):
+    """Problems in files with one JSON object a line."""
+
+    name: Literal["jsonl"] = "jsonl"
+    splits: NamedSplits[NearbyName] | HashedSplits[NearbyName]
+    """The files, one for each split (train, dev, test) or one for `all`; in a YAML file they may be
+    relative to that file."""
+
+
+class HubTaskConfig(DatasetTaskConfig):
+    """Problems of a data set of the Hugging Face Hub, or of one in a local folder."""
+
+    name: Literal["hub"] = "hub"
+    path: NearbyName
+    """The data set's name on the Hub, or a folder: one that `save_to_disk` wrote, or of data files
+    that the datasets library reads."""
+    config: str | None = None
+    """Which configuration of the data set, where it has several."""
+    revision: str | None = None
+    """Which commit or tag; name one, and the problems can never change."""
+    streaming: bool = False
+    """Reads rows over the network as they are needed (see `limit`) and keeps nothing on disk."""
+    splits: NamedSplits[str] | HashedSplits[str]
+    """Splits of the data set: one for each of train, dev, test, or one for `all`."""
+
+
+def _arithmetic_unless_named(task: Any) -> Any:
+    return {"name": "arithmetic", **task} if isinstance(task, dict) else task
+
+
+TaskConfig = Annotated[
+    Annotated[ArithmeticTaskConfig | JsonlTaskConfig | HubTaskConfig, Field(discriminator="name")],
+    BeforeValidator(_arithmetic_unless_named),
+]
 
 
 class ForwardKL(Section):
@@ -61,7 +187,39 @@ class GeneralizedJSD(Section):
     """The teacher's share of the mixture m; 0 is defined as forward KL and 1 as reverse KL."""
 
 
-ObjectiveConfig = Annotated[ForwardKL | ReverseKL | GeneralizedJSD, Field(discriminator="name")]
+class SkewKL(Section):
+    """KL(teacher || m), m = beta teacher + (1 - beta) student: bounded where the student has none.
+
+    DistiLLM (arXiv 2402.03898).
+    """
+
+    name: Literal["skew_kl"] = "skew_kl"
+    beta: float = Field(default=0.1, gt=0, lt=1)
+    """The teacher's share of the mixture m."""
+
+
+class SkewReverseKL(Section):
+    """KL(student || m), m = beta teacher + (1 - beta) student."""
+
+    name: Literal["skew_reverse_kl"] = "skew_reverse_kl"
+    beta: float = Field(default=0.9, gt=0, lt=1)
+    """The teacher's share of the mixture m."""
+
+
+ObjectiveConfig = Annotated[
+    ForwardKL | ReverseKL | GeneralizedJSD | SkewKL | SkewReverseKL, Field(discriminator="name")
+]
+
+
+class TopKConfig(Section):
+    """Compares the distributions on the most likely tokens only, the others in one bucket."""
+
+    k: PositiveInt
+    """How many tokens, at most the vocabulary."""
+    of: Literal["student", "teacher"] = "student"
+    """Whose most likely tokens."""
+    tail: bool = True
+    """Keep the bucket of the others; false normalises the k tokens alone."""
 
 
 class AdvantageMaskConfig(Section):
@@ -71,10 +229,14 @@ class AdvantageMaskConfig(Section):
     """Tokens with |A| at or below it get no gradient."""
     sign: Literal["any", "positive", "negative"] = "any"
     """Keep both signs, only tokens the teacher prefers, or only tokens the teacher rejects."""
+    top_fraction: float | None = Field(default=None, gt=0, le=1)
+    """Of the tokens left, keep those with the largest |A|: this share of each rollout's tokens."""
+    per_step: bool = False
+    """Judge whole steps by their mean A; tokens of no step are dropped. Needs a task with steps."""
 
 
 class LossConfig(Section):
-    """The loss on the completion tokens, averaged over all tokens of the step."""
+    """The loss on the completion tokens, averaged over the training step."""
 
     objective: ObjectiveConfig = ForwardKL()
     """Which divergence between the teacher's and the student's next-token distributions."""
@@ -82,6 +244,23 @@ class LossConfig(Section):
     """Restricts the gradient to some tokens; the dropped ones stay in the denominator."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides both models' logits before the divergence."""
+    reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """Every token counts the same, or every rollout (the mean of its tokens) does."""
+    top_k: TopKConfig | None = None
+    """Restricts the divergence to the most likely tokens; null compares the whole vocabulary."""
+    token_clip: float | None = Field(default=None, gt=0)
+    """A token's divergence counts at most this much (nats); beyond it has no gradient."""
+    importance_clip: float | None = Field(default=None, gt=0)
+    """Weighs each token by how much likelier it has become since it was sampled, at most by this.
+
+    Matters from the second update on (`updates_per_step`) or with an engine that samples from other
+    numbers. Needs `temperature` to be that of the rollouts.
+    """
+    stop_after_first_wrong_step: bool = False
+    """Cut a rollout behind its first wrong step: what follows stands on a false result.
+
+    The rest is neither read nor counted. Needs a task that knows steps.
+    """
 
 
 class BaseTeacherConfig(Section):
@@ -103,6 +282,8 @@ class ScribeCriticConfig(Section):
     """The exact scribe of the arithmetic task, which never errs."""
 
     name: Literal["scribe"] = "scribe"
+    copying: Literal["partial_repetition", "full_repetition", "omission"] = "partial_repetition"
+    """What it repeats of an attempt: up to the first wrong step, that step too, or nothing."""
 
 
 CriticConfig = ScribeCriticConfig
@@ -133,6 +314,22 @@ class RefSolMethod(Distillation):
     name: Literal["refsol"] = "refsol"
 
 
+class PeerMethod(Distillation):
+    """The teacher sees another rollout of the same prompt that got the answer right."""
+
+    name: Literal["peer"] = "peer"
+    group_size: int = Field(default=8, ge=2)
+    """Rollouts drawn for each prompt."""
+
+
+class EnvironmentMethod(Distillation):
+    """The teacher sees what the task's checker says about the student's attempt."""
+
+    name: Literal["environment"] = "environment"
+    detail: Literal["answer", "step"] = "answer"
+    """Tell whether the answer is right, or also which step is the first wrong one."""
+
+
 class KLPenaltyConfig(Section):
     """Keeps the student near the model as it was before training."""
 
@@ -161,7 +358,10 @@ class GRPOMethod(Section):
         return None if self.kl is None else BaseTeacherConfig()
 
 
-MethodConfig = Annotated[StepAlignMethod | RefSolMethod | GRPOMethod, Field(discriminator="name")]
+MethodConfig = Annotated[
+    StepAlignMethod | RefSolMethod | PeerMethod | EnvironmentMethod | GRPOMethod,
+    Field(discriminator="name"),
+]
 
 
 class TransformersEngineConfig(Section):
@@ -184,6 +384,8 @@ class PromptConfig(Section):
     """The same for the teacher."""
     max_length: PositiveInt | None = None
     """Most tokens of a prompt and its completion; by default what the model has positions for."""
+    too_long: Literal["error", "drop"] = "error"
+    """What happens to a rollout whose prompts do not fit: stop, or leave it out and count it."""
 
 
 class RolloutConfig(Section):
@@ -233,17 +435,19 @@ class CheckpointConfig(Section):
 class Config(Section):
     """One training run."""
 
-    model: str
+    model: NearbyName
     """The solver: a folder or a Hub name. In a YAML file a folder may be relative to that file."""
     output_dir: Path
     """Where metrics, checkpoints and the report go; relative to the working directory."""
-    task: ArithmeticTask = ArithmeticTask()
+    task: TaskConfig = ArithmeticTaskConfig()
     """Where the problems come from and who checks the answers."""
     method: MethodConfig = StepAlignMethod()
     """What the student learns from its attempts."""
     prompt: PromptConfig = PromptConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the models live; `auto` takes a GPU when there is one."""
+    attention: Literal["auto", "loop", "flash", "flex"] = "auto"
+    """Who computes it over shared prefixes; `selfdistill doctor` says what `auto` takes."""
     seed: int = Field(default=0, ge=0)
     """Chooses the training problems and every sampled token."""
     steps: PositiveInt = 60
@@ -258,6 +462,38 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _importance_weights_compare_like_with_like(self) -> Config:
+        loss = getattr(self.method, "loss", None)
+        if (
+            loss is not None
+            and loss.importance_clip is not None
+            and loss.temperature != self.rollout.temperature
+        ):
+            raise ValueError(
+                f"method.loss.importance_clip compares probabilities at the loss's temperature of "
+                f"{loss.temperature} with those of sampling at {self.rollout.temperature}: set "
+                "method.loss.temperature to rollout.temperature"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _task_has_what_the_method_needs(self) -> Config:
+        method, task = self.method, self.task
+        if isinstance(task, ArithmeticTaskConfig):
+            return self
+        if isinstance(method, StepAlignMethod) and isinstance(method.critic, ScribeCriticConfig):
+            raise ValueError(
+                "method.critic: the scribe writes steps of the arithmetic task only, and the task "
+                f"is {task.name}: choose another critic or another method"
+            )
+        if isinstance(method, RefSolMethod) and task.reference is None:
+            raise ValueError(
+                "task.reference: refsol shows the teacher the reference solutions, so name the "
+                f"field of the {task.name} data that holds them"
+            )
+        return self
 
 
 def load_config(path: Path) -> Config:
@@ -274,14 +510,13 @@ def load_config(path: Path) -> Config:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a mapping of settings, got {type(data).__name__}")
-    model = data.get("model")
-    if isinstance(model, str) and (path.parent / model).is_dir():
-        data["model"] = str((path.parent / model).resolve())
     try:
-        return Config.model_validate(data)
+        return Config.model_validate(data, context={"folder": path.parent})
     except ValidationError as error:
         wrong = "\n".join(
             f"  {'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}"
+            if e["loc"]
+            else f"  {e['msg']}"  # of several settings together: all of them say nothing
             for e in error.errors()
         )
         raise ConfigError(f"{path} is not a configuration:\n{wrong}") from error

@@ -3,12 +3,14 @@
 Both get one user turn through the tokenizer's chat template, question first:
 
     student   question
+              instruction of the task, if it has one
     teacher   question
+              instruction
               <critique>
               ...
-              </critique>                                       (or <reference> ... </reference>)
+              </critique>                                       (or <reference>, <feedback>)
 
-so their longest common token prefix is the template's head and the question.
+so their longest common token prefix is the template's head, the question and the instruction.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from selfdistill.layout import PromptGroup
 from selfdistill.tasks import Problem
 
-ContextKind = Literal["critique", "reference"]
+ContextKind = Literal["critique", "reference", "feedback"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class TeacherContext:
 
     Attributes:
         kind: names the tag around the text.
-        text: the critique or the reference solution, not empty.
+        text: the critique, a solution of the problem or what the checker says, not empty.
 
     Raises:
         ValueError: an unknown kind or an empty text.
@@ -74,6 +76,7 @@ class ContextRenderer:
 
     Args:
         tokenizer: with a chat template.
+        instruction: said after each question, see `selfdistill.tasks.Task`.
         max_length: most tokens that a prompt and its completion may have together; None: no limit.
         student_template: more variables for the chat template, such as {"enable_thinking": False}.
         teacher_template: the same for the teacher. The two prompts may then end differently; what
@@ -87,6 +90,7 @@ class ContextRenderer:
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        instruction: str = "",
         max_length: int | None = None,
         student_template: Mapping[str, Any] | None = None,
         teacher_template: Mapping[str, Any] | None = None,
@@ -99,18 +103,36 @@ class ContextRenderer:
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length is {max_length}, expected at least 1 or None")
         self._tokenizer = tokenizer
+        self._instruction = instruction
         self._max_length = max_length
         self._student_template = dict(student_template or {})
         self._teacher_template = dict(teacher_template or {})
 
     def student_prompt(self, problem: Problem) -> list[int]:
-        """Return the question and the generation prompt as token ids."""
-        return self._render(problem.question, self._student_template)
+        """Return the question, the instruction and the generation prompt as token ids."""
+        return self._render(self._question(problem), self._student_template)
 
     def teacher_prompt(self, problem: Problem, context: TeacherContext) -> list[int]:
-        """Return the question, the tagged context and the generation prompt as token ids."""
+        """Return what the student reads, with the tagged context after the instruction."""
         block = f"<{context.kind}>\n{context.text}\n</{context.kind}>"
-        return self._render(f"{problem.question}\n{block}", self._teacher_template)
+        return self._render(f"{self._question(problem)}\n{block}", self._teacher_template)
+
+    def leaves_room(self, problem: Problem, *, max_new_tokens: int) -> bool:
+        """True when a completion of that length fits behind the student's prompt."""
+        if self._max_length is None:
+            return True
+        return len(self.student_prompt(problem)) + max_new_tokens <= self._max_length
+
+    def fits(
+        self, problem: Problem, context: TeacherContext | None, completion: Sequence[int]
+    ) -> bool:
+        """True when a completion fits behind the student's prompt and behind the teacher's."""
+        if self._max_length is None:
+            return True
+        prompts = [self.student_prompt(problem)]
+        if context is not None:
+            prompts.append(self.teacher_prompt(problem, context))
+        return max(map(len, prompts)) + len(completion) <= self._max_length
 
     def prompt_group(
         self,
@@ -120,6 +142,7 @@ class ContextRenderer:
         *,
         rewards: Sequence[float] | None = None,
         old_logprobs: Sequence[Sequence[float]] | None = None,
+        steps: Sequence[Sequence[int]] | None = None,
     ) -> PromptGroup:
         """Return one problem's group, ready to be scored.
 
@@ -127,7 +150,7 @@ class ContextRenderer:
             problem: what all rollouts answer.
             contexts: one for each rollout; with None the teacher sees what the student sees.
             completions: the rollouts' own token ids, never re-tokenised text.
-            rewards, old_logprobs: of the rollouts, see `PromptGroup`.
+            rewards, old_logprobs, steps: of the rollouts, see `PromptGroup`.
 
         Raises:
             PromptTooLongError: a prompt and its completion exceed `max_length`.
@@ -143,6 +166,7 @@ class ContextRenderer:
             completions=[list(completion) for completion in completions],
             rewards=None if rewards is None else list(rewards),
             old_logprobs=None if old_logprobs is None else [list(row) for row in old_logprobs],
+            steps=None if steps is None else [list(row) for row in steps],
         )
         if self._max_length is not None:
             for i, completion in enumerate(group.completions):
@@ -154,6 +178,9 @@ class ContextRenderer:
                             role, rollout=i, length=length, max_length=self._max_length
                         )
         return group
+
+    def _question(self, problem: Problem) -> str:
+        return f"{problem.question}\n\n{self._instruction}".strip()
 
     def _render(self, content: str, template: Mapping[str, Any]) -> list[int]:
         return self._tokenizer.apply_chat_template(

@@ -32,6 +32,8 @@ class PromptGroup:
         rewards: of each rollout; None where nobody judged them.
         old_logprobs: the log-prob (nats) of each completion token under the policy that sampled
             it, at the sampling temperature; None where they are not known.
+        steps: the step of its rollout that each completion token belongs to, counted from 0, -1
+            outside of steps; None where nobody asked.
 
     Raises:
         ValueError: a list is empty, or does not have one entry for each completion (or token).
@@ -42,6 +44,7 @@ class PromptGroup:
     completions: list[list[int]]
     rewards: list[float] | None = None
     old_logprobs: list[list[float]] | None = None
+    steps: list[list[int]] | None = None
 
     def __post_init__(self) -> None:
         if not self.student_prompt:
@@ -50,19 +53,20 @@ class PromptGroup:
             )
         if not self.completions:
             raise ValueError("completions is empty: a prompt group needs at least one rollout")
-        for name in ("teacher_prompts", "rewards", "old_logprobs"):
+        for name in ("teacher_prompts", "rewards", "old_logprobs", "steps"):
             entries = getattr(self, name)
             if entries is not None and len(entries) != len(self.completions):
                 raise ValueError(
                     f"{name} has {len(entries)} entries for {len(self.completions)} completions: "
                     "give one per rollout"
                 )
-        for i, logprobs in enumerate(self.old_logprobs or []):
-            if len(logprobs) != len(self.completions[i]):
-                raise ValueError(
-                    f"old_logprobs[{i}] has {len(logprobs)} entries for a completion of "
-                    f"{len(self.completions[i])} tokens: give one per token"
-                )
+        for name in ("old_logprobs", "steps"):
+            for i, row in enumerate(getattr(self, name) or []):
+                if len(row) != len(self.completions[i]):
+                    raise ValueError(
+                        f"{name}[{i}] has {len(row)} entries for a completion of "
+                        f"{len(self.completions[i])} tokens: give one per token"
+                    )
         for name in ("teacher_prompts", "completions"):
             empty = [i for i, tokens in enumerate(getattr(self, name)) if not tokens]
             if empty:
@@ -82,6 +86,8 @@ class Segment:
         borrowed: places in `PackedRow.borrowed_index`, the start of the sequence; may be empty.
         trunk: row positions of what the group's sequences share next; may be empty.
         own: row positions of the segment itself, never empty.
+        group: number of the prompt group within the row.
+        branch: number of the branch within the group; None for the trunk itself.
 
     Together the three cover the positions 0, 1, 2, ... of one sequence without a gap, so the k-th
     key has position k and the segment's queries are the last ones: its mask is lower-right causal.
@@ -90,11 +96,27 @@ class Segment:
     borrowed: range
     trunk: range
     own: range
+    group: int
+    branch: int | None
 
     @property
     def num_keys(self) -> int:
         """Number of keys that the segment's last token attends."""
         return len(self.borrowed) + len(self.trunk) + len(self.own)
+
+    def key_index(self, num_borrowed: int) -> torch.Tensor:
+        """[num_keys] int64, the segment's keys among the row's borrowed ones and then its own.
+
+        Args:
+            num_borrowed: keys that the whole row borrows.
+        """
+        return torch.cat(
+            [
+                torch.arange(self.borrowed.start, self.borrowed.stop),
+                torch.arange(self.trunk.start, self.trunk.stop) + num_borrowed,
+                torch.arange(self.own.start, self.own.stop) + num_borrowed,
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -104,7 +126,7 @@ class PackedRow:
     Attributes:
         input_ids: [1, L] int64.
         position_ids: [1, L] int64, the position of each token in its own unpacked sequence.
-        segments: the prefix tree; every token of the row lies in exactly one segment.
+        segments: the prefix tree, in the order of the row; every token lies in exactly one segment.
         prediction_index: [T] int64, the row position whose hidden state predicts each completion
             token. A shared last prompt position appears once for every rollout that starts there.
         borrowed_index: [B] int64, positions in the *student's* row whose keys and values come first
@@ -249,6 +271,7 @@ class _RowBuilder:
         self._prediction_index: list[int] = []
         self._borrowed_index: list[int] = []
         self._segments: list[Segment] = []
+        self._num_groups = 0
 
     def add_group(
         self,
@@ -264,15 +287,16 @@ class _RowBuilder:
         self._borrowed_index.extend(borrow)
         trunk = self._append(prompts[0][len(borrow) : shared], first_position=len(borrow))
         if trunk:
-            self._segments.append(Segment(borrowed=borrowed, trunk=range(0), own=trunk))
-        for prompt, completion in zip(prompts, completions, strict=True):
+            self._segments.append(Segment(borrowed, range(0), trunk, self._num_groups, None))
+        for branch, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             own = self._append(prompt[shared:] + completion[:-1], first_position=shared)
             if own:
-                self._segments.append(Segment(borrowed=borrowed, trunk=trunk, own=own))
+                self._segments.append(Segment(borrowed, trunk, own, self._num_groups, branch))
             # The token at position p of this sequence predicts the one at p + 1.
             for p in range(len(prompt) - 1, len(prompt) + len(completion) - 1):
                 row = trunk[p - len(borrow)] if p < shared else own[p - shared]
                 self._prediction_index.append(row)
+        self._num_groups += 1
 
     def _append(self, tokens: list[int], *, first_position: int) -> range:
         start = len(self.input_ids)

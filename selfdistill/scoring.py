@@ -41,6 +41,8 @@ class ScoredTokens:
         rollout_group: [R] int64, the group of each of the R rollouts.
         rewards: [R] float32 of each rollout, or None.
         old_logprobs: [T] float32, sampling log-probs of the completion tokens (nats), or None.
+        steps: [T] int64, the step of each token, counted from 0 in each rollout, -1 outside of
+            steps; or None.
     """
 
     student_hidden: torch.Tensor
@@ -52,6 +54,7 @@ class ScoredTokens:
     rollout_group: torch.Tensor
     rewards: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None
+    steps: torch.Tensor | None = None
 
 
 def score(
@@ -60,6 +63,7 @@ def score(
     groups: Sequence[PromptGroup],
     *,
     share_student_prefix: bool | None = None,
+    attention: str = "auto",
 ) -> ScoredTokens:
     """Score every completion token by student and teacher, each over one packed row.
 
@@ -72,10 +76,12 @@ def score(
         groups: the prompt groups of this step; memory grows with their tokens.
         share_student_prefix: let the teacher borrow the student's prefix keys and values; None does
             so whenever that is exact.
+        attention: who computes the attention, see `selfdistill.attention.choose_backend`.
 
     Raises:
         ValueError: dropout is on, or sharing was asked for a teacher with other weights.
         UnsupportedModelError: the architecture cannot share prefixes exactly.
+        UnavailableBackendError: the attention backend that was asked for cannot run.
     """
     can_share = teacher is not None and teacher.has_student_weights
     share = can_share if share_student_prefix is None else share_student_prefix
@@ -87,23 +93,27 @@ def score(
             "78 % of the signal). Leave it out: this teacher then reads the prefix once itself"
         )
     check_no_dropout(student)
-    enable_prefix_sharing(student)
+    enable_prefix_sharing(student, backend=attention)
     pack = pack_groups(groups, share_student_prefix=share, with_teacher=teacher is not None)
 
     stash = PrefixStash(pack.teacher.borrowed_index) if share and pack.teacher else None
-    student_hidden = run_packed_row(student, pack.student, capture=stash)
+    student_hidden = run_packed_row(student, pack.student, capture=stash, backend=attention)
     device = student_hidden.device
     teacher_hidden = None
     if teacher is not None and pack.teacher is not None:
         with torch.no_grad(), teacher.weights(student) as teacher_model:
             check_no_dropout(teacher_model)
-            enable_prefix_sharing(teacher_model)
-            teacher_hidden = run_packed_row(teacher_model, pack.teacher, borrow=stash).to(device)
+            enable_prefix_sharing(teacher_model, backend=attention)
+            teacher_hidden = run_packed_row(
+                teacher_model, pack.teacher, borrow=stash, backend=attention
+            ).to(device)
     if stash is not None:
         stash.free()
 
-    rewards = [group.rewards for group in groups]
-    old_logprobs = [group.old_logprobs for group in groups]
+    def per_token(name: str) -> torch.Tensor | None:
+        rows = [getattr(group, name) for group in groups]
+        return _concatenated([None if row is None else [*chain(*row)] for row in rows], device)
+
     return ScoredTokens(
         student_hidden=student_hidden,
         teacher_hidden=teacher_hidden,
@@ -114,17 +124,16 @@ def score(
         rollout_group=torch.repeat_interleave(
             torch.tensor([len(group.completions) for group in groups], device=device)
         ),
-        rewards=_concatenated(rewards, device),
-        old_logprobs=_concatenated(
-            [None if rows is None else list(chain(*rows)) for rows in old_logprobs], device
-        ),
+        rewards=_concatenated([group.rewards for group in groups], device),
+        old_logprobs=per_token("old_logprobs"),
+        steps=per_token("steps"),
     )
 
 
 def _concatenated(parts: Sequence[list[float] | None], device: torch.device) -> torch.Tensor | None:
-    """One float32 tensor of all groups' numbers; None when a group does not know them."""
+    """One tensor of all groups' numbers; None when a group does not know them."""
     numbers = [number for part in parts if part is not None for number in part]
-    return None if None in parts else torch.tensor(numbers, dtype=torch.float32, device=device)
+    return None if None in parts else torch.tensor(numbers, device=device)
 
 
 def check_no_dropout(model: torch.nn.Module) -> None:

@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -19,7 +20,7 @@ from selfdistill.context import ContextRenderer
 from selfdistill.evaluate import Attempts, sample_attempts
 from selfdistill.rollout import SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
-from selfdistill.tasks.arithmetic import ArithmeticTask
+from selfdistill.tasks import Task, build_task
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Solver:
     config: Config
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    task: ArithmeticTask
+    task: Task
     engine: TransformersEngine
     context: ContextRenderer
 
@@ -62,10 +63,11 @@ class Solver:
 
 
 def load_solver(config: Config, weights: str | Path | None = None) -> Solver:
-    """Load the configured model, or other `weights` of the same kind (a checkpoint folder).
+    """Load the configured task and model, or other `weights` of its kind (a checkpoint folder).
 
     Raises:
         OSError: there is no such model folder, or it lacks a file (transformers names it).
+        TaskError: the task's problems cannot be read.
     """
     source = str(weights or config.model)
     device = config.device
@@ -73,20 +75,29 @@ def load_solver(config: Config, weights: str | Path | None = None) -> Solver:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device).eval()
-    task = ArithmeticTask(
-        step_counts=config.task.step_counts, reference_dialect=config.task.reference_dialect
-    )
+    task = build_task(config.task)
     return Solver(
         config,
         model,
         tokenizer,
         task,
         TransformersEngine(model, tokenizer, batch_size=config.rollout.engine.batch_size),
-        ContextRenderer(
-            tokenizer,
-            max_length=config.prompt.max_length
-            or getattr(model.config, "max_position_embeddings", None),
-            student_template=config.prompt.student_template,
-            teacher_template=config.prompt.teacher_template,
-        ),
+        build_renderer(config, tokenizer, task, model.config),
+    )
+
+
+def build_renderer(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    model_config: PreTrainedConfig,
+) -> ContextRenderer:
+    """Return the renderer of all prompts of a run."""
+    return ContextRenderer(
+        tokenizer,
+        instruction=task.instruction,
+        max_length=config.prompt.max_length
+        or getattr(model_config, "max_position_embeddings", None),
+        student_template=config.prompt.student_template,
+        teacher_template=config.prompt.teacher_template,
     )

@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from types import FrameType
@@ -21,22 +21,25 @@ from rich.progress import Progress
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from selfdistill.attention import enable_prefix_sharing
 from selfdistill.checkpoint import CheckpointStore, TrainState, fingerprint
-from selfdistill.config import Config, save_config
+from selfdistill.config import Config, MethodConfig, save_config
 from selfdistill.context import TeacherContext
 from selfdistill.evaluate import Attempts, judge, summarize
 from selfdistill.layout import PromptGroup
 from selfdistill.methods import Method, build_method
 from selfdistill.methods.loss import Head, Loss, lm_head
 from selfdistill.progress import progress_bars
-from selfdistill.rollout import SamplingParams
+from selfdistill.rollout import Rollout, SamplingParams
 from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
 from selfdistill.scoring import score
 from selfdistill.solver import Solver, load_solver
+from selfdistill.spans import token_span, token_steps
+from selfdistill.tasks import Problem, SteppedTask, TaskError, Verdict, training_problems
 from selfdistill.teacher import BaseTeacher, LiveTeacher, Teacher
 
 # Settings that a continued run may change without becoming another run.
-MAY_DIFFER = ("model", "output_dir", "device", "steps", "checkpoint")
+MAY_DIFFER = ("model", "output_dir", "device", "attention", "steps", "checkpoint")
 
 
 class RunExistsError(RuntimeError):
@@ -64,6 +67,7 @@ class StepMetrics:
         reward: share of the rollouts with the right answer.
         tied: share of the prompts whose rollouts all got the same reward.
         dropped: rollouts that were left out because the method has no context for them.
+        too_long: rollouts that were left out because a prompt did not fit (`prompt.too_long`).
         grad_norm: before clipping.
         learning_rate: of this step.
         tokens: completion tokens of the rollouts that were not left out.
@@ -82,6 +86,7 @@ class StepMetrics:
     reward: float
     tied: float
     dropped: int
+    too_long: int
     grad_norm: float
     learning_rate: float
     tokens: int
@@ -123,6 +128,10 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         RunExistsError: the folder holds a run and `resume` is False.
         CheckpointError: the last checkpoint is torn, belongs to another run, or cannot be written.
         DivergedError: the loss or gradient is not finite; the last checkpoint is kept.
+        UnsupportedModelError: the model's family cannot share prefixes exactly.
+        UnavailableBackendError: the attention that was asked for cannot run.
+        PromptTooLongError: a rollout does not fit, and `prompt.too_long` is "error".
+        TaskError: the problems cannot be read, or no problem of a step leaves room.
     """
     transformers_logging.disable_progress_bar()
     console = console or Console(stderr=True)
@@ -134,6 +143,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         )
     solver = load_solver(config)
     student = solver.model
+    enable_prefix_sharing(student, backend=config.attention)  # refuses a model that cannot share
     teacher, teacher_model = build_teacher(config, student)
     heads = (lm_head(student), lm_head(teacher_model))
     method = build_method(config, solver.task)
@@ -168,8 +178,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     metrics_log.keep_until(state.step)
     evaluation_log = JsonLines(config.output_dir / "evaluations.jsonl")
     evaluation_log.keep_until(state.step if state.best_step is not None else -1)
-    problems = solver.task.problems(
-        split="train", count=config.steps * config.prompts_per_step, seed=config.seed
+    problems = training_problems(
+        solver.task, count=config.steps * config.prompts_per_step, seed=config.seed
     )
 
     with deferred_interrupt(console) as interrupt, progress_bars(console) as bars:
@@ -182,7 +192,10 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             step = state.step + 1
             clock = Clock()
             end = step * config.prompts_per_step
-            batch = problems[end - config.prompts_per_step : end]
+            drawn = problems[end - config.prompts_per_step : end]
+            batch = drawn
+            if config.prompt.too_long == "drop":
+                batch = leave_out_long_questions(solver, drawn)
 
             with clock("rollout"):
                 groups = solver.engine.generate(
@@ -199,8 +212,13 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             with clock("critique"):
                 contexts = method.contexts(attempts)
             with clock("context"):
-                kept, contexts = leave_out(method, attempts, contexts)
-                prompt_groups = render_groups(solver, kept, contexts)
+                with_context, contexts = leave_out(method, attempts, contexts)
+                kept = with_context
+                if config.prompt.too_long == "drop":
+                    kept, contexts = leave_out_long_rollouts(solver, with_context, contexts)
+                prompt_groups = render_groups(
+                    solver, cut_rollouts(solver, config.method, kept), contexts
+                )
             rate = settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
             for _ in range(config.updates_per_step):
                 with clock("score"):
@@ -212,6 +230,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                         prompt_groups,
                         heads=heads,
                         groups_per_pass=config.prompts_per_microbatch,
+                        attention=config.attention,
                     )
                 with clock("update"):
                     for parameters in optimizer.param_groups:
@@ -235,8 +254,10 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                 active=totals.active / max(1, totals.tokens),
                 reward=mean_reward(attempts),
                 tied=tied_prompts(attempts),
-                dropped=sum(len(attempt.rollouts) for attempt in attempts)
-                - sum(len(attempt.rollouts) for attempt in kept),
+                dropped=count_rollouts(attempts) - count_rollouts(with_context),
+                too_long=(len(drawn) - len(batch)) * method.group_size
+                + count_rollouts(with_context)
+                - count_rollouts(kept),
                 grad_norm=norm.item(),
                 learning_rate=rate,
                 tokens=totals.tokens,
@@ -280,31 +301,111 @@ def build_teacher(
             return BaseTeacher(base), base
 
 
-def leave_out(
-    method: Method,
-    attempts: Sequence[Attempts],
-    contexts: Sequence[Sequence[TeacherContext | None]],
+# Judged rollouts by problem, and what the teacher sees with each of them.
+Contexts = Sequence[Sequence[TeacherContext | None]]
+
+
+def leave_out_long_questions(solver: Solver, problems: Sequence[Problem]) -> list[Problem]:
+    """Return the problems that leave room for a whole completion.
+
+    Raises:
+        TaskError: none does, so a step has nothing to train on.
+    """
+    room = solver.config.rollout.max_new_tokens
+    kept = [p for p in problems if solver.context.leaves_room(p, max_new_tokens=room)]
+    if not kept:
+        raise TaskError(
+            f"none of the {len(problems)} problems of a step leaves room for {room} new tokens, so "
+            "all of them were left out (prompt.too_long: drop): raise prompt.max_length or "
+            "prompts_per_step, or lower rollout.max_new_tokens"
+        )
+    return kept
+
+
+def leave_out_long_rollouts(
+    solver: Solver, attempts: Sequence[Attempts], contexts: Contexts
 ) -> tuple[list[Attempts], list[list[TeacherContext | None]]]:
-    """Return attempts and contexts without the rollouts that the method cannot learn from.
+    """Return the rollouts that fit behind the student's prompt and behind the teacher's."""
+    return keep_rollouts(
+        attempts,
+        contexts,
+        lambda problem, context, rollout: solver.context.fits(problem, context, rollout.token_ids),
+    )
+
+
+def leave_out(
+    method: Method, attempts: Sequence[Attempts], contexts: Contexts
+) -> tuple[list[Attempts], list[list[TeacherContext | None]]]:
+    """Return attempts and contexts without the rollouts that the method cannot learn from."""
+    if not method.needs_context:
+        return list(attempts), list(map(list, contexts))
+    return keep_rollouts(attempts, contexts, lambda problem, context, rollout: context is not None)
+
+
+def keep_rollouts(
+    attempts: Sequence[Attempts],
+    contexts: Contexts,
+    keep: Callable[[Problem, TeacherContext | None, Rollout], bool],
+) -> tuple[list[Attempts], list[list[TeacherContext | None]]]:
+    """Return the rollouts that `keep` wants, with their contexts.
 
     Prompts whose rollouts are all left out are left out, too: nothing may remain.
     """
-    if not method.needs_context:
-        return list(attempts), list(map(list, contexts))
     kept: list[Attempts] = []
     kept_contexts: list[list[TeacherContext | None]] = []
-    for attempt, group_contexts in zip(attempts, contexts, strict=True):
-        places = [i for i, context in enumerate(group_contexts) if context is not None]
+    for attempt, group in zip(attempts, contexts, strict=True):
+        places = [
+            i
+            for i, (context, rollout) in enumerate(zip(group, attempt.rollouts, strict=True))
+            if keep(attempt.problem, context, rollout)
+        ]
         if places:
-            kept.append(
-                Attempts(
-                    attempt.problem,
-                    [attempt.rollouts[i] for i in places],
-                    [attempt.verdicts[i] for i in places],
-                )
-            )
-            kept_contexts.append([group_contexts[i] for i in places])
+            rollouts = [attempt.rollouts[i] for i in places]
+            verdicts = [attempt.verdicts[i] for i in places]
+            kept.append(Attempts(attempt.problem, rollouts, verdicts))
+            kept_contexts.append([group[i] for i in places])
     return kept, kept_contexts
+
+
+def cut_rollouts(
+    solver: Solver, method: MethodConfig, attempts: Sequence[Attempts]
+) -> list[Attempts]:
+    """Cut the tokens of each rollout behind its first wrong step, if the loss asks for it."""
+    if method.name == "grpo" or not method.loss.stop_after_first_wrong_step:
+        return list(attempts)
+
+    def cut(rollout: Rollout, verdict: Verdict) -> Rollout:
+        span = token_span(solver.tokenizer, rollout, verdict.wrong_span)
+        stop = None if span is None else span[1]
+        return replace(
+            rollout, token_ids=rollout.token_ids[:stop], logprobs=rollout.logprobs[:stop]
+        )
+
+    return [
+        replace(attempt, rollouts=list(map(cut, attempt.rollouts, attempt.verdicts)))
+        for attempt in attempts
+    ]
+
+
+def rollout_steps(solver: Solver, rollouts: Sequence[Rollout]) -> list[list[int]] | None:
+    """Return the step of every token, if the loss asks for it; see `PromptGroup.steps`."""
+    method = solver.config.method
+    if method.name == "grpo":
+        return None
+    mask = method.loss.advantage_mask
+    if mask is None or not mask.per_step:
+        return None
+    task = solver.task
+    assert isinstance(task, SteppedTask)  # `build_method` refuses the others
+    return [
+        token_steps(solver.tokenizer, rollout, task.step_spans(rollout.text))
+        for rollout in rollouts
+    ]
+
+
+def count_rollouts(attempts: Sequence[Attempts]) -> int:
+    """Return how many rollouts there are in all."""
+    return sum(len(attempt.rollouts) for attempt in attempts)
 
 
 def render_groups(
@@ -320,6 +421,7 @@ def render_groups(
             [rollout.token_ids for rollout in attempt.rollouts],
             rewards=[float(verdict.correct) for verdict in attempt.verdicts],
             old_logprobs=[rollout.logprobs for rollout in attempt.rollouts],
+            steps=rollout_steps(solver, attempt.rollouts),
         )
         for attempt, group_contexts in zip(attempts, contexts, strict=True)
     ]
@@ -355,6 +457,7 @@ def accumulate_gradients(
     *,
     heads: tuple[Head, Head],
     groups_per_pass: int,
+    attention: str = "auto",
 ) -> Totals:
     """Add the gradient of the step's mean loss to the student's parameters.
 
@@ -368,12 +471,14 @@ def accumulate_gradients(
         groups: all prompt groups of the step.
         heads: of the student and of the teacher.
         groups_per_pass: prompt groups that are scored at once.
+        attention: who computes it, see `selfdistill.attention.choose_backend`.
     """
     totals = Totals(tokens=sum(group.num_tokens for group in groups))
     denominator = sum(loss.denominator(group) for group in groups)
     to_read = [group for group in groups if loss.learns_from(group)]
     for start in range(0, len(to_read), groups_per_pass):
-        scored = score(student, teacher, to_read[start : start + groups_per_pass])
+        part = to_read[start : start + groups_per_pass]
+        scored = score(student, teacher, part, attention=attention)
         output = loss(scored, *heads, normalizer=denominator)
         output.loss.backward()
         assert output.advantage is not None  # the loss was given the sampled tokens

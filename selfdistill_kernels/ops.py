@@ -261,7 +261,8 @@ class LogitsLossInPlace(torch.autograd.Function):
         student = logits.detach()  # shares the version: who saved these logits hears of the change
         *tensors, options = others
         options = replace(options, needs=Needs(True, False, False, in_place=True))
-        loss, statistics, active, (gradient, _, _) = _visit(student, *tensors, options)
+        arguments = (student, *tensors, options)
+        loss, statistics, active, (gradient, _, _) = _visit(*arguments)
         assert gradient is not None
         if gradient.data_ptr() != student.data_ptr():
             student.copy_(gradient)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from selfdistill.tasks import Problem
+from selfdistill.config import ConfigError, CriticConfig
+from selfdistill.tasks import Problem, Task
 
 CritiqueCase = Literal["A", "B", "C", "D"]
 
@@ -17,7 +18,7 @@ class Critique:
 
     Attributes:
         case: A fully correct, B right answer with a step missing, C incomplete, D wrong.
-        text: the critique, ready to be rendered as teacher context.
+        text: the critique, ready to be rendered as teacher context; empty: nothing to say.
         first_wrong_step: 1-based number of the first rewritten step, or None.
     """
 
@@ -32,3 +33,20 @@ class Critic(Protocol):
     def critique(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Critique]:
         """Return one critique per (problem, response) pair, in order."""
         ...
+
+
+def build_critic(config: CriticConfig, task: Task) -> Critic:
+    """Build the configured critic.
+
+    Raises:
+        ConfigError: the scribe was asked for, and the task is not the arithmetic one.
+    """
+    from selfdistill.critic.scribe import ScribeCritic
+    from selfdistill.tasks.arithmetic import ArithmeticTask
+
+    if not isinstance(task, ArithmeticTask):
+        raise ConfigError(
+            "method.critic: the scribe writes steps of the arithmetic task only, and the task is "
+            f"{task.name}: choose another critic or another method"
+        )
+    return ScribeCritic(task, copying=config.copying)

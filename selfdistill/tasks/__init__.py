@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from selfdistill.config import TaskConfig
+
+SPLITS = ("train", "dev", "test")
+
+FeedbackDetail = Literal["answer", "step"]
+"""What feedback tells: whether the answer is right, or also the first wrong step."""
+
+
+class TaskError(ValueError):
+    """Problems that are missing, ambiguous, or cannot be read; the message says what to mend."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +27,7 @@ class Problem:
         id: stable identifier, unique within a task.
         question: the text that student and teacher both see.
         answer: the canonical final answer.
-        reference: a complete reference solution (RefSol's context).
+        reference: a complete reference solution (RefSol's context); empty where the data has none.
     """
 
     id: str
@@ -26,12 +38,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the exact checker says about one response.
+    """What the checker says about one response.
 
     Attributes:
         answer: the final answer that was read from the response, or None when there is none.
         correct: True when that answer equals the problem's answer (the binary reward).
-        strict: True when the answer and every step are right and none is missing.
+        strict: True when the answer and every step are right and none is missing. A task that
+            cannot judge steps asks for a right answer in the format of its instruction.
         first_wrong_step: 1-based number of the earliest wrong step, or None.
         wrong_span: character span (start, stop) of that step in the response, or None.
         complete: True when the response ends with an answer (False: it ran out of tokens).
@@ -46,14 +59,24 @@ class Verdict:
 
 
 class Task(Protocol):
-    """A source of problems with an exact checker."""
+    """A source of problems with a checker.
+
+    Attributes:
+        name: as written in a configuration.
+        instruction: how to write the answer, said after each question; may be empty.
+    """
 
     name: str
+    instruction: str
+
+    def size(self, split: str) -> int | None:
+        """Return how many problems a split has; None: as many as anybody asks for."""
+        ...
 
     def problems(self, *, split: str, count: int, seed: int = 0) -> list[Problem]:
         """Return `count` distinct problems of a split ("train", "dev", "test").
 
-        Splits never overlap.
+        Splits never overlap. The first problems stay the same when more are asked for.
         """
         ...
 
@@ -64,3 +87,64 @@ class Task(Protocol):
     def responses_agree(self, answers: Sequence[str]) -> str | None:
         """Return the majority answer (Maj@k) among non-empty `answers`; ties go to the earliest."""
         ...
+
+
+@runtime_checkable
+class FeedbackTask(Protocol):
+    """What a task may offer: its checker's verdict in the task's own words."""
+
+    def feedback(
+        self, problem: Problem, response: str, verdict: Verdict, *, detail: FeedbackDetail
+    ) -> str:
+        """Say what the checker found; an empty text when there is nothing to say."""
+        ...
+
+
+@runtime_checkable
+class SteppedTask(Protocol):
+    """What a task may offer: where the steps of a response lie, its checker judging each of them.
+
+    A task with this gives `Verdict.first_wrong_step` and `Verdict.wrong_span`.
+    """
+
+    def step_spans(self, response: str) -> list[tuple[int, int]]:
+        """Return the character span (start, stop) of each step, in order, the answer included."""
+        ...
+
+
+def build_task(config: TaskConfig) -> Task:
+    """Build the configured task.
+
+    Raises:
+        TaskError: its problems cannot be read, or a package is missing.
+    """
+    match config.name:
+        case "arithmetic":
+            from selfdistill.tasks.arithmetic import ArithmeticTask
+
+            return ArithmeticTask(
+                step_counts=config.step_counts, reference_dialect=config.reference_dialect
+            )
+        case "jsonl" | "hub":
+            from selfdistill.tasks.dataset import load_dataset_task
+
+            return load_dataset_task(config)
+
+
+def training_problems(task: Task, *, count: int, seed: int) -> list[Problem]:
+    """Return what a run trains on, in order: whole epochs, each in an order of its own.
+
+    A longer run starts with the problems of a shorter one.
+
+    Raises:
+        TaskError: the task has no training problems.
+    """
+    size = task.size("train")
+    if size is None:
+        return task.problems(split="train", count=count, seed=seed)
+    if size == 0:
+        raise TaskError(f"the {task.name} task has no train problems: give task.splits.train")
+    problems: list[Problem] = []
+    for epoch in range(-(-count // size)):
+        problems += task.problems(split="train", count=size, seed=seed + (epoch << 32))
+    return problems[:count]

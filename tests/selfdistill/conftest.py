@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from selfdistill.layout import PromptGroup
@@ -44,6 +46,12 @@ def _config(family: str) -> PreTrainedConfig:
             return LlamaConfig(**_COMMON, tie_word_embeddings=False)
         case "mistral":
             return MistralConfig(**_COMMON, sliding_window=5)
+        case "qwen3_moe":
+            return Qwen3MoeConfig(
+                **_COMMON, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24
+            )
+        case "gpt_neox":
+            return GPTNeoXConfig(**{k: v for k, v in _COMMON.items() if k != "head_dim"})
         case "gemma3":
             layers = ["sliding_attention", "full_attention", "sliding_attention"]
             return Gemma3TextConfig(

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from selfdistill.analysis import analyze, erroneous_attempts, token_span
+from selfdistill.analysis import analyze, erroneous_attempts
 from selfdistill.config import Config
 from selfdistill.context import ContextRenderer, TeacherContext
 from selfdistill.evaluate import Attempts, judge
@@ -15,6 +15,7 @@ from selfdistill.methods.loss import Loss, lm_head
 from selfdistill.rollout import Rollout
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.solver import Solver
+from selfdistill.spans import token_span
 from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.teacher import LiveTeacher
 from selfdistill.train import build_teacher

@@ -164,10 +164,14 @@ class AnswersOnly:
     """A task whose checker knows no steps."""
 
     name = "answers"
+    instruction = ""
 
     def __init__(self, solved: Callable[[str], bool]) -> None:
         self.steps = ArithmeticTask(step_counts=(2,))
         self.solved = solved
+
+    def size(self, split: str) -> int | None:
+        return 3
 
     def problems(self, *, split: str, count: int, seed: int = 0) -> list[Problem]:
         return self.steps.problems(split=split, count=count, seed=seed)
@@ -201,7 +205,7 @@ def make_solver(
         Config(model="unused", output_dir=Path("unused")),
         model,
         tokenizer,
-        AnswersOnly(solved),  # type: ignore[arg-type]
+        AnswersOnly(solved),
         ReferenceEngine([7, 8, 9, tokenizer.eos_token_id], tokenizer),  # type: ignore[arg-type]
         ContextRenderer(tokenizer),
     )
@@ -214,7 +218,7 @@ def test_problems_are_gone_through_again_until_enough_went_wrong(
     solver = make_solver(make_model(), tokenizer, lambda problem: problem != ids[1])
     seen: list[int] = []
     draw = draw_attempts(
-        solver, split="test", attempts=2, problems=3, samples=1, seed=5, progress=seen.append
+        solver, split="test", attempts=2, problems=9, samples=1, seed=5, progress=seen.append
     )
     assert [group.problem.id for group in draw.attempts] == ids * 2
     assert draw.wrong == [(1, 0), (4, 0)]
@@ -236,10 +240,11 @@ def test_without_known_steps_the_analysis_says_what_it_cannot_show(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     load = selfdistill.analyze.load_solver
+    known = ArithmeticTask(step_counts=(2,)).problems(split="test", count=1)[0].id
 
     def without_steps(*arguments: object) -> Solver:
         solver = load(*arguments)  # type: ignore[arg-type]
-        return replace(solver, task=AnswersOnly(lambda problem: problem < "arithmetic-8"))  # type: ignore[arg-type]
+        return replace(solver, task=AnswersOnly(lambda problem: problem == known))
 
     monkeypatch.setattr(selfdistill.analyze, "load_solver", without_steps)
     analysis = analyze_run(finished, methods="refsol", attempts=3, problems=6, console=QUIET)

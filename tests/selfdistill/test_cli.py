@@ -11,6 +11,7 @@ import selfdistill.train
 from selfdistill import cli
 from selfdistill.config import load_config
 from selfdistill.evaluate import Evaluation
+from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.train import TrainResult
 
 YAML = """
@@ -176,3 +177,45 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert "backend native" in printed
     monkeypatch.setattr("selfdistill_kernels.doctor.run", lambda **options: 1)
     assert run(monkeypatch, "doctor", "--gpu") == 1
+
+
+def test_a_dry_run_trains_nothing(
+    solver_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(monkeypatch, "train", write_config(tmp_path, solver_dir), "--dry-run") == 0
+    assert "[shared prefix, " in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_filter_writes_a_file_and_a_table(
+    solver_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = write_config(tmp_path, solver_dir)
+    config.write_text(config.read_text().replace("refsol", "stepalign"))
+    options = ["--output", tmp_path / "hard.jsonl", "--samples", "2", "--problems", "2"]
+    assert run(monkeypatch, "filter", config, *options, "--split", "dev", "--below", "1/2") == 0
+    out = capsys.readouterr().out
+    assert "2 problems: 2 kept, 0 too easy" in out
+    assert len((tmp_path / "hard.jsonl").read_text().splitlines()) == 2
+    assert run(monkeypatch, "filter", config, *options, "--below", "half") == 2
+    assert run(monkeypatch, "filter", config, *options, "--below", "1/4") == 1
+    assert "another below, split" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_yaml_file_is_evaluated_before_training(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = tmp_path / "result.json"
+    options = ["--problems", "2", "--samples", "1", "--output", report]
+    config = write_config(tmp_path, solver_dir)
+    assert run(monkeypatch, "evaluate", config, *options) == 0
+    task = ArithmeticTask(step_counts=(1,))  # the file's, not the default
+    ids = [problem.id for problem in task.problems(split="test", count=2)]
+    scores = Evaluation.from_json(report.read_text()).problems
+    assert [score.problem_id for score in scores] == ids

@@ -62,6 +62,10 @@ def test_a_model_folder_is_found_next_to_the_file(tmp_path: Path) -> None:
     assert load_config(path).model == "Qwen/Qwen3-1.7B"
 
 
+JSONL = {"name": "jsonl", "splits": {"all": "problems.jsonl"}}
+GRPO = {"name": "grpo"}
+
+
 @pytest.mark.parametrize(
     ("change", "where"),
     [
@@ -75,6 +79,12 @@ def test_a_model_folder_is_found_next_to_the_file(tmp_path: Path) -> None:
         ({"method": {"name": "refsol", "teacher": {"name": "wise"}}}, "refsol.teacher"),
         ({"rollout": {"engine": {"name": "guess"}}}, "rollout.engine.name"),
         ({"steps": 0}, "steps"),
+        (with_loss(objective={"name": "skew_kl", "beta": 1}), "skew_kl.beta"),
+        (with_loss(top_k={"tail": False}), "top_k.k"),
+        (with_loss(advantage_mask={"top_fraction": 0}), "advantage_mask.top_fraction"),
+        ({"method": {"name": "peer", "group_size": 1}}, "peer.group_size"),
+        ({"method": {"name": "environment", "detail": "all"}}, "environment.detail"),
+        ({"method": {"name": "stepalign", "critic": {"copying": "much"}}}, "critic.copying"),
         ({"method": {"name": "grpo", "teacher": {"name": "base"}}}, "grpo.teacher"),
         ({"method": {"name": "grpo", "loss": {}}}, "grpo.loss"),
         ({"method": {"name": "grpo", "group_size": 1}}, "grpo.group_size"),
@@ -86,6 +96,13 @@ def test_what_means_nothing_cannot_be_written(change: dict[str, Any], where: str
         Config.model_validate({"model": "m", "output_dir": "o", **change})
     places = [".".join(map(str, error["loc"])) for error in caught.value.errors()]
     assert any(place.endswith(where) for place in places), places
+
+
+def test_importance_weights_compare_like_with_like() -> None:
+    settings: dict[str, Any] = {"model": "m", "output_dir": "o", "rollout": {"temperature": 1.1}}
+    with pytest.raises(ValidationError, match=r"loss\.temperature to rollout\.temperature"):
+        Config.model_validate({**settings, **with_loss(importance_clip=2.0)})
+    Config.model_validate({**settings, **with_loss(importance_clip=2.0, temperature=1.1)})
 
 
 def test_settings_cannot_change_during_a_run() -> None:
@@ -127,3 +144,49 @@ def test_every_setting_says_what_it_does() -> None:
     assert {"GeneralizedJSD", "AdvantageMaskConfig", "StepAlignMethod"} <= {
         section.__name__ for section in sections(Config)
     }
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({}, "at least one of train, dev and test"),
+        ({"train": "a", "all": "b"}, "Extra inputs"),
+        ({"all": "a", "shares": {"train": 0.9, "dev": 0.2, "test": 0}}, "must sum to 1, got 1.1"),
+    ],
+)
+def test_splits_that_mean_nothing_are_refused(splits: dict[str, Any], message: str) -> None:
+    task = {"name": "jsonl", "splits": splits}
+    with pytest.raises(ValidationError, match=message):
+        Config.model_validate({"model": "m", "output_dir": "o", "task": task, "method": GRPO})
+
+
+def test_the_scribe_is_refused_by_name_for_other_tasks(tmp_path: Path) -> None:
+    text = "model: m\noutput_dir: o\ntask: {name: jsonl, splits: {all: a.jsonl}}\n"
+    with pytest.raises(
+        ConfigError, match=r"method\.critic: the scribe .* the task is jsonl"
+    ) as got:
+        load_config(write(tmp_path, text))
+    assert "got {" not in str(got.value)  # the whole configuration says nothing
+    load_config(write(tmp_path, text + "method: {name: grpo}\n"))
+
+
+def test_refsol_asks_for_references(tmp_path: Path) -> None:
+    text = "model: m\noutput_dir: o\nmethod: {name: refsol}\n"
+    task = "task: {{name: hub, path: d, splits: {{all: train}}{}}}\n"
+    with pytest.raises(ConfigError, match=r"task\.reference: refsol shows .* of the hub data"):
+        load_config(write(tmp_path, text + task.format("")))
+    load_config(write(tmp_path, text + task.format(", reference: solution")))
+
+
+def test_files_of_a_task_are_found_next_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    text = "model: m\noutput_dir: o\nmethod: {name: grpo}\n"
+    for splits, name in [("{all: a.jsonl}", "all"), ("{train: a.jsonl, test: b.jsonl}", "train")]:
+        path = write(tmp_path, f"{text}task: {{name: jsonl, splits: {splits}}}\n")
+        task = load_config(path).task
+        assert task.name == "jsonl"
+        assert getattr(task.splits, name) == str(tmp_path / "a.jsonl")
+    assert task.splits.test == "b.jsonl"  # type: ignore[union-attr]
+    config = load_config(path)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config

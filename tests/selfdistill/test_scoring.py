@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import pytest
 import torch
+from padded_step import forward_kl, gradients, make_step, padded_two_pass, step_errors
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
-from selfdistill import attention, scoring
-from selfdistill.attention import PrefixStash
+from selfdistill import scoring
+from selfdistill.attention import PrefixStash, loop
 from selfdistill.layout import PromptGroup
 from selfdistill.scoring import score
 from selfdistill.teacher import BaseTeacher, LiveTeacher, Teacher
@@ -20,93 +19,6 @@ from selfdistill.teacher import BaseTeacher, LiveTeacher, Teacher
 ModelFactory = Callable[..., PreTrainedModel]
 
 TOLERANCE = 5e-6
-
-
-def padded_hidden(
-    model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]
-) -> torch.Tensor:
-    """Hidden states that predict each completion token, [T, H]: one padded row per rollout."""
-    rows = [p + c for p, c in zip(prompts, completions, strict=True)]
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    hidden = base.get_decoder()(
-        input_ids=ids, attention_mask=mask, use_cache=False
-    ).last_hidden_state
-    return torch.cat(
-        [
-            hidden[i, len(p) - 1 : len(p) + len(c) - 1]
-            for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
-        ]
-    )
-
-
-def padded_two_pass(
-    student: PreTrainedModel, teacher: PreTrainedModel, groups: list[PromptGroup]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The usual step: every rollout a padded row of its own, for student and for teacher."""
-    completions = [c for g in groups for c in g.completions]
-    student_prompts = [g.student_prompt for g in groups for _ in g.completions]
-    teacher_prompts = [t for g in groups for t in g.teacher_prompts]
-    student_hidden = padded_hidden(student, student_prompts, completions)
-    with torch.no_grad():
-        teacher_hidden = padded_hidden(teacher, teacher_prompts, completions)
-    return student_hidden, teacher_hidden
-
-
-def forward_kl(
-    student: PreTrainedModel, student_hidden: torch.Tensor, teacher_hidden: torch.Tensor
-) -> torch.Tensor:
-    weight = student.get_output_embeddings().weight
-    student_logprobs = log_softmax(student_hidden @ weight.T, dim=-1)
-    teacher_logprobs = log_softmax(teacher_hidden @ weight.detach().T, dim=-1)
-    return kl_div(student_logprobs, teacher_logprobs, log_target=True, reduction="batchmean")
-
-
-def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def worst_relative_error(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Largest over the entries of max |difference| / max |expected|."""
-    assert got.keys() == expected.keys()
-    return max(
-        ((got[name] - expected[name]).abs().max() / expected[name].abs().max()).item()
-        for name in expected
-    )
-
-
-def step_errors(
-    student: PreTrainedModel,
-    teacher: Teacher,
-    reference: tuple[PreTrainedModel, PreTrainedModel],
-    groups: list[PromptGroup],
-) -> tuple[float, float]:
-    """Relative errors of hidden states and of gradients of one prefix-shared step."""
-    expected = padded_two_pass(*reference, groups)
-    forward_kl(reference[0], *expected).backward()
-    scored = score(student, teacher, groups)
-    forward_kl(student, scored.student_hidden, scored.teacher_hidden).backward()
-    values = {"student": scored.student_hidden, "teacher": scored.teacher_hidden}
-    return (
-        worst_relative_error(values, dict(zip(values, expected, strict=True))),
-        worst_relative_error(gradients(student), gradients(reference[0])),
-    )
-
-
-def make_step(
-    tiny_model: ModelFactory, family: str, teacher: str
-) -> tuple[PreTrainedModel, Teacher, tuple[PreTrainedModel, PreTrainedModel]]:
-    """Return the student, its teacher, and the models of the padded reference step."""
-    student, reference = tiny_model(family), tiny_model(family)
-    if teacher == "live":
-        return student, LiveTeacher(), (reference, reference)
-    base = tiny_model(family, seed=1)
-    return student, BaseTeacher(copy.deepcopy(base)), (reference, base)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:None of the inputs")
@@ -130,6 +42,15 @@ def test_gradients_equal_a_padded_two_pass_step(
 @pytest.mark.parametrize("teacher", ["live", "base"])
 @pytest.mark.parametrize("family", ["gemma3", "mistral"])
 def test_sliding_windows_are_exact(
+    tiny_model: ModelFactory, ragged_groups: list[PromptGroup], family: str, teacher: str
+) -> None:
+    student, strategy, reference = make_step(tiny_model, family, teacher)
+    assert max(step_errors(student, strategy, reference, ragged_groups)) < TOLERANCE
+
+
+@pytest.mark.parametrize("teacher", ["live", "base"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_neox"])
+def test_mixtures_of_experts_and_partial_rotary_embeddings_are_exact(
     tiny_model: ModelFactory, ragged_groups: list[PromptGroup], family: str, teacher: str
 ) -> None:
     student, strategy, reference = make_step(tiny_model, family, teacher)
@@ -174,16 +95,16 @@ def test_adapters_are_exact(
 def test_a_detached_prefix_fails(
     tiny_model: ModelFactory, ragged_groups: list[PromptGroup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gather = attention._Batch._gather
+    gather = loop._Batch._gather
 
     def detach_what_comes_before(
-        batch: attention._Batch, states: torch.Tensor, index: torch.Tensor
+        batch: loop._Batch, states: torch.Tensor, index: torch.Tensor
     ) -> torch.Tensor:
         gathered = gather(batch, states, index)
         before = gathered.shape[2] - batch.query_position.shape[1]  # the prefix keys of a branch
         return torch.cat([gathered[:, :, :before].detach(), gathered[:, :, before:]], dim=2)
 
-    monkeypatch.setattr(attention._Batch, "_gather", detach_what_comes_before)
+    monkeypatch.setattr(loop._Batch, "_gather", detach_what_comes_before)
     student, strategy, reference = make_step(tiny_model, "llama", "live")
     value_error, gradient_error = step_errors(student, strategy, reference, ragged_groups)
     assert value_error < TOLERANCE  # nobody sees it in the log-probs

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from selfdistill.tasks import Problem, Verdict
+from selfdistill.tasks import FeedbackDetail, Problem, Verdict
 from selfdistill.tasks.arithmetic.traces import (
     ANSWER_TAG,
     DIALECTS,
@@ -65,6 +65,7 @@ class ArithmeticTask:
     """
 
     name = "arithmetic"
+    instruction = ""
 
     def __init__(
         self, *, step_counts: Sequence[int] = (4, 5, 6), reference_dialect: int = 0
@@ -80,6 +81,9 @@ class ArithmeticTask:
             )
         self.step_counts = tuple(step_counts)
         self.reference_dialect = reference_dialect
+
+    def size(self, split: str) -> None:
+        """There are far more problems than a run can use."""
 
     def problems(self, *, split: str, count: int, seed: int = 0) -> list[Problem]:
         """Return `count` distinct problems of a split; the same arguments give the same problems.
@@ -168,6 +172,25 @@ class ArithmeticTask:
             return (0, 0, 0) if nearest is None else wordings[nearest]
 
         return _write(read_question(problem.question), first, wording)
+
+    def step_spans(self, response: str) -> list[tuple[int, int]]:
+        """Return the character spans of a response's pieces: steps, answer, text before them."""
+        return [(segment.start, segment.stop) for segment in split_trace(response)]
+
+    def feedback(
+        self, problem: Problem, response: str, verdict: Verdict, *, detail: FeedbackDetail
+    ) -> str:
+        """Say in the solver's vocabulary what is wrong: `<step_2> is wrong <answer> 17 is wrong`.
+
+        A missing answer is a wrong one.
+        """
+        said = []
+        if detail == "step" and verdict.first_wrong_step is not None:
+            at_answer = verdict.first_wrong_step > len(read_question(problem.question).operations)
+            tag = ANSWER_TAG if at_answer else f"<step_{verdict.first_wrong_step}>"
+            said.append(f"{tag} is wrong")
+        answer = ANSWER_TAG if verdict.answer is None else f"{ANSWER_TAG} {verdict.answer}"
+        return " ".join([*said, f"{answer} is {'right' if verdict.correct else 'wrong'}"])
 
 
 def _write(question: Question, first: int, wording: Callable[[int], Wording]) -> list[str]:

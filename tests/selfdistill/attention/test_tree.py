@@ -5,32 +5,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
-    Gemma2Config,
-    GptOssConfig,
-    LlamaConfig,
-    MambaConfig,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 
-import selfdistill.attention as attention
 from selfdistill.attention import (
     IMPLEMENTATION,
     PrefixStash,
     PrefixTree,
-    UnsupportedModelError,
-    check_model_supports_prefix_sharing,
     enable_prefix_sharing,
+    loop,
     run_packed_row,
 )
+from selfdistill.attention import model as attention_model
 from selfdistill.layout import PromptGroup, pack_groups
 
 ModelFactory = Callable[..., PreTrainedModel]
-TINY = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -54,8 +45,8 @@ def test_batching_never_changes_the_result(
         return hidden.detach(), model.get_input_embeddings().weight.grad.clone()
 
     expected = run()
-    monkeypatch.setattr(attention, "_CALL_COST_PAIRS", call_cost)
-    monkeypatch.setattr(attention, "_MAX_BATCH_PAIRS", max_pairs)
+    monkeypatch.setattr(loop, "_CALL_COST_PAIRS", call_cost)
+    monkeypatch.setattr(loop, "_MAX_BATCH_PAIRS", max_pairs)
     for got, reference in zip(run(), expected, strict=True):
         assert (got - reference).abs().max() <= 2e-6 * reference.abs().max()
 
@@ -64,7 +55,7 @@ def test_batches_follow_the_cost() -> None:
     def num_batches(*lengths: int) -> int:
         group = PromptGroup([1] * 20, [[1] * 20] * len(lengths), [[2] * n for n in lengths])
         row = pack_groups([group], share_student_prefix=False).student
-        return len(PrefixTree(row, device=torch.device("cpu"))._batches)
+        return len(PrefixTree(row, device=torch.device("cpu"))._backend._batches)
 
     assert num_batches(*[30] * 16) == 2  # the prompt, and all branches at once
     assert num_batches(30, 28, 31, 5) == 2  # a little padding is cheaper than a call
@@ -103,7 +94,7 @@ def test_another_attention_is_never_silently_used(
     with pytest.raises(ValueError, match="call enable_prefix_sharing"):
         run_packed_row(model, row)
     # Were the check passed by, the result would be NaN and not a wrong number.
-    monkeypatch.setattr(attention, "IMPLEMENTATION", "sdpa")
+    monkeypatch.setattr(attention_model, "IMPLEMENTATION", "sdpa")
     assert run_packed_row(model, row).isnan().all()
 
 
@@ -132,52 +123,3 @@ def test_stash_copies_detached_and_closes() -> None:
     assert len(stash) == 1
     stash.free()
     assert len(stash) == 0
-
-
-def test_a_layer_that_mixes_tokens_is_measured(tiny_model: ModelFactory) -> None:
-    model = tiny_model("llama")
-
-    def mix(module: torch.nn.Module, args: object, out: torch.Tensor) -> torch.Tensor:
-        return out + 0.1 * out.roll(1, dims=1)  # a convolution over the row, as some families have
-
-    model.model.layers[1].mlp.register_forward_hook(mix)
-    with pytest.raises(UnsupportedModelError, match="some layer mixes tokens"):
-        check_model_supports_prefix_sharing(model)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3"])
-def test_supported_families(tiny_model: ModelFactory, family: str) -> None:
-    model = tiny_model(family)
-    check_model_supports_prefix_sharing(model)
-    assert model.config._attn_implementation == "sdpa"  # a check changes nothing
-
-
-def test_a_peft_model_is_supported(tiny_model: ModelFactory) -> None:
-    student = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules="all-linear"))
-    enable_prefix_sharing(student)
-    assert student.get_base_model().config._attn_implementation == IMPLEMENTATION
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1), "MambaForCausalLM"),
-        (Gemma2Config(**TINY, **HEADS), "attn_logit_softcapping is 50.0"),
-        (
-            LlamaConfig(**TINY, **HEADS, rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
-            "rope_type 'dynamic'",
-        ),
-        (
-            GptOssConfig(**TINY, **HEADS, num_local_experts=2, num_experts_per_tok=1),
-            "passes s_aux",
-        ),
-    ],
-    ids=lambda value: getattr(value, "model_type", ""),
-)
-def test_families_that_cannot_share_say_so(config: PreTrainedConfig, message: str) -> None:
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    with pytest.raises(UnsupportedModelError, match=message):
-        check_model_supports_prefix_sharing(model)
-    with pytest.raises(UnsupportedModelError, match=message):
-        enable_prefix_sharing(model)
-    assert model.config._attn_implementation == "eager"

@@ -1,0 +1,246 @@
+"""selfdistill train --dry-run: prompts, memory and time of a run, without its weights."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from selfdistill.config import Config
+from selfdistill.context import ContextKind, TeacherContext
+from selfdistill.layout import common_prefix_length
+from selfdistill.planning import (
+    ROLLOUT_RATE,
+    ModelShape,
+    StepShape,
+    Weights,
+    loss_plan,
+    plan_flops,
+    plan_memory,
+    time_shares,
+)
+from selfdistill.solver import build_renderer
+from selfdistill.tasks import Problem, build_task, training_problems
+
+# Problems whose prompts are measured.
+MEASURED = 64
+GIBIBYTE = float(1 << 30)
+NO_REFERENCE = "(what the teacher is shown beside the question stands here)"
+
+
+class ModelNotFoundError(OSError):
+    """A model that is neither a local folder nor to be had from the Hub."""
+
+
+def dry_run(config: Config, console: Console) -> None:
+    """Print one student and one teacher prompt, the planned memory and the planned time.
+
+    Args:
+        config: the run; its task is read, of its model only the tokenizer and the config.
+        console: where to print; without colours, marks in the text say what is shared.
+
+    Raises:
+        ModelNotFoundError: the tokenizer or the model's config cannot be had.
+        TaskError: the problems cannot be read.
+    """
+    tokenizer, model_config = load_without_weights(config.model)
+    task = build_task(config.task)
+    renderer = build_renderer(config, tokenizer, task, model_config)
+    size = task.size("train")
+    count = config.steps * config.prompts_per_step
+    problems = training_problems(
+        task, count=min(count, MEASURED, size or MEASURED), seed=config.seed
+    )
+    students = [renderer.student_prompt(problem) for problem in problems]
+    contexts = [stand_in(config, problem) for problem in problems]
+    teachers = [
+        student if context is None else renderer.teacher_prompt(problem, context)
+        for student, problem, context in zip(students, problems, contexts, strict=True)
+    ]
+
+    show = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    show(
+        f"{config.model}: {config.method.name} on the {task.name} task"
+        + (f", {size} training problems" if size is not None else "")
+        + f"; {config.steps} steps of {config.prompts_per_step} problems x "
+        f"{config.method.group_size} rollouts"
+        + ("" if size is None else f", {count / size:.1f} epochs")
+    )
+    student_text, teacher_text = show_prompts(tokenizer, students[0], teachers[0])
+    show(student_text)
+    if contexts[0] is None:
+        show(f"{config.method.name} shows nobody more than the student sees.")
+    else:
+        show(teacher_text)
+        if not problems[0].reference:
+            show("The data has no reference solutions: a line in brackets stands for them.")
+        elif config.method.name != "refsol":
+            show("The reference stands for what is written once there are rollouts.")
+
+    room = config.rollout.max_new_tokens
+    too_long = sum(not renderer.leaves_room(p, max_new_tokens=room) for p in problems)
+    show(
+        f"\nOf {len(problems)} training problems the student prompt has "
+        f"{statistics.mean(map(len, students)):.0f} tokens on average, {max(map(len, students))} "
+        f"at most; {too_long} leave no room for {room} new tokens (prompt.too_long: "
+        f"{config.prompt.too_long}).\n"
+    )
+    context = statistics.mean(
+        len(teacher) - len(student) for student, teacher in zip(students, teachers, strict=True)
+    )
+    # A critique is the attempt, written again.
+    step = step_shape(
+        config,
+        prompt=round(statistics.mean(map(len, students))),
+        context=room if config.method.name == "stepalign" else max(0, round(context)),
+    )
+    model = ModelShape.of(model_config)
+    teacher = config.method.teacher
+    weights = Weights(teacher=None if teacher is None else teacher.name)
+    console.print(memory_table(model, step, weights))
+    console.print(time_table(config, model, step, weights))
+
+
+def load_without_weights(name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
+    """Load a model's tokenizer and config.
+
+    Raises:
+        ModelNotFoundError: says what is missing and how to get it.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        if Path(name).is_dir():
+            files = ", ".join(sorted(path.name for path in Path(name).iterdir())) or "nothing"
+            raise ModelNotFoundError(
+                f"model: the folder {name} holds no whole model (config.json and a tokenizer are "
+                f"needed for a dry run, model.safetensors for training); it holds {files}: {error}"
+            ) from error
+        raise ModelNotFoundError(
+            f"model: {name!r} is no local folder, and its tokenizer and config are neither in the "
+            "cache nor to be had from the Hub. Where there is a network, run\n"
+            f"  hf download {name} --local-dir FOLDER\n"
+            "(for a dry run alone add --include '*.json' '*.txt' '*.jinja'), copy FOLDER here and "
+            f"set model: FOLDER. transformers said: {error}"
+        ) from error
+
+
+def stand_in(config: Config, problem: Problem) -> TeacherContext | None:
+    """Return a context of the run's kind before there is any rollout: the reference solution.
+
+    None: the method has no context.
+    """
+    if config.method.name == "grpo":
+        return None
+    kind: ContextKind = "reference" if config.method.name == "refsol" else "critique"
+    return TeacherContext(kind, problem.reference or NO_REFERENCE)
+
+
+def show_prompts(
+    tokenizer: PreTrainedTokenizerBase, student: list[int], teacher: list[int]
+) -> list[Text]:
+    """Return both prompts, what their tokens share in green and between marks."""
+    shared = common_prefix_length([student, teacher])
+    texts = []
+    for role, prompt in (("student", student), ("teacher", teacher)):
+        text = Text()
+        text.append(f"\n{role} prompt, {len(prompt)} tokens\n", style="bold")
+        text.append(f"[shared prefix, {shared} tokens]", style="bold green")
+        text.append(str(tokenizer.decode(prompt[:shared])), style="green")
+        text.append(f"[{role} only, {len(prompt) - shared} tokens]", style="bold yellow")
+        text.append(str(tokenizer.decode(prompt[shared:])))
+        text.append("[completion]", style="bold")
+        texts.append(text)
+    return texts
+
+
+def step_shape(config: Config, *, prompt: int, context: int) -> StepShape:
+    """Return the tokens of a step of this run, every completion at its full length."""
+    completion = config.rollout.max_new_tokens
+    group = prompt + config.method.group_size * completion
+    return StepShape(
+        prompts=config.prompts_per_step,
+        group_size=config.method.group_size,
+        prompt=prompt,
+        context=context,
+        completion=completion,
+        tokens_per_pass=config.prompts_per_microbatch * group,
+        rollout_rows=config.rollout.engine.batch_size,
+    )
+
+
+def memory_table(model: ModelShape, step: StepShape, weights: Weights) -> Table:
+    """Return every term and the sum."""
+    terms = plan_memory(model, step, weights)
+    table = _table(
+        "Planned memory (estimate; formulas in selfdistill/planning.py)", "term", "GiB", "what"
+    )
+    tokens = min(step.tokens_per_pass, step.student_tokens)
+    adapters = f", {model.adapters:,} of adapters" if model.adapters else ""
+    notes = {
+        "weights": f"{model.parameters:,} parameters{adapters}, {weights.itemsize} bytes each",
+        "gradients": f"{model.trained:,} trained parameters, float32",
+        "activations": f"{tokens:,} packed tokens a pass"
+        + (", recomputed" if weights.checkpointing else ""),
+        "rollout cache": f"{min(step.rollout_rows, step.rollouts)} rows of "
+        f"{step.prompt + step.completion} tokens"
+        if step.engine_bytes is None
+        else "as configured",
+        "loss workspace": loss_plan(model, step, weights).describe(),
+    }
+    for name, size in terms.items():
+        table.add_row(name, f"{size / GIBIBYTE:.2f}", notes.get(name, ""))
+    table.add_section()
+    total = sum(terms.values()) / GIBIBYTE
+    table.add_row("together", f"{total:.2f}", f"plan for {1.2 * total:.1f}: allocators need slack")
+    return table
+
+
+def time_table(config: Config, model: ModelShape, step: StepShape, weights: Weights) -> Table:
+    """Return the FLOPs and the share of each phase."""
+    flops = plan_flops(model, step, weights)
+    shares = time_shares(flops)
+    table = _table(
+        f"Planned time of a step (estimate: completions of full length, a context of "
+        f"{step.context} tokens,\nsampling at {ROLLOUT_RATE:g} of the rate of a forward pass)",
+        "phase",
+        "TFLOP",
+        "share",
+        "tokens",
+    )
+    borrows = weights.teacher == "live"
+    tokens = {
+        "rollout": step.student_tokens,
+        "student forward": step.student_tokens,
+        "student backward": step.student_tokens,
+        "teacher forward": step.teacher_tokens(borrows=borrows),
+        "loss": step.completion_tokens,
+    }
+    for name, amount in flops.items():
+        table.add_row(
+            name, f"{amount / 1e12:.3g}", f"{100 * shares[name]:.0f} %", f"{tokens[name]:,}"
+        )
+        if name == "rollout" and config.method.name == "stepalign":
+            table.add_row("critique", "-", *critique_cost(config, step))
+    return table
+
+
+def critique_cost(config: Config, step: StepShape) -> Sequence[str]:
+    """Return share and tokens of the critique, in words where another model writes it."""
+    if config.method.name == "stepalign" and config.method.critic.name == "scribe":
+        return "0 %", "a program writes it"
+    read = step.rollouts * (step.prompt + step.completion)
+    return "not counted", f"{read:,} to read, {step.completion_tokens:,} or more to write"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="right" if name in ("GiB", "TFLOP", "share") else "left")
+    return table

@@ -1,0 +1,137 @@
+"""The step format of arXiv 2606.11173: what asks for it, and what reads it.
+
+    <step_1> ... <step_2> ... <answer> 42
+
+Closing tags (`</step_1>`, `</answer>`) are allowed and never needed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+STEP_INSTRUCTION = (
+    "Solve this step by step. Start each step with its tag, <step_1>, <step_2> and so on, and end "
+    "with the tag <answer> followed by the final answer alone."
+)
+
+_TAG = re.compile(r"<(?:step_(?P<number>\d{1,4})|answer)>")
+_BOXED = r"\boxed{"
+
+
+@dataclass(frozen=True)
+class StepSpan:
+    """One step of a response.
+
+    Attributes:
+        number: as the tag says; None for the answer.
+        start, stop: characters of the response, the step's own tag included.
+    """
+
+    number: int | None
+    start: int
+    stop: int
+
+
+def split_steps(text: str) -> list[StepSpan]:
+    """Return the steps of a response in the order of the text; a step ends where the next begins.
+
+    What stands before the first tag belongs to no step.
+    """
+    tags = list(_TAG.finditer(text))
+    stops = [tag.start() for tag in tags[1:]] + [len(text)]
+    return [
+        StepSpan(int(tag["number"]) if tag["number"] else None, tag.start(), stop)
+        for tag, stop in zip(tags, stops, strict=False)  # one stop too many without any tag
+    ]
+
+
+def follows_format(text: str) -> bool:
+    """True when a response consists of the steps 1, 2, ..., N (N at least 1) and one answer."""
+    steps = split_steps(text)
+    numbers = [step.number for step in steps]
+    return (
+        len(steps) >= 2
+        and not text[: steps[0].start].strip()
+        and numbers == [*range(1, len(steps)), None]
+    )
+
+
+def read_answer(text: str) -> str | None:
+    r"""Return the final answer: the line after the last <answer>, else the last \boxed{...}.
+
+    None when there is neither, or nothing in it.
+    """
+    _, tag, rest = text.rpartition("<answer>")
+    if tag:
+        lines = rest.split("</answer>")[0].strip().splitlines()
+        return lines[0].strip() if lines else None
+    return read_boxed(text)
+
+
+def read_boxed(text: str) -> str | None:
+    r"""Return what stands in the last whole \boxed{...}, or None."""
+    start = text.rfind(_BOXED)
+    if start < 0:
+        return None
+    depth = 1
+    begin = start + len(_BOXED)
+    for i, character in enumerate(text[begin:], start=begin):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return text[begin:i].strip() or None
+    return None
+
+
+def token_step_ids(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[int]:
+    """Return the step of each token of a completion.
+
+    Args:
+        tokenizer: that sampled the completion.
+        token_ids: of the completion, with or without its end-of-sequence token.
+
+    Returns:
+        For each token the index into `split_steps` of its text (0, 1, ..., the answer counts as a
+        step), -1 before the first step and for special tokens. A token that spans two steps counts
+        as the one in which it ends.
+    """
+    text = tokenizer.decode(token_ids, skip_special_tokens=True)
+    steps = split_steps(text)
+    ids = []
+    begin = 0
+    for end in token_ends(tokenizer, token_ids):
+        inside = [i for i, step in enumerate(steps) if step.start < end <= step.stop]
+        ids.append(inside[0] if inside and end > begin else -1)
+        begin = end
+    return ids
+
+
+def token_ends(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[int]:
+    """Return for each token how long the text is up to and including it, in characters.
+
+    The text is the completion decoded without special tokens. Bytes of an unfinished character
+    count from the token that finishes it.
+    """
+
+    def text(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    # A token's text depends on its neighbours (spaces, bytes), so it is decoded together with the
+    # tokens before it, back to where characters were last whole: linear in the tokens.
+    ends: list[int] = []
+    known = first = last = 0
+    for i in range(1, len(token_ids) + 1):
+        longer = text(token_ids[first:i])
+        if not longer.endswith("\N{REPLACEMENT CHARACTER}"):
+            known += len(longer) - len(text(token_ids[first:last]))
+            first, last = last, i
+        ends.append(known)
+    if known == len(text(token_ids)):
+        return ends
+    # A tokenizer that cleans up spaces across tokens, or text that ends within a character.
+    return [len(text(token_ids[:i])) for i in range(1, len(token_ids) + 1)]
