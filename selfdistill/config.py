@@ -26,6 +26,9 @@ class Section(BaseModel):
     )
 
 
+Rate = Annotated[float, Field(ge=0, le=1)]
+
+
 class ArithmeticTask(Section):
     """Chained arithmetic with an exact checker (embedded, needs no download)."""
 
@@ -36,6 +39,8 @@ class ArithmeticTask(Section):
     """The numbers of operations that a question may have."""
     reference_dialect: int = Field(default=0, ge=0, le=5)
     """The wording of the reference solutions; 0 is the shipped solver's usual one."""
+    predicted_success: tuple[Rate, Rate] | None = None
+    """Only questions that the shipped solver is predicted to solve at a rate in [first, second)."""
 
 
 class ForwardKL(Section):

@@ -74,7 +74,9 @@ def load_solver(config: Config, weights: str | Path | None = None) -> Solver:
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device).eval()
     task = ArithmeticTask(
-        step_counts=config.task.step_counts, reference_dialect=config.task.reference_dialect
+        step_counts=config.task.step_counts,
+        reference_dialect=config.task.reference_dialect,
+        predicted_success=config.task.predicted_success,
     )
     return Solver(
         config,

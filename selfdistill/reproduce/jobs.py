@@ -1,0 +1,238 @@
+"""How one job runs: everything lands in its folder, and `result.json` says that it is done.
+
+    NAME/config.yaml, metrics.jsonl, evaluations.jsonl, checkpoints/     a normal training run
+    NAME/held_out.json                                                   test problems
+    NAME/records.json                                                    of a TokenScores job
+    NAME/result.json                                                     written last
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from io import StringIO
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from selfdistill.analysis import TokenAnalysis, analyze, erroneous_attempts
+from selfdistill.checkpoint import CheckpointStore
+from selfdistill.config import Config
+from selfdistill.evaluate import Attempts, Evaluation, summarize
+from selfdistill.methods import build_method
+from selfdistill.methods.loss import lm_head
+from selfdistill.reproduce.plan import BaseEvaluation, Job, TestSet, TokenScores, Training
+from selfdistill.runlog import JsonLines, write_atomically
+from selfdistill.solver import Solver, load_solver
+from selfdistill.train import DivergedError, build_teacher, derive_seed, train
+
+
+class PlanChangedError(RuntimeError):
+    """The output folder holds a finished job of the same name that was another one."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is known of a finished job besides its files.
+
+    Attributes:
+        job: fingerprint of what was asked for.
+        seconds: working time of this and earlier attempts at it.
+        learning_rate: of a training run.
+        best_step: the step whose weights were kept, chosen on the dev split.
+        best_metric: its dev Avg@k.
+        diverged: why the training stopped early, or None.
+    """
+
+    job: dict[str, Any]
+    seconds: float
+    learning_rate: float | None = None
+    best_step: int | None = None
+    best_metric: float | None = None
+    diverged: str | None = None
+
+
+def read_result(output: Path, name: str) -> Result | None:
+    """Return a job's result, or None when it is not finished."""
+    path = output / name / "result.json"
+    return TypeAdapter(Result).validate_json(path.read_text("utf-8")) if path.exists() else None
+
+
+def read_held_out(output: Path, name: str) -> Evaluation:
+    """Return the test evaluation of a finished job."""
+    return Evaluation.from_json((output / name / "held_out.json").read_text("utf-8"))
+
+
+def read_records(output: Path, name: str) -> dict[str, list[TokenAnalysis]]:
+    """Return the scored attempts of a finished TokenScores job, by context."""
+    text = (output / name / "records.json").read_text("utf-8")
+    return TypeAdapter(dict[str, list[TokenAnalysis]]).validate_json(text)
+
+
+def is_finished(job: Job, output: Path) -> bool:
+    """Tell whether a job is done.
+
+    Raises:
+        PlanChangedError: a job of that name is done, but it was another one.
+    """
+    result = read_result(output, job.name)
+    if result is None:
+        return False
+    if result.job != job_fingerprint(job):
+        raise PlanChangedError(
+            f"{output / job.name} holds a finished job of another plan (--quick, or another "
+            "version): choose another --output, or remove that folder"
+        )
+    return True
+
+
+def job_fingerprint(job: Job) -> dict[str, Any]:
+    """Return a job as JSON, without the place of the model on this machine."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: strip(v) for k, v in value.items() if k not in ("model", "output_dir")}
+        return [strip(v) for v in value] if isinstance(value, list) else value
+
+    return strip(json.loads(TypeAdapter(Job).dump_json(job)))
+
+
+def run_job(job: Job, output: Path) -> bool:
+    """Do what is left of a job.
+
+    Returns:
+        False when an interrupt stopped it; the same call goes on from there.
+    """
+    transformers_logging.disable_progress_bar()
+    folder = output / job.name
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    match job:
+        case Training():
+            found = _train(job, output)
+            if found is None:
+                return False
+        case BaseEvaluation():
+            _evaluate(load_solver(job.config), job.test, folder)
+            found = Result(job={}, seconds=0.0)
+        case TokenScores():
+            _score_tokens(job, folder)
+            found = Result(job={}, seconds=0.0)
+    seconds = time.perf_counter() - start
+    result = replace(found, job=job_fingerprint(job), seconds=seconds)
+    write_atomically(folder / "result.json", json.dumps(asdict(result), indent=1))
+    # All that is worth keeping is in the other files; the runs together would fill gigabytes.
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return True
+
+
+def chosen_rate(rates: Sequence[str], output: Path) -> float:
+    """Return the learning rate with the best dev accuracy; of equals the first, that is the lowest.
+
+    A run that diverged is no candidate.
+
+    Raises:
+        DivergedError: all of them diverged.
+    """
+    best: tuple[float, float] | None = None
+    for name in rates:
+        result = read_result(output, name)
+        assert result is not None
+        assert result.best_metric is not None
+        assert result.learning_rate is not None
+        if result.diverged is None and (best is None or result.best_metric > best[0]):
+            best = (result.best_metric, result.learning_rate)
+    if best is None:
+        raise DivergedError(f"all of {', '.join(rates)} diverged: try lower learning rates")
+    return best[1]
+
+
+def training_config(job: Training, output: Path) -> Config:
+    """Return the configuration that a job really runs with."""
+    config = job.config.model_copy(update={"output_dir": output / job.name})
+    if not job.rates:
+        return config
+    optimizer = config.optimizer.model_copy(
+        update={"learning_rate": chosen_rate(job.rates, output)}
+    )
+    return config.model_copy(update={"optimizer": optimizer})
+
+
+def _train(job: Training, output: Path) -> Result | None:
+    config = training_config(job, output)
+    diverged = None
+    try:
+        trained = train(config, resume=True, console=Console(file=StringIO()))
+        if trained.interrupted:
+            return None
+    except DivergedError as error:
+        diverged = str(error)
+    store = CheckpointStore(config.output_dir / "checkpoints")
+    if job.test is not None:
+        _evaluate(load_solver(config, store.best), job.test, config.output_dir)
+    evaluations = JsonLines(config.output_dir / "evaluations.jsonl").read()
+    best = max(evaluations, key=lambda line: line["avg_at_k"]["value"])
+    return Result(
+        job={},
+        seconds=0.0,
+        learning_rate=config.optimizer.learning_rate,
+        best_step=best["step"],
+        best_metric=best["avg_at_k"]["value"],
+        diverged=diverged,
+    )
+
+
+def _evaluate(solver: Solver, test: TestSet, folder: Path) -> None:
+    attempts = _attempts(solver, test, seed=derive_seed("held out", folder.name))
+    write_atomically(
+        folder / "held_out.json", summarize(attempts, solver.task, split="test").to_json()
+    )
+
+
+def _attempts(solver: Solver, test: TestSet, *, seed: int) -> list[Attempts]:
+    return solver.attempt(split="test", problems=test.problems, samples=test.samples, seed=seed)
+
+
+def _score_tokens(job: TokenScores, folder: Path) -> None:
+    records: dict[str, list[TokenAnalysis]] = {}
+    for label, config in job.contexts.items():
+        # The references differ, so each context has a task of its own; the attempts are the same.
+        solver = load_solver(config)
+        attempts = _attempts(solver, job.test, seed=derive_seed("token scores"))
+        teacher, teacher_model = build_teacher(config, solver.model)
+        records[label] = analyze(
+            solver,
+            teacher,
+            build_method(config, solver.task),
+            attempts,
+            erroneous_attempts(attempts, limit=job.test.problems * job.test.samples),
+            heads=(lm_head(solver.model), lm_head(teacher_model)),
+        )
+    write_atomically(
+        folder / "records.json",
+        TypeAdapter(dict[str, list[TokenAnalysis]]).dump_json(records).decode(),
+    )
+
+
+def prepare_worker() -> None:
+    """Take one thread (two processes of two threads each stall), and end with the parent."""
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Without this an orphan would go on writing where a restarted plan writes, too."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
