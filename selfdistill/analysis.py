@@ -132,7 +132,7 @@ def analyze(
                     answer=problem.answer,
                     reference=problem.reference,
                     response=rollout.text,
-                    context=contexts[i][0].text,
+                    context=context.text if (context := contexts[i][0]) else "",
                     correct=verdict.correct,
                     first_wrong_step=verdict.first_wrong_step,
                     wrong_tokens=token_span(solver.tokenizer, rollout, verdict.wrong_span),

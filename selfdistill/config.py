@@ -138,7 +138,35 @@ class RefSolMethod(Distillation):
     name: Literal["refsol"] = "refsol"
 
 
-MethodConfig = Annotated[StepAlignMethod | RefSolMethod, Field(discriminator="name")]
+class KLPenaltyConfig(Section):
+    """Keeps the student near the model as it was before training."""
+
+    coefficient: float = Field(default=0.04, gt=0)
+    """Weight of the penalty; the default is that of arXiv 2402.03300."""
+
+
+class GRPOMethod(Section):
+    """GRPO: no teacher; the binary rewards of a prompt's rollouts are compared with each other."""
+
+    name: Literal["grpo"] = "grpo"
+    group_size: int = Field(default=8, ge=2)
+    """Rollouts drawn for each prompt."""
+    normalize_std: bool = True
+    """Divide the advantage r - mean(r) by the group's standard deviation; false: Dr. GRPO."""
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """A token's probability may fall to (1 - clip_low) of what it was when it was sampled."""
+    clip_high: float = Field(default=0.2, gt=0)
+    """It may rise to (1 + clip_high) of it. Both matter from the second update on."""
+    kl: KLPenaltyConfig | None = None
+    """A penalty for leaving the base model; null reads no second model."""
+
+    @property
+    def teacher(self) -> BaseTeacherConfig | None:
+        """The reference model of the KL penalty."""
+        return None if self.kl is None else BaseTeacherConfig()
+
+
+MethodConfig = Annotated[StepAlignMethod | RefSolMethod | GRPOMethod, Field(discriminator="name")]
 
 
 class TransformersEngineConfig(Section):
@@ -224,11 +252,13 @@ class Config(Section):
     seed: int = Field(default=0, ge=0)
     """Chooses the training problems and every sampled token."""
     steps: PositiveInt = 60
-    """Optimiser steps."""
+    """Training steps: each draws new rollouts."""
     prompts_per_step: PositiveInt = 8
-    """Problems per optimiser step."""
+    """Problems per training step."""
     prompts_per_microbatch: PositiveInt = 8
     """Problems scored at once: fewer need less memory, the gradient of the step stays the same."""
+    updates_per_step: PositiveInt = 1
+    """Optimiser updates on the rollouts of a step; after the first the student has moved on."""
     rollout: RolloutConfig = RolloutConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -115,24 +115,34 @@ class ContextRenderer:
     def prompt_group(
         self,
         problem: Problem,
-        contexts: Sequence[TeacherContext],
+        contexts: Sequence[TeacherContext | None],
         completions: Sequence[Sequence[int]],
+        *,
+        rewards: Sequence[float] | None = None,
+        old_logprobs: Sequence[Sequence[float]] | None = None,
     ) -> PromptGroup:
         """Return one problem's group, ready to be scored.
 
         Args:
             problem: what all rollouts answer.
-            contexts: one for each rollout.
+            contexts: one for each rollout; with None the teacher sees what the student sees.
             completions: the rollouts' own token ids, never re-tokenised text.
+            rewards, old_logprobs: of the rollouts, see `PromptGroup`.
 
         Raises:
             PromptTooLongError: a prompt and its completion exceed `max_length`.
             ValueError: see `PromptGroup`.
         """
+        student_prompt = self.student_prompt(problem)
         group = PromptGroup(
-            student_prompt=self.student_prompt(problem),
-            teacher_prompts=[self.teacher_prompt(problem, context) for context in contexts],
+            student_prompt=student_prompt,
+            teacher_prompts=[
+                student_prompt if context is None else self.teacher_prompt(problem, context)
+                for context in contexts
+            ],
             completions=[list(completion) for completion in completions],
+            rewards=None if rewards is None else list(rewards),
+            old_logprobs=None if old_logprobs is None else [list(row) for row in old_logprobs],
         )
         if self._max_length is not None:
             for i, completion in enumerate(group.completions):

@@ -153,13 +153,15 @@ def held_out(name: str, config: Config, solver: Solver, console: Console) -> Hel
     evaluation = summarize(attempts, solver.task, split="test")
     base = load_solver(config).model
     teacher, teacher_model = build_teacher(config, solver.model, base=base)
-    records = analyze(
-        solver,
-        teacher,
-        build_method(config, solver.task),
-        erroneous_attempts(attempts, limit=ANALYSED_ATTEMPTS),
-        heads=(lm_head(solver.model), lm_head(teacher_model)),
-    )
+    records = []
+    if teacher is not None:  # GRPO has nobody who disagrees
+        records = analyze(
+            solver,
+            teacher,
+            build_method(config, solver.task),
+            erroneous_attempts(attempts, limit=ANALYSED_ATTEMPTS),
+            heads=(lm_head(solver.model), lm_head(teacher_model)),
+        )
     analysis = {
         "localisation": asdict(localise(records)),
         "attempts": [asdict(record) for record in records],

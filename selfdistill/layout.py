@@ -29,14 +29,19 @@ class PromptGroup:
         student_prompt: what the student was given (x).
         teacher_prompts: what the teacher is given, one for each rollout (t_i).
         completions: the student's own rollouts (y_i), with their end-of-sequence token, if any.
+        rewards: of each rollout; None where nobody judged them.
+        old_logprobs: the log-prob (nats) of each completion token under the policy that sampled
+            it, at the sampling temperature; None where they are not known.
 
     Raises:
-        ValueError: a list is empty, or there is not one teacher prompt for each completion.
+        ValueError: a list is empty, or does not have one entry for each completion (or token).
     """
 
     student_prompt: list[int]
     teacher_prompts: list[list[int]]
     completions: list[list[int]]
+    rewards: list[float] | None = None
+    old_logprobs: list[list[float]] | None = None
 
     def __post_init__(self) -> None:
         if not self.student_prompt:
@@ -45,15 +50,28 @@ class PromptGroup:
             )
         if not self.completions:
             raise ValueError("completions is empty: a prompt group needs at least one rollout")
-        if len(self.teacher_prompts) != len(self.completions):
-            raise ValueError(
-                f"teacher_prompts has {len(self.teacher_prompts)} entries for "
-                f"{len(self.completions)} completions: give one teacher prompt per rollout"
-            )
+        for name in ("teacher_prompts", "rewards", "old_logprobs"):
+            entries = getattr(self, name)
+            if entries is not None and len(entries) != len(self.completions):
+                raise ValueError(
+                    f"{name} has {len(entries)} entries for {len(self.completions)} completions: "
+                    "give one per rollout"
+                )
+        for i, logprobs in enumerate(self.old_logprobs or []):
+            if len(logprobs) != len(self.completions[i]):
+                raise ValueError(
+                    f"old_logprobs[{i}] has {len(logprobs)} entries for a completion of "
+                    f"{len(self.completions[i])} tokens: give one per token"
+                )
         for name in ("teacher_prompts", "completions"):
             empty = [i for i, tokens in enumerate(getattr(self, name)) if not tokens]
             if empty:
                 raise ValueError(f"{name}{empty} are empty: leave those rollouts out of the group")
+
+    @property
+    def num_tokens(self) -> int:
+        """Completion tokens of all rollouts."""
+        return sum(map(len, self.completions))
 
 
 @dataclass(frozen=True)
@@ -141,7 +159,8 @@ class Pack:
     """One or several prompt groups, ready for one student pass and one teacher pass.
 
     Attributes:
-        student, teacher: the rows.
+        student: the student's row.
+        teacher: the teacher's row; None when no teacher reads.
         targets: [T] int64, the completion tokens, rollout after rollout.
         rollout_index: [T] int64, the rollout of each token, counted through all groups.
         positions: [T] int64, the token's place within its completion.
@@ -149,7 +168,7 @@ class Pack:
     """
 
     student: PackedRow
-    teacher: PackedRow
+    teacher: PackedRow | None
     targets: torch.Tensor
     rollout_index: torch.Tensor
     positions: torch.Tensor
@@ -172,13 +191,16 @@ def common_prefix_length(sequences: Sequence[list[int]]) -> int:
     return min(len(low), len(high))
 
 
-def pack_groups(groups: Sequence[PromptGroup], *, share_student_prefix: bool) -> Pack:
+def pack_groups(
+    groups: Sequence[PromptGroup], *, share_student_prefix: bool, with_teacher: bool = True
+) -> Pack:
     """Pack prompt groups into one row for the student and one for the teacher.
 
     Args:
         groups: one or several prompt groups.
         share_student_prefix: the teacher borrows the keys and values of the longest common prefix
             from the student's pass. Exact only when both have the same weights.
+        with_teacher: False packs the student's row alone.
 
     Raises:
         ValueError: `groups` is empty.
@@ -189,6 +211,8 @@ def pack_groups(groups: Sequence[PromptGroup], *, share_student_prefix: bool) ->
     for group in groups:
         group_start = len(student.input_ids)
         student.add_group([group.student_prompt] * len(group.completions), group.completions)
+        if not with_teacher:
+            continue
         borrowed = 0
         if share_student_prefix:
             # The position that predicts y_i[0] is scored in the teacher's own row.
@@ -206,11 +230,13 @@ def pack_groups(groups: Sequence[PromptGroup], *, share_student_prefix: bool) ->
     lengths = torch.tensor([len(completion) for completion in completions])
     return Pack(
         student=student.build(),
-        teacher=teacher.build(),
+        teacher=teacher.build() if with_teacher else None,
         targets=torch.tensor([token for completion in completions for token in completion]),
         rollout_index=torch.repeat_interleave(torch.arange(len(completions)), lengths),
         positions=torch.cat([torch.arange(len(completion)) for completion in completions]),
-        statistics=_statistics(groups, len(student.input_ids) + len(teacher.input_ids)),
+        statistics=_statistics(
+            groups, len(student.input_ids) + len(teacher.input_ids), with_teacher=with_teacher
+        ),
     )
 
 
@@ -265,12 +291,14 @@ class _RowBuilder:
         )
 
 
-def _statistics(groups: Sequence[PromptGroup], packed_tokens: int) -> PackingStatistics:
+def _statistics(
+    groups: Sequence[PromptGroup], packed_tokens: int, *, with_teacher: bool
+) -> PackingStatistics:
     student, teacher = [], []
     for group in groups:
         for prompt, completion in zip(group.teacher_prompts, group.completions, strict=True):
             student.append(len(group.student_prompt) + len(completion) - 1)
-            teacher.append(len(prompt) + len(completion) - 1)
+            teacher.append(len(prompt) + len(completion) - 1 if with_teacher else 0)
     return PackingStatistics(
         packed_tokens=packed_tokens,
         unshared_tokens=sum(student) + sum(teacher),

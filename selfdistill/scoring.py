@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -32,24 +33,30 @@ class ScoredTokens:
 
     Attributes:
         student_hidden: [T, H] final hidden states, with gradient, in the student's dtype.
-        teacher_hidden: [T, H_t] likewise of the teacher, without gradient.
+        teacher_hidden: [T, H_t] likewise of the teacher, without gradient; None without one.
         targets: [T] int64, the completion tokens.
         rollout_index: [T] int64, the rollout of each token, counted through all groups from 0.
         positions: [T] int64, the token's place within its completion, from 0.
         statistics: tokens read, against the usual two-pass step.
+        rollout_group: [R] int64, the group of each of the R rollouts.
+        rewards: [R] float32 of each rollout, or None.
+        old_logprobs: [T] float32, sampling log-probs of the completion tokens (nats), or None.
     """
 
     student_hidden: torch.Tensor
-    teacher_hidden: torch.Tensor
+    teacher_hidden: torch.Tensor | None
     targets: torch.Tensor
     rollout_index: torch.Tensor
     positions: torch.Tensor
     statistics: PackingStatistics
+    rollout_group: torch.Tensor
+    rewards: torch.Tensor | None = None
+    old_logprobs: torch.Tensor | None = None
 
 
 def score(
     student: torch.nn.Module,
-    teacher: Teacher,
+    teacher: Teacher | None,
     groups: Sequence[PromptGroup],
     *,
     share_student_prefix: bool | None = None,
@@ -61,7 +68,7 @@ def score(
 
     Args:
         student: a transformers causal LM, or a PEFT wrapper of one.
-        teacher: the teacher strategy.
+        teacher: the teacher strategy; None scores by the student alone.
         groups: the prompt groups of this step; memory grows with their tokens.
         share_student_prefix: let the teacher borrow the student's prefix keys and values; None does
             so whenever that is exact.
@@ -70,35 +77,54 @@ def score(
         ValueError: dropout is on, or sharing was asked for a teacher with other weights.
         UnsupportedModelError: the architecture cannot share prefixes exactly.
     """
-    share = teacher.has_student_weights if share_student_prefix is None else share_student_prefix
-    if share and not teacher.has_student_weights:
+    can_share = teacher is not None and teacher.has_student_weights
+    share = can_share if share_student_prefix is None else share_student_prefix
+    if share and not can_share:
+        name = "no" if teacher is None else f"the {teacher.name!r}"
         raise ValueError(
-            f"share_student_prefix=True with the {teacher.name!r} teacher: keys and values made by "
+            f"share_student_prefix=True with {name} teacher: keys and values made by "
             "the student's weights are wrong for other weights (after 10 LoRA steps the error was "
             "78 % of the signal). Leave it out: this teacher then reads the prefix once itself"
         )
     check_no_dropout(student)
     enable_prefix_sharing(student)
-    pack = pack_groups(groups, share_student_prefix=share)
+    pack = pack_groups(groups, share_student_prefix=share, with_teacher=teacher is not None)
 
-    stash = PrefixStash(pack.teacher.borrowed_index) if share else None
+    stash = PrefixStash(pack.teacher.borrowed_index) if share and pack.teacher else None
     student_hidden = run_packed_row(student, pack.student, capture=stash)
-    with torch.no_grad(), teacher.weights(student) as teacher_model:
-        check_no_dropout(teacher_model)
-        enable_prefix_sharing(teacher_model)
-        teacher_hidden = run_packed_row(teacher_model, pack.teacher, borrow=stash)
+    device = student_hidden.device
+    teacher_hidden = None
+    if teacher is not None and pack.teacher is not None:
+        with torch.no_grad(), teacher.weights(student) as teacher_model:
+            check_no_dropout(teacher_model)
+            enable_prefix_sharing(teacher_model)
+            teacher_hidden = run_packed_row(teacher_model, pack.teacher, borrow=stash).to(device)
     if stash is not None:
         stash.free()
 
-    device = student_hidden.device
+    rewards = [group.rewards for group in groups]
+    old_logprobs = [group.old_logprobs for group in groups]
     return ScoredTokens(
         student_hidden=student_hidden,
-        teacher_hidden=teacher_hidden.to(device),
+        teacher_hidden=teacher_hidden,
         targets=pack.targets.to(device),
         rollout_index=pack.rollout_index.to(device),
         positions=pack.positions.to(device),
         statistics=pack.statistics,
+        rollout_group=torch.repeat_interleave(
+            torch.tensor([len(group.completions) for group in groups], device=device)
+        ),
+        rewards=_concatenated(rewards, device),
+        old_logprobs=_concatenated(
+            [None if rows is None else list(chain(*rows)) for rows in old_logprobs], device
+        ),
     )
+
+
+def _concatenated(parts: Sequence[list[float] | None], device: torch.device) -> torch.Tensor | None:
+    """One float32 tensor of all groups' numbers; None when a group does not know them."""
+    numbers = [number for part in parts if part is not None for number in part]
+    return None if None in parts else torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 def check_no_dropout(model: torch.nn.Module) -> None:

@@ -26,7 +26,7 @@ from selfdistill.config import Config, save_config
 from selfdistill.context import TeacherContext
 from selfdistill.evaluate import Attempts, judge, summarize
 from selfdistill.layout import PromptGroup
-from selfdistill.methods import build_method
+from selfdistill.methods import Method, build_method
 from selfdistill.methods.loss import Head, Loss, lm_head
 from selfdistill.progress import progress_bars
 from selfdistill.rollout import SamplingParams
@@ -49,19 +49,24 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of metrics.jsonl; per-token figures are means over the step's completion tokens.
+    """One line of metrics.jsonl; per-token figures are means over the completion tokens read.
+
+    None stands for what the step does not have: no teacher, or no token that was read. With several
+    updates a step, the figures of the loss are those of the last one.
 
     Attributes:
-        step: the optimiser step, from 1.
+        step: the training step, from 1.
         loss: the minimised loss (tokens that the advantage mask drops count as 0).
-        kl: the divergence of the objective, over all tokens, in nats.
-        advantage: log p_teacher(y) - log p_student(y), in nats.
+        kl: the divergence of the objective, in nats (GRPO: from the reference model).
+        advantage: log p_teacher(y) - log p_student(y), in nats (GRPO: of the normalised reward).
         entropy: of the student's next-token distribution, in nats.
-        active: share of the tokens that carry a gradient.
+        active: share of all completion tokens, read or not, that carry a gradient.
         reward: share of the rollouts with the right answer.
+        tied: share of the prompts whose rollouts all got the same reward.
+        dropped: rollouts that were left out because the method has no context for them.
         grad_norm: before clipping.
         learning_rate: of this step.
-        tokens: completion tokens.
+        tokens: completion tokens of the rollouts that were not left out.
         packed_tokens: tokens that student and teacher read.
         unshared_tokens: what they would have read without prefix sharing.
         seconds: wall time of each phase.
@@ -70,11 +75,13 @@ class StepMetrics:
 
     step: int
     loss: float
-    kl: float
-    advantage: float
-    entropy: float
+    kl: float | None
+    advantage: float | None
+    entropy: float | None
     active: float
     reward: float
+    tied: float
+    dropped: int
     grad_norm: float
     learning_rate: float
     tokens: int
@@ -192,24 +199,28 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             with clock("critique"):
                 contexts = method.contexts(attempts)
             with clock("context"):
-                prompt_groups = render_groups(solver, attempts, contexts)
-            with clock("score"):
-                optimizer.zero_grad()
-                totals = accumulate_gradients(
-                    student,
-                    teacher,
-                    method.loss,
-                    prompt_groups,
-                    heads=heads,
-                    groups_per_pass=config.prompts_per_microbatch,
-                )
-            with clock("update"):
-                rate = settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
-                for parameters in optimizer.param_groups:
-                    parameters["lr"] = rate
-                norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.max_grad_norm)
-                refuse_divergence(step, totals.loss, norm.item(), store)
-                optimizer.step()
+                kept, contexts = leave_out(method, attempts, contexts)
+                prompt_groups = render_groups(solver, kept, contexts)
+            rate = settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
+            for _ in range(config.updates_per_step):
+                with clock("score"):
+                    optimizer.zero_grad()
+                    totals = accumulate_gradients(
+                        student,
+                        teacher,
+                        method.loss,
+                        prompt_groups,
+                        heads=heads,
+                        groups_per_pass=config.prompts_per_microbatch,
+                    )
+                with clock("update"):
+                    for parameters in optimizer.param_groups:
+                        parameters["lr"] = rate
+                    norm = torch.nn.utils.clip_grad_norm_(
+                        student.parameters(), settings.max_grad_norm
+                    )
+                    refuse_divergence(step, totals.loss, norm.item(), store)
+                    optimizer.step()
 
             state = replace(state, step=step)
             if step % config.evaluation.every == 0 or step == config.steps:
@@ -218,11 +229,14 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             metrics = StepMetrics(
                 step=step,
                 loss=totals.loss,
-                kl=totals.kl / totals.tokens,
-                advantage=totals.advantage / totals.tokens,
-                entropy=totals.entropy / totals.tokens,
-                active=totals.active / totals.tokens,
+                kl=None if teacher is None else totals.per_token(totals.kl),
+                advantage=totals.per_token(totals.advantage),
+                entropy=totals.per_token(totals.entropy),
+                active=totals.active / max(1, totals.tokens),
                 reward=mean_reward(attempts),
+                tied=tied_prompts(attempts),
+                dropped=sum(len(attempt.rollouts) for attempt in attempts)
+                - sum(len(attempt.rollouts) for attempt in kept),
                 grad_norm=norm.item(),
                 learning_rate=rate,
                 tokens=totals.tokens,
@@ -235,7 +249,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             stopping = interrupt.requested or step == config.steps
             if stopping or state.best_step == step or step % config.checkpoint.every == 0:
                 store.save(state, student, solver.tokenizer, optimizer)
-            bars.update(bar, advance=1, note=f"KL {metrics.kl:.3f}  reward {metrics.reward:.2f}")
+            kl = "" if metrics.kl is None else f"KL {metrics.kl:.3f}  "
+            bars.update(bar, advance=1, note=f"{kl}reward {metrics.reward:.2f}")
     return TrainResult(
         step=state.step,
         interrupted=state.step < config.steps,
@@ -246,8 +261,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
 
 def build_teacher(
     config: Config, student: PreTrainedModel, *, base: PreTrainedModel | None = None
-) -> tuple[Teacher, PreTrainedModel]:
-    """Return the teacher strategy and the model whose head it uses.
+) -> tuple[Teacher | None, PreTrainedModel]:
+    """Return the teacher strategy and the model whose head it uses; no teacher, the student's.
 
     Args:
         config: names the strategy.
@@ -255,6 +270,8 @@ def build_teacher(
         base: the model as it was before; None takes a copy of the student, which then must not
             have learned anything yet.
     """
+    if config.method.teacher is None:
+        return None, student
     match config.method.teacher.name:
         case "live":
             return LiveTeacher(), student
@@ -263,17 +280,46 @@ def build_teacher(
             return BaseTeacher(base), base
 
 
+def leave_out(
+    method: Method,
+    attempts: Sequence[Attempts],
+    contexts: Sequence[Sequence[TeacherContext | None]],
+) -> tuple[list[Attempts], list[list[TeacherContext | None]]]:
+    """Return attempts and contexts without the rollouts that the method cannot learn from.
+
+    Prompts whose rollouts are all left out are left out, too: nothing may remain.
+    """
+    if not method.needs_context:
+        return list(attempts), list(map(list, contexts))
+    kept: list[Attempts] = []
+    kept_contexts: list[list[TeacherContext | None]] = []
+    for attempt, group_contexts in zip(attempts, contexts, strict=True):
+        places = [i for i, context in enumerate(group_contexts) if context is not None]
+        if places:
+            kept.append(
+                Attempts(
+                    attempt.problem,
+                    [attempt.rollouts[i] for i in places],
+                    [attempt.verdicts[i] for i in places],
+                )
+            )
+            kept_contexts.append([group_contexts[i] for i in places])
+    return kept, kept_contexts
+
+
 def render_groups(
     solver: Solver,
     attempts: Sequence[Attempts],
-    contexts: Sequence[Sequence[TeacherContext]],
+    contexts: Sequence[Sequence[TeacherContext | None]],
 ) -> list[PromptGroup]:
-    """Put questions, contexts and rollouts together as token ids."""
+    """Put questions, contexts and judged rollouts together as token ids."""
     return [
         solver.context.prompt_group(
             attempt.problem,
             group_contexts,
             [rollout.token_ids for rollout in attempt.rollouts],
+            rewards=[float(verdict.correct) for verdict in attempt.verdicts],
+            old_logprobs=[rollout.logprobs for rollout in attempt.rollouts],
         )
         for attempt, group_contexts in zip(attempts, contexts, strict=True)
     ]
@@ -281,9 +327,13 @@ def render_groups(
 
 @dataclass
 class Totals:
-    """Sums over the completion tokens of one step (`loss` is already divided by their number)."""
+    """Sums over the completion tokens that were read in one step.
+
+    `loss` is already divided by the step's denominator; `tokens` counts those not read, too.
+    """
 
     tokens: int
+    tokens_read: int = 0
     loss: float = 0.0
     kl: float = 0.0
     advantage: float = 0.0
@@ -292,10 +342,14 @@ class Totals:
     packed_tokens: int = 0
     unshared_tokens: int = 0
 
+    def per_token(self, total: float) -> float | None:
+        """Return a sum's mean over the tokens that were read; None when there are none."""
+        return total / self.tokens_read if self.tokens_read else None
+
 
 def accumulate_gradients(
     student: PreTrainedModel,
-    teacher: Teacher,
+    teacher: Teacher | None,
     loss: Loss,
     groups: Sequence[PromptGroup],
     *,
@@ -304,24 +358,26 @@ def accumulate_gradients(
 ) -> Totals:
     """Add the gradient of the step's mean loss to the student's parameters.
 
-    Every pass divides by the tokens of all groups, so the gradient does not depend on how many
-    groups one pass takes.
+    Every pass divides by the denominator of all groups, so the gradient does not depend on how many
+    groups one pass takes. Groups without gradient are not read.
 
     Args:
         student: gets the gradients.
-        teacher: scores the same completions with more context.
+        teacher: scores the same completions with more context; None for a method without one.
         loss: the method's loss.
         groups: all prompt groups of the step.
         heads: of the student and of the teacher.
         groups_per_pass: prompt groups that are scored at once.
     """
-    tokens = sum(len(completion) for group in groups for completion in group.completions)
-    totals = Totals(tokens=tokens)
-    for start in range(0, len(groups), groups_per_pass):
-        scored = score(student, teacher, groups[start : start + groups_per_pass])
-        output = loss(scored, *heads, normalizer=tokens)
+    totals = Totals(tokens=sum(group.num_tokens for group in groups))
+    denominator = sum(loss.denominator(group) for group in groups)
+    to_read = [group for group in groups if loss.learns_from(group)]
+    for start in range(0, len(to_read), groups_per_pass):
+        scored = score(student, teacher, to_read[start : start + groups_per_pass])
+        output = loss(scored, *heads, normalizer=denominator)
         output.loss.backward()
         assert output.advantage is not None  # the loss was given the sampled tokens
+        totals.tokens_read += len(scored.targets)
         totals.loss += output.loss.item()
         totals.kl += output.divergence.sum().item()
         totals.advantage += output.advantage.sum().item()
@@ -336,6 +392,12 @@ def mean_reward(attempts: Sequence[Attempts]) -> float:
     """Return the share of rollouts with the right answer."""
     correct = [verdict.correct for attempt in attempts for verdict in attempt.verdicts]
     return sum(correct) / len(correct)
+
+
+def tied_prompts(attempts: Sequence[Attempts]) -> float:
+    """Return the share of prompts whose rollouts all got the same reward (GRPO learns nothing)."""
+    tied = [len({verdict.correct for verdict in attempt.verdicts}) == 1 for attempt in attempts]
+    return sum(tied) / len(tied)
 
 
 def evaluate(solver: Solver, state: TrainState, log: JsonLines, bars: Progress) -> TrainState:

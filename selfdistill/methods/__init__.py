@@ -8,12 +8,13 @@ from typing import Protocol
 from selfdistill.config import Config
 from selfdistill.context import TeacherContext
 from selfdistill.evaluate import Attempts
+from selfdistill.methods.grpo import GRPO, GRPOLoss
 from selfdistill.methods.loss import DistillationLoss, Loss
 from selfdistill.methods.refsol import RefSol
 from selfdistill.methods.stepalign import StepAlign
 from selfdistill.tasks.arithmetic import ArithmeticTask
 
-__all__ = ["Method", "RefSol", "StepAlign", "build_method"]
+__all__ = ["GRPO", "Method", "RefSol", "StepAlign", "build_method"]
 
 
 class Method(Protocol):
@@ -23,20 +24,37 @@ class Method(Protocol):
         name: as written in a configuration.
         group_size: rollouts drawn for each prompt.
         loss: what is minimised on the completion tokens.
+        needs_context: True when a rollout without context teaches nothing and is left out; False
+            when the teacher (or the reference model) then sees what the student sees.
     """
 
     name: str
     group_size: int
     loss: Loss
+    needs_context: bool
 
-    def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext]]:
-        """Return what the teacher sees beside the question: one context per rollout."""
+    def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext | None]]:
+        """Return what the teacher sees beside the question: one entry per rollout.
+
+        None: there is nothing to show for this rollout.
+        """
         ...
 
 
 def build_method(config: Config, task: ArithmeticTask) -> Method:
     """Build the configured method."""
     settings = config.method
+    if settings.name == "grpo":
+        return GRPO(
+            group_size=settings.group_size,
+            loss=GRPOLoss(
+                temperature=config.rollout.temperature,
+                clip_low=settings.clip_low,
+                clip_high=settings.clip_high,
+                normalize_std=settings.normalize_std,
+                kl_coefficient=0.0 if settings.kl is None else settings.kl.coefficient,
+            ),
+        )
     loss = DistillationLoss(settings.loss)
     match settings.name:
         case "stepalign":

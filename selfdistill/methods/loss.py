@@ -10,6 +10,7 @@ from torch import Tensor
 
 from selfdistill.attention import base_causal_lm
 from selfdistill.config import LossConfig
+from selfdistill.layout import PromptGroup
 from selfdistill.scoring import ScoredTokens
 from selfdistill_kernels import (
     AdvantageMask,
@@ -82,10 +83,24 @@ def _logit_scale(config: object) -> float:
 class Loss(Protocol):
     """Turns scored tokens into a loss and per-token statistics."""
 
+    def denominator(self, group: PromptGroup) -> int:
+        """Return what a group adds to the denominator of the step's mean loss."""
+        ...
+
+    def learns_from(self, group: PromptGroup) -> bool:
+        """Return False when the group has no gradient whatever the models say about it."""
+        ...
+
     def __call__(
         self, scored: ScoredTokens, student: Head, teacher: Head, *, normalizer: float
     ) -> DistillationOutput:
-        """Return the sum over tokens divided by `normalizer` (the tokens of the whole step)."""
+        """Return the sum over tokens divided by `normalizer`.
+
+        Args:
+            scored: the tokens of whole groups.
+            student, teacher: the heads; without a teacher the second one is not looked at.
+            normalizer: the sum of the denominators of all groups of the step.
+        """
         ...
 
 
@@ -106,10 +121,24 @@ class DistillationLoss:
         self.advantage_mask = None if mask is None else AdvantageMask(**mask.model_dump())
         self.temperature = config.temperature
 
+    def denominator(self, group: PromptGroup) -> int:
+        """Return the tokens of the group."""
+        return group.num_tokens
+
+    def learns_from(self, group: PromptGroup) -> bool:
+        """Return True: only scoring shows where teacher and student differ."""
+        return True
+
     def __call__(
         self, scored: ScoredTokens, student: Head, teacher: Head, *, normalizer: float
     ) -> DistillationOutput:
-        """Return the sum over tokens divided by `normalizer` (the tokens of the whole step)."""
+        """Return the sum over tokens divided by `normalizer` (the tokens of the whole step).
+
+        Raises:
+            ValueError: no teacher has scored the tokens.
+        """
+        if scored.teacher_hidden is None:
+            raise ValueError("scored.teacher_hidden is missing: score the groups with a teacher")
         shared = teacher.weight is student.weight
         return fused_linear_distillation(
             scored.student_hidden,

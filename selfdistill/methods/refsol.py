@@ -18,12 +18,13 @@ class RefSol:
     """
 
     name = "refsol"
+    needs_context = True
 
     def __init__(self, *, group_size: int, loss: Loss) -> None:
         self.group_size = group_size
         self.loss = loss
 
-    def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext]]:
+    def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext | None]]:
         """Return the problem's reference, once for every rollout."""
         return [
             [TeacherContext("reference", attempt.problem.reference)] * len(attempt.rollouts)

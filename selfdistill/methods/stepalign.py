@@ -23,13 +23,14 @@ class StepAlign:
     """
 
     name = "stepalign"
+    needs_context = True
 
     def __init__(self, *, critic: Critic, group_size: int, loss: Loss) -> None:
         self.critic = critic
         self.group_size = group_size
         self.loss = loss
 
-    def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext]]:
+    def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext | None]]:
         """Return the critique of every rollout."""
         critiques = iter(
             self.critic.critique(

@@ -142,6 +142,12 @@ def facts(run: Run) -> str:
 
 def examples(run: Run) -> str:
     """Attempts as heat maps beside their critiques, and how local the advantage is."""
+    if not learns_from_a_teacher(run):
+        return (
+            '<section id="examples"><h2>What the model learned from</h2><p>GRPO has no teacher: '
+            "the attempts at a question are rewarded for right answers and compared with each "
+            "other, so there is no token-by-token judgement to show.</p></section>"
+        )
     attempts = run.before.attempts
     clear = clear_examples(attempts)
     picked = spread(clear or attempts, count=EXAMPLES)
@@ -240,10 +246,10 @@ def curves(run: Run) -> str:
                 joined=False,
             )
         )
-    loss = [
-        Series("KL(teacher, student)", "one", [(line["step"], line["kl"]) for line in run.metrics])
-    ]
-    if any(line["active"] < 1 for line in run.metrics):
+    has_teacher = learns_from_a_teacher(run)
+    kl = [(line["step"], line["kl"]) for line in run.metrics if line["kl"] is not None]
+    loss = [Series(f"KL({'teacher' if has_teacher else 'base model'}, student)", "one", kl)]
+    if has_teacher and any(line["active"] < 1 for line in run.metrics):
         loss.append(
             Series(
                 "loss, after the mask",
@@ -251,21 +257,35 @@ def curves(run: Run) -> str:
                 [(line["step"], line["loss"]) for line in run.metrics],
             )
         )
-    reward = Series(
-        "the step's own attempts", "one", [(line["step"], line["reward"]) for line in run.metrics]
-    )
+    reward = [
+        Series(
+            "right answers among the step's own attempts",
+            "one",
+            [(line["step"], line["reward"]) for line in run.metrics],
+        )
+    ]
+    if not has_teacher:
+        reward.append(
+            Series(
+                "questions whose attempts are all right or all wrong: nothing to compare",
+                "two",
+                [(line["step"], line["tied"]) for line in run.metrics],
+            )
+        )
     step = "training step"
-    charts = (
+    charts = [
         line_chart("Accuracy", accuracy, x_label=step, y_label="right answers (%)", percent=True),
-        line_chart("Divergence from the teacher", loss, x_label=step, y_label="nats per token"),
         line_chart(
-            "Reward (reported, not trained on)",
-            [reward],
+            "Reward" + (" (reported, not trained on)" if has_teacher else ""),
+            reward,
             x_label=step,
-            y_label="right answers (%)",
+            y_label="share (%)",
             percent=True,
         ),
-    )
+    ]
+    if has_teacher or kl:
+        title = f"Divergence from the {'teacher' if has_teacher else 'base model'}"
+        charts.insert(1, line_chart(title, loss, x_label=step, y_label="nats per token"))
     return (
         '<section id="curves"><h2>Over the training steps</h2>'
         "<p>Vertical bars are 95&nbsp;% bootstrap intervals over problems. "
@@ -326,6 +346,11 @@ def context_name(run: Run) -> str:
     """Name what the teacher sees beside the question."""
     method = run.config.get("method", {}).get("name")
     return "reference solution" if method == "refsol" else "critique"
+
+
+def learns_from_a_teacher(run: Run) -> bool:
+    """Tell whether the run's method has a self-teacher; GRPO has none."""
+    return run.config.get("method", {}).get("name") != "grpo"
 
 
 def _selection(

@@ -75,6 +75,10 @@ def test_a_model_folder_is_found_next_to_the_file(tmp_path: Path) -> None:
         ({"method": {"name": "refsol", "teacher": {"name": "wise"}}}, "refsol.teacher"),
         ({"rollout": {"engine": {"name": "guess"}}}, "rollout.engine.name"),
         ({"steps": 0}, "steps"),
+        ({"method": {"name": "grpo", "teacher": {"name": "base"}}}, "grpo.teacher"),
+        ({"method": {"name": "grpo", "loss": {}}}, "grpo.loss"),
+        ({"method": {"name": "grpo", "group_size": 1}}, "grpo.group_size"),
+        ({"method": {"name": "grpo", "kl": {"coefficient": 0}}}, "kl.coefficient"),
     ],
 )
 def test_what_means_nothing_cannot_be_written(change: dict[str, Any], where: str) -> None:

@@ -20,6 +20,7 @@ from selfdistill.evaluate import Evaluation, ProblemScore, avg_difference, boots
 from selfdistill.report import write_report
 from selfdistill.report.charts import ticks
 from selfdistill.report.heatmap import align, clear_examples, spread
+from selfdistill.runlog import JsonLines
 from selfdistill.train import StepMetrics
 
 SECTIONS = ["result", "examples", "curves", "costs", "reproduction"]
@@ -125,6 +126,8 @@ def write_training(run: Path, *, steps: int) -> None:
             entropy=0.1,
             active=1.0,
             reward=0.25 * step,
+            tied=0.5,
+            dropped=0,
             grad_norm=0.5,
             learning_rate=1e-4,
             tokens=100,
@@ -296,6 +299,23 @@ def test_an_interrupted_run_shows_what_exists(tmp_path: Path, stage: str) -> Non
         assert "600 instead of 800" in text
     if stage == "trained":
         assert "3 of 3 training steps are done" in text
+
+
+def test_grpo_shows_what_it_has(tmp_path: Path) -> None:
+    write_training(tmp_path, steps=3)
+    method = {"name": "grpo"}
+    save_config(
+        Config.model_validate({"model": "m", "output_dir": tmp_path, "method": method}),
+        tmp_path / "config.yaml",
+    )
+    log = JsonLines(tmp_path / "metrics.jsonl")
+    without = [{**line, "kl": None} for line in log.read()]
+    log.path.write_text("".join(json.dumps(line) + "\n" for line in without))
+    page = write_report(tmp_path).read_text("utf-8")
+    assert "GRPO has no teacher" in page
+    assert "Divergence" not in page
+    assert "not trained on" not in page
+    assert "nothing to compare" in page
 
 
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import LlamaForCausalLM
 import selfdistill.train
 from selfdistill.checkpoint import CheckpointError
 from selfdistill.config import Config, load_config
-from selfdistill.evaluate import Evaluation
+from selfdistill.evaluate import Attempts, Evaluation, judge
 from selfdistill.layout import PromptGroup
 from selfdistill.methods.loss import lm_head
 from selfdistill.methods.stepalign import StepAlign
@@ -37,6 +38,10 @@ def stepalign(**changes: Any) -> dict[str, Any]:
 
 def refsol(**changes: Any) -> dict[str, Any]:
     return {"name": "refsol", "group_size": 2, **changes}
+
+
+def grpo(**changes: Any) -> dict[str, Any]:
+    return {"name": "grpo", "group_size": 4, **changes}
 
 
 def make_config(solver_dir: Path, output_dir: Path, **changes: Any) -> Config:
@@ -153,20 +158,24 @@ def test_the_same_seed_gives_the_same_numbers(solver_dir: Path, tmp_path: Path) 
     assert [line["loss"] for line in one] != [line["loss"] for line in three]
 
 
-@pytest.mark.parametrize("teacher", ["base", "live"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        stepalign(),
+        stepalign(teacher={"name": "live"}),
+        # Nearly every answer of a random model is wrong: only the KL penalty reads those rollouts.
+        grpo(kl={}),
+    ],
+    ids=["base", "live", "grpo"],
+)
 def test_stopped_and_resumed_gives_the_same_bits(
-    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: str
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]
 ) -> None:
     torch.manual_seed(0)
-    undisturbed = make_config(
-        solver_dir, tmp_path / "undisturbed", method=stepalign(teacher={"name": teacher})
-    )
-    train(undisturbed)
+    train(make_config(solver_dir, tmp_path / "undisturbed", method=method))
 
     torch.manual_seed(0)
-    config = make_config(
-        solver_dir, tmp_path / "stopped", method=stepalign(teacher={"name": teacher})
-    )
+    config = make_config(solver_dir, tmp_path / "stopped", method=method)
     interrupt_at_call(monkeypatch, 2)
     stopped = train(config)
     assert (stopped.step, stopped.interrupted) == (2, True)
@@ -320,6 +329,8 @@ def test_accumulated_gradients_equal_the_whole_batch(
         {"method": refsol(loss={"objective": {"name": "jsd", "beta": 0.4}})},
         {"method": refsol(loss={"advantage_mask": {"threshold": 0.002}})},
         {"method": refsol(loss={"temperature": 1.5})},
+        {"method": grpo(group_size=2)},
+        {"updates_per_step": 2},
         {"optimizer": {"learning_rate": 2e-2, "warmup_steps": 3}},
         {"optimizer": {"learning_rate": 1e-2, "warmup_steps": 4}},
         {"optimizer": {"learning_rate": 1e-2, "warmup_steps": 3, "betas": [0.8, 0.99]}},
@@ -344,6 +355,93 @@ def test_no_setting_does_nothing(solver_dir: Path, tmp_path: Path, change: dict[
         tensors = {name: tensor.tolist() for name, tensor in weights(tmp_path / name).items()}
         runs.append((lines, tensors))
     assert runs[0] != runs[1]
+
+
+def reward_alternately(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call every second rollout right: a random model earns no reward of its own."""
+
+    def alternating(task: Any, problems: Any, groups: Any) -> list[Attempts]:
+        return [
+            replace(
+                attempt,
+                verdicts=[replace(v, correct=i % 2 == 0) for i, v in enumerate(attempt.verdicts)],
+            )
+            for attempt in judge(task, problems, groups)
+        ]
+
+    monkeypatch.setattr(selfdistill.train, "judge", alternating)
+
+
+@pytest.mark.parametrize(
+    ("common", "change"),
+    [
+        ({}, {"group_size": 2}),
+        ({}, {"normalize_std": False}),
+        ({}, {"kl": {}}),
+        ({"kl": {}}, {"kl": {"coefficient": 0.5}}),
+        ({}, {"clip_low": 1e-6}),
+        ({}, {"clip_high": 1e-6}),
+        ({}, {"updates_per_step": 1}),
+    ],
+    ids=str,
+)
+def test_no_setting_of_grpo_does_nothing(
+    solver_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    common: dict[str, Any],
+    change: dict[str, Any],
+) -> None:
+    reward_alternately(monkeypatch)
+    runs = []
+    for name, settings in (("default", {}), ("changed", change)):
+        method = {**grpo(**common), **settings}
+        updates = method.pop("updates_per_step", 2)
+        train(
+            make_config(
+                solver_dir, tmp_path / name, steps=2, method=method, updates_per_step=updates
+            )
+        )
+        runs.append({key: value.tolist() for key, value in weights(tmp_path / name).items()})
+    assert runs[0] != runs[1]
+
+
+def test_grpo_makes_rewarded_rollouts_more_likely(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reward is the share of digits: something that a random model can learn at once."""
+    shares = []
+
+    def digits(task: Any, problems: Any, groups: Any) -> list[Attempts]:
+        attempts = judge(task, problems, groups)
+        for attempt in attempts:
+            count = [sum(map(str.isdigit, r.text)) / len(r.token_ids) for r in attempt.rollouts]
+            middle = sorted(count)[len(count) // 2]
+            shares.append(sum(count) / len(count))
+            attempt.verdicts[:] = [
+                replace(verdict, correct=value >= middle)
+                for verdict, value in zip(attempt.verdicts, count, strict=True)
+            ]
+        return attempts
+
+    monkeypatch.setattr(selfdistill.train, "judge", digits)
+    train(make_config(solver_dir, tmp_path / "run", steps=30, method=grpo(group_size=8)))
+    assert sum(shares[-10:]) > 1.5 * sum(shares[:10])
+    first, *_ = JsonLines(tmp_path / "run" / "metrics.jsonl").read()
+    assert first["kl"] is None  # no reference model
+    assert (first["tied"], first["dropped"]) == (0, 0)
+
+
+def test_a_step_without_contrast_changes_nothing(solver_dir: Path, tmp_path: Path) -> None:
+    """A random model is always wrong: all rewards of a group are equal."""
+    train(make_config(solver_dir, tmp_path / "run", steps=2, method=grpo()))
+    for line in JsonLines(tmp_path / "run" / "metrics.jsonl").read():
+        assert (line["tied"], line["loss"], line["active"], line["grad_norm"]) == (1, 0, 0, 0)
+        assert (line["advantage"], line["entropy"], line["packed_tokens"]) == (None, None, 0)
+        assert line["tokens"] > 0
+    before = load_file(solver_dir / "model.safetensors")
+    after = load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_seeds_of_different_uses_differ() -> None:

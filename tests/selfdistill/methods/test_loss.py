@@ -60,7 +60,7 @@ def random_tokens(hidden: int) -> ScoredTokens:
     draw = [torch.randn(20, hidden, generator=generator) for _ in range(2)]
     targets = torch.randint(0, 61, (20,), generator=generator)
     empty: Any = None
-    return ScoredTokens(draw[0].requires_grad_(), draw[1], targets, empty, empty, empty)
+    return ScoredTokens(draw[0].requires_grad_(), draw[1], targets, *[empty] * 4)
 
 
 def test_a_live_teacher_shares_the_head_and_a_base_teacher_has_its_own() -> None:

@@ -1,0 +1,354 @@
+"""GRPO against plain torch on full logits, against TRL, and in a training step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+import selfdistill.train
+from selfdistill.layout import PromptGroup
+from selfdistill.methods.grpo import GRPOLoss, group_advantages
+from selfdistill.methods.loss import lm_head
+from selfdistill.scoring import score
+from selfdistill.teacher import BaseTeacher
+from selfdistill.train import accumulate_gradients
+
+ModelFactory = Callable[..., PreTrainedModel]
+TEMPERATURE = 1.3
+
+
+def make_loss(**changes: Any) -> GRPOLoss:
+    settings: dict[str, Any] = {
+        "temperature": TEMPERATURE,
+        "clip_low": 0.1,
+        "clip_high": 0.15,
+        "normalize_std": True,
+        "kl_coefficient": 0.0,
+    }
+    return GRPOLoss(**{**settings, **changes})
+
+
+def own_logprobs(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> Tensor:
+    """Log-probs of a completion by the model's own forward at the sampling temperature."""
+    logits = model(input_ids=torch.tensor([prompt + completion[:-1]])).logits[0, len(prompt) - 1 :]
+    targets = torch.tensor(completion)[:, None]
+    return log_softmax(logits / TEMPERATURE, -1).gather(-1, targets)[:, 0]
+
+
+def judged(groups: Sequence[PromptGroup], rewards: Sequence[list[float]]) -> list[PromptGroup]:
+    """The groups as an older policy sampled them: its log-probs are random but not far off."""
+    generator = torch.Generator().manual_seed(2)
+    return [
+        replace(
+            group,
+            teacher_prompts=[group.student_prompt] * len(group.completions),
+            rewards=own,
+            old_logprobs=[
+                (torch.rand(len(c), generator=generator) - 6.0).tolist() for c in group.completions
+            ],
+        )
+        for group, own in zip(groups, rewards, strict=True)
+    ]
+
+
+def stale(groups: Sequence[PromptGroup], model: PreTrainedModel) -> list[PromptGroup]:
+    """Groups whose policy was a little different from `model`, both ways."""
+    generator = torch.Generator().manual_seed(3)
+    result = []
+    for group in groups:
+        rows = []
+        for completion in group.completions:
+            with torch.no_grad():
+                logprobs = own_logprobs(model, group.student_prompt, completion)
+            rows.append(
+                (logprobs + 0.4 * torch.randn(len(completion), generator=generator)).tolist()
+            )
+        result.append(replace(group, old_logprobs=rows))
+    return result
+
+
+def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
+    found = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+    }
+    model.zero_grad()
+    return found
+
+
+def plain_loss(
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    groups: Sequence[PromptGroup],
+    *,
+    coefficient: float,
+    std: bool,
+) -> Tensor:
+    """GRPO written down once more, one rollout at a time, on full float64 logits."""
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for group in groups:
+        rewards = torch.tensor(group.rewards, dtype=torch.float64)
+        advantages = rewards - rewards.mean()
+        if std and advantages.any():
+            advantages = advantages / rewards.std()
+        for i, completion in enumerate(group.completions):
+            logprobs = own_logprobs(model, group.student_prompt, completion)
+            old = torch.tensor(group.old_logprobs[i], dtype=torch.float64)
+            ratio = (logprobs - old).exp()
+            bounded = ratio.clamp(0.9, 1.15)
+            total = total - torch.minimum(ratio * advantages[i], bounded * advantages[i]).sum()
+            if reference is not None:
+                with torch.no_grad():
+                    log_ratio_0 = own_logprobs(reference, group.student_prompt, completion)
+                log_ratio = log_ratio_0 - logprobs
+                total = total + coefficient * (log_ratio.exp() - log_ratio - 1).sum()
+            tokens += len(completion)
+    return total / tokens
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.3])
+@pytest.mark.parametrize("std", [True, False])
+def test_loss_and_gradient_equal_plain_torch(
+    tiny_model: ModelFactory, ragged_groups: list[PromptGroup], coefficient: float, std: bool
+) -> None:
+    student, base = tiny_model("llama", seed=0), tiny_model("llama", seed=1)
+    groups = stale(judged(ragged_groups, [[1.0, 0.0, 0.0], [0.0, 1.0]]), student)
+    exact, exact_base = (tiny_model("llama", seed=seed).double() for seed in (0, 1))
+    reference = exact_base if coefficient else None
+    expected = plain_loss(exact, reference, groups, coefficient=coefficient, std=std)
+    expected.backward()
+    wanted = gradients(exact)
+
+    teacher = BaseTeacher(base) if coefficient else None
+    loss = make_loss(kl_coefficient=coefficient, normalize_std=std)
+    scored = score(student, teacher, groups)
+    output = loss(scored, lm_head(student), lm_head(base), normalizer=len(scored.targets))
+    output.loss.backward()
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    got = gradients(student)
+    for name, gradient in wanted.items():
+        assert (got[name] - gradient).norm() < 2e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2])
+def test_loss_and_gradient_equal_trl(
+    tiny_model: ModelFactory, ragged_groups: list[PromptGroup], beta: float
+) -> None:
+    grpo_trainer = pytest.importorskip(
+        "trl.trainer.grpo_trainer", reason="compares with TRL: pip install trl==1.16.0"
+    )
+    student, base = tiny_model("llama", seed=0), tiny_model("llama", seed=1)
+    groups = stale(judged(ragged_groups, [[1.0, 0.0, 1.0], [0.0, 1.0]]), student)
+    loss = make_loss(kl_coefficient=beta)
+    scored = score(student, BaseTeacher(base), groups)
+    hidden = scored.student_hidden.detach().requires_grad_()
+    scored = replace(scored, student_hidden=hidden)
+    output = loss(scored, lm_head(student), lm_head(base), normalizer=len(scored.targets))
+    output.loss.backward()
+    ours = hidden.grad.clone()
+    hidden.grad = None
+
+    # TRL's tokens are padded rows; its own function gets log-probs of these very hidden states.
+    lengths = [len(c) for group in groups for c in group.completions]
+
+    def padded(flat: Tensor) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(list(flat.split(lengths)), batch_first=True)
+
+    def logprobs(states: Tensor, model: PreTrainedModel) -> Tensor:
+        logits = model.lm_head(states) / TEMPERATURE
+        return padded(log_softmax(logits, -1).gather(-1, scored.targets[:, None])[:, 0])
+
+    rows = logprobs(hidden, student)
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *a, **k: (rows, torch.zeros_like(rows), None),
+        accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x),
+        args=SimpleNamespace(delta=None, use_bias_correction_kl=False),
+        model=SimpleNamespace(training=False),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level="token",
+        loss_type="bnpo",
+        epsilon_low=loss.clip_low,
+        epsilon_high=loss.clip_high,
+        beta=beta,
+        use_vllm=False,
+        _entropy_bonus_enabled=False,
+    )
+    assert scored.rewards is not None
+    assert scored.old_logprobs is not None
+    ids = padded(scored.targets)
+    inputs = {
+        "prompt_ids": ids[:, :0],
+        "prompt_mask": ids[:, :0],
+        "completion_ids": ids,
+        "completion_mask": padded(torch.ones(sum(lengths))),
+        "advantages": group_advantages(scored.rewards, scored.rollout_group, normalize_std=True),
+        "old_per_token_logps": padded(scored.old_logprobs),
+        "ref_per_token_logps": logprobs(scored.teacher_hidden, base).detach(),
+    }
+    theirs = grpo_trainer.GRPOTrainer._compute_loss(trainer, None, inputs)
+    theirs.backward()
+    assert output.loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+    torch.testing.assert_close(ours, hidden.grad, rtol=1e-4, atol=1e-7)
+    (clipped,) = trainer._metrics["eval"]["clip_ratio/region_mean"]
+    assert 0 < clipped < 1
+    if beta == 0:
+        assert 1 - output.active.float().mean().item() == pytest.approx(clipped)
+
+
+def test_the_clip_stops_the_gradient_where_nothing_is_left_to_gain(
+    tiny_model: ModelFactory, ragged_groups: list[PromptGroup]
+) -> None:
+    student = tiny_model("llama")
+    (group,) = judged(ragged_groups[1:], [[1.0, 0.0]])
+    for shift, clipped_rollout in ((-1.0, 0), (1.0, 1)):  # far more, far less likely than it was
+        with torch.no_grad():
+            rows = [
+                (own_logprobs(student, group.student_prompt, c) + shift).tolist()
+                for c in group.completions
+            ]
+        scored = score(student, None, [replace(group, old_logprobs=rows)])
+        scored = replace(scored, student_hidden=scored.student_hidden.detach().requires_grad_())
+        head = lm_head(student)
+        output = make_loss()(scored, head, head, normalizer=1.0)
+        output.loss.backward()
+        assert torch.equal(output.active, scored.rollout_index != clipped_rollout)
+        moved = scored.student_hidden.grad.abs().sum(-1) > 0
+        assert torch.equal(moved, output.active)
+
+
+def test_advantages_are_relative_to_the_group() -> None:
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0])
+    group = torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    plain = group_advantages(rewards, group, normalize_std=False)
+    assert plain.tolist() == [0.75, -0.25, -0.25, -0.25, 0, 0, 0]
+    normalised = group_advantages(rewards, group, normalize_std=True)
+    torch.testing.assert_close(normalised[:4], plain[:4] / 0.5)
+    assert normalised[4:].tolist() == [0, 0, 0]
+
+
+def step_gradient(
+    student: PreTrainedModel,
+    groups: Sequence[PromptGroup],
+    *,
+    groups_per_pass: int = 8,
+    base: PreTrainedModel | None = None,
+    **settings: Any,
+) -> tuple[Any, dict[str, Tensor]]:
+    totals = accumulate_gradients(
+        student,
+        None if base is None else BaseTeacher(base),
+        make_loss(**settings),
+        groups,
+        heads=(lm_head(student), lm_head(base or student)),
+        groups_per_pass=groups_per_pass,
+    )
+    return totals, gradients(student)
+
+
+def test_a_group_of_equal_rewards_is_not_read_but_counts(
+    tiny_model: ModelFactory, ragged_groups: list[PromptGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = tiny_model("llama")
+    read: list[PromptGroup] = []
+
+    def watched(model: Any, teacher: Any, groups: Sequence[PromptGroup]) -> Any:
+        read.extend(groups)
+        return score(model, teacher, groups)
+
+    monkeypatch.setattr(selfdistill.train, "score", watched)
+    informative, tied = stale(judged(ragged_groups, [[1.0, 0.0, 0.0], [1.0, 1.0]]), student)
+    totals, both = step_gradient(student, [informative, tied])
+    assert read == [informative]
+    assert (totals.tokens, totals.tokens_read) == (33, 20)
+    _, alone = step_gradient(student, [informative])
+    for name, gradient in both.items():
+        torch.testing.assert_close(gradient, alone[name] * 20 / 33, rtol=1e-4, atol=1e-7)
+
+    read.clear()
+    totals, nothing = step_gradient(student, [tied])
+    assert (read, totals.tokens_read, totals.loss) == ([], 0, 0.0)
+    assert not any(gradient.any() for gradient in nothing.values())
+    # The penalty has something to say about every rollout.
+    _, penalised = step_gradient(
+        student, [tied], base=tiny_model("llama", seed=1), kl_coefficient=1
+    )
+    assert read == [tied]
+    assert any(gradient.any() for gradient in penalised.values())
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.3])
+def test_micro_batches_give_the_gradient_of_the_whole_step(
+    tiny_model: ModelFactory, ragged_groups: list[PromptGroup], coefficient: float
+) -> None:
+    student, base = tiny_model("llama"), tiny_model("llama", seed=1)
+    rewards = [[1.0, 0.0, 0.0], [1.0, 0.0], [1.0, 1.0, 1.0]]
+    groups = stale(judged([*ragged_groups, ragged_groups[0]], rewards), student)
+    settings: dict[str, Any] = {"kl_coefficient": coefficient}
+    if coefficient:
+        settings["base"] = base
+    whole, expected = step_gradient(student, groups, **settings)
+    for size in (1, 2):
+        totals, got = step_gradient(student, groups, groups_per_pass=size, **settings)
+        assert totals.loss == pytest.approx(whole.loss, rel=1e-5)
+        assert totals.active == whole.active
+        for name, gradient in expected.items():
+            assert (got[name] - gradient).norm() < 5e-6 * gradient.norm(), name
+
+
+def test_missing_rewards_are_an_error(
+    tiny_model: ModelFactory, ragged_groups: list[PromptGroup]
+) -> None:
+    student = tiny_model("llama")
+    head = lm_head(student)
+    scored = score(student, None, ragged_groups)
+    with pytest.raises(ValueError, match="rewards is missing"):
+        make_loss()(scored, head, head, normalizer=1.0)
+
+
+def test_sampling_and_scoring_agree_on_the_log_probs(
+    make_model: Callable[..., LlamaForCausalLM], solver_dir: Path
+) -> None:
+    """On-policy the ratio is 1: the engine's log-probs are those that the loss compares with."""
+    from selfdistill.config import Config
+    from selfdistill.evaluate import judge
+    from selfdistill.methods import build_method
+    from selfdistill.rollout import SamplingParams
+    from selfdistill.solver import load_solver
+
+    config = Config.model_validate(
+        {
+            "model": str(solver_dir),
+            "output_dir": "unused",
+            "device": "cpu",
+            "method": {"name": "grpo", "group_size": 3},
+            "rollout": {"temperature": 0.7, "max_new_tokens": 12},
+        }
+    )
+    solver = load_solver(config)
+    problems = solver.task.problems(split="train", count=2)
+    rollouts = solver.engine.generate(
+        [solver.context.student_prompt(problem) for problem in problems],
+        group_size=3,
+        params=SamplingParams(temperature=0.7, max_new_tokens=12),
+    )
+    attempts = judge(solver.task, problems, rollouts)
+    method = build_method(config, solver.task)
+    groups = selfdistill.train.render_groups(solver, attempts, method.contexts(attempts))
+    scored = score(solver.model, None, groups)
+    head = lm_head(solver.model)
+    output = method.loss(scored, head, head, normalizer=1.0)
+    assert scored.old_logprobs is not None
+    torch.testing.assert_close(output.student_logprob, scored.old_logprobs, rtol=0, atol=1e-5)
