@@ -1,9 +1,10 @@
-"""Where the self-teacher disagrees: the per-token advantage of attempts, and how local it is."""
+"""Where the self-teacher disagrees: the per-token advantage of attempts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -14,12 +15,11 @@ from selfdistill.methods.loss import Head
 from selfdistill.rollout import Rollout
 from selfdistill.scoring import score
 from selfdistill.solver import Solver
-from selfdistill.tasks import Problem, Verdict
 from selfdistill.teacher import Teacher
 from selfdistill.train import render_groups
 
-# A token counts as negative when the teacher finds it less likely by more than this (nats).
-NEGATIVE = -0.1
+Place: TypeAlias = tuple[int, int]
+"""A rollout: the place of its group among the attempts, and its own place within the group."""
 
 
 @dataclass(frozen=True)
@@ -57,39 +57,17 @@ class TokenAnalysis:
     teacher_logprob: list[float]
 
 
-@dataclass(frozen=True)
-class Localisation:
-    """How the advantage lies around the first wrong step, over attempts that have one.
-
-    Attributes:
-        attempts: how many attempts were looked at.
-        mean_before, mean_at, mean_after: mean advantage of the tokens before, in and after the
-            first wrong step (nats); None when there are no such tokens.
-        lowest_at: mean over attempts of the lowest advantage within the wrong step.
-        share_at: share of the sum of |A| that lies on the wrong step.
-        negative_before: share of the tokens before the wrong step with A < -0.1.
-        kl_share_at: share of the divergence that lies on the wrong step.
-    """
-
-    attempts: int
-    mean_before: float | None
-    mean_at: float | None
-    mean_after: float | None
-    lowest_at: float | None
-    share_at: float | None
-    negative_before: float | None
-    kl_share_at: float | None
-
-
 @torch.no_grad()
 def analyze(
     solver: Solver,
     teacher: Teacher,
     method: Method,
-    attempts: Sequence[tuple[Problem, Rollout, Verdict]],
+    attempts: Sequence[Attempts],
+    chosen: Sequence[Place],
     *,
     heads: tuple[Head, Head],
     batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
 ) -> list[TokenAnalysis]:
     """Score attempts with student and teacher, as training does.
 
@@ -97,22 +75,36 @@ def analyze(
         solver: the student, which need not have written the attempts.
         teacher: the teacher strategy.
         method: decides what the teacher sees.
-        attempts: what to look at, with the checker's verdicts.
+        attempts: whole groups, because what the teacher sees may come from the rest of the group.
+        chosen: which of their rollouts to score.
         heads: of the student and of the teacher.
-        batch_size: attempts scored at once.
+        batch_size: rollouts scored at once.
+        progress: called with the number of rollouts just scored.
+
+    Returns:
+        One record for each chosen rollout, in that order.
     """
+    groups = sorted({group for group, _ in chosen})
+    contexts = dict(zip(groups, method.contexts([attempts[i] for i in groups]), strict=True))
     records: list[TokenAnalysis] = []
-    for start in range(0, len(attempts), batch_size):
-        batch = attempts[start : start + batch_size]
-        alone = [Attempts(problem, [rollout], [verdict]) for problem, rollout, verdict in batch]
-        contexts = method.contexts(alone)
-        groups = render_groups(solver, alone, contexts)
-        scored = score(solver.model, teacher, groups)
+    for start in range(0, len(chosen), batch_size):
+        batch = [
+            (
+                Attempts(attempts[i].problem, [attempts[i].rollouts[j]], [attempts[i].verdicts[j]]),
+                contexts[i][j],
+            )
+            for i, j in chosen[start : start + batch_size]
+        ]
+        scored = score(
+            solver.model,
+            teacher,
+            render_groups(solver, [alone for alone, _ in batch], [[c] for _, c in batch]),
+        )
         output = method.loss(scored, *heads, normalizer=1.0)
         assert output.advantage is not None
         assert output.student_logprob is not None
         assert output.teacher_logprob is not None
-        lengths = [len(rollout.token_ids) for _, rollout, _ in batch]
+        lengths = [len(alone.rollouts[0].token_ids) for alone, _ in batch]
         columns = [
             [part.tolist() for part in column.split(lengths)]
             for column in (
@@ -123,16 +115,17 @@ def analyze(
                 output.teacher_logprob,
             )
         ]
-        for i, (problem, rollout, verdict) in enumerate(batch):
+        for i, (alone, context) in enumerate(batch):
+            (rollout,), (verdict,) = alone.rollouts, alone.verdicts
             advantage, kl, entropy, student_logprob, teacher_logprob = (c[i] for c in columns)
             records.append(
                 TokenAnalysis(
-                    problem_id=problem.id,
-                    question=problem.question,
-                    answer=problem.answer,
-                    reference=problem.reference,
+                    problem_id=alone.problem.id,
+                    question=alone.problem.question,
+                    answer=alone.problem.answer,
+                    reference=alone.problem.reference,
                     response=rollout.text,
-                    context=context.text if (context := contexts[i][0]) else "",
+                    context="" if context is None else context.text,
                     correct=verdict.correct,
                     first_wrong_step=verdict.first_wrong_step,
                     wrong_tokens=token_span(solver.tokenizer, rollout, verdict.wrong_span),
@@ -144,19 +137,25 @@ def analyze(
                     teacher_logprob=teacher_logprob,
                 )
             )
+        if progress is not None:
+            progress(len(batch))
     return records
 
 
 def erroneous_attempts(
-    attempts: Sequence[Attempts], *, limit: int
-) -> list[tuple[Problem, Rollout, Verdict]]:
-    """Pick the first attempt with a wrong step of each problem, `limit` problems at most."""
-    picked = []
-    for attempt in attempts:
-        for rollout, verdict in zip(attempt.rollouts, attempt.verdicts, strict=True):
-            if verdict.wrong_span is not None:
-                picked.append((attempt.problem, rollout, verdict))
-                break
+    attempts: Sequence[Attempts], *, limit: int, each: int | None = None
+) -> list[Place]:
+    """Pick attempts that went wrong: with a wrong step, or cut off, or with a wrong answer.
+
+    Args:
+        attempts: groups of rollouts with verdicts.
+        limit: how many to pick at most.
+        each: how many of one problem at most; None: all.
+    """
+    picked: list[Place] = []
+    for i, group in enumerate(attempts):
+        wrong = [(i, j) for j, v in enumerate(group.verdicts) if v.wrong_span or not v.correct]
+        picked += wrong[:each]
     return picked[:limit]
 
 
@@ -178,39 +177,3 @@ def token_span(
         if end > span[0] and begin < span[1]
     ]
     return (inside[0], inside[-1] + 1) if inside else None
-
-
-def localise(records: Sequence[TokenAnalysis]) -> Localisation:
-    """Aggregate the attempts that have a wrong step."""
-    before: list[float] = []
-    at: list[float] = []
-    after: list[float] = []
-    lowest: list[float] = []
-    kl_at = kl_all = 0.0
-    count = 0
-    for record in records:
-        if record.wrong_tokens is None:
-            continue
-        count += 1
-        start, stop = record.wrong_tokens
-        before += record.advantage[:start]
-        at += record.advantage[start:stop]
-        after += record.advantage[stop:]
-        lowest.append(min(record.advantage[start:stop]))
-        kl_at += sum(record.kl[start:stop])
-        kl_all += sum(record.kl)
-    size = sum(map(abs, [*before, *at, *after]))
-    return Localisation(
-        attempts=count,
-        mean_before=_mean(before),
-        mean_at=_mean(at),
-        mean_after=_mean(after),
-        lowest_at=_mean(lowest),
-        share_at=sum(map(abs, at)) / size if size else None,
-        negative_before=_mean([float(a < NEGATIVE) for a in before]),
-        kl_share_at=kl_at / kl_all if kl_all else None,
-    )
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None

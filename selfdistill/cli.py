@@ -1,4 +1,4 @@
-"""The command line: selfdistill train | evaluate | demo | doctor."""
+"""The command line: selfdistill train | evaluate | analyze | compare | demo | doctor."""
 
 from __future__ import annotations
 
@@ -88,6 +88,91 @@ def evaluate(
 
 
 @app.command()
+def analyze(
+    run: Annotated[Path, typer.Argument(help="A training run's folder.")],
+    checkpoint: Annotated[
+        Literal["best", "last", "base"],
+        typer.Option(help="Whose weights write the attempts; base: before training."),
+    ] = "best",
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose contexts to try on the same attempts: names or YAML mappings with commas "
+            "between them, such as stepalign,refsol; by default the run's own."
+        ),
+    ] = None,
+    attempts: Annotated[int, typer.Option(min=1, help="Attempts that went wrong.")] = 500,
+    problems: Annotated[
+        int, typer.Option(min=1, help="Problems to draw from, at most; all of them if fewer.")
+    ] = 500,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Attempts per problem; by default the group size.")
+    ] = None,
+    split: Annotated[Literal["dev", "test"], typer.Option(help="Which problems.")] = "test",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampled tokens.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="Where the page goes; by default RUN/analysis-CHECKPOINT.")
+    ] = None,
+) -> None:
+    """Show where the teacher disagrees with attempts, by method, and what masks would keep."""
+    from selfdistill.analyze import (
+        analysis_tables,
+        analyze_run,
+        missing_note,
+        summary_line,
+        write_analysis,
+    )
+
+    console = Console()
+    analysis = analyze_run(
+        run,
+        checkpoint=checkpoint,
+        methods=methods,
+        attempts=attempts,
+        problems=problems,
+        samples=samples,
+        split=split,
+        seed=seed,
+        console=console,
+    )
+    page = write_analysis(analysis, output or run / f"analysis-{checkpoint}")
+    console.print(summary_line(analysis), highlight=False)
+    for table in analysis_tables(analysis):
+        console.print(table.rich())
+    if note := missing_note(analysis):
+        console.print(note)
+    console.print(f"Page: {page.resolve()}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of training runs.")],
+    output: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("comparison"),
+) -> None:
+    """Put runs beside each other: curves, final accuracy, paired differences, on one page."""
+    from selfdistill.compare import compare as compare_runs
+    from selfdistill.compare import (
+        difference_table,
+        final_table,
+        read_run_curve,
+        write_comparison,
+    )
+
+    console = Console()
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run) for run in runs]
+    comparison = compare_runs(
+        [read_run_curve(run, name=name) for run, name in zip(runs, names, strict=True)]
+    )
+    page = write_comparison(comparison, output)
+    console.print(final_table(comparison.finals).rich())
+    if comparison.differences:
+        console.print(difference_table(comparison.differences).rich())
+    console.print(f"Page: {page.resolve()}", soft_wrap=True)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
@@ -160,6 +245,7 @@ def main() -> None:
         # Imported late, so that --help need not wait for torch.
         from selfdistill.attention import UnsupportedModelError
         from selfdistill.checkpoint import CheckpointError
+        from selfdistill.compare import NotARunError
         from selfdistill.config import ConfigError
         from selfdistill.context import PromptTooLongError
         from selfdistill.methods.loss import UnsupportedHeadError
@@ -169,6 +255,7 @@ def main() -> None:
             CheckpointError,
             ConfigError,
             DivergedError,
+            NotARunError,
             OSError,
             PromptTooLongError,
             RunExistsError,

@@ -26,10 +26,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from selfdistill.analysis import analyze, erroneous_attempts, localise
+from selfdistill.analysis import analyze, erroneous_attempts
 from selfdistill.checkpoint import CheckpointStore
 from selfdistill.config import Config
 from selfdistill.evaluate import Evaluation, Interval, avg_difference, summarize
+from selfdistill.localisation import localise
 from selfdistill.methods import build_method
 from selfdistill.methods.loss import lm_head
 from selfdistill.progress import progress_bars
@@ -159,7 +160,8 @@ def held_out(name: str, config: Config, solver: Solver, console: Console) -> Hel
             solver,
             teacher,
             build_method(config, solver.task),
-            erroneous_attempts(attempts, limit=ANALYSED_ATTEMPTS),
+            attempts,
+            erroneous_attempts(attempts, limit=ANALYSED_ATTEMPTS, each=1),
             heads=(lm_head(solver.model), lm_head(teacher_model)),
         )
     analysis = {

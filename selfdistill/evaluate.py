@@ -34,12 +34,14 @@ class ProblemScore:
         correct: attempts with the right final answer.
         strict: attempts with the right answer and every step right.
         majority: True when the most frequent answer is right.
+        mean_tokens: mean length of its attempts; None where older files did not record it.
     """
 
     problem_id: str
     correct: int
     strict: int
     majority: bool
+    mean_tokens: float | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ def summarize(attempts: Sequence[Attempts], task: Task, *, split: str, seed: int
             correct=sum(v.correct for v in a.verdicts),
             strict=sum(v.strict for v in a.verdicts),
             majority=majority_is_correct(task, a.verdicts),
+            mean_tokens=sum(len(r.token_ids) for r in a.rollouts) / samples,
         )
         for a in attempts
     )

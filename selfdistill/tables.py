@@ -1,12 +1,54 @@
-"""Accuracy as a table for the terminal."""
+"""Results as tables: for the terminal, for Markdown and (in `selfdistill.report`) for HTML."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from rich.table import Table
+from rich.text import Text
 
 from selfdistill.evaluate import Evaluation, Interval
+
+MISSING = "\N{EN DASH}"
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table whose cells are text already; the first column names the rows.
+
+    Attributes:
+        title: a few words.
+        head: names of the columns; the first one may be empty.
+        rows: as many cells as there are columns.
+        note: a sentence about the figures, or empty.
+    """
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+    def rich(self) -> Table:
+        """Return the table for a terminal."""
+        table = Table(
+            title=self.title, title_justify="left", caption=self.note, caption_justify="left"
+        )
+        for i, name in enumerate(self.head):
+            table.add_column(Text(name), justify="right" if i else "left")
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        return table
+
+    def markdown(self) -> str:
+        """Return the table as Markdown, the title in bold above and the note below it."""
+        lines = [self.head, ["---", *["---:"] * (len(self.head) - 1)], *self.rows]
+        table = "\n".join(f"| {' | '.join(map(_escape_cell, line))} |" for line in lines)
+        return "\n\n".join(filter(None, (f"**{self.title}**", table, self.note))) + "\n"
+
+
+def _escape_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
@@ -31,10 +73,23 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
     return table
 
 
-def percent(interval: Interval, *, sign: bool = False) -> str:
-    """Return "36.5 % [33.1, 39.8]"; with `sign`, a difference in points: "+3.1 [+1.0, +5.2]"."""
+def percent(interval: Interval | None, *, sign: bool = False) -> str:
+    """Return "36.5 % [33.1, 39.8]"; with `sign`, a difference in points: "+3.1 [+1.0, +5.2]".
+
+    Where there is nothing, an en dash.
+    """
+    if interval is None:
+        return MISSING
     form, unit = ("+.1f", "") if sign else (".1f", " %")
     value, low, high = (
         format(100 * x, form) for x in (interval.value, interval.low, interval.high)
     )
     return f"{value}{unit} [{low}, {high}]"
+
+
+def number(interval: Interval | None, form: str = "+.3f") -> str:
+    """Return "-8.12 [-9.10, -7.21]" in a format; an en dash where there is nothing."""
+    if interval is None:
+        return MISSING
+    value, low, high = (format(x, form) for x in (interval.value, interval.low, interval.high))
+    return f"{value} [{low}, {high}]"

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from selfdistill.evaluate import Interval
+
+# Colours that differ for the colour-blind, too, in the order in which they are used up.
+STYLES = ("one", "two", "three", "four", "five", "six")
 WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 42
 
@@ -17,10 +21,12 @@ class Series:
 
     Attributes:
         name: for the legend.
-        style: the CSS class, "one" or "two".
+        style: the CSS classes: a colour of STYLES, and "thin" for a curve that others sum up.
         points: (x, y) in order of x.
         intervals: (low, high) of each point, or empty.
-        joined: a line joins the points; else they are diamonds, a little aside.
+        joined: a line joins the points; else they are diamonds.
+        shift: moves the curve to the right (pixels of the drawing), so that intervals at the same
+            x do not hide each other.
     """
 
     name: str
@@ -28,6 +34,12 @@ class Series:
     points: Sequence[tuple[float, float]]
     intervals: Sequence[tuple[float, float]] = ()
     joined: bool = True
+    shift: float = 0.0
+
+    @property
+    def is_thin(self) -> bool:
+        """True when the legend leaves this curve out."""
+        return "thin" in self.style.split()
 
 
 @dataclass(frozen=True)
@@ -95,7 +107,11 @@ def line_chart(
         else ticks(max(y for s in series for y in _heights(s))),
         scale=100 if percent else 1,
     )
-    legend = "".join(f'<span class="key {s.style}"><i></i>{escape(s.name)}</span>' for s in series)
+    legend = "".join(
+        f'<span class="key {s.style}"><i></i>{escape(s.name)}</span>'
+        for s in series
+        if not s.is_thin
+    )
     return (
         f"<figure><h3>{escape(title)}</h3><figcaption>{legend}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
@@ -110,10 +126,10 @@ def _heights(series: Series) -> list[float]:
 def _curve(series: Series, axes: Axes) -> str:
     parts = []
     if series.joined:
-        path = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in series.points)
+        path = " ".join(f"{axes.x(x) + series.shift:.1f},{axes.y(y):.1f}" for x, y in series.points)
         parts.append(f'<polyline points="{path}"/>')
     for i, (x, y) in enumerate(series.points):
-        across, down = axes.x(x) + (0 if series.joined else 7), axes.y(y)
+        across, down = axes.x(x) + series.shift, axes.y(y)
         interval = ""
         if series.intervals:
             low, high = series.intervals[i]
@@ -154,3 +170,34 @@ def ticks(highest: float, *, whole: bool = False) -> list[float]:
     if whole:
         step = max(1.0, math.ceil(step))
     return [i * step for i in range(math.ceil(highest / step - 1e-9) + 1)]
+
+
+def interval_rows(
+    rows: Sequence[tuple[str, Interval]], *, scale: float = 1.0, form: str = "+.1f"
+) -> str:
+    """Return intervals on one horizontal axis with a line at 0, a row each.
+
+    Args:
+        rows: label and interval.
+        scale: what values are multiplied with to be shown, 100 for points.
+        form: how a value is written.
+    """
+    low = min([0.0, *(interval.low for _, interval in rows)])
+    high = max([0.0, *(interval.high for _, interval in rows)])
+    width = (high - low) or 1.0
+
+    def place(value: float) -> str:
+        return f"{100 * (value - low) / width:.1f}%"
+
+    def shown(value: float) -> str:
+        return format(scale * value, form).replace("-", "&minus;")
+
+    return "".join(
+        f'<div class="bar-row"><span>{escape(label)}</span><span class="track range">'
+        f'<u style="left:{place(0.0)}"></u><i class="{"one" if interval.value >= 0 else "two"}" '
+        f'style="left:{place(interval.low)};right:calc(100% - {place(interval.high)})"></i>'
+        f'<b style="left:{place(interval.value)}"></b></span>'
+        f"<span>{shown(interval.value)} [{shown(interval.low)}, {shown(interval.high)}]</span>"
+        "</div>"
+        for label, interval in rows
+    )

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from selfdistill import __version__
-from selfdistill.analysis import NEGATIVE, TokenAnalysis
+from selfdistill.analysis import TokenAnalysis
 from selfdistill.evaluate import Evaluation
+from selfdistill.localisation import localisation_table
 from selfdistill.report.charts import Series, bars, line_chart
+from selfdistill.report.document import document, html_table
 from selfdistill.report.heatmap import LEGEND, clear_examples, heat_map, spread, verdict
 from selfdistill.report.run import Run, read_run
-from selfdistill.report.style import STYLE
 from selfdistill.runlog import write_atomically
 
 EXAMPLES = 5
@@ -49,12 +50,7 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     sections = (result, examples, curves, costs, reproduction)
     body = "".join(section(run) for section in sections)
-    write_atomically(
-        path,
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{TITLE}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n",
-    )
+    write_atomically(path, document(TITLE, body))
     return path
 
 
@@ -159,7 +155,7 @@ def examples(run: Run) -> str:
         "<b>red</b> tokens are those that it would now rather not write, <b>blue</b> ones those "
         "that it is surer of. Training moves the student towards this teacher.</p>"
         f"{LEGEND}{cards or MISSING}"
-        f"{_selection(picked, clear, attempts)}{localisation_table(run)}</section>"
+        f"{_selection(picked, clear, attempts)}{localisation(run)}</section>"
     )
 
 
@@ -186,36 +182,18 @@ def example(run: Run, record: TokenAnalysis) -> str:
     )
 
 
-def localisation_table(run: Run) -> str:
+def localisation(run: Run) -> str:
     """How the advantage lies around the first wrong step, before and after training."""
-    stages = {"before": run.before.localisation, "after": run.after.localisation}
-    found = {name: loc for name, loc in stages.items() if loc is not None}
+    stages = {"before training": run.before.localisation, "after training": run.after.localisation}
+    found = {name: figures for name, figures in stages.items() if figures is not None}
     if not found:
         return ""
-    rows = {
-        "wrong attempts looked at": ("attempts", "d"),
-        "mean advantage before the first wrong step (nats)": ("mean_before", "+.3f"),
-        "&hellip; within it": ("mean_at", "+.3f"),
-        "&hellip; after it": ("mean_after", "+.3f"),
-        "lowest advantage within it, mean over attempts (nats)": ("lowest_at", "+.2f"),
-        "share of all |advantage| that lies on it": ("share_at", ".1%"),
-        "share of the KL that lies on it": ("kl_share_at", ".1%"),
-        f"right tokens before it with advantage below &minus;{-NEGATIVE:g}": (
-            "negative_before",
-            ".1%",
-        ),
-    }
-    head = "".join(f"<th>{name} training</th>" for name in found)
-    body = "".join(
-        f"<tr><th>{label}</th>"
-        + "".join(f"<td>{_number(getattr(loc, field), form)}</td>" for loc in found.values())
-        + "</tr>"
-        for label, (field, form) in rows.items()
-    )
-    return (
-        "<h3>How local the correction is</h3>"
-        "<p>Each column looks at the wrong attempts of its own time, at most one a question.</p>"
-        f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return html_table(
+        localisation_table(
+            "How local the correction is",
+            found,
+            note="Each column looks at the wrong attempts of its own time, at most one a question.",
+        )
     )
 
 
@@ -244,6 +222,7 @@ def curves(run: Run) -> str:
                 [(step, avg.value) for step, avg in measured],
                 [(avg.low, avg.high) for _, avg in measured],
                 joined=False,
+                shift=7,
             )
         )
     has_teacher = learns_from_a_teacher(run)

@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter
 
-from selfdistill.analysis import Localisation, TokenAnalysis
+from selfdistill.analysis import TokenAnalysis
 from selfdistill.evaluate import Evaluation, Interval, avg_difference
+from selfdistill.localisation import Localisation, localise
 from selfdistill.runlog import JsonLines
 
 
@@ -115,11 +116,12 @@ def read_run(folder: Path) -> Run:
 def _read_stage(folder: Path, name: str) -> HeldOutStage:
     held_out = _read_json(folder / f"held_out_{name}.json") or {}
     analysis = _read_json(folder / f"analysis_{name}.json") or {}
+    attempts = TypeAdapter(list[TokenAnalysis]).validate_python(analysis.get("attempts", []))
     return HeldOutStage(
         evaluation=TypeAdapter(Evaluation | None).validate_python(held_out.get("evaluation")),
         seconds=held_out.get("seconds", 0.0),
-        attempts=TypeAdapter(list[TokenAnalysis]).validate_python(analysis.get("attempts", [])),
-        localisation=TypeAdapter(Localisation | None).validate_python(analysis.get("localisation")),
+        attempts=attempts,
+        localisation=localise(attempts) if attempts else None,
     )
 
 

@@ -4,11 +4,13 @@ STYLE = """
 :root { color-scheme: light dark;
   --bg: #ffffff; --panel: #f6f7f9; --ink: #16191d; --muted: #5c6570; --line: #d9dde3;
   --neg: 178 24 43; --pos: 33 102 172; --strong: #ffffff;
-  --error: #b2182b; --mark: #ffe58a; --mark-ink: #16191d; --one: #0b7a75; --two: #b45f06; }
+  --error: #b2182b; --mark: #ffe58a; --mark-ink: #16191d; --one: #0b7a75; --two: #b45f06;
+  --three: #6b3fa0; --four: #1668b8; --five: #b0246b; --six: #5c6b12; }
 @media (prefers-color-scheme: dark) { :root {
   --bg: #14171b; --panel: #1d2127; --ink: #e8eaed; --muted: #a0a8b3; --line: #363c45;
   --neg: 255 112 92; --pos: 92 165 255; --strong: #0d0f12;
-  --error: #ff8573; --mark: #ffd84d; --one: #45c4bc; --two: #f0a04b; } }
+  --error: #ff8573; --mark: #ffd84d; --one: #45c4bc; --two: #f0a04b;
+  --three: #b99bf0; --four: #6db3ff; --five: #f58ac0; --six: #c2d15c; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
@@ -26,6 +28,7 @@ th, td { text-align: right; padding: .2rem .9rem .2rem 0; border-bottom: 1px sol
 th:first-child { text-align: left; font-weight: normal; }
 thead th { color: var(--muted); font-weight: normal; }
 td i { color: var(--muted); font-style: normal; font-size: .85em; white-space: nowrap; }
+.scroll { overflow-x: auto; }
 .columns { display: grid; grid-template-columns: minmax(0, 7fr) minmax(0, 5fr); gap: .5rem 2.5rem;
   align-items: start; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: .15rem 1rem; margin: 0; }
@@ -73,26 +76,41 @@ details { margin-top: .6rem; }
 summary { cursor: pointer; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr));
   gap: 1rem 1.5rem; }
+.charts.pairs { grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
 figure { margin: 0; }
 figcaption { font-size: .85rem; min-height: 1.4em; }
 .key { margin-right: 1rem; white-space: nowrap; }
 .key i { display: inline-block; width: .8em; height: .8em; border-radius: 50%;
   margin-right: .35em; }
-.key.one i, .bar-row i.one { background: var(--one); }
-.key.two i, .bar-row i.two { background: var(--two); }
+.one { --colour: var(--one); } .two { --colour: var(--two); } .three { --colour: var(--three); }
+.four { --colour: var(--four); } .five { --colour: var(--five); } .six { --colour: var(--six); }
+.key i, .bar-row i { background: var(--colour); }
 svg { width: 100%; height: auto; font: 12px system-ui, sans-serif; }
 svg text { fill: var(--muted); }
 svg .x { text-anchor: middle; }
 svg .y { text-anchor: end; }
 svg .grid { stroke: var(--line); }
-svg .one { stroke: var(--one); fill: var(--one); }
-svg .two { stroke: var(--two); fill: var(--two); }
+svg g { stroke: var(--colour); fill: var(--colour); }
+svg .thin { opacity: .6; }
+svg .thin polyline { stroke-width: 1; }
 svg polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
 svg .bar { stroke-width: 2; }
-.bar-row { display: grid; grid-template-columns: 15rem 1fr 9rem; gap: .8rem; align-items: center;
+.bar-row { display: grid; grid-template-columns: 15rem 1fr 11rem; gap: .8rem; align-items: center;
   font-size: .92rem; font-variant-numeric: tabular-nums; margin: .15rem 0; }
 .track { background: var(--panel); border-radius: 3px; height: 1rem; }
 .track i { display: block; height: 100%; border-radius: 3px; }
+.range { position: relative; }
+.range i { position: absolute; height: .5rem; top: .25rem; opacity: .6; }
+.range u { position: absolute; height: 100%; border-left: 1px solid var(--muted); }
+.range b { position: absolute; height: 100%; border-left: 3px solid var(--ink); margin-left: -1px; }
+.strip { display: flex; height: 1.5rem; box-shadow: inset 0 0 0 1px var(--line); }
+.strip i { flex: 1; cursor: help; }
+.strip .neg { background: rgb(var(--neg) / var(--a)); }
+.strip .pos { background: rgb(var(--pos) / var(--a)); }
+.strip .mark { border-left: 2px solid var(--ink); }
+h4 { margin: .8rem 0 .2rem; }
+.switch > input { margin: 0 .3rem .8rem 1rem; }
+#axis-steps:checked ~ .by-rollouts, #axis-rollouts:checked ~ .by-steps { display: none; }
 pre { background: var(--panel); border: 1px solid var(--line); border-radius: 6px;
   padding: .7rem 1rem; overflow-x: auto; font-size: .85rem; line-height: 1.4; }
 @media (max-width: 800px) {
@@ -109,6 +127,6 @@ pre { background: var(--panel); border: 1px solid var(--line); border-radius: 6p
   .t { margin-left: 2px; padding: .05em .18em; font-size: .92em; }
   .critique { margin-top: .2rem; font-size: .92em; }
   .bar-row { grid-template-columns: 1fr auto; gap: 0 .6rem; }
-  .bar-row .track { grid-column: 1 / -1; grid-row: 2; }
+  .bar-row .track, .bar-row .strip { grid-column: 1 / -1; grid-row: 2; }
 }
 """

@@ -1,28 +1,22 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from selfdistill.analysis import (
-    TokenAnalysis,
-    analyze,
-    erroneous_attempts,
-    localise,
-    token_span,
-)
+from selfdistill.analysis import analyze, erroneous_attempts, token_span
 from selfdistill.config import Config
-from selfdistill.context import ContextRenderer
+from selfdistill.context import ContextRenderer, TeacherContext
 from selfdistill.evaluate import Attempts, judge
 from selfdistill.methods import build_method
-from selfdistill.methods.loss import lm_head
+from selfdistill.methods.loss import Loss, lm_head
 from selfdistill.rollout import Rollout
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.solver import Solver
 from selfdistill.tasks.arithmetic import ArithmeticTask
+from selfdistill.teacher import LiveTeacher
 from selfdistill.train import build_teacher
 
 TASK = ArithmeticTask(step_counts=(3,))
@@ -39,29 +33,6 @@ def wrong_attempt(reference: str) -> str:
     words = steps[1].split(" ")
     words[-1] = f"{(int(words[-1]) + 10) % 100:02d}"
     return " <".join([steps[0], " ".join(words), *steps[2:]])
-
-
-def record(
-    advantage: list[float], wrong: tuple[int, int] | None, kl: list[float] | None = None
-) -> TokenAnalysis:
-    zeros = [0.0] * len(advantage)
-    return TokenAnalysis(
-        problem_id="p",
-        question="",
-        answer="",
-        reference="",
-        response="",
-        context="",
-        correct=False,
-        first_wrong_step=None if wrong is None else 1,
-        wrong_tokens=wrong,
-        tokens=[""] * len(advantage),
-        advantage=advantage,
-        kl=kl or zeros,
-        entropy=zeros,
-        student_logprob=zeros,
-        teacher_logprob=zeros,
-    )
 
 
 def test_spans_of_text_become_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -93,23 +64,28 @@ def test_figures_are_those_of_the_models_own_logits(
     )
     teacher, teacher_model = build_teacher(config, student, base=base)
     method = build_method(config, TASK)
-    attempts = []
-    for problem in TASK.problems(split="test", count=3):
-        rollout = encode(tokenizer, wrong_attempt(problem.reference))
-        attempts.append((problem, rollout, TASK.check(problem, rollout.text)))
+    problems = TASK.problems(split="test", count=3)
+    groups = [
+        [encode(tokenizer, text) for text in (p.reference, wrong_attempt(p.reference))]
+        for p in problems
+    ]
+    attempts = judge(TASK, problems, groups)
+    chosen = [(2, 1), (0, 1), (1, 1), (1, 0)]
     records = analyze(
         solver,
         teacher,
         method,
         attempts,
+        chosen,
         heads=(lm_head(student), lm_head(teacher_model)),
         batch_size=2,
     )
-    assert [r.problem_id for r in records] == [problem.id for problem, _, _ in attempts]
-    for found, (problem, rollout, _) in zip(records, attempts, strict=True):
-        ((context,),) = method.contexts(judge(TASK, [problem], [[rollout]]))
+    assert [r.problem_id for r in records] == [problems[i].id for i, _ in chosen]
+    for found, (i, j) in zip(records, chosen, strict=True):
+        problem, rollout = problems[i], groups[i][j]
+        context = method.contexts(attempts)[i][j]
         assert found.context == context.text
-        assert found.wrong_tokens is not None
+        assert (found.wrong_tokens is not None) == (j == 1)
         logprobs = []
         for model, prompt in (
             (student, renderer.student_prompt(problem)),
@@ -134,34 +110,66 @@ def test_figures_are_those_of_the_models_own_logits(
         assert "".join(found.tokens) == "".join(tokenizer.decode([t]) for t in rollout.token_ids)
 
 
-def test_localisation_looks_before_at_and_after_the_wrong_step() -> None:
-    found = localise(
-        [
-            record([0.2, 0.4, -3.0, 1.0, 0.0], (2, 4), [0, 0, 3, 0, 1]),
-            record([-0.3, -5.0], (1, 2)),
-            record([9.0, 9.0], None),
-        ]
-    )
-    assert found.attempts == 2
-    assert found.mean_before == pytest.approx((0.2 + 0.4 - 0.3) / 3)
-    assert found.mean_at == pytest.approx((-3 + 1 - 5) / 3)
-    assert found.mean_after == pytest.approx(0)
-    assert found.lowest_at == pytest.approx(-4)
-    assert found.share_at == pytest.approx(9 / 9.9)
-    assert found.negative_before == pytest.approx(1 / 3)
-    assert found.kl_share_at == pytest.approx(3 / 4)
-    nothing = localise([record([1.0], None)])
-    assert (nothing.attempts, nothing.mean_before, nothing.share_at) == (0, None, None)
-
-
-def test_one_wrong_attempt_of_each_problem_is_picked(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_wrong_attempts_are_picked_problem_by_problem(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     problems = TASK.problems(split="test", count=4)
-    attempts = []
+    groups = []
     for i, problem in enumerate(problems):
-        texts = [problem.reference] * 2 + [wrong_attempt(problem.reference)] * (2 if i else 0)
-        rollouts = [encode(tokenizer, text) for text in texts]
-        verdicts = [TASK.check(problem, rollout.text) for rollout in rollouts]
-        attempts.append(Attempts(problem, rollouts, verdicts))
-    picked = erroneous_attempts(attempts, limit=2)
-    assert [problem for problem, _, _ in picked] == problems[1:3]
-    assert all(verdict.wrong_span is not None for _, _, verdict in picked)
+        texts = [problem.reference] + [wrong_attempt(problem.reference)] * (2 if i else 0)
+        groups.append([encode(tokenizer, text) for text in texts])
+    cut_off = encode(tokenizer, problems[0].reference.rsplit(" <", 1)[0])
+    groups[0].append(cut_off)
+    attempts = judge(TASK, problems, groups)
+    assert erroneous_attempts(attempts, limit=4) == [(0, 1), (1, 1), (1, 2), (2, 1)]
+    assert erroneous_attempts(attempts, limit=9, each=1) == [(0, 1), (1, 1), (2, 1), (3, 1)]
+
+
+class Peers:
+    """A method whose contexts come from the other rollouts of the group."""
+
+    name = "peers"
+    group_size = 2
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+
+    def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext]]:
+        return [
+            [TeacherContext("reference", other.text) for other in reversed(attempt.rollouts)]
+            for attempt in attempts
+        ]
+
+
+def test_contexts_see_the_whole_group(
+    make_model: Callable[..., LlamaForCausalLM], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    config = Config(model="unused", output_dir=Path("unused"))
+    student = make_model()
+    solver = Solver(
+        config,
+        student,
+        tokenizer,
+        TASK,
+        TransformersEngine(student, tokenizer),
+        ContextRenderer(tokenizer),
+    )
+    problems = TASK.problems(split="test", count=2)
+    groups = [
+        [encode(tokenizer, text) for text in (p.reference, wrong_attempt(p.reference))]
+        for p in problems
+    ]
+    head = lm_head(student)
+    seen: list[int] = []
+    (record,) = analyze(
+        solver,
+        LiveTeacher(),
+        Peers(build_method(config, TASK).loss),
+        judge(TASK, problems, groups),
+        [(1, 1)],
+        heads=(head, head),
+        progress=seen.append,
+    )
+    assert record.response == groups[1][1].text
+    assert record.context == groups[1][0].text
+    assert seen == [1]

@@ -6,17 +6,18 @@ import json
 import math
 import re
 from dataclasses import asdict, replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from html_page import read
 from rich.console import Console
 
 import selfdistill.demo
-from selfdistill.analysis import TokenAnalysis, localise
+from selfdistill.analysis import TokenAnalysis
 from selfdistill.config import Config, save_config
 from selfdistill.demo import demo
 from selfdistill.evaluate import Evaluation, ProblemScore, avg_difference, bootstrap
+from selfdistill.localisation import localise
 from selfdistill.report import write_report
 from selfdistill.report.charts import ticks
 from selfdistill.report.heatmap import align, clear_examples, spread
@@ -24,44 +25,6 @@ from selfdistill.runlog import JsonLines
 from selfdistill.train import StepMetrics
 
 SECTIONS = ["result", "examples", "curves", "costs", "reproduction"]
-
-
-class Page(HTMLParser):
-    """Collects what the assertions look at; fails on tags that do not close."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[tuple[str, str]] = []
-        self.texts: list[tuple[list[str], str]] = []
-        self.sections: list[str] = []
-        self.tags: set[str] = set()
-        self.links: list[str] = []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.tags.add(tag)
-        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag == "section":
-            self.sections.append(found["id"] or "")
-        if tag not in ("meta", "line", "rect", "polyline"):
-            self.open.append((tag, found.get("class") or ""))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in ("line", "rect", "polyline"):
-            assert self.open.pop()[0] == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(([name for _, names in self.open for name in names.split()], data))
-
-    def within(self, *classes: str) -> str:
-        """Return the text inside elements that nest all these classes."""
-        return "".join(text for around, text in self.texts if set(classes) <= set(around))
-
-
-def read(path: Path) -> Page:
-    return Page(path.read_text("utf-8"))
 
 
 def make_evaluation(correct: list[int], *, samples: int = 4, split: str = "test") -> Evaluation:
@@ -202,7 +165,7 @@ def test_the_numbers_are_those_of_the_files(finished: Path) -> None:
     assert "Right answers to this question: 1 of 4 attempts before training, 3 of 4 after" in text
     localisation = localise([make_record()])
     assert localisation.mean_at is not None
-    assert f"{localisation.mean_at:+.3f}".replace("-", "\N{MINUS SIGN}") in text
+    assert f"{localisation.mean_at.value:+.3f}".replace("-", "\N{MINUS SIGN}") in text
     assert "training step 2: 0.1 nats per token" in text.replace("\n", " ")
     for line in (finished / "evaluations.jsonl").read_text().splitlines():
         dev = json.loads(line)

@@ -1,0 +1,147 @@
+"""The page of `selfdistill analyze`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from selfdistill.analyze import (
+    Example,
+    MethodAnalysis,
+    RunAnalysis,
+    analysis_tables,
+    masks_table,
+    missing_note,
+    summary_line,
+)
+from selfdistill.evaluate import Interval
+from selfdistill.localisation import ProfilePoint
+from selfdistill.report.charts import STYLES, Series, interval_rows, line_chart
+from selfdistill.report.document import document, html_table
+from selfdistill.report.heatmap import FULL_COLOUR, LEGEND, heat_map, verdict
+
+TITLE = "Where the teacher disagrees"
+CONTEXT_NAMES = {"stepalign": "critique", "refsol": "reference solution"}
+
+
+def analysis_page(analysis: RunAnalysis) -> str:
+    """Return one self-contained HTML page."""
+    note = missing_note(analysis)
+    lead = f'<p class="lead">{escape(summary_line(analysis))}</p>'
+    lead += f"<p><b>{escape(note)}</b></p>" if note else ""
+    tables = "".join(
+        map(html_table, [*analysis_tables(analysis), *map(masks_table, analysis.methods)])
+    )
+    return document(
+        TITLE,
+        f"<header><h1>{TITLE}</h1>{lead}</header>"
+        f"{charts(analysis)}{examples(analysis)}"
+        f'<section id="tables"><h2>All figures</h2>{tables}</section>',
+    )
+
+
+def charts(analysis: RunAnalysis) -> str:
+    """The figures that matter most: where the advantage lies, and what masks keep."""
+    methods = analysis.methods
+    parts = []
+    if analysis.knows_steps:
+        parts.append(
+            "<p>Attempts whose first error follows a right step.</p>"
+            + _rows(methods, "Mean advantage before the first wrong step (nats)", "mean_before")
+            + _rows(methods, "&hellip; within it", "mean_at")
+            + _rows(methods, "&hellip; after it", "mean_after")
+            + _rows(methods, "Share of all |advantage| on it (%)", "share_at", scale=100)
+            + _rows(
+                methods,
+                "Right tokens before it that the teacher rejects (%)",
+                "negative_before",
+                scale=100,
+            )
+            + profiles(methods)
+        )
+    kept = line_chart(
+        "What an advantage mask |A| > threshold keeps",
+        [_mask_curve(method, STYLES[i % len(STYLES)]) for i, method in enumerate(methods)],
+        x_label="active tokens (%)",
+        y_label="of the sum of |A| (%)",
+        percent=True,
+    )
+    return (
+        f'<section id="figures"><h2>How local it is</h2>{"".join(parts)}'
+        f'<div class="charts pairs">{kept}</div></section>'
+    )
+
+
+def profiles(methods: Sequence[MethodAnalysis]) -> str:
+    """The mean advantage around the start of the wrong step, a strip for each method."""
+    strips = "".join(
+        f'<div class="bar-row"><span>{escape(m.label)}</span>{_strip(m.profile)}<span></span></div>'
+        for m in methods
+    )
+    return (
+        "<h3>Mean advantage around the start of the wrong step</h3>"
+        "<p>A cell is a token; the mark is the first token of the wrong step. "
+        f"Hover over a cell for its value.</p>{LEGEND}{strips}"
+    )
+
+
+def examples(analysis: RunAnalysis) -> str:
+    """Attempts as heat maps, every method's below each other."""
+    cards = "".join(example(e, analysis.methods) for e in analysis.examples)
+    if not cards:
+        return ""
+    return (
+        '<section id="examples"><h2>The same attempts under every context</h2>'
+        "<p>From the one that the first method's teacher disputes most sharply to the one that it "
+        f"disputes least.</p>{LEGEND}{cards}</section>"
+    )
+
+
+def example(example: Example, methods: Sequence[MethodAnalysis]) -> str:
+    """One attempt."""
+    record = example.records[0]
+    maps = "".join(
+        f"<h4>{escape(method.label)}</h4>{verdict(record) if i == 0 else ''}"
+        f"{heat_map(record, context_name=CONTEXT_NAMES.get(method.settings['name'], 'context'))}"
+        for i, (method, record) in enumerate(zip(methods, example.records, strict=True))
+    )
+    return (
+        f"<article><h3>Question <code>{escape(record.question)}</code>, right answer "
+        f"<code>{escape(record.answer)}</code></h3>{maps}</article>"
+    )
+
+
+def _rows(methods: Sequence[MethodAnalysis], title: str, field: str, *, scale: float = 1.0) -> str:
+    found: list[tuple[str, Interval]] = [
+        (m.label, interval)
+        for m in methods
+        if (interval := getattr(m.later_wrong, field)) is not None
+    ]
+    if not found:
+        return ""
+    form = "+.2f" if scale == 1.0 else ".1f"
+    return f"<h3>{title}</h3>{interval_rows(found, scale=scale, form=form)}"
+
+
+def _strip(points: Sequence[ProfilePoint]) -> str:
+    cells = "".join(
+        f'<i class="{"neg" if p.mean < 0 else "pos"}{" mark" * (p.offset == 0)}" '
+        f'style="--a:{min(1.0, abs(p.mean) / FULL_COLOUR):.2f}" '
+        f'title="{p.offset:+d} tokens&#10;{p.mean:+.3f} nats, mean of {p.tokens}"></i>'
+        for p in points
+    )
+    return f'<span class="strip">{cells}</span>'
+
+
+def _mask_curve(method: MethodAnalysis, style: str) -> Series:
+    points = [
+        (100 * e.rho.value, e.advantage_kept)
+        for e in sorted(method.masks, key=lambda e: e.rho.value)
+        if e.sign == "any" and e.advantage_kept is not None
+    ]
+    return Series(
+        method.label,
+        style,
+        [(x, kept.value) for x, kept in points],
+        [(kept.low, kept.high) for _, kept in points],
+    )

@@ -1,0 +1,112 @@
+"""Bootstrap intervals of ratios over grouped attempts, and of scores over seeds and problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from selfdistill.evaluate import BOOTSTRAP_RESAMPLES, Interval
+
+_LEVELS = (0.025, 0.975)
+
+
+def ratio_intervals(
+    numerators: ArrayLike, denominators: ArrayLike, *, seed: int = 0
+) -> list[Interval | None]:
+    """Return sum / sum of every column with its 95 % interval, rows resampled with replacement.
+
+    A row holds the sums over what belongs together (the attempts at one problem), so that tokens
+    of one attempt and attempts at one problem are not taken for independent. All columns see the
+    same resamples.
+
+    Args:
+        numerators: [rows, columns].
+        denominators: [rows, columns], not negative.
+        seed: of the bootstrap.
+
+    Returns:
+        One interval per column; None where the denominators add up to 0.
+
+    Raises:
+        ValueError: the shapes differ or are not two-dimensional.
+    """
+    top = np.asarray(numerators, dtype=np.float64)
+    bottom = np.asarray(denominators, dtype=np.float64)
+    if top.shape != bottom.shape or top.ndim != 2:
+        raise ValueError(
+            f"numerators and denominators must both be [rows, columns], got {top.shape} and "
+            f"{bottom.shape}"
+        )
+    if not len(top):
+        return [None] * top.shape[1]
+    weights = _weights(len(top), np.random.default_rng(seed))
+    with np.errstate(invalid="ignore"):
+        ratios = (weights @ top) / (weights @ bottom)
+    intervals: list[Interval | None] = []
+    for column, (numerator, denominator) in enumerate(zip(top.sum(0), bottom.sum(0), strict=True)):
+        if not denominator:
+            intervals.append(None)
+            continue
+        # A resample may miss every row that has such tokens; it says nothing then.
+        low, high = np.nanquantile(ratios[:, column], _LEVELS)
+        intervals.append(Interval(float(numerator / denominator), float(low), float(high)))
+    return intervals
+
+
+def crossed_mean(scores: ArrayLike, *, seed: int = 0) -> Interval:
+    """Return the mean of scores [seeds, problems], both resampled with replacement.
+
+    With one seed this is `evaluate.bootstrap` over the problems.
+
+    Raises:
+        ValueError: no scores, or not [seeds, problems].
+    """
+    data = _matrix("scores", scores)
+    rng = np.random.default_rng(seed)
+    problems = _weights(data.shape[1], rng)
+    means = ((_weights(data.shape[0], rng) @ data) * problems).sum(1) / data.size
+    low, high = np.quantile(means, _LEVELS)
+    return Interval(float(data.mean()), float(low), float(high))
+
+
+def crossed_difference(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Interval:
+    """Return mean(second) - mean(first), paired by problem, with its 95 % interval.
+
+    Args:
+        first, second: scores [seeds, problems] of the same problems in the same order; the number
+            of seeds may differ. Problems are resampled together, the seeds of each side alone.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: no scores, not [seeds, problems], or different numbers of problems.
+    """
+    a, b = _matrix("first", first), _matrix("second", second)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"first and second must be scores of the same problems, got {a.shape[1]} and "
+            f"{b.shape[1]} problems"
+        )
+    rng = np.random.default_rng(seed)
+    problems = _weights(a.shape[1], rng)
+    per_problem = _weights(len(b), rng) @ b / len(b) - _weights(len(a), rng) @ a / len(
+        a
+    )  # [resamples, problems]
+    low, high = np.quantile((per_problem * problems).sum(1) / a.shape[1], _LEVELS)
+    return Interval(float(b.mean() - a.mean()), float(low), float(high))
+
+
+def _matrix(name: str, scores: ArrayLike | Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    data = np.asarray(scores, dtype=np.float64)
+    if data.ndim != 2 or not data.size:
+        raise ValueError(f"{name} must be scores [seeds, problems], got shape {data.shape}")
+    return data
+
+
+def _weights(size: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """How often each of `size` rows is drawn in each resample, [resamples, size]."""
+    picks = rng.integers(0, size, (BOOTSTRAP_RESAMPLES, size))
+    picks += size * np.arange(BOOTSTRAP_RESAMPLES)[:, None]
+    counts = np.bincount(picks.ravel(), minlength=BOOTSTRAP_RESAMPLES * size)
+    return counts.reshape(BOOTSTRAP_RESAMPLES, size).astype(np.float64)
