@@ -31,7 +31,7 @@ def job_seconds(job: Job) -> float:
             return (
                 SECONDS_PER_JOB
                 + config.steps * (SECONDS_PER_STEP + rollouts * per_rollout)
-                + SECONDS_PER_ATTEMPT * (dev + _attempts(job.test))
+                + SECONDS_PER_ATTEMPT * (dev + len(job.milestones) * _attempts(job.test))
             )
         case BaseEvaluation():
             return SECONDS_PER_JOB + SECONDS_PER_ATTEMPT * _attempts(job.test)

@@ -132,18 +132,14 @@ def dot_plot(
 
     parts = [_start(title, note, height)]
     for level in levels:
-        parts.append(
-            _grid_line(across(level), top, across(level), height - 50, strong=level == 0)
-        )
+        parts.append(_grid_line(across(level), top, across(level), height - 50, strong=level == 0))
         parts.append(
             _text(across(level), height - 34, f"{level:g}", anchor="middle", colour=_MUTED)
         )
     parts.append(_text((left + _WIDTH - right) / 2, height - 12, x_label, anchor="middle"))
     for i, row in enumerate(rows):
         first = top + i * row_height + 15
-        parts.append(
-            _text(left - 12, first + 8 * (len(series) - 1) + 4, row.name, anchor="end")
-        )
+        parts.append(_text(left - 12, first + 8 * (len(series) - 1) + 4, row.name, anchor="end"))
         for j, ((_, colour), interval) in enumerate(zip(series, row.values, strict=True)):
             if interval is None:
                 continue

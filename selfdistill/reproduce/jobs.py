@@ -1,9 +1,9 @@
 """How one job runs: everything lands in its folder, and `result.json` says that it is done.
 
-    NAME/config.yaml, metrics.jsonl, evaluations.jsonl, checkpoints/     a normal training run
-    NAME/held_out.json                                                   test problems
-    NAME/records.json                                                    of a TokenScores job
-    NAME/result.json                                                     written last
+NAME/config.yaml, metrics.jsonl, evaluations.jsonl, checkpoints/     a normal training run
+NAME/held_out.json, held_out-step-20.json                            test problems
+NAME/figures.json                                                    of a TokenScores job
+NAME/result.json                                                     written last
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from selfdistill.analysis import TokenAnalysis, analyze, erroneous_attempts
+from selfdistill.analysis import analyze, erroneous_attempts
 from selfdistill.checkpoint import CheckpointStore
 from selfdistill.config import Config
 from selfdistill.evaluate import Attempts, Evaluation, summarize
+from selfdistill.localisation import Localisation, first_step_wrong, localise
 from selfdistill.methods import build_method
 from selfdistill.methods.loss import lm_head
 from selfdistill.reproduce.plan import BaseEvaluation, Job, TestSet, TokenScores, Training
@@ -49,17 +50,33 @@ class Result:
         job: fingerprint of what was asked for.
         seconds: working time of this and earlier attempts at it.
         learning_rate: of a training run.
-        best_step: the step whose weights were kept, chosen on the dev split.
-        best_metric: its dev Avg@k.
+        best_metric: the best dev Avg@k.
         diverged: why the training stopped early, or None.
     """
 
     job: dict[str, Any]
     seconds: float
     learning_rate: float | None = None
-    best_step: int | None = None
     best_metric: float | None = None
     diverged: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenFigures:
+    """How the advantage lies around the first wrong step of the base solver's wrong attempts.
+
+    Attributes:
+        all_wrong: every one of them.
+        first_wrong: those whose step 1 is wrong, so that no right step comes before.
+        later_wrong: the others.
+    """
+
+    all_wrong: Localisation
+    first_wrong: Localisation
+    later_wrong: Localisation
+
+
+_FIGURES = TypeAdapter(dict[str, TokenFigures])
 
 
 def read_result(output: Path, name: str) -> Result | None:
@@ -68,15 +85,18 @@ def read_result(output: Path, name: str) -> Result | None:
     return TypeAdapter(Result).validate_json(path.read_text("utf-8")) if path.exists() else None
 
 
-def read_held_out(output: Path, name: str) -> Evaluation:
-    """Return the test evaluation of a finished job."""
-    return Evaluation.from_json((output / name / "held_out.json").read_text("utf-8"))
+def read_held_out(folder: Path, *, step: int | None = None) -> Evaluation:
+    """Return the test evaluation of a finished job: the last one, or after an earlier milestone."""
+    return Evaluation.from_json(_held_out_file(folder, step).read_text("utf-8"))
 
 
-def read_records(output: Path, name: str) -> dict[str, list[TokenAnalysis]]:
-    """Return the scored attempts of a finished TokenScores job, by context."""
-    text = (output / name / "records.json").read_text("utf-8")
-    return TypeAdapter(dict[str, list[TokenAnalysis]]).validate_json(text)
+def _held_out_file(folder: Path, step: int | None = None) -> Path:
+    return folder / ("held_out.json" if step is None else f"held_out-step-{step}.json")
+
+
+def read_figures(output: Path, name: str) -> dict[str, TokenFigures]:
+    """Return what a finished TokenScores job found, by context."""
+    return _FIGURES.validate_json((output / name / "figures.json").read_text("utf-8"))
 
 
 def is_finished(job: Job, output: Path) -> bool:
@@ -123,7 +143,7 @@ def run_job(job: Job, output: Path) -> bool:
             if found is None:
                 return False
         case BaseEvaluation():
-            _evaluate(load_solver(job.config), job.test, folder)
+            _evaluate(load_solver(job.config), job.test, _held_out_file(folder))
             found = Result(job={}, seconds=0.0)
         case TokenScores():
             _score_tokens(job, folder)
@@ -170,33 +190,34 @@ def training_config(job: Training, output: Path) -> Config:
 
 def _train(job: Training, output: Path) -> Result | None:
     config = training_config(job, output)
+    folder = config.output_dir
     diverged = None
-    try:
-        trained = train(config, resume=True, console=Console(file=StringIO()))
-        if trained.interrupted:
-            return None
-    except DivergedError as error:
-        diverged = str(error)
-    store = CheckpointStore(config.output_dir / "checkpoints")
-    if job.test is not None:
-        _evaluate(load_solver(config, store.best), job.test, config.output_dir)
-    evaluations = JsonLines(config.output_dir / "evaluations.jsonl").read()
-    best = max(evaluations, key=lambda line: line["avg_at_k"]["value"])
+    for step in job.milestones or (config.steps,):
+        held_out = _held_out_file(folder, None if step == config.steps else step)
+        if held_out.exists():
+            continue
+        try:
+            part = config.model_copy(update={"steps": step})
+            if train(part, resume=True, console=Console(file=StringIO())).interrupted:
+                return None
+        except DivergedError as error:
+            diverged = str(error)
+        if job.test is not None:
+            best = CheckpointStore(folder / "checkpoints").best
+            _evaluate(load_solver(config, best), job.test, held_out)
+    evaluations = JsonLines(folder / "evaluations.jsonl").read()
     return Result(
         job={},
         seconds=0.0,
         learning_rate=config.optimizer.learning_rate,
-        best_step=best["step"],
-        best_metric=best["avg_at_k"]["value"],
+        best_metric=max(line["avg_at_k"]["value"] for line in evaluations),
         diverged=diverged,
     )
 
 
-def _evaluate(solver: Solver, test: TestSet, folder: Path) -> None:
-    attempts = _attempts(solver, test, seed=derive_seed("held out", folder.name))
-    write_atomically(
-        folder / "held_out.json", summarize(attempts, solver.task, split="test").to_json()
-    )
+def _evaluate(solver: Solver, test: TestSet, path: Path) -> None:
+    attempts = _attempts(solver, test, seed=derive_seed("held out", path.name))
+    write_atomically(path, summarize(attempts, solver.task, split="test").to_json())
 
 
 def _attempts(solver: Solver, test: TestSet, *, seed: int) -> list[Attempts]:
@@ -204,13 +225,14 @@ def _attempts(solver: Solver, test: TestSet, *, seed: int) -> list[Attempts]:
 
 
 def _score_tokens(job: TokenScores, folder: Path) -> None:
-    records: dict[str, list[TokenAnalysis]] = {}
+    figures: dict[str, TokenFigures] = {}
     for label, config in job.contexts.items():
         # The references differ, so each context has a task of its own; the attempts are the same.
         solver = load_solver(config)
         attempts = _attempts(solver, job.test, seed=derive_seed("token scores"))
         teacher, teacher_model = build_teacher(config, solver.model)
-        records[label] = analyze(
+        assert teacher is not None
+        records = analyze(
             solver,
             teacher,
             build_method(config, solver.task),
@@ -218,10 +240,12 @@ def _score_tokens(job: TokenScores, folder: Path) -> None:
             erroneous_attempts(attempts, limit=job.test.problems * job.test.samples),
             heads=(lm_head(solver.model), lm_head(teacher_model)),
         )
-    write_atomically(
-        folder / "records.json",
-        TypeAdapter(dict[str, list[TokenAnalysis]]).dump_json(records).decode(),
-    )
+        figures[label] = TokenFigures(
+            all_wrong=localise(records),
+            first_wrong=localise([r for r in records if first_step_wrong(r)]),
+            later_wrong=localise([r for r in records if not first_step_wrong(r)]),
+        )
+    write_atomically(folder / "figures.json", _FIGURES.dump_json(figures, indent=1).decode())
 
 
 def prepare_worker() -> None:

@@ -27,11 +27,12 @@ class Scale:
     """How much is computed.
 
     Attributes:
-        steps: optimiser steps of a run, 8 prompts each.
+        milestones: steps after which a run is measured on test problems; the last one ends it.
         rate_steps: of the runs that choose a learning rate.
         rates: the learning rates that are tried.
         seeds: training seeds of the main table.
-        side_seeds: of the other studies.
+        side_seeds: of the copy and difficulty studies.
+        wording_seeds: of the dialects between the usual and the rarest one.
         problems: held-out test problems of the main table.
         side_problems: of the other studies.
         samples: attempts at each of them.
@@ -42,25 +43,26 @@ class Scale:
         analysed: test problems and attempts at each whose wrong attempts are scored by token.
     """
 
-    steps: int = 60
-    rate_steps: int = 40
+    milestones: tuple[int, ...] = (20, 50)
+    rate_steps: int = 30
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     seeds: tuple[int, ...] = (0, 1, 2)
     side_seeds: tuple[int, ...] = (0, 1)
+    wording_seeds: tuple[int, ...] = (0,)
     problems: int = 200
     side_problems: int = 100
     samples: int = 12
     dev_problems: int = 64
     dev_samples: int = 4
     evaluate_every: int = 10
-    strata: tuple[tuple[float, float], ...] = ((0.0, 0.045), (0.06, 0.12), (0.15, 0.25), (0.3, 0.5))
+    strata: tuple[tuple[float, float], ...] = ((0.0, 0.045), (0.08, 0.14), (0.3, 0.5))
     dialects: tuple[int, ...] = (1, 2, 3, 4)
     analysed: tuple[int, int] = (100, 4)
 
 
 FULL = Scale()
 QUICK = Scale(
-    steps=15,
+    milestones=(10, 20),
     rate_steps=10,
     rates=(3e-4, 1e-3),
     seeds=(0,),
@@ -86,12 +88,19 @@ class Arm:
         label: its name in tables.
         method: as in a configuration.
         dialect: the wording of the reference.
+        prompts: a step.
     """
 
     key: str
     label: str
     method: dict[str, Any]
     dialect: int = USUAL_DIALECT
+    prompts: int = 8
+
+    @property
+    def rollouts(self) -> int:
+        """Attempts that one step learns from."""
+        return self.prompts * int(self.method["group_size"])
 
 
 def _stepalign(group_size: int, copying: str = "partial_repetition") -> dict[str, Any]:
@@ -103,25 +112,59 @@ def _refsol(group_size: int) -> dict[str, Any]:
     return {"name": "refsol", "group_size": group_size}
 
 
-GRPO = Arm("grpo-g8", "GRPO, G = 8", {"name": "grpo", "group_size": 8})
-DISTILLATION = tuple(
+GRPO = Arm("grpo-8x8", "GRPO, 8 x 8", {"name": "grpo", "group_size": 8})
+GRPO_FEW = Arm("grpo-1x8", "GRPO, 1 x 8", {"name": "grpo", "group_size": 8}, prompts=1)
+_DISTILLATION = tuple(
     arm
     for size in (1, 8)
     for arm in (
-        Arm(f"refsol-g{size}", f"RefSol, usual wording, G = {size}", _refsol(size)),
+        Arm(f"refsol-8x{size}", f"RefSol, usual wording, 8 x {size}", _refsol(size)),
         Arm(
-            f"refsol-rare-g{size}",
-            f"RefSol, rare wording, G = {size}",
+            f"refsol-rare-8x{size}",
+            f"RefSol, rare wording, 8 x {size}",
             _refsol(size),
             RARE_DIALECT,
         ),
-        Arm(f"stepalign-g{size}", f"StepAlignFB, G = {size}", _stepalign(size)),
+        Arm(f"stepalign-8x{size}", f"StepAlignFB, 8 x {size}", _stepalign(size)),
     )
 )
-MAIN_ARMS: tuple[Arm, ...] = (GRPO, *DISTILLATION)
+MAIN_ARMS: tuple[Arm, ...] = (GRPO, GRPO_FEW, *_DISTILLATION)
 ARMS = {arm.key: arm for arm in MAIN_ARMS}
-# Equal prompts, as in the paper: one rollout a prompt for self-distillation, eight for GRPO.
-PAPER_ARMS = (GRPO, ARMS["refsol-g1"], ARMS["refsol-rare-g1"], ARMS["stepalign-g1"])
+# What the other studies compare: self-distillation with one rollout a prompt, as in the paper.
+SIDE_ARMS = (
+    GRPO,
+    GRPO_FEW,
+    ARMS["refsol-8x1"],
+    ARMS["refsol-rare-8x1"],
+    ARMS["stepalign-8x1"],
+)
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Which arms make a fair comparison, and what is equal between them."""
+
+    name: str
+    grpo: Arm
+    refsol: Arm
+    refsol_rare: Arm
+    stepalign: Arm
+
+
+REGIMES = tuple(
+    Regime(
+        name,
+        grpo,
+        ARMS[f"refsol-8x{size}"],
+        ARMS[f"refsol-rare-8x{size}"],
+        ARMS[f"stepalign-8x{size}"],
+    )
+    for name, grpo, size in (
+        ("equal prompts, as in the paper", GRPO, 1),
+        ("equal rollouts, 64 a step", GRPO, 8),
+        ("equal rollouts, 8 a step", GRPO_FEW, 1),
+    )
+)
 COPYING = {
     "partial_repetition": "partial repetition (StepAlignFB)",
     "full_repetition": "full repetition",
@@ -148,6 +191,7 @@ class Training:
         rates: names of the jobs among whose learning rates the best one is taken; empty: as in
             `config`.
         test: None for the jobs that choose a learning rate.
+        milestones: steps after which the best checkpoint so far is measured.
     """
 
     name: str
@@ -155,6 +199,7 @@ class Training:
     config: Config
     rates: tuple[str, ...] = ()
     test: TestSet | None = None
+    milestones: tuple[int, ...] = ()
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -193,6 +238,34 @@ class TokenScores:
 Job: TypeAlias = Training | BaseEvaluation | TokenScores
 
 
+class UnknownStudyError(ValueError):
+    """A study that does not exist was asked for."""
+
+
+def parse_studies(text: str | None) -> tuple[Study, ...]:
+    """Read a list such as "main,copy"; None means all of them.
+
+    Raises:
+        UnknownStudyError: one of them does not exist.
+    """
+    if text is None:
+        return STUDIES
+    wanted = {name.strip() for name in text.split(",")}
+    if not wanted <= set(STUDIES):
+        raise UnknownStudyError(
+            f"only: got {', '.join(sorted(wanted - set(STUDIES)))!r}, expected some of "
+            f"{', '.join(STUDIES)}, with commas between"
+        )
+    return tuple(study for study in STUDIES if study in wanted)
+
+
+# Rows of the main table that a study shows, too.
+_ALSO_SHOWN: dict[Study, tuple[str, ...]] = {
+    "copy": ("stepalign-8x1",),
+    "wording": ("refsol-8x1", "refsol-rare-8x1"),
+}
+
+
 def build_plan(model: str, scale: Scale, studies: Sequence[Study] = STUDIES) -> list[Job]:
     """Return the jobs of some studies and of what they need, in an order that can be run.
 
@@ -210,9 +283,17 @@ def build_plan(model: str, scale: Scale, studies: Sequence[Study] = STUDIES) -> 
         *plan.wording(),
     ]
     wanted = {job.name for job in jobs if job.part in studies}
+    for study in studies:
+        folders = tuple(folder_of("main", key) + "/" for key in _ALSO_SHOWN.get(study, ()))
+        wanted |= {job.name for job in jobs if job.name.startswith(folders)}
     by_name = {job.name: job for job in jobs}
     wanted |= {needed for name in wanted for needed in by_name[name].needs}
     return [job for job in jobs if job.name in wanted]
+
+
+def rate_names(arm: Arm, scale: Scale) -> tuple[str, ...]:
+    """Return the names of the jobs that choose an arm's learning rate, the lowest first."""
+    return tuple(f"rates/{arm.key}/{rate:.0e}" for rate in scale.rates)
 
 
 def folder_of(part: Part, arm: str, *, stratum: tuple[float, float] | None = None) -> str:
@@ -227,12 +308,12 @@ def stratum_key(stratum: tuple[float, float]) -> str:
 
 def dialect_arm(dialect: int) -> Arm:
     """Return RefSol with one rollout a prompt and references in a dialect."""
-    return Arm(f"refsol-dialect-{dialect}-g1", f"RefSol, dialect {dialect}", _refsol(1), dialect)
+    return Arm(f"refsol-dialect-{dialect}-8x1", f"RefSol, dialect {dialect}", _refsol(1), dialect)
 
 
 def copying_arm(copying: str) -> Arm:
     """Return StepAlignFB with one rollout a prompt and another way of copying the attempt."""
-    return Arm(f"{copying.replace('_', '-')}-g1", COPYING[copying], _stepalign(1, copying))
+    return Arm(f"{copying.replace('_', '-')}-8x1", COPYING[copying], _stepalign(1, copying))
 
 
 class _Builder:
@@ -252,8 +333,8 @@ class _Builder:
             "task": task,
             "method": arm.method,
             "device": "cpu",
-            "steps": scale.steps,
-            "prompts_per_step": 8,
+            "steps": scale.milestones[-1],
+            "prompts_per_step": arm.prompts,
             "rollout": {"max_new_tokens": 96},
             "evaluation": {
                 "every": scale.evaluate_every,
@@ -269,7 +350,7 @@ class _Builder:
         """Return one job for each learning rate, trained with a seed that no other job has."""
         return [
             Training(
-                f"rates/{arm.key}/{rate:.0e}",
+                name,
                 "rates",
                 self.config(
                     arm,
@@ -278,7 +359,7 @@ class _Builder:
                     optimizer={"learning_rate": rate},
                 ),
             )
-            for rate in self.scale.rates
+            for name, rate in zip(rate_names(arm, self.scale), self.scale.rates, strict=True)
         ]
 
     def runs(
@@ -297,8 +378,9 @@ class _Builder:
                 f"{folder_of(part, arm.key, stratum=stratum)}/seed-{seed}",
                 part,
                 self.config(arm, stratum=stratum, seed=seed),
-                rates=tuple(job.name for job in self.rate_jobs(rates_of)),
+                rates=rate_names(rates_of, self.scale),
                 test=TestSet(problems, self.scale.samples),
+                milestones=self.scale.milestones,
             )
             for seed in seeds
         ]
@@ -309,9 +391,7 @@ class _Builder:
         test = TestSet(scale.problems, scale.samples)
         jobs: list[Job] = [BaseEvaluation("main/base", "main", self.config(GRPO), test)]
         for arm in MAIN_ARMS:
-            jobs += self.runs(
-                "main", arm, rates_of=arm, seeds=scale.seeds, problems=scale.problems
-            )
+            jobs += self.runs("main", arm, rates_of=arm, seeds=scale.seeds, problems=scale.problems)
         return jobs
 
     def copy(self) -> list[Job]:
@@ -319,15 +399,15 @@ class _Builder:
         scale = self.scale
         contexts = {
             **{label: self.config(copying_arm(name)) for name, label in COPYING.items()},
-            "RefSol, usual wording": self.config(ARMS["refsol-g1"]),
-            "RefSol, rare wording": self.config(ARMS["refsol-rare-g1"]),
+            "RefSol, usual wording": self.config(ARMS["refsol-8x1"]),
+            "RefSol, rare wording": self.config(ARMS["refsol-rare-8x1"]),
         }
         jobs: list[Job] = [TokenScores("copy/tokens", "copy", contexts, TestSet(*scale.analysed))]
         for copying in ("full_repetition", "omission"):
             jobs += self.runs(
                 "copy",
                 copying_arm(copying),
-                rates_of=ARMS["stepalign-g1"],
+                rates_of=ARMS["stepalign-8x1"],
                 seeds=scale.side_seeds,
                 problems=scale.problems,
             )
@@ -342,7 +422,7 @@ class _Builder:
             name = folder_of("difficulty", "base", stratum=stratum)
             config = self.config(GRPO, stratum=stratum)
             jobs.append(BaseEvaluation(name, "difficulty", config, test))
-            for arm in PAPER_ARMS:
+            for arm in SIDE_ARMS:
                 jobs += self.runs(
                     "difficulty",
                     arm,
@@ -365,8 +445,8 @@ class _Builder:
             jobs += self.runs(
                 "wording",
                 dialect_arm(dialect),
-                rates_of=ARMS["refsol-rare-g1"],
-                seeds=scale.side_seeds,
+                rates_of=ARMS["refsol-rare-8x1"],
+                seeds=scale.wording_seeds,
                 problems=scale.problems,
             )
         return jobs

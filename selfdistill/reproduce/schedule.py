@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,6 +23,10 @@ from selfdistill.reproduce.jobs import is_finished, prepare_worker, run_job
 from selfdistill.reproduce.plan import Job
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class WorkerLostError(RuntimeError):
+    """A worker process ended in the middle of a job."""
 
 
 def run_plan(plan: Sequence[Job], output: Path, *, workers: int, console: Console) -> bool:
@@ -35,7 +45,7 @@ def run_plan(plan: Sequence[Job], output: Path, *, workers: int, console: Consol
 
     Raises:
         PlanChangedError: a finished job belongs to another plan.
-        BrokenProcessPool: a worker was killed; the same call goes on.
+        WorkerLostError: a worker was killed; the same call goes on from there.
     """
     finished = {job.name for job in plan if is_finished(job, output)}
     waiting = [job for job in plan if job.name not in finished]
@@ -68,6 +78,11 @@ def run_plan(plan: Sequence[Job], output: Path, *, workers: int, console: Consol
             # The workers got the signal, too.
             pool.shutdown(wait=True, cancel_futures=True)
             return False
+        except BrokenExecutor as error:
+            raise WorkerLostError(
+                "a worker process ended unexpectedly (killed, or out of memory); what is finished "
+                "is kept, the same command goes on from there"
+            ) from error
     return True
 
 

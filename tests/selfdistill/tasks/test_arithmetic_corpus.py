@@ -13,7 +13,7 @@ from selfdistill.tasks.arithmetic.corpus import (
     CorpusConfig,
     Document,
 )
-from selfdistill.tasks.arithmetic.noise import SHIPPED_SOLVER, SolverNoise, carries, forget_carry
+from selfdistill.tasks.arithmetic.noise import SHIPPED_SOLVER, carries, forget_carry
 from selfdistill.tasks.arithmetic.task import split_of
 from selfdistill.tasks.arithmetic.traces import (
     DIALECTS,
