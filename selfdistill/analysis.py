@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from selfdistill.evaluate import Attempts
 from selfdistill.methods import Method
@@ -15,6 +14,7 @@ from selfdistill.methods.loss import Head
 from selfdistill.rollout import Rollout
 from selfdistill.scoring import score
 from selfdistill.solver import Solver
+from selfdistill.spans import token_span
 from selfdistill.teacher import Teacher
 from selfdistill.train import render_groups
 
@@ -157,23 +157,3 @@ def erroneous_attempts(
         wrong = [(i, j) for j, v in enumerate(group.verdicts) if v.wrong_span or not v.correct]
         picked += wrong[:each]
     return picked[:limit]
-
-
-def token_span(
-    tokenizer: PreTrainedTokenizerBase, rollout: Rollout, span: tuple[int, int] | None
-) -> tuple[int, int] | None:
-    """Return the completion tokens (start, stop) that overlap a character span of its text."""
-    if span is None:
-        return None
-    # The text grows token by token, so the length of each beginning is where the next one starts.
-    ends = [
-        len(tokenizer.decode(rollout.token_ids[: i + 1], skip_special_tokens=True))
-        for i in range(len(rollout.token_ids))
-    ]
-    begins = [0, *ends[:-1]]
-    inside = [
-        i
-        for i, (begin, end) in enumerate(zip(begins, ends, strict=True))
-        if end > span[0] and begin < span[1]
-    ]
-    return (inside[0], inside[-1] + 1) if inside else None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 
 class ConfigError(ValueError):
@@ -66,7 +66,39 @@ class GeneralizedJSD(Section):
     """The teacher's share of the mixture m; 0 is defined as forward KL and 1 as reverse KL."""
 
 
-ObjectiveConfig = Annotated[ForwardKL | ReverseKL | GeneralizedJSD, Field(discriminator="name")]
+class SkewKL(Section):
+    """KL(teacher || m), m = beta teacher + (1 - beta) student: bounded where the student has none.
+
+    DistiLLM (arXiv 2402.03898).
+    """
+
+    name: Literal["skew_kl"] = "skew_kl"
+    beta: float = Field(default=0.1, gt=0, lt=1)
+    """The teacher's share of the mixture m."""
+
+
+class SkewReverseKL(Section):
+    """KL(student || m), m = beta teacher + (1 - beta) student."""
+
+    name: Literal["skew_reverse_kl"] = "skew_reverse_kl"
+    beta: float = Field(default=0.9, gt=0, lt=1)
+    """The teacher's share of the mixture m."""
+
+
+ObjectiveConfig = Annotated[
+    ForwardKL | ReverseKL | GeneralizedJSD | SkewKL | SkewReverseKL, Field(discriminator="name")
+]
+
+
+class TopKConfig(Section):
+    """Compares the distributions on the most likely tokens only, the others in one bucket."""
+
+    k: PositiveInt
+    """How many tokens, at most the vocabulary."""
+    of: Literal["student", "teacher"] = "student"
+    """Whose most likely tokens."""
+    tail: bool = True
+    """Keep the bucket of the others; false normalises the k tokens alone."""
 
 
 class AdvantageMaskConfig(Section):
@@ -76,10 +108,14 @@ class AdvantageMaskConfig(Section):
     """Tokens with |A| at or below it get no gradient."""
     sign: Literal["any", "positive", "negative"] = "any"
     """Keep both signs, only tokens the teacher prefers, or only tokens the teacher rejects."""
+    top_fraction: float | None = Field(default=None, gt=0, le=1)
+    """Of the tokens left, keep those with the largest |A|: this share of each rollout's tokens."""
+    per_step: bool = False
+    """Judge whole steps by their mean A; tokens of no step are dropped. Needs a task with steps."""
 
 
 class LossConfig(Section):
-    """The loss on the completion tokens, averaged over all tokens of the step."""
+    """The loss on the completion tokens, averaged over the training step."""
 
     objective: ObjectiveConfig = ForwardKL()
     """Which divergence between the teacher's and the student's next-token distributions."""
@@ -87,6 +123,23 @@ class LossConfig(Section):
     """Restricts the gradient to some tokens; the dropped ones stay in the denominator."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides both models' logits before the divergence."""
+    reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """Every token counts the same, or every rollout (the mean of its tokens) does."""
+    top_k: TopKConfig | None = None
+    """Restricts the divergence to the most likely tokens; null compares the whole vocabulary."""
+    token_clip: float | None = Field(default=None, gt=0)
+    """A token's divergence counts at most this much (nats); beyond it has no gradient."""
+    importance_clip: float | None = Field(default=None, gt=0)
+    """Weighs each token by how much likelier it has become since it was sampled, at most by this.
+
+    Matters from the second update on (`updates_per_step`) or with an engine that samples from other
+    numbers. Needs `temperature` to be that of the rollouts.
+    """
+    stop_after_first_wrong_step: bool = False
+    """Cut a rollout behind its first wrong step: what follows stands on a false result.
+
+    The rest is neither read nor counted. Needs a task that knows steps.
+    """
 
 
 class BaseTeacherConfig(Section):
@@ -108,6 +161,8 @@ class ScribeCriticConfig(Section):
     """The exact scribe of the arithmetic task, which never errs."""
 
     name: Literal["scribe"] = "scribe"
+    copying: Literal["partial_repetition", "full_repetition", "omission"] = "partial_repetition"
+    """What it repeats of an attempt: up to the first wrong step, that step too, or nothing."""
 
 
 CriticConfig = ScribeCriticConfig
@@ -138,6 +193,22 @@ class RefSolMethod(Distillation):
     name: Literal["refsol"] = "refsol"
 
 
+class PeerMethod(Distillation):
+    """The teacher sees another rollout of the same prompt that got the answer right."""
+
+    name: Literal["peer"] = "peer"
+    group_size: int = Field(default=8, ge=2)
+    """Rollouts drawn for each prompt."""
+
+
+class EnvironmentMethod(Distillation):
+    """The teacher sees what the task's checker says about the student's attempt."""
+
+    name: Literal["environment"] = "environment"
+    detail: Literal["answer", "step"] = "answer"
+    """Tell whether the answer is right, or also which step is the first wrong one."""
+
+
 class KLPenaltyConfig(Section):
     """Keeps the student near the model as it was before training."""
 
@@ -166,7 +237,10 @@ class GRPOMethod(Section):
         return None if self.kl is None else BaseTeacherConfig()
 
 
-MethodConfig = Annotated[StepAlignMethod | RefSolMethod | GRPOMethod, Field(discriminator="name")]
+MethodConfig = Annotated[
+    StepAlignMethod | RefSolMethod | PeerMethod | EnvironmentMethod | GRPOMethod,
+    Field(discriminator="name"),
+]
 
 
 class TransformersEngineConfig(Section):
@@ -263,6 +337,21 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _importance_weights_compare_like_with_like(self) -> Config:
+        loss = getattr(self.method, "loss", None)
+        if (
+            loss is not None
+            and loss.importance_clip is not None
+            and loss.temperature != self.rollout.temperature
+        ):
+            raise ValueError(
+                f"method.loss.importance_clip compares probabilities at the loss's temperature of "
+                f"{loss.temperature} with those of sampling at {self.rollout.temperature}: set "
+                "method.loss.temperature to rollout.temperature"
+            )
+        return self
 
 
 def load_config(path: Path) -> Config:

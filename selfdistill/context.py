@@ -6,7 +6,7 @@ Both get one user turn through the tokenizer's chat template, question first:
     teacher   question
               <critique>
               ...
-              </critique>                                       (or <reference> ... </reference>)
+              </critique>                                       (or <reference>, <feedback>)
 
 so their longest common token prefix is the template's head and the question.
 """
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from selfdistill.layout import PromptGroup
 from selfdistill.tasks import Problem
 
-ContextKind = Literal["critique", "reference"]
+ContextKind = Literal["critique", "reference", "feedback"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TeacherContext:
 
     Attributes:
         kind: names the tag around the text.
-        text: the critique or the reference solution, not empty.
+        text: the critique, a solution of the problem or what the checker says, not empty.
 
     Raises:
         ValueError: an unknown kind or an empty text.
@@ -120,6 +120,7 @@ class ContextRenderer:
         *,
         rewards: Sequence[float] | None = None,
         old_logprobs: Sequence[Sequence[float]] | None = None,
+        steps: Sequence[Sequence[int]] | None = None,
     ) -> PromptGroup:
         """Return one problem's group, ready to be scored.
 
@@ -127,7 +128,7 @@ class ContextRenderer:
             problem: what all rollouts answer.
             contexts: one for each rollout; with None the teacher sees what the student sees.
             completions: the rollouts' own token ids, never re-tokenised text.
-            rewards, old_logprobs: of the rollouts, see `PromptGroup`.
+            rewards, old_logprobs, steps: of the rollouts, see `PromptGroup`.
 
         Raises:
             PromptTooLongError: a prompt and its completion exceed `max_length`.
@@ -143,6 +144,7 @@ class ContextRenderer:
             completions=[list(completion) for completion in completions],
             rewards=None if rewards is None else list(rewards),
             old_logprobs=None if old_logprobs is None else [list(row) for row in old_logprobs],
+            steps=None if steps is None else [list(row) for row in steps],
         )
         if self._max_length is not None:
             for i, completion in enumerate(group.completions):

@@ -32,6 +32,8 @@ class PromptGroup:
         rewards: of each rollout; None where nobody judged them.
         old_logprobs: the log-prob (nats) of each completion token under the policy that sampled
             it, at the sampling temperature; None where they are not known.
+        steps: the step of its rollout that each completion token belongs to, counted from 0, -1
+            outside of steps; None where nobody asked.
 
     Raises:
         ValueError: a list is empty, or does not have one entry for each completion (or token).
@@ -42,6 +44,7 @@ class PromptGroup:
     completions: list[list[int]]
     rewards: list[float] | None = None
     old_logprobs: list[list[float]] | None = None
+    steps: list[list[int]] | None = None
 
     def __post_init__(self) -> None:
         if not self.student_prompt:
@@ -50,19 +53,20 @@ class PromptGroup:
             )
         if not self.completions:
             raise ValueError("completions is empty: a prompt group needs at least one rollout")
-        for name in ("teacher_prompts", "rewards", "old_logprobs"):
+        for name in ("teacher_prompts", "rewards", "old_logprobs", "steps"):
             entries = getattr(self, name)
             if entries is not None and len(entries) != len(self.completions):
                 raise ValueError(
                     f"{name} has {len(entries)} entries for {len(self.completions)} completions: "
                     "give one per rollout"
                 )
-        for i, logprobs in enumerate(self.old_logprobs or []):
-            if len(logprobs) != len(self.completions[i]):
-                raise ValueError(
-                    f"old_logprobs[{i}] has {len(logprobs)} entries for a completion of "
-                    f"{len(self.completions[i])} tokens: give one per token"
-                )
+        for name in ("old_logprobs", "steps"):
+            for i, row in enumerate(getattr(self, name) or []):
+                if len(row) != len(self.completions[i]):
+                    raise ValueError(
+                        f"{name}[{i}] has {len(row)} entries for a completion of "
+                        f"{len(self.completions[i])} tokens: give one per token"
+                    )
         for name in ("teacher_prompts", "completions"):
             empty = [i for i, tokens in enumerate(getattr(self, name)) if not tokens]
             if empty:

@@ -41,6 +41,8 @@ class ScoredTokens:
         rollout_group: [R] int64, the group of each of the R rollouts.
         rewards: [R] float32 of each rollout, or None.
         old_logprobs: [T] float32, sampling log-probs of the completion tokens (nats), or None.
+        steps: [T] int64, the step of each token, counted from 0 in each rollout, -1 outside of
+            steps; or None.
     """
 
     student_hidden: torch.Tensor
@@ -52,6 +54,7 @@ class ScoredTokens:
     rollout_group: torch.Tensor
     rewards: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None
+    steps: torch.Tensor | None = None
 
 
 def score(
@@ -102,8 +105,10 @@ def score(
     if stash is not None:
         stash.free()
 
-    rewards = [group.rewards for group in groups]
-    old_logprobs = [group.old_logprobs for group in groups]
+    def per_token(name: str) -> torch.Tensor | None:
+        rows = [getattr(group, name) for group in groups]
+        return _concatenated([None if row is None else [*chain(*row)] for row in rows], device)
+
     return ScoredTokens(
         student_hidden=student_hidden,
         teacher_hidden=teacher_hidden,
@@ -114,17 +119,16 @@ def score(
         rollout_group=torch.repeat_interleave(
             torch.tensor([len(group.completions) for group in groups], device=device)
         ),
-        rewards=_concatenated(rewards, device),
-        old_logprobs=_concatenated(
-            [None if rows is None else list(chain(*rows)) for rows in old_logprobs], device
-        ),
+        rewards=_concatenated([group.rewards for group in groups], device),
+        old_logprobs=per_token("old_logprobs"),
+        steps=per_token("steps"),
     )
 
 
 def _concatenated(parts: Sequence[list[float] | None], device: torch.device) -> torch.Tensor | None:
-    """One float32 tensor of all groups' numbers; None when a group does not know them."""
+    """One tensor of all groups' numbers; None when a group does not know them."""
     numbers = [number for part in parts if part is not None for number in part]
-    return None if None in parts else torch.tensor(numbers, dtype=torch.float32, device=device)
+    return None if None in parts else torch.tensor(numbers, device=device)
 
 
 def check_no_dropout(model: torch.nn.Module) -> None:

@@ -22,17 +22,19 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from selfdistill.checkpoint import CheckpointStore, TrainState, fingerprint
-from selfdistill.config import Config, save_config
+from selfdistill.config import Config, MethodConfig, save_config
 from selfdistill.context import TeacherContext
 from selfdistill.evaluate import Attempts, judge, summarize
 from selfdistill.layout import PromptGroup
 from selfdistill.methods import Method, build_method
 from selfdistill.methods.loss import Head, Loss, lm_head
 from selfdistill.progress import progress_bars
-from selfdistill.rollout import SamplingParams
+from selfdistill.rollout import Rollout, SamplingParams
 from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
 from selfdistill.scoring import score
 from selfdistill.solver import Solver, load_solver
+from selfdistill.spans import token_span, token_steps
+from selfdistill.tasks import Verdict
 from selfdistill.teacher import BaseTeacher, LiveTeacher, Teacher
 
 # Settings that a continued run may change without becoming another run.
@@ -200,7 +202,9 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                 contexts = method.contexts(attempts)
             with clock("context"):
                 kept, contexts = leave_out(method, attempts, contexts)
-                prompt_groups = render_groups(solver, kept, contexts)
+                prompt_groups = render_groups(
+                    solver, cut_rollouts(solver, config.method, kept), contexts
+                )
             rate = settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
             for _ in range(config.updates_per_step):
                 with clock("score"):
@@ -307,6 +311,40 @@ def leave_out(
     return kept, kept_contexts
 
 
+def cut_rollouts(
+    solver: Solver, method: MethodConfig, attempts: Sequence[Attempts]
+) -> list[Attempts]:
+    """Cut the tokens of each rollout behind its first wrong step, if the loss asks for it."""
+    if method.name == "grpo" or not method.loss.stop_after_first_wrong_step:
+        return list(attempts)
+
+    def cut(rollout: Rollout, verdict: Verdict) -> Rollout:
+        span = token_span(solver.tokenizer, rollout, verdict.wrong_span)
+        stop = None if span is None else span[1]
+        return replace(
+            rollout, token_ids=rollout.token_ids[:stop], logprobs=rollout.logprobs[:stop]
+        )
+
+    return [
+        replace(attempt, rollouts=list(map(cut, attempt.rollouts, attempt.verdicts)))
+        for attempt in attempts
+    ]
+
+
+def rollout_steps(solver: Solver, rollouts: Sequence[Rollout]) -> list[list[int]] | None:
+    """Return the step of every token, if the loss asks for it; see `PromptGroup.steps`."""
+    method = solver.config.method
+    if method.name == "grpo":
+        return None
+    mask = method.loss.advantage_mask
+    if mask is None or not mask.per_step:
+        return None
+    return [
+        token_steps(solver.tokenizer, rollout, solver.task.step_spans(rollout.text))
+        for rollout in rollouts
+    ]
+
+
 def render_groups(
     solver: Solver,
     attempts: Sequence[Attempts],
@@ -320,6 +358,7 @@ def render_groups(
             [rollout.token_ids for rollout in attempt.rollouts],
             rewards=[float(verdict.correct) for verdict in attempt.verdicts],
             old_logprobs=[rollout.logprobs for rollout in attempt.rollouts],
+            steps=rollout_steps(solver, attempt.rollouts),
         )
         for attempt, group_contexts in zip(attempts, contexts, strict=True)
     ]

@@ -17,7 +17,7 @@ class Critique:
 
     Attributes:
         case: A fully correct, B right answer with a step missing, C incomplete, D wrong.
-        text: the critique, ready to be rendered as teacher context.
+        text: the critique, ready to be rendered as teacher context; empty: nothing to say.
         first_wrong_step: 1-based number of the first rewritten step, or None.
     """
 

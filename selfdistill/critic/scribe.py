@@ -7,10 +7,12 @@ from the student's attempt where that attempt is wrong and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from selfdistill.critic import Critique, CritiqueCase
 from selfdistill.tasks import Problem, Task, Verdict
+
+Copying = Literal["partial_repetition", "full_repetition", "omission"]
 
 
 class StepTask(Task, Protocol):
@@ -34,10 +36,26 @@ class ScribeCritic:
     - C, incomplete but right so far: the attempt's whole steps, then the rest up to the answer.
     - D, wrong: the right steps verbatim, up to and not including the first wrong one; that step
       written anew in the attempt's own wording; then on to the answer.
+
+    That is `copying="partial_repetition"`. Two variants show why (arXiv 2606.11173 explains them by
+    induction heads, which copy what followed the same words in the context). With k the first wrong
+    or unwritten step, they change one thing each:
+
+    - "full_repetition" quotes the wrong step k as it is, too, and goes on with the right steps from
+      k + 1: the teacher copies the error instead of disputing it (positive advantage all over, so
+      the error is reinforced). An attempt without a wrong step is critiqued as ever.
+    - "omission" leaves the trace out and starts at step k: the teacher has nothing to copy before
+      it and drifts to wording of its own (negative advantage on right steps). Where nothing is left
+      to write, the critique is empty.
+
+    Args:
+        task: checks and writes steps.
+        copying: what is repeated of an attempt.
     """
 
-    def __init__(self, task: StepTask) -> None:
+    def __init__(self, task: StepTask, *, copying: Copying = "partial_repetition") -> None:
         self.task = task
+        self.copying = copying
 
     def critique(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Critique]:
         """Return one critique per (problem, response) pair, in order.
@@ -55,13 +73,23 @@ class ScribeCritic:
     def _one(self, problem: Problem, response: str) -> Critique:
         verdict = self.task.check(problem, response)
         if verdict.strict:
-            return Critique("A", response, None)
+            return Critique("A", "" if self.copying == "omission" else response, None)
         first = len(self.task.leading_steps(problem, response)) + 1
-        text = self._insert_missing(problem, response, verdict) if verdict.correct else None
-        return Critique(_case(verdict), text or self._rewrite(problem, response, first), first)
+        return Critique(_case(verdict), self._text(problem, response, verdict, first), first)
 
-    def _rewrite(self, problem: Problem, response: str, first: int) -> str:
+    def _text(self, problem: Problem, response: str, verdict: Verdict, first: int) -> str:
         kept = self.task.leading_steps(problem, response)
+        if self.copying == "omission":
+            kept = []
+        elif self.copying == "full_repetition" and verdict.wrong_span is not None:
+            kept, first = [*kept, response[slice(*verdict.wrong_span)]], first + 1
+            quoted = " ".join(kept)
+            if self.task.check(problem, quoted).complete:  # it was the answer that was wrong
+                return quoted
+        elif verdict.correct:
+            inserted = self._insert_missing(problem, response, verdict)
+            if inserted is not None:
+                return inserted
         return " ".join([*kept, *self.task.write_steps(problem, first=first, like=response)])
 
     def _insert_missing(self, problem: Problem, response: str, verdict: Verdict) -> str | None:

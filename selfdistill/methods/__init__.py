@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from selfdistill.config import Config
+from selfdistill.config import Config, LossConfig
 from selfdistill.context import TeacherContext
 from selfdistill.evaluate import Attempts
+from selfdistill.methods.environment import Environment
 from selfdistill.methods.grpo import GRPO, GRPOLoss
 from selfdistill.methods.loss import DistillationLoss, Loss
+from selfdistill.methods.peer import Peer
 from selfdistill.methods.refsol import RefSol
 from selfdistill.methods.stepalign import StepAlign
+from selfdistill.tasks import SteppedTask, Task
 from selfdistill.tasks.arithmetic import ArithmeticTask
 
-__all__ = ["GRPO", "Method", "RefSol", "StepAlign", "build_method"]
+__all__ = ["GRPO", "Environment", "Method", "Peer", "RefSol", "StepAlign", "build_method"]
 
 
 class Method(Protocol):
@@ -56,10 +59,34 @@ def build_method(config: Config, task: ArithmeticTask) -> Method:
             ),
         )
     loss = DistillationLoss(settings.loss)
+    _check_steps_known(settings.loss, task)
     match settings.name:
         case "stepalign":
             from selfdistill.critic.scribe import ScribeCritic
 
-            return StepAlign(critic=ScribeCritic(task), group_size=settings.group_size, loss=loss)
+            critic = ScribeCritic(task, copying=settings.critic.copying)
+            return StepAlign(critic=critic, group_size=settings.group_size, loss=loss)
         case "refsol":
             return RefSol(group_size=settings.group_size, loss=loss)
+        case "peer":
+            return Peer(group_size=settings.group_size, loss=loss)
+        case "environment":
+            return Environment(
+                task=task, detail=settings.detail, group_size=settings.group_size, loss=loss
+            )
+
+
+def _check_steps_known(loss: LossConfig, task: Task) -> None:
+    if isinstance(task, SteppedTask):
+        return
+    mask = loss.advantage_mask
+    asked = {
+        "advantage_mask.per_step": mask is not None and mask.per_step,
+        "stop_after_first_wrong_step": loss.stop_after_first_wrong_step,
+    }
+    for name, is_set in asked.items():
+        if is_set:
+            raise ValueError(
+                f"method.loss.{name} is set, but the task {task.name!r} does not know the steps of "
+                "a response: leave it out, or give the task `step_spans` and verdicts on steps"
+            )

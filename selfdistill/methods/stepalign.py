@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from selfdistill.context import TeacherContext
-from selfdistill.critic import Critic
+from selfdistill.critic import Critic, Critique
 from selfdistill.evaluate import Attempts
 from selfdistill.methods.loss import Loss
 
@@ -31,14 +31,15 @@ class StepAlign:
         self.loss = loss
 
     def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext | None]]:
-        """Return the critique of every rollout."""
+        """Return the critique of every rollout; None where the critic has nothing to say."""
         critiques = iter(
             self.critic.critique(
                 [attempt.problem for attempt in attempts for _ in attempt.rollouts],
                 [rollout.text for attempt in attempts for rollout in attempt.rollouts],
             )
         )
-        return [
-            [TeacherContext("critique", next(critiques).text) for _ in attempt.rollouts]
-            for attempt in attempts
-        ]
+        return [[_context(next(critiques)) for _ in attempt.rollouts] for attempt in attempts]
+
+
+def _context(critique: Critique) -> TeacherContext | None:
+    return TeacherContext("critique", critique.text) if critique.text.strip() else None

@@ -323,8 +323,12 @@ def reproduction(run: Run) -> str:
 
 def context_name(run: Run) -> str:
     """Name what the teacher sees beside the question."""
-    method = run.config.get("method", {}).get("name")
-    return "reference solution" if method == "refsol" else "critique"
+    names = {
+        "refsol": "reference solution",
+        "peer": "peer's solution",
+        "environment": "checker's feedback",
+    }
+    return names.get(run.config.get("method", {}).get("name"), "critique")
 
 
 def learns_from_a_teacher(run: Run) -> bool:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
+
+FeedbackDetail = Literal["answer", "step"]
+"""What feedback tells: whether the answer is right, or also the first wrong step."""
 
 
 @dataclass(frozen=True)
@@ -63,4 +66,27 @@ class Task(Protocol):
 
     def responses_agree(self, answers: Sequence[str]) -> str | None:
         """Return the majority answer (Maj@k) among non-empty `answers`; ties go to the earliest."""
+        ...
+
+
+@runtime_checkable
+class FeedbackTask(Protocol):
+    """What a task may offer: its checker's verdict in the task's own words."""
+
+    def feedback(
+        self, problem: Problem, response: str, verdict: Verdict, *, detail: FeedbackDetail
+    ) -> str:
+        """Say what the checker found; an empty text when there is nothing to say."""
+        ...
+
+
+@runtime_checkable
+class SteppedTask(Protocol):
+    """What a task may offer: where the steps of a response lie, its checker judging each of them.
+
+    A task with this gives `Verdict.first_wrong_step` and `Verdict.wrong_span`.
+    """
+
+    def step_spans(self, response: str) -> list[tuple[int, int]]:
+        """Return the character span (start, stop) of each step, in order, the answer included."""
         ...

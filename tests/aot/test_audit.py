@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 import triton
@@ -39,6 +40,13 @@ def test_kernels_of_the_default_objective_pass(architecture, kernel):
 def test_the_heaviest_sweep_passes(architecture):
     (job,) = [j for j in jobs(architecture, "fp16", [2048], [HEAVY]) if j.name == "sweep"]
     assert refusals("sweep", build(job, architecture), architecture) == []
+
+
+def test_a_bound_on_registers_keeps_the_assembler_from_spilling():
+    found = [j for j in jobs("sm_120", "bf16", [2048], [HEAVY]) if j.name == "gradient"]
+    assert found
+    for job in found:
+        assert refusals("gradient", build(job, "sm_120"), "sm_120") == []
 
 
 @pytest.mark.parametrize("kernel", ["merge", "row_statistics", "row_gradient", "gather"])
@@ -112,3 +120,38 @@ def test_exit_status(monkeypatch, tmp_path, capsys):
     assert main(command) == 1
     assert "spills 8" in capsys.readouterr().out
     assert '"spilled": 8' in (tmp_path / "audit.json").read_text()
+
+
+COMMON = {"target": "sm_90", "dtype": "bf16", "kernel": "sweep", "tile": "64x64x64"}
+
+
+def test_summary_sums_up_variants(tmp_path, capsys):
+    from selfdistill_kernels.audit.summary import main as summary
+
+    def entry(**changes):
+        report = replace(GOOD, **changes.pop("report", {}))
+        return {**COMMON, "resident": 1, "refusals": [], **asdict(report), **changes}
+
+    first = [entry(report={"registers": 90, "seconds": 1.0}), entry(report={"registers": 130})]
+    second = [
+        entry(tile="128x64x64", report={"spilled": 8, "seconds": 2.0}, refusals=["spills 8"]),
+        {**COMMON, "refusals": ["does not compile: why"]},
+        entry(kernel="gather", report={"tensor": {}, "asynchronous": {}}),
+    ]
+    files = []
+    for name, entries in (("a", first), ("b", second)):
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps({"triton": "3.9.0", "entries": entries}))
+    joined = tmp_path / "all.json"
+    summary([*map(str, files), "--join", str(joined)])
+    out = capsys.readouterr().out
+    assert "5 kernels compiled, 2 refused" in out
+    (sweep,) = [line for line in out.splitlines() if "| sweep |" in line]
+    cells = [cell.strip() for cell in sweep.strip("|").split("|")]
+    assert cells[3:7] == ["4", "64x64x64, 128x64x64", "90-200", "8"]
+    assert cells[-1] == "2"
+    assert json.loads(joined.read_text())["entries"] == [*first, *second]
+
+    files[1].write_text(json.dumps({"triton": "3.8.0", "entries": second}))
+    with pytest.raises(SystemExit):
+        summary(list(map(str, files)))

@@ -75,6 +75,12 @@ def test_a_model_folder_is_found_next_to_the_file(tmp_path: Path) -> None:
         ({"method": {"name": "refsol", "teacher": {"name": "wise"}}}, "refsol.teacher"),
         ({"rollout": {"engine": {"name": "guess"}}}, "rollout.engine.name"),
         ({"steps": 0}, "steps"),
+        (with_loss(objective={"name": "skew_kl", "beta": 1}), "skew_kl.beta"),
+        (with_loss(top_k={"tail": False}), "top_k.k"),
+        (with_loss(advantage_mask={"top_fraction": 0}), "advantage_mask.top_fraction"),
+        ({"method": {"name": "peer", "group_size": 1}}, "peer.group_size"),
+        ({"method": {"name": "environment", "detail": "all"}}, "environment.detail"),
+        ({"method": {"name": "stepalign", "critic": {"copying": "much"}}}, "critic.copying"),
         ({"method": {"name": "grpo", "teacher": {"name": "base"}}}, "grpo.teacher"),
         ({"method": {"name": "grpo", "loss": {}}}, "grpo.loss"),
         ({"method": {"name": "grpo", "group_size": 1}}, "grpo.group_size"),
@@ -86,6 +92,13 @@ def test_what_means_nothing_cannot_be_written(change: dict[str, Any], where: str
         Config.model_validate({"model": "m", "output_dir": "o", **change})
     places = [".".join(map(str, error["loc"])) for error in caught.value.errors()]
     assert any(place.endswith(where) for place in places), places
+
+
+def test_importance_weights_compare_like_with_like() -> None:
+    settings: dict[str, Any] = {"model": "m", "output_dir": "o", "rollout": {"temperature": 1.1}}
+    with pytest.raises(ValidationError, match=r"loss\.temperature to rollout\.temperature"):
+        Config.model_validate({**settings, **with_loss(importance_clip=2.0)})
+    Config.model_validate({**settings, **with_loss(importance_clip=2.0, temperature=1.1)})
 
 
 def test_settings_cannot_change_during_a_run() -> None:

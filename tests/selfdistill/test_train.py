@@ -20,8 +20,11 @@ from selfdistill.evaluate import Attempts, Evaluation, judge
 from selfdistill.layout import PromptGroup
 from selfdistill.methods.loss import lm_head
 from selfdistill.methods.stepalign import StepAlign
+from selfdistill.rollout import Rollout
 from selfdistill.runlog import JsonLines
 from selfdistill.scoring import score
+from selfdistill.solver import load_solver
+from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.train import (
     DivergedError,
     RunExistsError,
@@ -271,27 +274,36 @@ def test_divergence_stops_before_the_weights_are_ruined(
     assert len(JsonLines(tmp_path / "run" / "metrics.jsonl").read()) == 1
 
 
-@pytest.mark.parametrize("objective", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"objective": {"name": "forward_kl"}},
+        {"objective": {"name": "reverse_kl"}},
+        {"objective": {"name": "jsd"}},
+        {"advantage_mask": {"top_fraction": 0.3}},
+        {"advantage_mask": {"threshold": 0.001, "per_step": True}},
+        {"reduction": "sequence_mean"},
+    ],
+    ids=str,
+)
 def test_accumulated_gradients_equal_the_whole_batch(
     make_model: Callable[..., LlamaForCausalLM],
     ragged_groups: list[PromptGroup],
     solver_dir: Path,
     tmp_path: Path,
-    objective: str,
+    loss: dict[str, Any],
 ) -> None:
-    config = make_config(
-        solver_dir,
-        tmp_path,
-        method=stepalign(
-            loss={"objective": {"name": objective}, "advantage_mask": {"threshold": 0.001}}
-        ),
-    )
-    groups = [*ragged_groups, ragged_groups[0]]
+    loss = {"advantage_mask": {"threshold": 0.001}, **loss}
+    config = make_config(solver_dir, tmp_path, method=stepalign(loss=loss))
+    groups = [
+        replace(group, steps=[[i // 3 for i in range(len(c))] for c in group.completions])
+        for group in [*ragged_groups, ragged_groups[0]]
+    ]
     results = []
     for groups_per_pass in (1, 2, 3):
         student = make_model()
         teacher, teacher_model = build_teacher(config, student)
-        method = selfdistill.train.build_method(config, None)
+        method = selfdistill.train.build_method(config, ArithmeticTask())
         assert isinstance(method, StepAlign)
         totals = accumulate_gradients(
             student,
@@ -328,7 +340,20 @@ def test_accumulated_gradients_equal_the_whole_batch(
         {"method": refsol(loss={"objective": {"name": "reverse_kl"}})},
         {"method": refsol(loss={"objective": {"name": "jsd", "beta": 0.4}})},
         {"method": refsol(loss={"advantage_mask": {"threshold": 0.002}})},
+        {"method": refsol(loss={"advantage_mask": {"threshold": 0.002, "per_step": True}})},
+        {"method": refsol(loss={"advantage_mask": {"top_fraction": 0.5}})},
+        {"method": refsol(loss={"objective": {"name": "skew_kl"}})},
+        {"method": refsol(loss={"objective": {"name": "skew_reverse_kl"}})},
         {"method": refsol(loss={"temperature": 1.5})},
+        {"method": refsol(loss={"reduction": "sequence_mean"})},
+        {"method": refsol(loss={"top_k": {"k": 4}})},
+        {"method": refsol(loss={"token_clip": 1e-4})},
+        {"method": refsol(loss={"importance_clip": 0.5})},
+        {"method": refsol(loss={"stop_after_first_wrong_step": True})},
+        {"method": stepalign(critic={"name": "scribe", "copying": "full_repetition"})},
+        {"method": stepalign(critic={"name": "scribe", "copying": "omission"})},
+        {"method": {"name": "environment", "group_size": 2}},
+        {"method": {"name": "environment", "group_size": 2, "detail": "step"}},
         {"method": grpo(group_size=2)},
         {"updates_per_step": 2},
         {"optimizer": {"learning_rate": 2e-2, "warmup_steps": 3}},
@@ -344,8 +369,13 @@ def test_accumulated_gradients_equal_the_whole_batch(
 )
 def test_no_setting_does_nothing(solver_dir: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     runs = []
+    # What belongs to one method is compared with that method's default.
+    method = {key: value for key, value in change.get("method", {}).items() if key == "name"}
+    default = {**refsol(), **method}
+    if default == change.get("method"):
+        default = refsol()
     for name, settings in (("default", {}), ("changed", change)):
-        common = {"steps": 2, "method": refsol()}
+        common = {"steps": 2, "method": default}
         train(make_config(solver_dir, tmp_path / name, **{**common, **settings}))
         lines = [
             {k: v for k, v in line.items() if k not in {"seconds", "peak_rss_mib"}}
@@ -442,6 +472,58 @@ def test_a_step_without_contrast_changes_nothing(solver_dir: Path, tmp_path: Pat
     before = load_file(solver_dir / "model.safetensors")
     after = load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_step_whose_rollouts_have_no_context_changes_nothing(
+    solver_dir: Path, tmp_path: Path
+) -> None:
+    """No rollout of a random model succeeds, so none has a successful peer."""
+    method = {"name": "peer", "group_size": 3}
+    train(make_config(solver_dir, tmp_path / "run", steps=2, method=method))
+    for line in JsonLines(tmp_path / "run" / "metrics.jsonl").read():
+        assert (line["dropped"], line["tokens"], line["loss"], line["active"]) == (6, 0, 0, 0)
+        assert (line["kl"], line["advantage"], line["entropy"]) == (None, None, None)
+    before = load_file(solver_dir / "model.safetensors")
+    after = load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_peers_teach_each_other(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reward_alternately(monkeypatch)
+    method = {"name": "peer", "group_size": 2}
+    train(make_config(solver_dir, tmp_path / "run", steps=2, method=method))
+    for line in JsonLines(tmp_path / "run" / "metrics.jsonl").read():
+        assert line["dropped"] == 2  # the successful one of each pair has no successful peer
+        assert line["kl"] > 0
+
+
+def test_rollouts_are_cut_behind_the_first_wrong_step(solver_dir: Path, tmp_path: Path) -> None:
+    config = make_config(
+        solver_dir,
+        tmp_path,
+        task={"step_counts": [3]},
+        method=refsol(loss={"stop_after_first_wrong_step": True}),
+    )
+    solver = load_solver(config)
+    (problem,) = solver.task.problems(split="train", count=1)
+    one, two, three, answer = problem.reference.replace(" <", "|<").split("|")
+    wrong_two = f"{two[:-2]}{(int(two[-2:]) + 1) % 100:02d}"
+    rollouts = []
+    for text in (problem.reference, f"{one} {wrong_two} {three} {answer}"):
+        ids = solver.tokenizer(text, add_special_tokens=False)["input_ids"]
+        rollouts.append(Rollout(ids, [-float(i) for i in range(len(ids))], text, False))
+    (whole,) = judge(solver.task, [problem], [rollouts])
+    (cut,) = selfdistill.train.cut_rollouts(solver, config.method, [whole])
+    assert cut.rollouts[0] == rollouts[0]
+    kept = cut.rollouts[1].token_ids
+    assert solver.tokenizer.decode(kept) == f"{one} {wrong_two}"
+    assert cut.rollouts[1].logprobs == [-float(i) for i in range(len(kept))]
+    unchanged = selfdistill.train.cut_rollouts(
+        solver, make_config(solver_dir, tmp_path).method, [whole]
+    )
+    assert unchanged == [whole]
 
 
 def test_seeds_of_different_uses_differ() -> None:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from selfdistill.tasks import Problem, Verdict
+from selfdistill.tasks import FeedbackDetail, Problem, Verdict
 from selfdistill.tasks.arithmetic.noise import SHIPPED_SOLVER
 from selfdistill.tasks.arithmetic.traces import (
     ANSWER_TAG,
@@ -195,6 +195,25 @@ class ArithmeticTask:
             return (0, 0, 0) if nearest is None else wordings[nearest]
 
         return _write(read_question(problem.question), first, wording)
+
+    def step_spans(self, response: str) -> list[tuple[int, int]]:
+        """Return the character spans of a response's pieces: steps, answer, text before them."""
+        return [(segment.start, segment.stop) for segment in split_trace(response)]
+
+    def feedback(
+        self, problem: Problem, response: str, verdict: Verdict, *, detail: FeedbackDetail
+    ) -> str:
+        """Say in the solver's vocabulary what is wrong: `<step_2> is wrong <answer> 17 is wrong`.
+
+        A missing answer is a wrong one.
+        """
+        said = []
+        if detail == "step" and verdict.first_wrong_step is not None:
+            at_answer = verdict.first_wrong_step > len(read_question(problem.question).operations)
+            tag = ANSWER_TAG if at_answer else f"<step_{verdict.first_wrong_step}>"
+            said.append(f"{tag} is wrong")
+        answer = ANSWER_TAG if verdict.answer is None else f"{ANSWER_TAG} {verdict.answer}"
+        return " ".join([*said, f"{answer} is {'right' if verdict.correct else 'wrong'}"])
 
 
 def _write(question: Question, first: int, wording: Callable[[int], Wording]) -> list[str]:

@@ -10,6 +10,8 @@ from selfdistill.tasks.arithmetic.traces import ANSWER_TAG, DIALECTS, MAX_STEPS
 
 _SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>"]
 _CONTEXT_TAGS = ["<critique>", "</critique>", "<reference>", "</reference>"]
+# Last, so that the ids before them stay; the shipped solver's pretraining had none of them.
+_FEEDBACK = ["<feedback>", "</feedback>", "right", "wrong"]
 _VOCABULARY_MULTIPLE = 64
 
 CHAT_TEMPLATE = (
@@ -38,6 +40,7 @@ def vocabulary() -> list[str]:
         ANSWER_TAG,
         *_CONTEXT_TAGS,
         *(word for phrase in phrases for word in phrase.split()),
+        *_FEEDBACK,
     ]
     tokens = list(dict.fromkeys(words))
     unused = -len(tokens) % _VOCABULARY_MULTIPLE

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
+MOST_REGISTERS = 255  # that an NVIDIA thread can name
+
 
 @dataclass(frozen=True)
 class Warps:
@@ -51,8 +53,11 @@ def compiler_options(shape: Shape) -> dict[str, Any]:
         # Fusion is written out in the kernels (divergence.py).
         "enable_fp_fusion": False,
     }
-    if shape.thrifty and _knows("sched4reg"):
-        options["sched4reg"] = True
+    if shape.thrifty:
+        # Without a bound the assembler spills a few registers to fit one more program.
+        options["maxnreg"] = MOST_REGISTERS
+        if _knows("sched4reg"):
+            options["sched4reg"] = True
     return options
 
 

@@ -146,7 +146,7 @@ HEAVY: dict[str, dict[Kind, Configuration]] = {
     },
     "sm_100": {
         "sweep": Configuration(128, 64, 64, 2, 8, 3, thrifty=True),
-        "mixture": Configuration(128, 128, 64, 8, 8, 3, thrifty=True),
+        "mixture": Configuration(128, 64, 64, 8, 8, 3, thrifty=True),
         "gradient": Configuration(128, 128, 64, 8, 8, 3, thrifty=True),
     },
     "sm_120": {

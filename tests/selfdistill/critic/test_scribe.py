@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from selfdistill.critic.scribe import ScribeCritic
+from selfdistill.critic.scribe import Copying, ScribeCritic
 from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.tasks.arithmetic.corpus import Corpus, CorpusConfig
 from selfdistill.tasks.arithmetic.noise import SolverNoise
@@ -96,3 +96,46 @@ def test_wrong_step_is_never_quoted_and_right_ones_always_are() -> None:
 def test_unequal_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="responses: got 1 for 2 problems"):
         ScribeCritic(TASK).critique([PROBLEM, PROBLEM], [RIGHT])
+
+
+WRONG_TWO = "<step_2> now 55 plus 5 makes 50"
+WRONG_REST = "<step_3> now 50 plus 9 makes 59 <answer> 59"
+
+
+@pytest.mark.parametrize(
+    ("copying", "response", "text"),
+    [
+        # D: one thing changes at a time, what is said before and at the wrong step.
+        ("partial_repetition", f"{ONE} {WRONG_TWO} {WRONG_REST}", RIGHT),
+        (
+            "full_repetition",
+            f"{ONE} {WRONG_TWO} {WRONG_REST}",
+            f"{ONE} {WRONG_TWO} {THREE} {ANSWER}",
+        ),
+        ("omission", f"{ONE} {WRONG_TWO} {WRONG_REST}", f"{TWO} {THREE} {ANSWER}"),
+        # A wrong answer line is quoted, and nothing is left to go on with.
+        ("full_repetition", f"{ONE} {TWO} {THREE} <answer> 79", f"{ONE} {TWO} {THREE} <answer> 79"),
+        ("omission", f"{ONE} {TWO} {THREE} <answer> 79", ANSWER),
+        # Trash in the answer's place is quoted, too, but then the answer follows.
+        (
+            "full_repetition",
+            f"{ONE} {TWO} {THREE} <step_4> now 69 <answer> 69",
+            f"{ONE} {TWO} {THREE} <step_4> now 69 {ANSWER}",
+        ),
+        # A, fully correct: there is nothing wrong to quote, and nothing new to write.
+        ("full_repetition", RIGHT, RIGHT),
+        ("omission", RIGHT, ""),
+        # C, cut off: as ever, less the trace.
+        ("full_repetition", f"{ONE} {TWO} <step_3> now 6", RIGHT),
+        ("omission", f"{ONE} {TWO} <step_3> now 6", f"{THREE} {ANSWER}"),
+        # The attempt's own words, whatever is left out.
+        (
+            "omission",
+            "<step_1> so 47 gain 8 yields 45 <answer> 45",
+            RIGHT.replace("now", "so").replace("plus", "gain").replace("makes", "yields"),
+        ),
+    ],
+)
+def test_copying(copying: Copying, response: str, text: str) -> None:
+    (critique,) = ScribeCritic(TASK, copying=copying).critique([PROBLEM], [response])
+    assert critique.text == text

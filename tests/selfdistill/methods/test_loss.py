@@ -59,8 +59,19 @@ def random_tokens(hidden: int) -> ScoredTokens:
     generator = torch.Generator().manual_seed(0)
     draw = [torch.randn(20, hidden, generator=generator) for _ in range(2)]
     targets = torch.randint(0, 61, (20,), generator=generator)
+    lengths = torch.tensor([14, 6])
     empty: Any = None
-    return ScoredTokens(draw[0].requires_grad_(), draw[1], targets, *[empty] * 4)
+    return ScoredTokens(
+        student_hidden=draw[0].requires_grad_(),
+        teacher_hidden=draw[1],
+        targets=targets,
+        rollout_index=torch.repeat_interleave(lengths),
+        positions=torch.cat([torch.arange(length) for length in lengths]),
+        statistics=empty,
+        rollout_group=torch.tensor([0, 0]),
+        old_logprobs=torch.rand(20, generator=generator) - 4.5,
+        steps=torch.tensor([0] * 5 + [1] * 8 + [-1] + [0] * 3 + [1] * 3),
+    )
 
 
 def test_a_live_teacher_shares_the_head_and_a_base_teacher_has_its_own() -> None:
@@ -77,22 +88,45 @@ def test_a_live_teacher_shares_the_head_and_a_base_teacher_has_its_own() -> None
     assert not torch.allclose(separate.teacher_logprob, expected)
 
 
+SKEW = {"name": "skew_kl"}
+SKEW_REVERSE = {"name": "skew_reverse_kl"}
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("common", "settings"),
     [
-        {"objective": {"name": "reverse_kl"}},
-        {"objective": {"name": "jsd", "beta": 0.3}},
-        {"objective": {"name": "jsd", "beta": 0.6}},
-        {"advantage_mask": {"threshold": 0.3}},
-        {"advantage_mask": {"threshold": 0.3, "sign": "negative"}},
-        {"temperature": 2.0},
+        ({}, {"objective": {"name": "reverse_kl"}}),
+        ({}, {"objective": {"name": "jsd", "beta": 0.3}}),
+        ({}, {"objective": {"name": "jsd", "beta": 0.6}}),
+        ({}, {"objective": SKEW}),
+        ({"objective": SKEW}, {"objective": {**SKEW, "beta": 0.3}}),
+        ({}, {"objective": SKEW_REVERSE}),
+        ({"objective": SKEW_REVERSE}, {"objective": {**SKEW_REVERSE, "beta": 0.3}}),
+        ({}, {"advantage_mask": {"threshold": 0.3}}),
+        ({}, {"advantage_mask": {"threshold": 0.3, "sign": "negative"}}),
+        ({}, {"advantage_mask": {"top_fraction": 0.5}}),
+        (
+            {"advantage_mask": {"threshold": 0.3}},
+            {"advantage_mask": {"threshold": 0.3, "per_step": True}},
+        ),
+        ({}, {"temperature": 2.0}),
+        ({}, {"reduction": "sequence_mean"}),
+        ({}, {"top_k": {"k": 5}}),
+        ({"top_k": {"k": 5}}, {"top_k": {"k": 5, "of": "teacher"}}),
+        ({"top_k": {"k": 5}}, {"top_k": {"k": 5, "tail": False}}),
+        ({}, {"token_clip": 4.0}),
+        ({}, {"importance_clip": 1.5}),
+        ({"importance_clip": 1.5}, {"importance_clip": 0.5}),
     ],
+    ids=str,
 )
-def test_every_setting_changes_the_gradient(settings: dict[str, Any]) -> None:
+def test_every_setting_changes_the_gradient(
+    common: dict[str, Any], settings: dict[str, Any]
+) -> None:
     weight = torch.nn.Parameter(torch.randn(61, 8, generator=torch.Generator().manual_seed(1)))
     head = Head(weight, None, None, 1.0)
     gradients = []
-    for chosen in ({}, settings):
+    for chosen in (common, settings):
         scored = random_tokens(8)
         loss = DistillationLoss(LossConfig.model_validate(chosen))
         loss(scored, head, head, normalizer=20).loss.backward()
@@ -111,6 +145,52 @@ def test_the_advantage_mask_drops_tokens_and_says_which() -> None:
     assert 0 < output.active.sum() < 20
     assert scored.student_hidden.grad is not None
     assert torch.equal(scored.student_hidden.grad.abs().sum(-1) > 0, output.active)
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+def test_the_top_fraction_is_taken_of_each_rollout(per_step: bool) -> None:
+    head = Head(torch.randn(61, 8, generator=torch.Generator().manual_seed(1)), None, None, 1.0)
+    scored = random_tokens(8)
+    settings = {"advantage_mask": {"top_fraction": 0.4, "per_step": per_step}}
+    loss = DistillationLoss(LossConfig.model_validate(settings))
+    output = loss(scored, head, head, normalizer=20)
+    output.loss.backward()
+    assert scored.student_hidden.grad is not None
+    assert torch.equal(scored.student_hidden.grad.abs().sum(-1) > 0, output.active)
+    assert output.advantage is not None
+    everything = DistillationLoss(LossConfig())(scored, head, head, normalizer=20)
+    torch.testing.assert_close(output.divergence, everything.divergence)  # all tokens are reported
+    expected = everything.divergence[output.active].sum() / 20
+    torch.testing.assert_close(output.loss.detach(), expected)
+    assert scored.steps is not None
+    for rollout, size in ((0, 14), (1, 6)):
+        own = scored.rollout_index == rollout
+        assert output.active[own].sum() == -(-size * 4 // 10)
+        advantage, steps = output.advantage[own], scored.steps[own]
+        if per_step:
+            means = torch.stack([advantage[steps == step].mean() for step in (0, 1)]).abs()
+            kept = output.active[own]
+            # The step with the larger mean is filled up before the other one gets any.
+            assert kept[steps == means.argmax()].sum() == min(
+                kept.sum(), (steps == means.argmax()).sum()
+            )
+            assert not kept[steps < 0].any()
+        else:
+            size_of = advantage.abs()
+            assert size_of[output.active[own]].min() > size_of[~output.active[own]].max()
+
+
+def test_sequence_mean_weighs_every_rollout_the_same() -> None:
+    head = Head(torch.randn(61, 8, generator=torch.Generator().manual_seed(1)), None, None, 1.0)
+    scored = random_tokens(8)
+    loss = DistillationLoss(LossConfig(reduction="sequence_mean"))
+    output = loss(scored, head, head, normalizer=2)
+    divergence = output.divergence
+    expected = (divergence[:14].mean() + divergence[14:].mean()) / 2
+    torch.testing.assert_close(output.loss.detach(), expected)
+    group = PromptGroup([1], [[1], [1]], [[5] * 14, [5] * 6])
+    assert loss.denominator(group) == 2
+    assert DistillationLoss(LossConfig()).denominator(group) == 20
 
 
 def test_logit_scale_is_found() -> None:

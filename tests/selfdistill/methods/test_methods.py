@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import pytest
 
 from selfdistill.config import Config, LossConfig
+from selfdistill.context import TeacherContext
 from selfdistill.critic import Critique
 from selfdistill.evaluate import Attempts, judge
-from selfdistill.methods import RefSol, StepAlign, build_method
+from selfdistill.methods import GRPO, Environment, Peer, RefSol, StepAlign, build_method
 from selfdistill.methods.loss import DistillationLoss
 from selfdistill.rollout import Rollout
-from selfdistill.tasks import Problem, Verdict
+from selfdistill.tasks import FeedbackDetail, Problem, Task, Verdict
 from selfdistill.tasks.arithmetic import ArithmeticTask
+from selfdistill.train import leave_out
 
 PROBLEMS = [Problem("p", "1 + 2", "3", "reference of p"), Problem("q", "2 + 2", "4", "that of q")]
 
@@ -58,7 +61,133 @@ def test_refsol_gives_the_reference_whatever_the_attempt() -> None:
     assert {context.kind for group in contexts for context in group} == {"reference"}
 
 
-@pytest.mark.parametrize(("name", "kind"), [("stepalign", StepAlign), ("refsol", RefSol)])
+WRONG = Verdict("9", False, False, 2, (0, 1), True)
+
+
+def group_of(*correct: bool) -> Attempts:
+    rollouts = [rollout(f"attempt {i}") for i in range(len(correct))]
+    return Attempts(PROBLEMS[0], rollouts, [VERDICT if right else WRONG for right in correct])
+
+
+def texts_of(contexts: list[list[TeacherContext | None]]) -> list[list[str | None]]:
+    return [[context and context.text for context in group] for group in contexts]
+
+
+def test_peer_shows_another_successful_rollout_and_never_itself() -> None:
+    method = Peer(group_size=4, loss=DistillationLoss(LossConfig()))
+    groups = [
+        group_of(False, True, False, True),
+        group_of(True, False, False, False),
+        group_of(False, False, False, False),
+    ]
+    contexts = method.contexts(groups)
+    assert texts_of(contexts) == [
+        ["attempt 1", "attempt 3", "attempt 3", "attempt 1"],
+        [None, "attempt 0", "attempt 0", "attempt 0"],
+        [None] * 4,
+    ]
+    # It is a solution of the problem, and shown as one.
+    assert {c.kind for group in contexts for c in group if c is not None} == {"reference"}
+    kept, kept_contexts = leave_out(method, groups, contexts)
+    assert [[r.text for r in attempt.rollouts] for attempt in kept] == [
+        ["attempt 0", "attempt 1", "attempt 2", "attempt 3"],
+        ["attempt 1", "attempt 2", "attempt 3"],
+    ]
+    assert [len(attempt.verdicts) for attempt in kept] == [4, 3]
+    assert texts_of(kept_contexts) == [texts_of(contexts)[0], ["attempt 0"] * 3]
+
+
+def test_without_need_of_a_context_nothing_is_left_out() -> None:
+    groups = [group_of(False, True)]
+    method = build_method(configured(method={"name": "grpo"}), ArithmeticTask())
+    contexts = method.contexts(groups)
+    assert texts_of(contexts) == [[None, None]]
+    assert leave_out(method, groups, contexts) == (groups, contexts)
+
+
+@pytest.mark.parametrize(
+    ("detail", "right", "wrong", "unfinished"),
+    [
+        ("answer", "The answer 3 is right.", "The answer 9 is wrong.", "There is no final answer."),
+        (
+            "step",
+            "The answer 3 is right.",
+            "Step 2 is wrong. The answer 9 is wrong.",
+            "There is no final answer.",
+        ),
+    ],
+)
+def test_environment_tells_what_the_checker_found(
+    detail: FeedbackDetail, right: str, wrong: str, unfinished: str
+) -> None:
+    class Silent:
+        """A task without words of its own."""
+
+    method = Environment(
+        task=cast(Task, Silent()),
+        detail=detail,
+        group_size=3,
+        loss=DistillationLoss(LossConfig()),
+    )
+    cut_off = Verdict(None, False, False, None, None, False)
+    attempts = Attempts(
+        PROBLEMS[0], [rollout(t) for t in ("right", "wrong", "cut")], [VERDICT, WRONG, cut_off]
+    )
+    contexts = method.contexts([attempts])
+    assert texts_of(contexts) == [[right, wrong, unfinished]]
+    assert {c.kind for group in contexts for c in group if c is not None} == {"feedback"}
+
+
+def test_environment_speaks_the_tasks_own_words() -> None:
+    task = ArithmeticTask(step_counts=(3,))
+    (problem,) = task.problems(split="train", count=1)
+    attempts = judge(task, [problem], [[rollout(problem.reference), rollout("<answer> 00")]])
+    texts = {
+        detail: texts_of(
+            build_method(
+                configured(method={"name": "environment", "detail": detail}), task
+            ).contexts(attempts)
+        )
+        for detail in ("answer", "step")
+    }
+    right = f"<answer> {problem.answer} is right"
+    assert texts == {
+        "answer": [[right, "<answer> 00 is wrong"]],
+        "step": [[right, "<step_1> is wrong <answer> 00 is wrong"]],
+    }
+
+
+def test_a_critic_with_nothing_to_say_leaves_the_rollout_without_context() -> None:
+    task = ArithmeticTask(step_counts=(3,))
+    (problem,) = task.problems(split="train", count=1)
+    attempts = judge(task, [problem], [[rollout(problem.reference), rollout("<answer> 00")]])
+    critic = {"name": "scribe", "copying": "omission"}
+    method = build_method(configured(method={"name": "stepalign", "critic": critic}), task)
+    assert texts_of(method.contexts(attempts)) == [[None, problem.reference]]
+
+
+@pytest.mark.parametrize(
+    "loss", [{"stop_after_first_wrong_step": True}, {"advantage_mask": {"per_step": True}}]
+)
+def test_a_task_without_steps_refuses_what_needs_them(loss: dict[str, Any]) -> None:
+    class Plain:
+        name = "plain"
+
+    (setting,) = loss
+    with pytest.raises(ValueError, match=rf"{setting}.*'plain' does not know the steps"):
+        build_method(configured(method={"name": "refsol", "loss": loss}), cast(Any, Plain()))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("stepalign", StepAlign),
+        ("refsol", RefSol),
+        ("peer", Peer),
+        ("environment", Environment),
+        ("grpo", GRPO),
+    ],
+)
 def test_methods_are_built_from_their_name(name: str, kind: type) -> None:
     config = configured(method={"name": name, "group_size": 5})
     method = build_method(config, ArithmeticTask())

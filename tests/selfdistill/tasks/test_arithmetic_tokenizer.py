@@ -101,3 +101,9 @@ def test_the_shipped_tokenizer_is_the_built_one() -> None:
     shipped = AutoTokenizer.from_pretrained(solver)
     assert shipped.backend_tokenizer.to_str() == TOKENIZER.backend_tokenizer.to_str()
     assert shipped.chat_template == TOKENIZER.chat_template
+
+
+def test_feedback_has_no_unknown_word() -> None:
+    text = "<feedback> <step_2> is wrong <answer> 17 is right </feedback>"
+    assert TOKENIZER.unk_token_id not in encode(text)
+    assert TOKENIZER.decode(encode(text)) == text
