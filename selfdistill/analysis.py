@@ -11,7 +11,6 @@ import torch
 from selfdistill.evaluate import Attempts
 from selfdistill.methods import Method
 from selfdistill.methods.loss import Head
-from selfdistill.rollout import Rollout
 from selfdistill.scoring import score
 from selfdistill.solver import Solver
 from selfdistill.spans import token_span

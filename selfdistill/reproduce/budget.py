@@ -34,7 +34,7 @@ def job_seconds(job: Job) -> float:
                 + SECONDS_PER_ATTEMPT * (dev + len(job.milestones) * _attempts(job.test))
             )
         case BaseEvaluation():
-            return SECONDS_PER_JOB + SECONDS_PER_ATTEMPT * _attempts(job.test)
+            return SECONDS_PER_JOB + 2 * SECONDS_PER_ATTEMPT * _attempts(job.test)
         case TokenScores():
             each = SECONDS_PER_ATTEMPT + SECONDS_PER_SCORED_ATTEMPT
             return SECONDS_PER_JOB + len(job.contexts) * each * _attempts(job.test)

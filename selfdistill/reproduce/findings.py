@@ -29,6 +29,7 @@ from selfdistill.reproduce.jobs import (
     read_figures,
     read_held_out,
     read_result,
+    read_with_context,
 )
 from selfdistill.reproduce.plan import (
     ARMS,
@@ -113,9 +114,10 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Main:
-    """The table: the solver, then an arm a row at each milestone; gaps, dev curves by label."""
+    """The table: the solver, its teacher, an arm a row at each milestone; gaps; dev curves."""
 
     base: Row
+    teacher: Row
     rows: list[Row]
     gaps: list[Gap]
     curves: dict[str, list[CurvePoint]]
@@ -136,12 +138,14 @@ class Stratum:
     Attributes:
         predicted: range of the predicted success.
         base: the solver before training.
+        teacher: the same with a critique of its attempt: what StepAlignFB's fixed teacher can do.
         rows: the arms.
         gaps: of the arms to each other.
     """
 
     predicted: tuple[float, float]
     base: Row
+    teacher: Row
     rows: list[Row]
     gaps: list[Gap]
 
@@ -244,6 +248,7 @@ class _Reader:
         folders = {arm.label: folder_of("main", arm.key) for arm in MAIN_ARMS}
         return Main(
             base=self._base("main/base"),
+            teacher=self._teacher("main/base"),
             rows=self._rows(folders, seeds),
             gaps=self._gaps(folders, seeds),
             curves={label: self._curve(folder, seeds) for label, folder in folders.items()},
@@ -277,6 +282,7 @@ class _Reader:
                 Stratum(
                     predicted=stratum,
                     base=self._base(folder_of("difficulty", "base", stratum=stratum)),
+                    teacher=self._teacher(folder_of("difficulty", "base", stratum=stratum)),
                     rows=self._rows(folders, seeds),
                     gaps=self._gaps(folders, seeds),
                 )
@@ -311,6 +317,11 @@ class _Reader:
     def _base(self, name: str) -> Row:
         self._finished(name)
         return _make_row("before training", 0, [read_held_out(self.output / name)], [], [])
+
+    def _teacher(self, name: str) -> Row:
+        self._finished(name)
+        label = "before training, with a critique"
+        return _make_row(label, 0, [read_with_context(self.output / name)], [], [])
 
     def _rows(self, folders: dict[str, str], seeds: Sequence[int]) -> list[Row]:
         """Return a row for each folder and milestone."""

@@ -2,6 +2,7 @@
 
 NAME/config.yaml, metrics.jsonl, evaluations.jsonl, checkpoints/     a normal training run
 NAME/held_out.json, held_out-step-20.json                            test problems
+NAME/with_context.json                                               of a BaseEvaluation job
 NAME/figures.json                                                    of a TokenScores job
 NAME/result.json                                                     written last
 """
@@ -28,14 +29,18 @@ from transformers.utils import logging as transformers_logging
 from selfdistill.analysis import analyze, erroneous_attempts
 from selfdistill.checkpoint import CheckpointStore
 from selfdistill.config import Config
-from selfdistill.evaluate import Attempts, Evaluation, summarize
+from selfdistill.evaluate import Attempts, Evaluation, judge, summarize
 from selfdistill.localisation import Localisation, first_step_wrong, localise
 from selfdistill.methods import build_method
 from selfdistill.methods.loss import lm_head
 from selfdistill.reproduce.plan import BaseEvaluation, Job, TestSet, TokenScores, Training
+from selfdistill.rollout import SamplingParams
 from selfdistill.runlog import JsonLines, write_atomically
 from selfdistill.solver import Solver, load_solver
 from selfdistill.train import DivergedError, build_teacher, derive_seed, train
+
+# Attempts at each problem that the base solver repeats with a critique of them.
+TEACHER_SAMPLES = 4
 
 
 class PlanChangedError(RuntimeError):
@@ -48,7 +53,7 @@ class Result:
 
     Attributes:
         job: fingerprint of what was asked for.
-        seconds: working time of this and earlier attempts at it.
+        seconds: working time; of an interrupted job, of the call that finished it.
         learning_rate: of a training run.
         best_metric: the best dev Avg@k.
         diverged: why the training stopped early, or None.
@@ -88,6 +93,11 @@ def read_result(output: Path, name: str) -> Result | None:
 def read_held_out(folder: Path, *, step: int | None = None) -> Evaluation:
     """Return the test evaluation of a finished job: the last one, or after an earlier milestone."""
     return Evaluation.from_json(_held_out_file(folder, step).read_text("utf-8"))
+
+
+def read_with_context(folder: Path) -> Evaluation:
+    """Return the accuracy of the teacher, that is of the base solver with the teacher's context."""
+    return Evaluation.from_json((folder / "with_context.json").read_text("utf-8"))
 
 
 def _held_out_file(folder: Path, step: int | None = None) -> Path:
@@ -143,7 +153,7 @@ def run_job(job: Job, output: Path) -> bool:
             if found is None:
                 return False
         case BaseEvaluation():
-            _evaluate(load_solver(job.config), job.test, _held_out_file(folder))
+            _evaluate_base(job, folder)
             found = Result(job={}, seconds=0.0)
         case TokenScores():
             _score_tokens(job, folder)
@@ -218,6 +228,34 @@ def _train(job: Training, output: Path) -> Result | None:
 def _evaluate(solver: Solver, test: TestSet, path: Path) -> None:
     attempts = _attempts(solver, test, seed=derive_seed("held out", path.name))
     write_atomically(path, summarize(attempts, solver.task, split="test").to_json())
+
+
+def _evaluate_base(job: BaseEvaluation, folder: Path) -> None:
+    _evaluate(load_solver(job.config), job.test, _held_out_file(folder))
+    solver = load_solver(job.config)
+    few = replace(job.test, samples=min(TEACHER_SAMPLES, job.test.samples))
+    attempts = _attempts(solver, few, seed=derive_seed("attempts with context"))
+    contexts = build_method(job.config, solver.task).contexts(attempts)
+    prompts = [
+        solver.context.teacher_prompt(attempt.problem, context)
+        for attempt, of_group in zip(attempts, contexts, strict=True)
+        for context in of_group
+        if context is not None
+    ]
+    assert len(prompts) == few.problems * few.samples
+    params = SamplingParams(
+        temperature=job.config.rollout.temperature,
+        max_new_tokens=job.config.rollout.max_new_tokens,
+        seed=derive_seed("with context"),
+    )
+    written = solver.engine.generate(prompts, group_size=1, params=params)
+    groups = [
+        [rollout for group in written[i : i + few.samples] for rollout in group]
+        for i in range(0, len(written), few.samples)
+    ]
+    judged = judge(solver.task, [attempt.problem for attempt in attempts], groups)
+    evaluation = summarize(judged, solver.task, split="test")
+    write_atomically(folder / "with_context.json", evaluation.to_json())
 
 
 def _attempts(solver: Solver, test: TestSet, *, seed: int) -> list[Attempts]:

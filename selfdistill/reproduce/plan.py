@@ -209,7 +209,7 @@ class Training:
 
 @dataclass(frozen=True)
 class BaseEvaluation:
-    """Measure the solver as it is before training."""
+    """Measure the solver before training, alone and with what its teacher would see."""
 
     name: str
     part: Part
@@ -389,7 +389,9 @@ class _Builder:
         """GRPO, RefSol and StepAlignFB from the same checkpoint."""
         scale = self.scale
         test = TestSet(scale.problems, scale.samples)
-        jobs: list[Job] = [BaseEvaluation("main/base", "main", self.config(GRPO), test)]
+        jobs: list[Job] = [
+            BaseEvaluation("main/base", "main", self.config(ARMS["stepalign-8x1"]), test)
+        ]
         for arm in MAIN_ARMS:
             jobs += self.runs("main", arm, rates_of=arm, seeds=scale.seeds, problems=scale.problems)
         return jobs
@@ -420,7 +422,7 @@ class _Builder:
         for stratum in scale.strata:
             test = TestSet(scale.side_problems, scale.samples)
             name = folder_of("difficulty", "base", stratum=stratum)
-            config = self.config(GRPO, stratum=stratum)
+            config = self.config(ARMS["stepalign-8x1"], stratum=stratum)
             jobs.append(BaseEvaluation(name, "difficulty", config, test))
             for arm in SIDE_ARMS:
                 jobs += self.runs(

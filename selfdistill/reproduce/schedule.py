@@ -74,6 +74,8 @@ def run_plan(plan: Sequence[Job], output: Path, *, workers: int, console: Consol
                     finished.add(job.name)
                     note = f"{len(finished)} of {len(plan)} jobs, last {job.name}"
                     bars.update(bar, advance=round(job_seconds(job)), note=note)
+                    if not console.is_terminal:  # a log has no bars
+                        console.print(note)
         except KeyboardInterrupt:
             # The workers got the signal, too.
             pool.shutdown(wait=True, cancel_futures=True)

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import fill
 
 import numpy
 import torch
@@ -24,10 +25,10 @@ from selfdistill.reproduce.claims import (
     orders,
 )
 from selfdistill.reproduce.figures import COLOURS, Dots, Line, dot_plot, line_chart
-from selfdistill.reproduce.findings import Copying, Dose, Findings, Gap, Main, Row, Stratum
+from selfdistill.reproduce.findings import Copying, Dose, Findings, Main, Row, Stratum
+from selfdistill.reproduce.jobs import TEACHER_SAMPLES
 from selfdistill.reproduce.plan import (
     GRPO,
-    MAIN_ARMS,
     RATES_SEED,
     SIDE_ARMS,
     Scale,
@@ -159,11 +160,7 @@ def _setting(scale: Scale, where: Environment) -> str:
     side = ", ".join(map(str, scale.side_seeds))
     wording = ", ".join(map(str, scale.wording_seeds))
     milestones = " and ".join(map(str, scale.milestones))
-    return f"""## How
-
-    {where.command}
-
-- {where.minutes:.0f} minutes with {where.workers} worker(s) of one thread each.
+    items = f"""- {where.minutes:.0f} minutes with {where.workers} worker(s) of one thread each.
 - {where.machine}. Python {where.python}, torch {where.torch}, transformers {where.transformers},
   numpy {where.numpy}; commit {where.commit or "unknown"}.
 - {scale.milestones[-1]} steps, AdamW, fixed base teacher, forward KL over all completion tokens,
@@ -180,6 +177,16 @@ def _setting(scale: Scale, where: Environment) -> str:
   between the usual and the rarest. Train, dev and test questions are
   disjoint by the hash of their text.
 """
+    return f"## How\n\n    {where.command}\n\n{_wrap(items)}\n"
+
+
+def _wrap(text: str) -> str:
+    """Break the lines of a list anew; an item starts with "- "."""
+    items = " ".join(text.split()).split(" - ")
+    return "\n".join(
+        fill(item if i == 0 else f"- {item}", 100, subsequent_indent="  ", break_on_hyphens=False)
+        for i, item in enumerate(items)
+    )
 
 
 def _claims(settings: Sequence[Order], claims: Sequence[Claim]) -> str:
@@ -282,37 +289,22 @@ def _row_table(title: str, rows: Sequence[Row], *, samples: int, note: str = "")
     )
 
 
-def _gap_table(gaps: Sequence[Gap], *, title: str) -> TextTable:
-    return TextTable(
-        title,
-        ["", "steps", "points of Avg"],
-        [[f"{g.second} - {g.first}", str(g.steps), percent(g.difference, sign=True)] for g in gaps],
-    )
-
-
 def _main_section(main: Main, scale: Scale) -> str:
-    wanted = [g for g in main.gaps if _comparable(g)]
     table = _row_table(
         f"{scale.problems} test problems x {scale.samples}, {len(scale.seeds)} training seeds",
-        [main.base, *main.rows],
+        [main.base, main.teacher, *main.rows],
         samples=scale.samples,
         note="Usual wording: the dialect that the solver writes itself (86 %); rare: one that it "
-        "writes 1 % of the time.",
+        f"writes 1 % of the time. With a critique: k = {TEACHER_SAMPLES}. Paired differences are "
+        "among the claims above, all of them in results.json.",
     )
     return f"""## The table
 
 {table.markdown()}
-{_gap_table(wanted, title="Paired differences").markdown()}
 ![Avg by method](main.svg)
 
 ![Dev accuracy over training](curves.svg)
 """
-
-
-def _comparable(gap: Gap) -> bool:
-    """Equal rollouts, or equal prompts against GRPO."""
-    rollouts = {arm.label: arm.rollouts for arm in MAIN_ARMS}
-    return gap.first == GRPO.label or rollouts[gap.first] == rollouts[gap.second]
 
 
 def _difficulty_section(strata: Sequence[Stratum], scale: Scale) -> str:
@@ -321,6 +313,7 @@ def _difficulty_section(strata: Sequence[Stratum], scale: Scale) -> str:
         [
             f"{s.predicted[0]:g} to {s.predicted[1]:g}",
             percent(s.base.metrics["avg_at_k"]),
+            percent(s.teacher.metrics["avg_at_k"]),
             str(steps),
             *(percent(_avg(_row_of(s.rows, label, steps))) for label in labels),
         ]
@@ -330,12 +323,12 @@ def _difficulty_section(strata: Sequence[Stratum], scale: Scale) -> str:
     table = TextTable(
         f"Avg@{scale.samples} by difficulty, {scale.side_problems} test problems a stratum, "
         f"{len(scale.side_seeds)} training seeds",
-        ["predicted", "base success", "steps", *labels],
+        ["predicted", "base success", "teacher", "steps", *labels],
         rows,
         "Each stratum has its own training, dev and test problems: those whose predicted base "
         "success lies in the range. Predicted from the rates at which the solver was taught to "
-        "forget carries. Learning rates are those of the main table; differences are among the "
-        "claims above.",
+        "forget carries. Teacher: the base solver with a critique of its own attempt. Learning "
+        "rates are those of the main table; differences are among the claims above.",
     )
     plots = "\n\n".join(
         f"![Difference to GRPO after {steps} steps]({_gap_plot_name(steps)})"
@@ -451,16 +444,14 @@ has the whole list). A result that follows from one of these is no finding.
 - **The scribe never errs.** The critique comes from an exact checker; a language model's would not
   always be right. A right critique is the full solution in the attempt's own words: beside a
   reference in the usual wording it has little to add here.
-- **Teacher ceiling.** With a critique the base solver is right nine times in ten (on the hardest
-  problems seven), and a fixed teacher cannot lift a student far above that. GRPO has no such
-  ceiling.
+- **Teacher ceiling.** The fixed teacher, which is the base solver with a critique, is itself not
+  always right (the tables have its accuracy), and cannot lift a student far above that. GRPO has
+  no such ceiling.
 """
 
 
 def _limits(scale: Scale) -> str:
-    return f"""## Limits
-
-- One pretrained solver and one task: the intervals say nothing about another model.
+    items = f"""- One pretrained solver and one task: the intervals say nothing about another model.
 - {len(scale.side_seeds)} training seed(s) in the copy and difficulty studies,
   {len(scale.wording_seeds)} for the dialects in between, {len(scale.seeds)} in the main table: with
   so few, the bootstrap over seeds is rough and tends to be narrow.
@@ -470,6 +461,7 @@ def _limits(scale: Scale) -> str:
 - Chains of more than six steps would be harder still, but the solver never saw one and cannot
   follow a critique of one either; the hardest stratum is the hardest that it can be taught from.
 """
+    return f"## Limits\n\n{_wrap(items)}\n"
 
 
 def make_plots(findings: Findings) -> dict[str, str]:

@@ -11,7 +11,7 @@ from selfdistill.config import save_config
 from selfdistill.evaluate import Attempts, Evaluation, Interval, summarize
 from selfdistill.localisation import Localisation
 from selfdistill.reproduce.jobs import TokenFigures, job_fingerprint
-from selfdistill.reproduce.plan import FULL, Job, TokenScores, Training
+from selfdistill.reproduce.plan import FULL, BaseEvaluation, Job, TokenScores, Training
 from selfdistill.rollout import Rollout
 from selfdistill.tasks import Verdict
 from selfdistill.tasks.arithmetic import ArithmeticTask
@@ -78,6 +78,8 @@ def write_finished(job: Job, output: Path, share: Callable[[str], float]) -> Non
             share(job.name), problems=job.test.problems, samples=job.test.samples
         ).to_json()
         (folder / "held_out.json").write_text(text)
+        if isinstance(job, BaseEvaluation):
+            (folder / "with_context.json").write_text(text)
     if isinstance(job, Training):
         for step in job.milestones[:-1]:
             (folder / f"held_out-step-{step}.json").write_text(
