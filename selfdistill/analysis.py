@@ -124,7 +124,7 @@ def analyze(
                     answer=alone.problem.answer,
                     reference=alone.problem.reference,
                     response=rollout.text,
-                    context="" if context is None else context.text,
+                    context=context.text if context else "",
                     correct=verdict.correct,
                     first_wrong_step=verdict.first_wrong_step,
                     wrong_tokens=token_span(solver.tokenizer, rollout, verdict.wrong_span),
@@ -142,7 +142,7 @@ def analyze(
 
 
 def erroneous_attempts(
-    attempts: Sequence[Attempts], *, limit: int, each: int | None = None
+    attempts: Sequence[Attempts], *, limit: int, each: int | None = None, located: bool = False
 ) -> list[Place]:
     """Pick attempts that went wrong: with a wrong step, or cut off, or with a wrong answer.
 
@@ -150,9 +150,14 @@ def erroneous_attempts(
         attempts: groups of rollouts with verdicts.
         limit: how many to pick at most.
         each: how many of one problem at most; None: all.
+        located: only those whose first wrong step the checker has marked.
     """
     picked: list[Place] = []
     for i, group in enumerate(attempts):
-        wrong = [(i, j) for j, v in enumerate(group.verdicts) if v.wrong_span or not v.correct]
+        wrong = [
+            (i, j)
+            for j, verdict in enumerate(group.verdicts)
+            if verdict.wrong_span is not None or not (verdict.correct or located)
+        ]
         picked += wrong[:each]
     return picked[:limit]

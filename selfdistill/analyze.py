@@ -2,11 +2,8 @@
 
 The run's own solver (of a chosen checkpoint) attempts problems of a split. The same attempts are
 then scored by each method that was asked for: the method decides what the teacher sees, while
-teacher weights, loss and attempts stay the same, so that only the context differs. Written are
-
-    analysis.json    every figure with its interval
-    analysis.md      the tables
-    analysis.html    the tables, charts, and some attempts as heat maps
+teacher weights, loss and attempts stay the same, so that only the context differs.
+`selfdistill.analysis_tables` and `selfdistill.report.analysis` show the result.
 """
 
 from __future__ import annotations
@@ -26,18 +23,14 @@ from transformers.utils import logging as transformers_logging
 from selfdistill.analysis import Place, TokenAnalysis, analyze, erroneous_attempts
 from selfdistill.checkpoint import CheckpointStore, read_checkpoint
 from selfdistill.compare import flatten
-from selfdistill.config import Config, ConfigError, MethodConfig, load_config
-from selfdistill.evaluate import Attempts, Interval, bootstrap, sample_attempts
+from selfdistill.config import Config, ConfigError, Distillation, MethodConfig, load_config
+from selfdistill.evaluate import Attempts, Interval, sample_attempts
 from selfdistill.localisation import (
-    GEMMS,
-    KEPT,
-    NEGATIVE,
     Localisation,
     MaskEffect,
     Overall,
     ProfilePoint,
     first_step_wrong,
-    localisation_table,
     localise,
     mask_effects,
     overall,
@@ -47,16 +40,18 @@ from selfdistill.localisation import (
 from selfdistill.methods import build_method
 from selfdistill.methods.loss import lm_head
 from selfdistill.progress import progress_bars
+from selfdistill.report.heatmap import clear_examples, spread
+from selfdistill.resampling import ratio_intervals
 from selfdistill.rollout import SamplingParams
-from selfdistill.runlog import write_atomically
 from selfdistill.solver import Solver, load_solver
-from selfdistill.tables import MISSING, TextTable, number, percent
 from selfdistill.train import build_teacher, derive_seed
 
 Checkpoint = Literal["best", "last", "base"]
 
-# Attempts drawn and judged at once.
+# Groups drawn and judged at once.
 PORTION = 16
+# Draw at most so many times the attempts that were asked for: a good solver errs seldom.
+PATIENCE = 10
 EXAMPLES = 4
 
 
@@ -67,6 +62,8 @@ class MethodAnalysis:
     Attributes:
         label: short, and unique within the analysis.
         settings: the method's configuration section.
+        without_context: attempts for which the method has nothing to show to the teacher; they
+            are in none of the figures.
         all_wrong: attempts with a wrong step.
         first_wrong: those whose first step is the wrong one: nothing right comes before it.
         later_wrong: those whose first error follows a right step.
@@ -79,6 +76,7 @@ class MethodAnalysis:
 
     label: str
     settings: dict[str, Any]
+    without_context: int
     all_wrong: Localisation
     first_wrong: Localisation
     later_wrong: Localisation
@@ -106,7 +104,7 @@ class RunAnalysis:
         step: optimiser steps behind these weights.
         split: which problems.
         task: its name.
-        problems, rollouts: how many were drawn.
+        problems, rollouts: how many were attempted, and how often in all.
         wrong: attempts that went wrong and were scored.
         as_they_come: attempts that were scored as drawn, right or wrong.
         solved: share of the drawn attempts with the right answer.
@@ -158,8 +156,8 @@ def analyze_run(
     checkpoint: Checkpoint = "best",
     methods: str | None = None,
     attempts: int = 500,
-    problems: int = 500,
-    samples: int | None = None,
+    problems: int = 1000,
+    samples: int = 1,
     split: str = "test",
     seed: int = 0,
     console: Console | None = None,
@@ -170,9 +168,11 @@ def analyze_run(
         run: the folder of a training run.
         checkpoint: whose weights write the attempts; "base": those before training.
         methods: see `parse_methods`; None: the run's own method.
-        attempts: how many that went wrong to look at; fewer, where the problems give no more.
-        problems: how many problems of the split to draw from, at most.
-        samples: attempts at each problem; None: the methods' group size.
+        attempts: how many that went wrong to look at; fewer, where 10 times as many attempts
+            give no more.
+        problems: of the split; they are gone through again where once is not enough.
+        samples: attempts at each problem at a time. More than 1 for a context that comes from the
+            rest of the group, such as another attempt that was right.
         split: "dev" or "test".
         seed: of the sampled tokens.
         console: where progress is shown; the standard error stream by default.
@@ -201,7 +201,7 @@ def analyze_run(
             split=split,
             attempts=attempts,
             problems=problems,
-            samples=samples or max(section.group_size for section in sections),
+            samples=samples,
             seed=derive_seed(seed, "analyze"),
             progress=lambda count: bars.update(bar, completed=min(count, attempts)),
         )
@@ -223,16 +223,11 @@ def analyze_run(
         step=step,
         split=split,
         task=config.task.name,
-        problems=len(draw.attempts),
+        problems=len({group.problem.id for group in draw.attempts}),
         rollouts=len(rollouts),
         wrong=len(draw.wrong),
         as_they_come=len(draw.as_they_come),
-        solved=bootstrap(
-            [
-                sum(v.correct for v in group.verdicts) / len(group.verdicts)
-                for group in draw.attempts
-            ]
-        ),
+        solved=share_solved(draw.attempts),
         knows_steps=any(verdict.wrong_span is not None for verdict in rollouts),
         methods=tuple(
             method_figures(label, section.model_dump(mode="json"), draw, found)
@@ -245,7 +240,7 @@ def analyze_run(
     )
 
 
-def parse_methods(text: str | None, config: Config) -> list[Any]:
+def parse_methods(text: str | None, config: Config) -> list[Distillation]:
     """Return the method sections that a text names, the run's teacher and loss in each.
 
     Args:
@@ -258,17 +253,21 @@ def parse_methods(text: str | None, config: Config) -> list[Any]:
         ConfigError: not YAML, not a method, or a method without a teacher.
     """
     own = config.method.model_dump(mode="json")
-    shared = {key: own[key] for key in ("teacher", "loss", "group_size") if key in own}
+    shared = {}
+    if isinstance(config.method, Distillation):
+        shared = {key: own[key] for key in Distillation.model_fields}
     try:
         asked = [own] if text is None else yaml.safe_load(f"[{text}]")
     except yaml.YAMLError as error:
         raise ConfigError(f"methods: {text!r} is not a list of names or YAML: {error}") from error
+    if not asked:
+        raise ConfigError("methods: got none, expected names or mappings with commas between them")
     sections = []
     for entry in asked:
         section = {"name": entry} if isinstance(entry, str) else entry
         if section == {"name": own["name"]}:
             section = own
-        elif isinstance(section, dict) and "teacher" in own:
+        elif isinstance(section, dict):
             section = {**shared, **section}
         try:
             sections.append(TypeAdapter(MethodConfig).validate_python(section))
@@ -280,7 +279,7 @@ def parse_methods(text: str | None, config: Config) -> list[Any]:
                 f"methods: {entry!r} is not a method: {wrong}. Give names or mappings as under "
                 "`method:` in a configuration, with commas between them"
             ) from error
-        if not hasattr(sections[-1], "teacher"):
+        if not isinstance(sections[-1], Distillation):
             raise ConfigError(
                 f"methods: {section['name']} has no teacher, so its advantage is one number for "
                 "a whole attempt and there is nothing to locate. Name a method with a teacher, "
@@ -289,7 +288,7 @@ def parse_methods(text: str | None, config: Config) -> list[Any]:
     return sections
 
 
-def method_labels(sections: Sequence[Any]) -> list[str]:
+def method_labels(sections: Sequence[Distillation]) -> list[str]:
     """Return a short unique name for each section: the method's, and what it changes."""
     names = []
     for section in sections:
@@ -298,10 +297,10 @@ def method_labels(sections: Sequence[Any]) -> list[str]:
         changed = [
             f"{key.rsplit('.', 1)[-1]}={value}"
             for key, value in found.items()
-            if value != usual.get(key)
-            and key.split(".")[0] not in ("name", "teacher", "loss", "group_size")
+            if value != usual.get(key) and key.split(".")[0] not in Distillation.model_fields
         ]
-        names.append(f"{section.name} ({', '.join(changed)})" if changed else section.name)
+        name = found["name"]
+        names.append(f"{name} ({', '.join(changed)})" if changed else name)
     return [
         name if names.count(name) == 1 else f"{name} #{names[: i + 1].count(name)}"
         for i, name in enumerate(names)
@@ -318,14 +317,14 @@ def draw_attempts(
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> Draw:
-    """Draw groups, portion by portion, until enough attempts went wrong or problems run out.
+    """Draw groups, portion by portion, until enough attempts went wrong or too many were drawn.
 
     Args:
         solver: writes the attempts.
         split: which problems.
         attempts: how many wrong ones, and how many as they come, to choose.
-        problems: at most so many groups.
-        samples: attempts at each problem.
+        problems: gone through as often as it takes.
+        samples: attempts at each problem at a time.
         seed: of the sampled tokens.
         progress: called with the number of wrong attempts so far.
     """
@@ -336,12 +335,13 @@ def draw_attempts(
     asked = solver.task.problems(split=split, count=problems)
     groups: list[Attempts] = []
     wrong: list[Place] = []
-    while len(wrong) < attempts and len(groups) < len(asked):
+    while len(wrong) < attempts and samples * len(groups) < PATIENCE * attempts:
+        start = len(groups) % len(asked)
         groups += sample_attempts(
             solver.engine,
             solver.context.student_prompt,
             solver.task,
-            asked[len(groups) : len(groups) + PORTION],
+            asked[start : start + PORTION],
             samples=samples,
             params=replace(params, seed=seed + len(groups)),
         )
@@ -350,6 +350,19 @@ def draw_attempts(
             progress(len(wrong))
     drawn = [(i, j) for i, group in enumerate(groups) for j in range(len(group.rollouts))]
     return Draw(groups, wrong, drawn[:attempts])
+
+
+def share_solved(attempts: Sequence[Attempts]) -> Interval:
+    """Return the share of attempts with the right answer, problems resampled."""
+    right: dict[str, list[float]] = {}
+    for group in attempts:
+        total = right.setdefault(group.problem.id, [0.0, 0.0])
+        total[0] += sum(verdict.correct for verdict in group.verdicts)
+        total[1] += len(group.verdicts)
+    sums = list(right.values())
+    (share,) = ratio_intervals([[s[0]] for s in sums], [[s[1]] for s in sums])
+    assert share is not None  # there are attempts
+    return share
 
 
 def score_method(
@@ -362,6 +375,7 @@ def score_method(
     """Score the chosen attempts as `config.method` would; one record for each of them."""
     base = load_solver(config).model
     teacher, teacher_model = build_teacher(config, solver.model, base=base)
+    assert teacher is not None  # every Distillation has one
     return analyze(
         solver,
         teacher,
@@ -376,15 +390,21 @@ def score_method(
 def method_figures(
     label: str, settings: dict[str, Any], draw: Draw, records: Sequence[TokenAnalysis]
 ) -> MethodAnalysis:
-    """Aggregate the records of one method, one for each of `draw.chosen`."""
-    at = dict(zip(draw.chosen, records, strict=True))
-    wrong = [at[place] for place in draw.wrong]
-    come = [at[place] for place in draw.as_they_come]
+    """Aggregate the records of one method, one for each of `draw.chosen`.
+
+    Attempts for which the method has no context are left out, as training leaves them out.
+    """
+    at = {
+        place: record for place, record in zip(draw.chosen, records, strict=True) if record.context
+    }
+    wrong = [at[place] for place in draw.wrong if place in at]
+    come = [at[place] for place in draw.as_they_come if place in at]
     later = [r for r in wrong if not first_step_wrong(r)]
     masks = mask_effects(come)
     return MethodAnalysis(
         label=label,
         settings=settings,
+        without_context=len(draw.chosen) - len(at),
         all_wrong=localise(wrong),
         first_wrong=localise([r for r in wrong if first_step_wrong(r)]),
         later_wrong=localise(later),
@@ -403,8 +423,6 @@ def pick_examples(
 
     The first method decides; those whose first error follows a right step are preferred.
     """
-    from selfdistill.report.heatmap import clear_examples, spread
-
     places = {place: i for i, place in enumerate(draw.chosen)}
     first: dict[str, TokenAnalysis] = {}
     index = {}
@@ -416,135 +434,3 @@ def pick_examples(
     return tuple(
         Example(tuple(found[index[record.problem_id]] for found in records)) for record in picked
     )
-
-
-def analysis_tables(analysis: RunAnalysis) -> list[TextTable]:
-    """Return the tables of an analysis, in the order of the page."""
-    methods = analysis.methods
-    tables = []
-    if analysis.knows_steps:
-        note = (
-            "95 % bootstrap intervals over problems. A: advantage, log p_teacher - log p_student "
-            "of the sampled token."
-        )
-        for title, field in (
-            ("First error after a right step", "later_wrong"),
-            ("First error in step 1", "first_wrong"),
-            ("All attempts with a wrong step, the two kinds mixed", "all_wrong"),
-        ):
-            tables.append(
-                localisation_table(title, {m.label: getattr(m, field) for m in methods}, note=note)
-            )
-            note = ""
-    return [*tables, overall_table(methods), mask_table(methods)]
-
-
-def overall_table(methods: Sequence[MethodAnalysis]) -> TextTable:
-    """Return the figures of whole attempts, right ones beside wrong ones."""
-    columns = [
-        (f"{m.label}: {kind}", getattr(m, kind)) for m in methods for kind in ("wrong", "right")
-    ]
-    rows: list[tuple[str, Callable[[Overall], str]]] = [
-        ("attempts (problems)", lambda f: f"{f.attempts} ({f.problems})"),
-        ("mean A of a token (nats)", lambda f: number(f.mean)),
-        ("mean |A| of a token", lambda f: number(f.magnitude, ".3f")),
-        ("mean KL of a token", lambda f: number(f.kl, ".3f")),
-        (f"tokens with A < {NEGATIVE:g}", lambda f: percent(f.negative)),
-    ]
-    return TextTable(
-        "Whole attempts",
-        ["", *(name for name, _ in columns)],
-        [[label, *(show(figures) for _, figures in columns)] for label, show in rows],
-        "Right: right answer and no wrong step.",
-    )
-
-
-def mask_table(methods: Sequence[MethodAnalysis]) -> TextTable:
-    """Return the suggested mask of each method."""
-    rows: list[tuple[str, Callable[[MaskEffect], str]]] = [
-        ("threshold (nats)", lambda e: f"{e.threshold:g}"),
-        ("sign", lambda e: e.sign),
-        ("active tokens, rho", lambda e: percent(e.rho)),
-        ("of the sum of |A| they keep", lambda e: percent(e.advantage_kept)),
-        ("of the KL they keep", lambda e: percent(e.kl_kept)),
-        *((f"GEMM time saved, {name}", partial(_saved, name)) for name in GEMMS),
-    ]
-    return TextTable(
-        "Suggested advantage masks (method.loss.advantage_mask)",
-        ["", *(m.label for m in methods)],
-        [
-            [label, *(MISSING if m.suggested is None else show(m.suggested) for m in methods)]
-            for label, show in rows
-        ],
-        f"The mask with the fewest tokens that keeps {KEPT:.0%} of the sum of |A|, over attempts "
-        f"as they come. {GEMM_NOTE}",
-    )
-
-
-def _saved(strategy: str, effect: MaskEffect) -> str:
-    return f"{effect.saved[strategy]:.0%}"
-
-
-GEMM_NOTE = (
-    "Saved is arithmetic and no measurement: GEMMs of the loss at this rho against rho = 1 in the "
-    "same strategy, store 2 + 2 rho (frozen head 2 + rho), recompute 2 + 4 rho (2 + 3 rho). What "
-    "the mask does to learning is not told by these figures."
-)
-
-
-def masks_table(method: MethodAnalysis) -> TextTable:
-    """Return all masks that were tried for one method."""
-    rules = {"any": "|A| > {:g}", "negative": "A < -{:g}", "positive": "A > {:g}"}
-    return TextTable(
-        f"Advantage masks: {method.label}",
-        ["active", "rho", "|A| kept", "KL kept", *(f"saved, {name}" for name in GEMMS)],
-        [
-            [
-                rules[effect.sign].format(effect.threshold),
-                *map(percent, (effect.rho, effect.advantage_kept, effect.kl_kept)),
-                *(_saved(name, effect) for name in GEMMS),
-            ]
-            for effect in method.masks
-        ],
-    )
-
-
-def missing_note(analysis: RunAnalysis) -> str:
-    """Say what the analysis cannot show, or nothing."""
-    if analysis.knows_steps or not analysis.wrong:
-        return "" if analysis.wrong else "No attempt went wrong: there is no error to look at."
-    return (
-        f"The checker of task {analysis.task!r} judges answers and marked no wrong step, so "
-        "nothing can be said about before, at and after the first error, nor about how much of "
-        "the advantage lies on it. Shown are whole attempts, wrong ones beside right ones, and "
-        "what masks keep."
-    )
-
-
-def summary_line(analysis: RunAnalysis) -> str:
-    """Say in a sentence what was looked at."""
-    where = "before training" if not analysis.step else f"after step {analysis.step}"
-    return (
-        f"{analysis.rollouts} attempts at {analysis.problems} {analysis.split} problems by the "
-        f"{analysis.checkpoint} checkpoint ({where}), {percent(analysis.solved)} with the right "
-        f"answer. Scored: {analysis.wrong} that went wrong, and the first {analysis.as_they_come} "
-        "as they came."
-    )
-
-
-def write_analysis(analysis: RunAnalysis, folder: Path) -> Path:
-    """Write analysis.json, analysis.md and analysis.html; return the page."""
-    from selfdistill.report.analysis import analysis_page
-
-    tables = [*analysis_tables(analysis), *map(masks_table, analysis.methods)]
-    lead = "\n\n".join(filter(None, (summary_line(analysis), missing_note(analysis))))
-    write_atomically(
-        folder / "analysis.md",
-        f"# Per-token advantage\n\n{lead}\n\n" + "\n".join(t.markdown() for t in tables),
-    )
-    write_atomically(
-        folder / "analysis.json", TypeAdapter(RunAnalysis).dump_json(analysis, indent=1).decode()
-    )
-    page = folder / "analysis.html"
-    write_atomically(page, analysis_page(analysis))
-    return page

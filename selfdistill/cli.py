@@ -103,11 +103,15 @@ def analyze(
     ] = None,
     attempts: Annotated[int, typer.Option(min=1, help="Attempts that went wrong.")] = 500,
     problems: Annotated[
-        int, typer.Option(min=1, help="Problems to draw from, at most; all of them if fewer.")
-    ] = 500,
+        int, typer.Option(min=1, help="Problems to go through, again where once is too little.")
+    ] = 1000,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Attempts per problem; by default the group size.")
-    ] = None,
+        int,
+        typer.Option(
+            min=1,
+            help="Attempts per problem at a time; more than 1 for contexts made from a group.",
+        ),
+    ] = 1,
     split: Annotated[Literal["dev", "test"], typer.Option(help="Which problems.")] = "test",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampled tokens.")] = 0,
     output: Annotated[
@@ -115,13 +119,9 @@ def analyze(
     ] = None,
 ) -> None:
     """Show where the teacher disagrees with attempts, by method, and what masks would keep."""
-    from selfdistill.analyze import (
-        analysis_tables,
-        analyze_run,
-        missing_note,
-        summary_line,
-        write_analysis,
-    )
+    from selfdistill.analysis_tables import analysis_tables, missing_note, summary_line
+    from selfdistill.analyze import analyze_run
+    from selfdistill.report.analysis import write_analysis
 
     console = Console()
     analysis = analyze_run(
@@ -151,12 +151,9 @@ def compare(
 ) -> None:
     """Put runs beside each other: curves, final accuracy, paired differences, on one page."""
     from selfdistill.compare import compare as compare_runs
-    from selfdistill.compare import (
-        difference_table,
-        final_table,
-        read_run_curve,
-        write_comparison,
-    )
+    from selfdistill.compare import read_run_curve
+    from selfdistill.comparison_tables import difference_table, final_table
+    from selfdistill.report.compare import write_comparison
 
     console = Console()
     names = [run.resolve().name for run in runs]

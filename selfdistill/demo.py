@@ -161,7 +161,7 @@ def held_out(name: str, config: Config, solver: Solver, console: Console) -> Hel
             teacher,
             build_method(config, solver.task),
             attempts,
-            erroneous_attempts(attempts, limit=ANALYSED_ATTEMPTS, each=1),
+            erroneous_attempts(attempts, limit=ANALYSED_ATTEMPTS, each=1, located=True),
             heads=(lm_head(solver.model), lm_head(teacher_model)),
         )
     analysis = {

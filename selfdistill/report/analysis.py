@@ -4,24 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
-from selfdistill.analyze import (
-    Example,
-    MethodAnalysis,
-    RunAnalysis,
+from pydantic import TypeAdapter
+
+from selfdistill.analysis_tables import (
     analysis_tables,
     masks_table,
     missing_note,
     summary_line,
 )
+from selfdistill.analyze import Example, MethodAnalysis, RunAnalysis
 from selfdistill.evaluate import Interval
 from selfdistill.localisation import ProfilePoint
 from selfdistill.report.charts import STYLES, Series, interval_rows, line_chart
 from selfdistill.report.document import document, html_table
 from selfdistill.report.heatmap import FULL_COLOUR, LEGEND, heat_map, verdict
+from selfdistill.runlog import write_atomically
 
 TITLE = "Where the teacher disagrees"
 CONTEXT_NAMES = {"stepalign": "critique", "refsol": "reference solution"}
+
+
+def write_analysis(analysis: RunAnalysis, folder: Path) -> Path:
+    """Write analysis.json, analysis.md and analysis.html; return the page."""
+    tables = [*analysis_tables(analysis), *map(masks_table, analysis.methods)]
+    lead = "\n\n".join(filter(None, (summary_line(analysis), missing_note(analysis))))
+    write_atomically(
+        folder / "analysis.md",
+        f"# Per-token advantage\n\n{lead}\n\n" + "\n".join(t.markdown() for t in tables),
+    )
+    write_atomically(
+        folder / "analysis.json", TypeAdapter(RunAnalysis).dump_json(analysis, indent=1).decode()
+    )
+    page = folder / "analysis.html"
+    write_atomically(page, analysis_page(analysis))
+    return page
 
 
 def analysis_page(analysis: RunAnalysis) -> str:
@@ -59,12 +77,18 @@ def charts(analysis: RunAnalysis) -> str:
             )
             + profiles(methods)
         )
-    kept = line_chart(
-        "What an advantage mask |A| > threshold keeps",
-        [_mask_curve(method, STYLES[i % len(STYLES)]) for i, method in enumerate(methods)],
-        x_label="active tokens (%)",
-        y_label="of the sum of |A| (%)",
-        percent=True,
+    kept = "".join(
+        line_chart(
+            f"Of {what}, what a mask |A| > threshold keeps",
+            [
+                _mask_curve(method, field, STYLES[i % len(STYLES)])
+                for i, method in enumerate(methods)
+            ],
+            x_label="active tokens (%)",
+            y_label="kept (%)",
+            percent=True,
+        )
+        for what, field in (("the sum of |A|", "advantage_kept"), ("the KL", "kl_kept"))
     )
     return (
         f'<section id="figures"><h2>How local it is</h2>{"".join(parts)}'
@@ -133,11 +157,11 @@ def _strip(points: Sequence[ProfilePoint]) -> str:
     return f'<span class="strip">{cells}</span>'
 
 
-def _mask_curve(method: MethodAnalysis, style: str) -> Series:
+def _mask_curve(method: MethodAnalysis, field: str, style: str) -> Series:
     points = [
-        (100 * e.rho.value, e.advantage_kept)
-        for e in sorted(method.masks, key=lambda e: e.rho.value)
-        if e.sign == "any" and e.advantage_kept is not None
+        (100 * effect.rho.value, kept)
+        for effect in sorted(method.masks, key=lambda effect: effect.rho.value)
+        if effect.sign == "any" and (kept := getattr(effect, field)) is not None
     ]
     return Series(
         method.label,

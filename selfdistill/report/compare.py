@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
-from selfdistill.compare import (
-    Comparison,
-    Difference,
+from pydantic import TypeAdapter
+
+from selfdistill.compare import Comparison, Difference
+from selfdistill.comparison_tables import (
     difference_table,
     final_table,
     runs_table,
@@ -16,8 +18,28 @@ from selfdistill.compare import (
 from selfdistill.report.charts import interval_rows
 from selfdistill.report.curves import learning_curves
 from selfdistill.report.document import document, html_table
+from selfdistill.runlog import write_atomically
 
 TITLE = "Training runs compared"
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> Path:
+    """Write compare.json, compare.md and compare.html; return the page."""
+    tables = (
+        final_table(comparison.finals),
+        difference_table(comparison.differences),
+        settings_table(comparison),
+        runs_table(comparison),
+    )
+    write_atomically(
+        folder / "compare.md", f"# {TITLE}\n\n" + "\n".join(t.markdown() for t in tables)
+    )
+    write_atomically(
+        folder / "compare.json", TypeAdapter(Comparison).dump_json(comparison, indent=1).decode()
+    )
+    page = folder / "compare.html"
+    write_atomically(page, comparison_page(comparison))
+    return page
 
 
 def comparison_page(comparison: Comparison) -> str:

@@ -275,7 +275,7 @@ def _score_tokens(job: TokenScores, folder: Path) -> None:
             teacher,
             build_method(config, solver.task),
             attempts,
-            erroneous_attempts(attempts, limit=job.test.problems * job.test.samples),
+            erroneous_attempts(attempts, limit=job.test.problems * job.test.samples, located=True),
             heads=(lm_head(solver.model), lm_head(teacher_model)),
         )
         figures[label] = TokenFigures(

@@ -84,6 +84,7 @@ def test_figures_are_those_of_the_models_own_logits(
     for found, (i, j) in zip(records, chosen, strict=True):
         problem, rollout = problems[i], groups[i][j]
         context = method.contexts(attempts)[i][j]
+        assert context is not None
         assert found.context == context.text
         assert (found.wrong_tokens is not None) == (j == 1)
         logprobs = []
@@ -123,6 +124,7 @@ def test_wrong_attempts_are_picked_problem_by_problem(
     attempts = judge(TASK, problems, groups)
     assert erroneous_attempts(attempts, limit=4) == [(0, 1), (1, 1), (1, 2), (2, 1)]
     assert erroneous_attempts(attempts, limit=9, each=1) == [(0, 1), (1, 1), (2, 1), (3, 1)]
+    assert erroneous_attempts(attempts, limit=2, located=True) == [(1, 1), (1, 2)]
 
 
 class Peers:
@@ -130,11 +132,12 @@ class Peers:
 
     name = "peers"
     group_size = 2
+    needs_context = True
 
     def __init__(self, loss: Loss) -> None:
         self.loss = loss
 
-    def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext]]:
+    def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext | None]]:
         return [
             [TeacherContext("reference", other.text) for other in reversed(attempt.rollouts)]
             for attempt in attempts

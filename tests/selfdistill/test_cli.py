@@ -157,7 +157,7 @@ def test_help_does_not_wait_for_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.endswith("False\n")
-    for command in ("train", "evaluate", "demo"):
+    for command in ("train", "evaluate", "analyze", "compare", "demo"):
         assert command in result.stdout
     module = subprocess.run(
         [sys.executable, "-m", "selfdistill", "--help"], capture_output=True, text=True, check=True
