@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 from selfdistill.config import save_config
@@ -21,6 +22,7 @@ SMALL = replace(FULL, problems=20, side_problems=20, dev_problems=8)
 TASK = ArithmeticTask()
 
 
+@cache
 def evaluation(share: float, *, problems: int, samples: int, split: str = "test") -> Evaluation:
     """Every problem is solved by the same share of its attempts."""
     right = round(share * samples)

@@ -6,6 +6,7 @@ import json
 import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,31 +15,18 @@ from finished_plan import SMALL
 from selfdistill.evaluate import Interval
 from selfdistill.reproduce.claims import all_above, localisation_claims, orders
 from selfdistill.reproduce.figures import Dots, Line, dot_plot, line_chart
-from selfdistill.reproduce.findings import collect
+from selfdistill.reproduce.findings import Findings, Gap, collect
 from selfdistill.reproduce.write import environment, write_results
 
 Finished = Callable[[Callable[[str], float]], Path]
-
-
-def paper(name: str) -> float:
-    """The paper's order, everywhere."""
-    if "stepalign" in name:
-        return 0.75
-    if "refsol" in name:
-        return 0.5
-    return 0.25
-
-
-def reverse(name: str) -> float:
-    return 1.0 - paper(name)
 
 
 def near(value: float) -> object:
     return pytest.approx(value, abs=1e-9)
 
 
-def test_rows_gaps_and_curves(finished: Finished):
-    main = collect(finished(paper), SMALL).main
+def test_rows_gaps_and_curves(paper_findings: Findings):
+    main = paper_findings.main
     assert main is not None
     row = next(r for r in main.rows if r.label == "StepAlignFB, 8 x 1" and r.steps == 50)
     assert (row.seeds, row.per_seed) == (3, [0.75] * 3)
@@ -60,8 +48,8 @@ def test_rows_gaps_and_curves(finished: Finished):
     ]
 
 
-def test_the_order_is_found_where_it_is(finished: Finished):
-    found = orders(collect(finished(paper), SMALL))
+def test_the_order_is_found_where_it_is(paper_findings: Findings):
+    found = orders(paper_findings)
     # Three regimes on all problems and two in each stratum, two wordings, two milestones.
     assert len(found) == (3 + 2 * len(SMALL.strata)) * 2 * 2
     assert {(order.above_refsol, order.whole) for order in found} == {("yes", "yes")}
@@ -70,24 +58,33 @@ def test_the_order_is_found_where_it_is(finished: Finished):
     assert found[0].stepalign_grpo.value == near(0.5)
 
 
-def test_the_reverse_order_is_a_no(finished: Finished):
-    found = orders(collect(finished(reverse), SMALL))
-    assert {(order.above_refsol, order.whole) for order in found} == {("no", "no")}
+@pytest.mark.parametrize(
+    ("stepalign_refsol", "refsol_grpo", "answer"),
+    [(0.1, 0.1, "yes"), (-0.1, 0.1, "no"), (0.1, -0.1, "no"), (0.1, 0.0, "not separated")],
+)
+def test_the_whole_order_needs_both_differences(
+    paper_findings: Findings, stepalign_refsol: float, refsol_grpo: float, answer: str
+):
+    assert paper_findings.main is not None
+
+    def changed(gap: Gap) -> Gap:
+        value = stepalign_refsol if gap.first.startswith("RefSol") else refsol_grpo
+        return replace(gap, difference=Interval(value, value - 0.01, value + 0.01))
+
+    main = replace(paper_findings.main, gaps=[changed(gap) for gap in paper_findings.main.gaps])
+    found = orders(replace(paper_findings, main=main, difficulty=None))
+    assert {order.whole for order in found} == {answer}
+    assert {order.above_refsol for order in found} == {"yes" if stepalign_refsol > 0 else "no"}
 
 
-def test_equality_is_not_separated(finished: Finished):
-    found = orders(collect(finished(lambda name: 0.5), SMALL))
-    assert {order.whole for order in found} == {"not separated"}
-
-
-def test_the_claims_by_token(finished: Finished):
-    claims = localisation_claims(collect(finished(paper), SMALL))
+def test_the_claims_by_token(paper_findings: Findings):
+    claims = localisation_claims(paper_findings)
     assert [claim.holds for claim in claims] == ["yes"] * 5
     assert "4.00 times: 60.0 %" in claims[-1].measured
 
 
 def test_a_study_that_is_not_finished_is_left_out(finished: Finished):
-    output = finished(paper)
+    output = finished(lambda name: 0.5)
     shutil.rmtree(output / "wording" / "tokens")
     (output / "rates" / "grpo-8x8" / "1e-04" / "result.json").unlink()
     findings = collect(output, SMALL)
@@ -112,8 +109,10 @@ def test_all_above(intervals: list[tuple[float, float] | None], answer: str):
     assert all_above(made) == answer
 
 
-def test_the_page_shows_every_plot_and_says_what_was_measured(finished: Finished, tmp_path: Path):
-    findings = collect(finished(paper), SMALL)
+def test_the_page_shows_every_plot_and_says_what_was_measured(
+    paper_findings: Findings, tmp_path: Path
+):
+    findings = paper_findings
     where = environment(command="selfdistill reproduce", workers=2, seconds=findings.seconds)
     files = write_results(findings, SMALL, where, tmp_path / "results")
     page = (tmp_path / "results" / "README.md").read_text()

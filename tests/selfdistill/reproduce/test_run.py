@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from selfdistill.cli import EXIT_INTERRUPTED, app
 from selfdistill.evaluate import Evaluation
 from selfdistill.reproduce import reproduce
 from selfdistill.reproduce.findings import collect
@@ -27,7 +29,7 @@ from selfdistill.reproduce.jobs import (
     read_result,
     run_job,
 )
-from selfdistill.reproduce.plan import STUDIES, Scale, Training, build_plan
+from selfdistill.reproduce.plan import FULL, QUICK, STUDIES, Scale, Training, build_plan
 from selfdistill.reproduce.schedule import run_plan
 from selfdistill.solver import load_solver
 from selfdistill.train import DivergedError
@@ -210,3 +212,28 @@ def test_results_say_seconds(tmp_path: Path):
     write_result(tmp_path, job)
     assert read_result(tmp_path, job.name) == Result(job=job_fingerprint(job), seconds=1.0)
     assert read_result(tmp_path, "nothing") is None
+
+
+@pytest.mark.parametrize(
+    ("options", "scale", "output", "results"),
+    [
+        ([], FULL, "runs/reproduce", "docs/results"),
+        (["--quick"], QUICK, "runs/reproduce-quick", "runs/reproduce-quick/results"),
+        (["--output", "a", "--results", "b"], FULL, "a", "b"),
+    ],
+)
+def test_the_command(
+    options: list[str], scale: Scale, output: str, results: str, monkeypatch: pytest.MonkeyPatch
+):
+    seen: dict[str, object] = {}
+
+    def record(model: str, *positional: object, **named: object) -> bool:
+        seen.update(named, positional=positional)
+        return False
+
+    monkeypatch.setattr("selfdistill.reproduce.reproduce", record)
+    ended = CliRunner().invoke(app, ["reproduce", "--only", "copy", *options])
+    assert ended.exit_code == EXIT_INTERRUPTED
+    assert seen["positional"] == (scale, ("copy",))
+    assert (seen["output"], seen["results"]) == (Path(output), Path(results))
+    assert seen["workers"] == 2
