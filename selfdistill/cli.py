@@ -239,6 +239,43 @@ def demo(
 
 
 @app.command()
+def reproduce(
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Where the runs go; runs/reproduce or, with --quick, its own folder."),
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Where tables and plots go; docs/results or, with --quick, in output."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few steps, problems and seeds: to see it work.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Worker processes of one thread each.")] = 2,
+    only: Annotated[
+        str | None, typer.Option(help="Studies: main,copy,difficulty,wording; all by default.")
+    ] = None,
+) -> None:
+    """Ask the paper's question in miniature: GRPO, RefSol and StepAlignFB; about an hour."""
+    from selfdistill.config import load_config
+    from selfdistill.reproduce import reproduce as run_reproduction
+    from selfdistill.reproduce.plan import FULL, QUICK, parse_studies
+
+    output = output or Path("runs/reproduce-quick" if quick else "runs/reproduce")
+    finished = run_reproduction(
+        load_config(demo_config()).model,
+        QUICK if quick else FULL,
+        parse_studies(only),
+        output=output,
+        results=results or (output / "results" if quick else Path("docs/results")),
+        workers=jobs,
+        command=" ".join(["selfdistill", *sys.argv[1:]]),
+    )
+    if not finished:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+@app.command()
 def doctor(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a batch.")] = 8192,
     hidden: Annotated[int, typer.Option(min=1, help="Hidden size.")] = 4096,
@@ -309,6 +346,9 @@ def main() -> None:
         from selfdistill.context import PromptTooLongError
         from selfdistill.filtering import FilterExistsError
         from selfdistill.methods.loss import UnsupportedHeadError
+        from selfdistill.reproduce.jobs import PlanChangedError
+        from selfdistill.reproduce.plan import UnknownStudyError
+        from selfdistill.reproduce.schedule import WorkerLostError
         from selfdistill.rollout import EngineError
         from selfdistill.rollout.agreement import EngineMismatchError
         from selfdistill.tasks import TaskError
@@ -325,13 +365,16 @@ def main() -> None:
             FilterExistsError,
             NotARunError,
             OSError,
+            PlanChangedError,
             PromptTooLongError,
             RunExistsError,
             TaskError,
             UnavailableBackendError,
             UnsupportedAdapterError,
+            UnknownStudyError,
             UnsupportedHeadError,
             UnsupportedModelError,
+            WorkerLostError,
         )
         if not isinstance(error, known):
             raise

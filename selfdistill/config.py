@@ -38,6 +38,9 @@ class Section(BaseModel):
     )
 
 
+Rate = Annotated[float, Field(ge=0, le=1)]
+
+
 def _next_to_file(name: str, info: ValidationInfo) -> str:
     """A name that exists next to the YAML file means that; every other stays as it is."""
     folder = (info.context or {}).get("folder")
@@ -59,6 +62,8 @@ class ArithmeticTaskConfig(Section):
     """The numbers of operations that a question may have."""
     reference_dialect: int = Field(default=0, ge=0, le=5)
     """The wording of the reference solutions; 0 is the shipped solver's usual one."""
+    predicted_success: tuple[Rate, Rate] | None = None
+    """Only questions that the shipped solver is predicted to solve at a rate in [first, second)."""
 
 
 class Shares(Section):

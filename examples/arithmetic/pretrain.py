@@ -27,7 +27,8 @@ from selfdistill.context import ContextRenderer, TeacherContext
 from selfdistill.critic.scribe import ScribeCritic
 from selfdistill.tasks import Problem
 from selfdistill.tasks.arithmetic import ArithmeticTask
-from selfdistill.tasks.arithmetic.corpus import ContextTag, Corpus, Document, SolverNoise
+from selfdistill.tasks.arithmetic.corpus import ContextTag, Corpus, Document
+from selfdistill.tasks.arithmetic.noise import SolverNoise
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
 
 IGNORE = -100

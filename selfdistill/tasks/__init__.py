@@ -123,7 +123,9 @@ def build_task(config: TaskConfig) -> Task:
             from selfdistill.tasks.arithmetic import ArithmeticTask
 
             return ArithmeticTask(
-                step_counts=config.step_counts, reference_dialect=config.reference_dialect
+                step_counts=config.step_counts,
+                reference_dialect=config.reference_dialect,
+                predicted_success=config.predicted_success,
             )
         case "jsonl" | "hub":
             from selfdistill.tasks.dataset import load_dataset_task

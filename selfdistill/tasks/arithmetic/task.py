@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from selfdistill.tasks import FeedbackDetail, Problem, Verdict
+from selfdistill.tasks.arithmetic.noise import SHIPPED_SOLVER
 from selfdistill.tasks.arithmetic.traces import (
     ANSWER_TAG,
     DIALECTS,
@@ -59,16 +60,22 @@ class ArithmeticTask:
         step_counts: the numbers of operations a question may have, each between 1 and 9.
         reference_dialect: index into `DIALECTS` of the wording of `Problem.reference`; 0 is the
             shipped solver's usual one, the last ones are rare in its own writing.
+        predicted_success: only questions that the shipped solver is predicted to solve at a rate
+            of at least the first and less than the second number; None takes all questions.
 
     Raises:
-        ValueError: a step count or the dialect is out of range.
+        ValueError: a step count, the dialect or the range of success is out of range.
     """
 
     name = "arithmetic"
     instruction = ""
 
     def __init__(
-        self, *, step_counts: Sequence[int] = (4, 5, 6), reference_dialect: int = 0
+        self,
+        *,
+        step_counts: Sequence[int] = (4, 5, 6),
+        reference_dialect: int = 0,
+        predicted_success: tuple[float, float] | None = None,
     ) -> None:
         if not step_counts or not all(1 <= count <= MAX_STEPS for count in step_counts):
             raise ValueError(
@@ -79,8 +86,15 @@ class ArithmeticTask:
             raise ValueError(
                 f"reference_dialect: got {reference_dialect}, expected 0 to {len(DIALECTS) - 1}"
             )
+        if predicted_success is not None and not 0 <= predicted_success[0] < predicted_success[1]:
+            raise ValueError(
+                f"predicted_success: got {predicted_success}, expected two rates, the lower first"
+            )
         self.step_counts = tuple(step_counts)
         self.reference_dialect = reference_dialect
+        self.predicted_success = predicted_success
+        # A rare range of success takes seconds to draw, and each evaluation asks for the same.
+        self._drawn: dict[tuple[str, int, int], list[Problem]] = {}
 
     def size(self, split: str) -> None:
         """There are far more problems than a run can use."""
@@ -98,20 +112,33 @@ class ArithmeticTask:
             raise ValueError(f"split: got {split!r}, expected one of {sorted(_SPLIT_SHARES)}")
         if count < 0:
             raise ValueError(f"count: got {count}, expected 0 or more")
+        key = (split, count, seed)
+        if key not in self._drawn:
+            self._drawn[key] = self._draw(split, count, seed)
+        return list(self._drawn[key])
+
+    def _draw(self, split: str, count: int, seed: int) -> list[Problem]:
         rng = random.Random(f"{self.name}/{split}/{seed}")
         questions: dict[str, Question] = {}
-        draws_left = 100 * count + 1000
+        draws_left = (100 if self.predicted_success is None else 10_000) * (count + 10)
         while len(questions) < count:
             if draws_left == 0:
                 raise ValueError(
-                    f"count: got {count}, but step_counts={self.step_counts} offers too few "
-                    f"distinct {split} questions; ask for fewer or allow longer chains"
+                    f"count: got {count}, but step_counts={self.step_counts} and "
+                    f"predicted_success={self.predicted_success} offer too few distinct {split} "
+                    "questions; ask for fewer, allow longer chains or a wider range"
                 )
             draws_left -= 1
             question = draw_question(rng, self.step_counts)
-            if split_of(question) == split:
+            if self._is_as_hard_as_asked(question) and split_of(question) == split:
                 questions[str(question)] = question
         return [self.problem(question) for question in questions.values()]
+
+    def _is_as_hard_as_asked(self, question: Question) -> bool:
+        if self.predicted_success is None:
+            return True
+        low, high = self.predicted_success
+        return low <= SHIPPED_SOLVER.success(question) < high
 
     def problem(self, question: Question) -> Problem:
         """Wrap a question with its answer and its reference solution."""

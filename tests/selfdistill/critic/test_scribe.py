@@ -8,7 +8,8 @@ import pytest
 
 from selfdistill.critic.scribe import Copying, ScribeCritic
 from selfdistill.tasks.arithmetic import ArithmeticTask
-from selfdistill.tasks.arithmetic.corpus import Corpus, CorpusConfig, SolverNoise
+from selfdistill.tasks.arithmetic.corpus import Corpus, CorpusConfig
+from selfdistill.tasks.arithmetic.noise import SolverNoise
 from selfdistill.tasks.arithmetic.traces import Operation, Question
 
 TASK = ArithmeticTask()

@@ -265,9 +265,9 @@ def test_a_group_of_equal_rewards_is_not_read_but_counts(
     student = tiny_model("llama")
     read: list[PromptGroup] = []
 
-    def watched(model: Any, teacher: Any, groups: Sequence[PromptGroup]) -> Any:
+    def watched(model: Any, teacher: Any, groups: Sequence[PromptGroup], **options: Any) -> Any:
         read.extend(groups)
-        return score(model, teacher, groups)
+        return score(model, teacher, groups, **options)
 
     monkeypatch.setattr(selfdistill.train, "score", watched)
     informative, tied = stale(judged(ragged_groups, [[1.0, 0.0, 0.0], [1.0, 1.0]]), student)

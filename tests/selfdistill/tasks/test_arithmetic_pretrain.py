@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfdistill.context import ContextRenderer, TeacherContext
-from selfdistill.tasks.arithmetic.corpus import Corpus, SolverNoise
+from selfdistill.tasks.arithmetic.corpus import Corpus
+from selfdistill.tasks.arithmetic.noise import SolverNoise
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer, vocabulary
 
 FOLDER = Path(__file__).parents[3] / "examples" / "arithmetic"
