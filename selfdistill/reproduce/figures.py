@@ -157,7 +157,7 @@ def dot_plot(
 
 def _levels(values: Sequence[float]) -> list[float]:
     """Return round numbers that hold all values and 0."""
-    highest, lowest = max(*values, 0.0), min(*values, 0.0)
+    highest, lowest = max([*values, 0.0]), min([*values, 0.0])
     step = ticks(max(highest, -lowest))[1]
     below = -int(lowest // step)
     above = -int(-highest // step)

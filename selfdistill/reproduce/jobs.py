@@ -212,6 +212,8 @@ def _train(job: Training, output: Path) -> Result | None:
             part = config.model_copy(update={"steps": step})
             if train(part, resume=True, console=Console(file=StringIO())).interrupted:
                 return None
+            if JsonLines(folder / "evaluations.jsonl").read()[-1]["step"] < step:
+                return None  # interrupted in the last evaluation
         except DivergedError as error:
             diverged = str(error)
         if job.test is not None:

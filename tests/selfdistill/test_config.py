@@ -84,7 +84,10 @@ GRPO = {"name": "grpo"}
         (with_loss(advantage_mask={"top_fraction": 0}), "advantage_mask.top_fraction"),
         ({"method": {"name": "peer", "group_size": 1}}, "peer.group_size"),
         ({"method": {"name": "environment", "detail": "all"}}, "environment.detail"),
-        ({"method": {"name": "stepalign", "critic": {"copying": "much"}}}, "critic.copying"),
+        (
+            {"method": {"name": "stepalign", "critic": {"name": "scribe", "copying": "much"}}},
+            "scribe.copying",
+        ),
         ({"method": {"name": "grpo", "teacher": {"name": "base"}}}, "grpo.teacher"),
         ({"method": {"name": "grpo", "loss": {}}}, "grpo.loss"),
         ({"method": {"name": "grpo", "group_size": 1}}, "grpo.group_size"),

@@ -240,4 +240,4 @@ def test_the_scribe_corrects_a_wrong_attempt_in_its_own_words() -> None:
 def test_the_scribe_is_refused_for_a_task_whose_steps_it_cannot_write() -> None:
     task = DatasetTask("jsonl", {}, instruction="", checker=PlainChecker())
     with pytest.raises(ConfigError, match=r"method\.critic: the scribe .* the task is jsonl"):
-        build_critic(ScribeCriticConfig(), task)
+        build_critic(ScribeCriticConfig(), task, device="cpu")
