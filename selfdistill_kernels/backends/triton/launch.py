@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
+import torch
+
 
 @dataclass(frozen=True)
 class Warps:
@@ -57,7 +59,7 @@ def compiler_options(shape: Shape) -> dict[str, Any]:
     }
     if shape.thrifty and _knows("sched4reg"):
         options["sched4reg"] = True
-    if shape.max_registers is not None:
+    if shape.max_registers is not None and torch.version.hip is None:
         options["maxnreg"] = shape.max_registers
     return options
 

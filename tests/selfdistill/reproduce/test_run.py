@@ -80,7 +80,7 @@ def test_everything_runs_and_a_second_call_does_nothing_again(solver_dir: Path, 
     findings = collect(output, TINY)
     assert findings.jobs == len(plan)
     assert findings.main is not None
-    assert [row.seeds for row in findings.main.rows] == [2] * 8
+    assert [row.seeds for row in findings.main.rows] == [2] * 8 * len(TINY.milestones)
     assert findings.copying is not None
     assert findings.difficulty is not None
     assert findings.wording is not None
