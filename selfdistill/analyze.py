@@ -21,7 +21,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from selfdistill.analysis import Place, TokenAnalysis, analyze, erroneous_attempts
-from selfdistill.checkpoint import CheckpointStore, read_checkpoint
+from selfdistill.checkpoint import CheckpointStore, read_checkpoint, restore_teacher
 from selfdistill.compare import flatten
 from selfdistill.config import Config, ConfigError, Distillation, MethodConfig, load_config
 from selfdistill.evaluate import Attempts, Interval, sample_attempts
@@ -214,6 +214,7 @@ def analyze_run(
                     solver,
                     config.model_copy(update={"method": section}),
                     draw,
+                    checkpoint=weights,
                     progress=partial(bars.advance, bar),
                 )
             )
@@ -375,12 +376,26 @@ def score_method(
     config: Config,
     draw: Draw,
     *,
+    checkpoint: Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[TokenAnalysis]:
-    """Score the chosen attempts as `config.method` would; one record for each of them."""
+    """Score the chosen attempts as `config.method` would; one record for each of them.
+
+    Args:
+        solver: the student, with the weights of `checkpoint`.
+        config: names the method and its teacher.
+        draw: the attempts.
+        checkpoint: holds the state of an EMA teacher; None: as before training.
+        progress: called with the number of attempts just scored.
+
+    Raises:
+        CheckpointError: the teacher has a state, and the checkpoint has none.
+    """
     base = load_solver(config).model
     teacher = build_teacher(config.method.teacher, solver.model, base=base)
     assert teacher is not None  # every Distillation has one
+    if checkpoint is not None:
+        restore_teacher(checkpoint, teacher)
     return analyze(
         solver,
         teacher,

@@ -179,33 +179,15 @@ class CheckpointStore:
             raise CheckpointError(
                 f"checkpoint {path} started from other weights than {config.get('model')!r} holds"
             )
-        self._restore(path, weights.read(path), weights.masters, "another model")
+        _restore(path, weights.read(path), weights.masters, "another model")
         weights.publish()
-        if teacher is not None and teacher.state:
-            if TEACHER_FILE not in document["sha256"]:
-                raise CheckpointError(
-                    f"checkpoint {path} has no state of an {teacher.name} teacher"
-                )
-            saved = load_file(path / TEACHER_FILE)
-            self._restore(path, saved, teacher.state, f"another {teacher.name} teacher")
-            teacher.publish()
+        if teacher is not None:
+            restore_teacher(path, teacher)
         _restore_optimizer(
             optimizer, load_file(path / "optimizer.safetensors"), document["optimizer_groups"]
         )
         _restore_rng(load_file(path / "rng.safetensors"))
         return state
-
-    @staticmethod
-    def _restore(
-        path: Path,
-        source: Mapping[str, torch.Tensor],
-        target: Mapping[str, torch.Tensor],
-        other: str,
-    ) -> None:
-        try:
-            copy_tensors(source, target)
-        except ValueError as error:
-            raise CheckpointError(f"checkpoint {path} is of {other}: {error}") from error
 
     def _free_name(self, step: int) -> str:
         """Return a folder name for this step that no link points at.
@@ -278,6 +260,33 @@ def _flatten_optimizer(
         for name, value in values.items()
     }
     return tensors, state["param_groups"]
+
+
+def restore_teacher(path: Path, teacher: Teacher) -> None:
+    """Give a teacher the state that it had in a checkpoint (an EMA's average); others have none.
+
+    Raises:
+        CheckpointError: the checkpoint has no such state, or that of another model.
+    """
+    if not teacher.state:
+        return
+    if not (path / TEACHER_FILE).exists():
+        raise CheckpointError(f"checkpoint {path} has no state of an {teacher.name} teacher")
+    saved = load_file(path / TEACHER_FILE)
+    _restore(path, saved, teacher.state, f"another {teacher.name} teacher")
+    teacher.publish()
+
+
+def _restore(
+    path: Path,
+    source: Mapping[str, torch.Tensor],
+    target: Mapping[str, torch.Tensor],
+    other: str,
+) -> None:
+    try:
+        copy_tensors(source, target)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {path} is of {other}: {error}") from error
 
 
 def _restore_optimizer(

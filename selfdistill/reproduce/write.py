@@ -458,6 +458,8 @@ def _limits(scale: Scale) -> str:
 - Learning rates were chosen on problems of all difficulties, once, and kept in every stratum, for
   other wordings and for other ways of copying.
 - {len(scale.rates)} rates, one seed each: the choice itself is noisy.
+- The earlier measuring point was set after pilot runs on dev problems had shown that all methods
+  level off later.
 - Chains of more than six steps would be harder still, but the solver never saw one and cannot
   follow a critique of one either; the hardest stratum is the hardest that it can be taught from.
 """

@@ -26,16 +26,23 @@ from selfdistill.analyze import (
     score_method,
 )
 from selfdistill.cli import app
-from selfdistill.config import Config, ConfigError, RefSolMethod, StepAlignMethod
+from selfdistill.config import (
+    Config,
+    ConfigError,
+    OptimizerConfig,
+    RefSolMethod,
+    StepAlignMethod,
+)
 from selfdistill.context import ContextRenderer
 from selfdistill.evaluate import Interval
 from selfdistill.localisation import localise
 from selfdistill.report.analysis import write_analysis
 from selfdistill.rollout import Rollout, SamplingParams
+from selfdistill.seeds import derive_seed
 from selfdistill.solver import Solver, load_solver
 from selfdistill.tasks import Problem, Verdict
 from selfdistill.tasks.arithmetic import ArithmeticTask
-from selfdistill.train import derive_seed, train
+from selfdistill.train import train
 
 QUIET = Console(file=io.StringIO())
 
@@ -121,6 +128,24 @@ def test_figures_are_those_of_the_records(solver_dir: Path, finished: Path) -> N
     assert method.all_wrong == localise(wrong)
     assert method.all_wrong.attempts == (method.first_wrong.attempts + method.later_wrong.attempts)
     assert analysis.rollouts == sum(len(group.rollouts) for group in draw.attempts)
+
+
+def test_an_averaged_teacher_has_the_average_of_the_checkpoint(
+    solver_dir: Path, tmp_path: Path
+) -> None:
+    config = make_config(solver_dir, tmp_path / "run", teacher={"name": "ema", "decay": 0.9})
+    config = config.model_copy(
+        update={"optimizer": OptimizerConfig(learning_rate=0.1, warmup_steps=0)}
+    )
+    train(config, console=QUIET)
+    last = tmp_path / "run" / "checkpoints" / "last"
+    solver = load_solver(config, last)
+    draw = draw_attempts(solver, split="test", attempts=2, problems=3, samples=1, seed=0)
+    averaged = score_method(solver, config, draw, checkpoint=last)
+    as_student = score_method(solver, config, draw)
+    for one, other in zip(averaged, as_student, strict=True):
+        assert one.student_logprob == other.student_logprob
+        assert one.teacher_logprob != pytest.approx(other.teacher_logprob, abs=1e-3)
 
 
 def test_methods_carry_the_teacher_and_loss_of_the_run(solver_dir: Path, tmp_path: Path) -> None:
