@@ -21,6 +21,9 @@ from selfdistill.layout import PackedRow, Segment
 # One more attention call costs about as much as this many query-key pairs (measured forward and
 # backward on one CPU core at 6 heads of 32 and 9 heads of 64: 0.7 ms against 75 ns a pair).
 _CALL_COST_PAIRS = 8192
+# The gradient of a slice of keys and values is written into zeros and added to those of the others:
+# about this many pairs a key (estimated from a profile of 640 keys on one core).
+_SLICED_KEY_PAIRS = 14
 # Larger batches save nothing more and hold a larger mask and a larger copy of the prefix keys.
 _MAX_BATCH_PAIRS = 1 << 21
 
@@ -69,9 +72,9 @@ class LoopAttention:
 class _Run(NamedTuple):
     """Some of a batch's queries, and the keys from the first to the last that any of them sees."""
 
-    queries: slice
+    num_queries: int
     keys: slice
-    mask: torch.Tensor  # [size or 1, 1, repeats * queries, keys] bool
+    mask: torch.Tensor  # [size or 1, 1, repeats * num_queries, keys] bool
 
 
 @dataclass
@@ -99,7 +102,7 @@ class _Batch:
         if (sliding_window, repeats) not in self.runs:
             self.runs[sliding_window, repeats] = [
                 self._run(queries, sliding_window, repeats)
-                for queries in _cut(self.query_position.shape[1], self.size)
+                for queries in _cut(self.query_position.shape[1], self.num_keys, self.size)
             ]
         return self.runs[sliding_window, repeats]
 
@@ -114,7 +117,7 @@ class _Batch:
         if sliding_window is not None:
             mask &= key > position[:, :, None] - sliding_window
         mask = mask[:, None].repeat(1, 1, repeats, 1)
-        return _Run(queries, keys, mask.to(self.query_index.device))
+        return _Run(position.shape[1], keys, mask.to(self.query_index.device))
 
     def attend(
         self,
@@ -146,10 +149,11 @@ class _Batch:
             )
         else:
             outputs = []
-            for queries, keys, mask in self.masked_runs(sliding_window, repeats):
+            runs = self.masked_runs(sliding_window, repeats)
+            parts = q.split([run.num_queries for run in runs], dim=2)
+            for part, (_, keys, mask) in zip(parts, runs, strict=True):
                 # The query heads of one key head become more queries: faster than repeating the
                 # keys, and fused kernels take a mask with grouped heads only in this form.
-                part = q[:, :, queries]
                 folded = part.reshape(self.size, k.shape[1], -1, q.shape[-1])
                 result = scaled_dot_product_attention(
                     folded, k[:, :, keys], v[:, :, keys], attn_mask=mask, scale=scaling
@@ -163,9 +167,13 @@ class _Batch:
         return states.index_select(1, index).view(heads, self.size, -1, head_dim).transpose(0, 1)
 
 
-def _cut(queries: int, size: int) -> list[slice]:
-    """Even runs; n of them compute size * queries^2 / 2n pairs in vain and cost n calls."""
-    count = round(queries * math.sqrt(size / (2 * max(1, _CALL_COST_PAIRS))))
+def _cut(queries: int, keys: int, size: int) -> list[slice]:
+    """Even runs, as many as pay: n of them compute size * queries^2 / 2n pairs in vain.
+
+    Each costs a call and the gradients of its slices of the keys.
+    """
+    cost = max(1, _CALL_COST_PAIRS + _SLICED_KEY_PAIRS * size * keys)
+    count = round(queries * math.sqrt(size / (2 * cost)))
     length = math.ceil(queries / max(1, count))
     return [slice(start, min(start + length, queries)) for start in range(0, queries, length)]
 
