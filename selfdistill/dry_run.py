@@ -94,17 +94,18 @@ def dry_run(config: Config, console: Console) -> None:
     context = statistics.mean(
         len(teacher) - len(student) for student, teacher in zip(students, teachers, strict=True)
     )
-    # A critique is the attempt, written again.
-    step = step_shape(
-        config,
-        prompt=round(statistics.mean(map(len, students))),
-        context=room if config.method.name == "stepalign" else max(0, round(context)),
-    )
     adapter, teacher = config.adapter, config.method.teacher
     model = ModelShape.of(
         model_config,
         rank=None if adapter is None else adapter.r,
         target_modules="all-linear" if adapter is None else adapter.target_modules,
+    )
+    # A critique is the attempt, written again.
+    step = step_shape(
+        config,
+        model,
+        prompt=round(statistics.mean(map(len, students))),
+        context=room if config.method.name == "stepalign" else max(0, round(context)),
     )
     weights = Weights(
         itemsize=2 if config.precision == "bfloat16" else 4,
@@ -168,7 +169,7 @@ def show_prompts(
     return texts
 
 
-def step_shape(config: Config, *, prompt: int, context: int) -> StepShape:
+def step_shape(config: Config, model: ModelShape, *, prompt: int, context: int) -> StepShape:
     """Return the tokens of a step of this run, every completion at its full length."""
     completion = config.rollout.max_new_tokens
     engine = config.rollout.engine
@@ -200,7 +201,7 @@ def memory_table(model: ModelShape, step: StepShape, weights: Weights) -> Table:
         "rollout cache": f"{min(step.rollout_rows, step.rollouts)} rows of "
         f"{step.prompt + step.completion} tokens"
         if step.engine_bytes is None
-        else "as configured",
+        else "the engine's cache as configured, and its own copy of the weights",
         "loss workspace": loss_plan(model, step, weights).describe(),
     }
     for name, size in terms.items():

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from selfdistill.config import Config
-from selfdistill.dry_run import ModelNotFoundError, dry_run, show_prompts, stand_in
+from selfdistill.dry_run import ModelNotFoundError, dry_run, show_prompts, stand_in, step_shape
+from selfdistill.planning import ModelShape
 from selfdistill.tasks import Problem
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
 
@@ -108,3 +109,20 @@ def test_a_model_that_is_not_there_says_how_to_get_it(
     (solver_dir / "config.json").unlink()
     with pytest.raises(ModelNotFoundError, match=r"holds no whole model .* it holds .*tokenizer"):
         shown(Config(model=str(solver_dir), output_dir=tmp_path))
+
+
+def test_an_engine_of_its_own_has_a_cache_and_a_copy_of_the_weights() -> None:
+    model = ModelShape(
+        parameters=1000, matrix_parameters=900, hidden=8, intermediate=16, layers=1, heads=1,
+        kv_heads=1, head_dim=8, vocabulary=16, trained=1000,
+    )  # fmt: skip
+
+    def engine_bytes(engine: dict[str, object]) -> int | None:
+        rollout = {"engine": engine}
+        config = Config.model_validate({"model": "m", "output_dir": "o", "rollout": rollout})
+        return step_shape(config, model, prompt=5, context=5).engine_bytes
+
+    assert engine_bytes({"name": "transformers"}) is None
+    settings = {"name": "vllm", "kv_cache_gib": 2}
+    assert engine_bytes({**settings, "dtype": "bfloat16"}) == 2 * 2**30 + 2000
+    assert engine_bytes({**settings, "dtype": "float32"}) == 2 * 2**30 + 4000
