@@ -173,6 +173,10 @@ def step_shape(config: Config, model: ModelShape, *, prompt: int, context: int) 
     """Return the tokens of a step of this run, every completion at its full length."""
     completion = config.rollout.max_new_tokens
     engine = config.rollout.engine
+    engine_bytes = None
+    if engine.name == "vllm":
+        itemsize = 4 if engine.dtype == "float32" else 2
+        engine_bytes = int(engine.kv_cache_gib * GIBIBYTE) + itemsize * model.parameters
     return StepShape(
         prompts=config.prompts_per_step,
         group_size=config.method.group_size,
@@ -181,7 +185,7 @@ def step_shape(config: Config, model: ModelShape, *, prompt: int, context: int) 
         completion=completion,
         tokens_per_pass=config.tokens_per_microbatch,
         rollout_rows=engine.batch_size if engine.name == "transformers" else 0,
-        engine_bytes=None if engine.name == "transformers" else int(engine.kv_cache_gib * GIBIBYTE),
+        engine_bytes=engine_bytes,
     )
 
 
