@@ -8,12 +8,7 @@ Closing tags (`</step_1>`, `</answer>`) are allowed and never needed.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 STEP_INSTRUCTION = (
     "Solve this step by step. Start each step with its tag, <step_1>, <step_2> and so on, and end "
@@ -86,52 +81,3 @@ def read_boxed(text: str) -> str | None:
         if depth == 0:
             return text[begin:i].strip() or None
     return None
-
-
-def token_step_ids(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[int]:
-    """Return the step of each token of a completion.
-
-    Args:
-        tokenizer: that sampled the completion.
-        token_ids: of the completion, with or without its end-of-sequence token.
-
-    Returns:
-        For each token the index into `split_steps` of its text (0, 1, ..., the answer counts as a
-        step), -1 before the first step and for special tokens. A token that spans two steps counts
-        as the one in which it ends.
-    """
-    text = tokenizer.decode(token_ids, skip_special_tokens=True)
-    steps = split_steps(text)
-    ids = []
-    begin = 0
-    for end in token_ends(tokenizer, token_ids):
-        inside = [i for i, step in enumerate(steps) if step.start < end <= step.stop]
-        ids.append(inside[0] if inside and end > begin else -1)
-        begin = end
-    return ids
-
-
-def token_ends(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[int]:
-    """Return for each token how long the text is up to and including it, in characters.
-
-    The text is the completion decoded without special tokens. Bytes of an unfinished character
-    count from the token that finishes it.
-    """
-
-    def text(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-    # A token's text depends on its neighbours (spaces, bytes), so it is decoded together with the
-    # tokens before it, back to where characters were last whole: linear in the tokens.
-    ends: list[int] = []
-    known = first = last = 0
-    for i in range(1, len(token_ids) + 1):
-        longer = text(token_ids[first:i])
-        if not longer.endswith("\N{REPLACEMENT CHARACTER}"):
-            known += len(longer) - len(text(token_ids[first:last]))
-            first, last = last, i
-        ends.append(known)
-    if known == len(text(token_ids)):
-        return ends
-    # A tokenizer that cleans up spaces across tokens, or text that ends within a character.
-    return [len(text(token_ids[:i])) for i in range(1, len(token_ids) + 1)]
