@@ -98,6 +98,7 @@ def analyze(
             solver.model,
             teacher,
             render_groups(solver, [alone for alone, _ in batch], [[c] for _, c in batch]),
+            attention=solver.config.attention,
         )
         output = method.loss(scored, *heads, normalizer=1.0)
         assert output.advantage is not None

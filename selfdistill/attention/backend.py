@@ -130,7 +130,7 @@ def _flash_obstacle() -> Obstacle | None:
     if major < 8:
         return Obstacle(f"flash-attn needs compute capability 8.0, this GPU has {major}.{minor}")
     try:
-        from flash_attn import flash_attn_varlen_func  # noqa: F401
+        from flash_attn import flash_attn_varlen_func  # noqa: F401  (only whether it can be)
     except Exception as error:  # what a binary built for another torch raises is not one type
         return Obstacle(f"flash-attn cannot be imported ({error})", REINSTALL_FLASH)
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from selfdistill.critic import Critique, CritiqueCase
 from selfdistill.tasks import Problem, Verdict
@@ -94,7 +95,7 @@ def parse_critique(answer: str, response: str) -> Critique:
     match = _FORM.fullmatch(strip_thinking(answer))
     if match is None:
         raise CritiqueError("the answer does not have the form <case>, <first_change>, <text>")
-    case: CritiqueCase = match["case"]  # type: ignore[assignment]
+    case = cast(CritiqueCase, match["case"])
     step = int(match["step"])
     text = match["text"].strip()
     if "<text>" in text or "</text>" in text:

@@ -235,8 +235,8 @@ def _evaluate(solver: Solver, test: TestSet, path: Path) -> None:
 
 
 def _evaluate_base(job: BaseEvaluation, folder: Path) -> None:
-    _evaluate(load_solver(job.config), job.test, _held_out_file(folder))
     solver = load_solver(job.config)
+    _evaluate(solver, job.test, _held_out_file(folder))
     few = replace(job.test, samples=min(TEACHER_SAMPLES, job.test.samples))
     attempts = _attempts(solver, few, seed=derive_seed("attempts with context"))
     contexts = build_method(job.config, solver.task).contexts(attempts)

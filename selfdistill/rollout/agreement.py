@@ -43,6 +43,7 @@ def check_agreement(
     *,
     temperature: float,
     tolerance: float,
+    attention: str = "auto",
 ) -> float:
     """Compare the engine's log-probs with those of the trainer's model, over one packed row.
 
@@ -54,6 +55,7 @@ def check_agreement(
         groups: the rollouts of each prompt, fresh: sampled since the last change of the weights.
         temperature: that they were sampled at.
         tolerance: the largest difference that is allowed, in nats.
+        attention: who computes it here, see `selfdistill.attention.choose_backend`.
 
     Returns:
         The largest difference between two log-probs of one token, in nats.
@@ -65,10 +67,10 @@ def check_agreement(
         PromptGroup(list(prompt), [list(prompt)] * len(group), [r.token_ids for r in group])
         for prompt, group in zip(prompts, groups, strict=True)
     ]
-    enable_prefix_sharing(model)
-    pack = pack_groups(sampled, share_student_prefix=True)
+    enable_prefix_sharing(model, backend=attention)
+    pack = pack_groups(sampled, share_student_prefix=False, with_teacher=False)
     with torch.no_grad(), torch.autocast(head.weight.device.type, enabled=False):
-        hidden = run_packed_row(model, pack.student)
+        hidden = run_packed_row(model, pack.student, backend=attention)
         own = fused_linear_logprobs(
             hidden,
             head.weight,
@@ -125,4 +127,5 @@ def check_engine(
         groups[:1],
         temperature=config.rollout.temperature,
         tolerance=engine.tolerance or (1e-4 if exact else 1.0),
+        attention=config.attention,
     )

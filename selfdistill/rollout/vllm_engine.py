@@ -47,8 +47,9 @@ class WeightSync:
             VocabParallelEmbedding,
         )
 
-        self.reload_weights(weights_iterator=iter(weights))  # type: ignore[attr-defined]
-        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        worker: Any = self  # vLLM mixes this class into its worker's
+        worker.reload_weights(weights_iterator=iter(weights))
+        model = worker.model_runner.get_model()
         if not getattr(model.config, "tie_word_embeddings", False):
             return
         # Reloading leaves a tied head with its old weight, on a CPU with a packed copy of it, and
@@ -107,9 +108,9 @@ class VLLMEngine:
         llm = self._llm
         import vllm
 
-        seeds = random.Random(params.seed)
         requests, sampling = [], []
-        for prompt in prompts:
+        for place, prompt in enumerate(prompts):
+            seeds = random.Random(params.seed + place)
             for _ in range(group_size):
                 requests.append({"prompt_token_ids": list(prompt)})
                 sampling.append(
@@ -159,12 +160,12 @@ class VLLMEngine:
             if not llm.reset_prefix_cache():
                 raise RuntimeError("the prefix cache could not be emptied")
 
-    def _take_adapter(self, model: nn.Module) -> None:
+    def _take_adapter(self, model: Any) -> None:
         """Load the adapter under a new id; vLLM keeps what it has loaded under an old one."""
         from vllm.lora.request import LoRARequest
 
         folder = tempfile.TemporaryDirectory(prefix="selfdistill-adapter-")
-        model.save_pretrained(folder.name, save_embedding_layers=False)  # type: ignore[operator]
+        model.save_pretrained(folder.name, save_embedding_layers=False)
         adapter = LoRARequest(f"step-{self._syncs}", self._syncs, folder.name)
         engine = self._llm.llm_engine
         if self._adapter is not None:

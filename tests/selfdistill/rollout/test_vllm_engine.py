@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,11 @@ def test_a_seed_decides_and_prompts_share_whole_blocks(
     assert engine.generate(PROMPTS, group_size=2, params=PARAMS) == first
     other = SamplingParams(temperature=1.3, max_new_tokens=16, seed=4)
     assert engine.generate(PROMPTS, group_size=2, params=other) != first
+    # Prompt i draws from the stream of seed + i, whatever else is asked for in the same call.
+    rest = engine.generate(PROMPTS[1:], group_size=2, params=replace(PARAMS, seed=4))
+    assert [[r.token_ids for r in group] for group in rest] == [
+        [r.token_ids for r in group] for group in first[1:]
+    ]
     (output,) = engine._llm.generate([{"prompt_token_ids": PROMPTS[0]}], use_tqdm=False)
     assert output.num_cached_tokens == 32
     greedy = SamplingParams(temperature=0.0, max_new_tokens=4)
