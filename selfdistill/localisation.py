@@ -14,7 +14,7 @@ import torch
 
 from selfdistill.analysis import TokenAnalysis
 from selfdistill.evaluate import Interval
-from selfdistill.resampling import ratio_intervals
+from selfdistill.resampling import quotient_interval, ratio_intervals
 from selfdistill.tables import TextTable, number, percent
 from selfdistill_kernels import AdvantageMask
 
@@ -130,6 +130,40 @@ def localise(records: Sequence[TokenAnalysis]) -> Localisation:
         ]
 
     return Localisation(len(wrong), _problems(wrong), *_ratios(wrong, parts, count=8))
+
+
+def share_times(
+    records: Sequence[TokenAnalysis], others: Sequence[TokenAnalysis]
+) -> Interval | None:
+    """Return how many times the `share_at` of others that of some records is.
+
+    Args:
+        records: attempts under one context; those without a wrong step are left out.
+        others: the same attempts in the same order under another context.
+
+    Returns:
+        `localise(records).share_at` over that of others, paired: the interval resamples problems
+        for both at once. None where one of them is unknown or the other 0.
+
+    Raises:
+        ValueError: the attempts are not the same.
+    """
+    sums: dict[str, list[list[float]]] = {}
+    for record, other in zip(records, others, strict=True):
+        if (record.problem_id, record.wrong_tokens) != (other.problem_id, other.wrong_tokens):
+            raise ValueError(
+                f"records and others must hold the same attempts, got one at {record.problem_id} "
+                f"beside one at {other.problem_id}"
+            )
+        if record.wrong_tokens is not None:
+            total = sums.setdefault(record.problem_id, [[0.0, 0.0], [0.0, 0.0]])
+            wrong = slice(*record.wrong_tokens)
+            for i, advantage in enumerate((other.advantage, record.advantage)):
+                total[0][i] += _magnitude(advantage[wrong])
+                total[1][i] += _magnitude(advantage)
+    if not sums:
+        return None
+    return quotient_interval([s[0] for s in sums.values()], [s[1] for s in sums.values()])
 
 
 def first_step_wrong(record: TokenAnalysis) -> bool:

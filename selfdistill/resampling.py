@@ -41,9 +41,7 @@ def ratio_intervals(
         )
     if not len(top):
         return [None] * top.shape[1]
-    weights = _weights(len(top), np.random.default_rng(seed))
-    with np.errstate(invalid="ignore"):
-        ratios = (weights @ top) / (weights @ bottom)
+    ratios = _resampled_ratios(top, bottom, seed=seed)
     intervals: list[Interval | None] = []
     for column, (numerator, denominator) in enumerate(zip(top.sum(0), bottom.sum(0), strict=True)):
         if not denominator:
@@ -53,6 +51,41 @@ def ratio_intervals(
         low, high = np.nanquantile(ratios[:, column], _LEVELS)
         intervals.append(Interval(float(numerator / denominator), float(low), float(high)))
     return intervals
+
+
+def quotient_interval(
+    numerators: ArrayLike, denominators: ArrayLike, *, seed: int = 0
+) -> Interval | None:
+    """Return how many times the ratio of the second column that of the first is, rows resampled.
+
+    Both columns see the same resamples: what makes a row extreme in both does not widen the
+    interval.
+
+    Args:
+        numerators: [rows, 2], not negative.
+        denominators: [rows, 2], not negative.
+        seed: of the bootstrap.
+
+    Returns:
+        None where either ratio, or its quotient, does not exist.
+
+    Raises:
+        ValueError: the shapes differ or are not [rows, 2].
+    """
+    top = np.asarray(numerators, dtype=np.float64)
+    bottom = np.asarray(denominators, dtype=np.float64)
+    if top.shape != bottom.shape or top.ndim != 2 or top.shape[1] != 2:
+        raise ValueError(
+            f"numerators and denominators must both be [rows, 2], got {top.shape} and "
+            f"{bottom.shape}"
+        )
+    first, second = ratio_intervals(top, bottom, seed=seed)
+    if first is None or second is None or not first.value:
+        return None
+    ratios = _resampled_ratios(top, bottom, seed=seed)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        low, high = np.nanquantile(ratios[:, 1] / ratios[:, 0], _LEVELS)
+    return Interval(second.value / first.value, float(low), float(high))
 
 
 def crossed_mean(scores: ArrayLike, *, seed: int = 0) -> Interval:
@@ -95,6 +128,15 @@ def crossed_difference(first: ArrayLike, second: ArrayLike, *, seed: int = 0) ->
     )  # [resamples, problems]
     low, high = np.quantile((per_problem * problems).sum(1) / a.shape[1], _LEVELS)
     return Interval(float(b.mean() - a.mean()), float(low), float(high))
+
+
+def _resampled_ratios(
+    top: NDArray[np.float64], bottom: NDArray[np.float64], *, seed: int
+) -> NDArray[np.float64]:
+    """The ratio of every column in every resample, [resamples, columns]; nan for 0 / 0."""
+    weights = _weights(len(top), np.random.default_rng(seed))
+    with np.errstate(invalid="ignore"):
+        return (weights @ top) / (weights @ bottom)
 
 
 def _matrix(name: str, scores: ArrayLike | Sequence[Sequence[float]]) -> NDArray[np.float64]:

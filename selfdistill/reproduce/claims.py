@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 from selfdistill.evaluate import Interval
 from selfdistill.localisation import Localisation
 from selfdistill.reproduce.findings import Copying, Findings, Gap
+from selfdistill.reproduce.jobs import TokenFigures
 from selfdistill.reproduce.plan import COPYING, REGIMES
 from selfdistill.tables import number, percent
 
@@ -123,21 +124,22 @@ def _localisation(copying: Copying) -> list[Claim]:
             all_above([_negated(omission.mean_before)]),
         ),
     ]
-    for label, refsol in at.items():
+    for label, figures in copying.tokens.items():
         if label.startswith("RefSol"):
-            claims.append(_share_claim(partial, label, refsol))
+            claims.append(_share_claim(partial, label, figures))
     return claims
 
 
-def _share_claim(partial: Localisation, label: str, refsol: Localisation) -> Claim:
+def _share_claim(partial: Localisation, label: str, refsol: TokenFigures) -> Claim:
     text = f"share of |A| on the wrong step: StepAlignFB at least {TIMES:g} times {label}"
-    ours, theirs = partial.share_at, refsol.share_at
-    if ours is None or theirs is None:
+    times = refsol.share_times
+    if times is None:
         return Claim(text, "no such attempts", "not separated")
-    measured = f"{ours.value / theirs.value:.2f} times: {percent(ours)} against {percent(theirs)}"
-    if ours.low >= TIMES * theirs.high:
+    shares = f"{percent(partial.share_at)} against {percent(refsol.later_wrong.share_at)}"
+    measured = f"{number(times, '.2f')} times: {shares}"
+    if times.low >= TIMES:
         return Claim(text, measured, "yes")
-    return Claim(text, measured, "no" if ours.high < TIMES * theirs.low else "not separated")
+    return Claim(text, measured, "no" if times.high < TIMES else "not separated")
 
 
 def difference(gaps: Sequence[Gap], first: str, second: str, steps: int) -> Interval | None:

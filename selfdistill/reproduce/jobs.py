@@ -26,11 +26,11 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from selfdistill.analysis import analyze, erroneous_attempts
+from selfdistill.analysis import TokenAnalysis, analyze, erroneous_attempts
 from selfdistill.checkpoint import CheckpointStore
 from selfdistill.config import Config
-from selfdistill.evaluate import Attempts, Evaluation, judge, summarize
-from selfdistill.localisation import Localisation, first_step_wrong, localise
+from selfdistill.evaluate import Attempts, Evaluation, Interval, judge, summarize
+from selfdistill.localisation import Localisation, first_step_wrong, localise, share_times
 from selfdistill.methods import build_method
 from selfdistill.methods.loss import find_heads
 from selfdistill.reproduce.plan import BaseEvaluation, Job, TestSet, TokenScores, Training
@@ -76,11 +76,14 @@ class TokenFigures:
         all_wrong: every one of them.
         first_wrong: those whose step 1 is wrong, so that no right step comes before.
         later_wrong: the others.
+        share_times: over these others, how many times this context's share of |A| on the wrong step
+            that of the job's first context is.
     """
 
     all_wrong: Localisation
     first_wrong: Localisation
     later_wrong: Localisation
+    share_times: Interval | None
 
 
 _FIGURES = TypeAdapter(dict[str, TokenFigures])
@@ -268,6 +271,7 @@ def _attempts(solver: Solver, test: TestSet, *, seed: int) -> list[Attempts]:
 
 def _score_tokens(job: TokenScores, folder: Path) -> None:
     figures: dict[str, TokenFigures] = {}
+    first_context: list[TokenAnalysis] | None = None
     for label, config in job.contexts.items():
         # The references differ, so each context has a task of its own; the attempts are the same.
         solver = load_solver(config)
@@ -282,10 +286,14 @@ def _score_tokens(job: TokenScores, folder: Path) -> None:
             erroneous_attempts(attempts, limit=job.test.problems * job.test.samples, located=True),
             heads=find_heads(solver.model, teacher),
         )
+        later = [r for r in records if not first_step_wrong(r)]
+        if first_context is None:
+            first_context = later
         figures[label] = TokenFigures(
             all_wrong=localise(records),
             first_wrong=localise([r for r in records if first_step_wrong(r)]),
-            later_wrong=localise([r for r in records if not first_step_wrong(r)]),
+            later_wrong=localise(later),
+            share_times=share_times(first_context, later),
         )
     write_atomically(folder / "figures.json", _FIGURES.dump_json(figures, indent=1).decode())
 

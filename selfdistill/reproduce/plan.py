@@ -57,7 +57,7 @@ class Scale:
     evaluate_every: int = 10
     strata: tuple[tuple[float, float], ...] = ((0.0, 0.045), (0.08, 0.14), (0.3, 0.5))
     dialects: tuple[int, ...] = (1, 2, 3, 4)
-    analysed: tuple[int, int] = (100, 4)
+    analysed: tuple[int, int] = (200, 6)
 
 
 FULL = Scale()

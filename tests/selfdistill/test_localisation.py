@@ -12,6 +12,7 @@ from selfdistill.localisation import (
     mask_effects,
     overall,
     profile,
+    share_times,
     suggest,
 )
 from selfdistill_kernels import AdvantageMask
@@ -71,6 +72,22 @@ def test_localisation_looks_before_at_and_after_the_wrong_step() -> None:
     assert (found.mean_at.low, found.mean_at.high) == pytest.approx((-5.0, -1.0))
     nothing = localise([record([1.0], None)])
     assert (nothing.attempts, nothing.mean_before, nothing.share_at) == (0, None, None)
+
+
+def test_how_many_times_the_share_is_compares_the_same_attempts() -> None:
+    sharp = [record([0.0, -3.0], (1, 2)), record([1.0, -3.0], (1, 2), problem="q")]
+    blunt = [record([2.0, -2.0], (1, 2)), record([2.0, -1.0], (1, 2), problem="q")]
+    right = record([5.0, 5.0], None, problem="r")
+    found = share_times([*sharp, right], [*blunt, right])
+    assert value(found) == pytest.approx((6 / 7) / (3 / 7))
+    ours, theirs = localise(sharp).share_at, localise(blunt).share_at
+    assert value(found) == pytest.approx(value(ours) / value(theirs))
+    assert found is not None
+    # Both resamples of one problem alone: 1 / 0.5 and 0.75 / (1 / 3).
+    assert (found.low, found.high) == pytest.approx((2.0, 2.25))
+    assert share_times([right], [right]) is None
+    with pytest.raises(ValueError, match="one at p beside one at q"):
+        share_times(sharp, blunt[::-1])
 
 
 def test_attempts_at_one_problem_are_resampled_together() -> None:

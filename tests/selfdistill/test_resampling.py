@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from selfdistill.evaluate import bootstrap
-from selfdistill.resampling import crossed_difference, crossed_mean, ratio_intervals
+from selfdistill.resampling import (
+    crossed_difference,
+    crossed_mean,
+    quotient_interval,
+    ratio_intervals,
+)
 
 
 def test_a_ratio_of_means_over_equal_rows_is_the_plain_bootstrap() -> None:
@@ -33,6 +38,23 @@ def test_columns_without_anything_are_none_and_resamples_that_miss_them_are_left
     assert ratio_intervals(np.zeros((0, 2)), np.zeros((0, 2))) == [None, None]
     with pytest.raises(ValueError, match=r"\(2, 1\) and \(1, 1\)"):
         ratio_intervals([[1.0], [2.0]], [[1.0]])
+
+
+def test_a_quotient_of_ratios_sees_the_same_rows_on_both_sides() -> None:
+    rng = np.random.default_rng(0)
+    share = rng.random(40)
+    found = quotient_interval(np.stack([share, 3 * share], 1), np.ones((40, 2)))
+    assert found is not None
+    # Each ratio varies between resamples, their quotient does not.
+    assert (found.value, found.low, found.high) == pytest.approx((3, 3, 3))
+    apart = quotient_interval(np.stack([share, 3 * rng.permutation(share)], 1), np.ones((40, 2)))
+    assert apart is not None
+    assert apart.value == pytest.approx(3)
+    assert apart.low < 2.7 < 3.3 < apart.high
+    assert quotient_interval([[0.0, 1.0]], [[1.0, 1.0]]) is None
+    assert quotient_interval([[1.0, 0.0]], [[1.0, 0.0]]) is None
+    with pytest.raises(ValueError, match=r"\[rows, 2\]"):
+        quotient_interval([[1.0]], [[1.0]])
 
 
 def test_one_seed_gives_the_interval_over_problems() -> None:

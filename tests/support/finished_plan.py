@@ -54,7 +54,9 @@ def figures(before: float, at: float, share: float) -> TokenFigures:
         tokens_at=exact(0.1),
         negative_before=exact(0.05),
     )
-    return TokenFigures(part, part, part)
+    # Partial repetition, whose share is 0.6, is the first context.
+    times = 0.6 / share
+    return TokenFigures(part, part, part, Interval(times, 0.9 * times, 1.1 * times))
 
 
 def context_figures(label: str) -> TokenFigures:

@@ -80,7 +80,7 @@ def test_the_whole_order_needs_both_differences(
 def test_the_claims_by_token(paper_findings: Findings):
     claims = localisation_claims(paper_findings)
     assert [claim.holds for claim in claims] == ["yes"] * 5
-    assert "4.00 times: 60.0 %" in claims[-1].measured
+    assert "4.00 [3.60, 4.40] times: 60.0 %" in claims[-1].measured
 
 
 def test_a_study_that_is_not_finished_is_left_out(finished: Finished):
