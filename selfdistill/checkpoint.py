@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from selfdistill.sharding import gather, like
 from selfdistill.teacher import Teacher
 from selfdistill.weights import TrainedWeights, copy_tensors
 
@@ -92,23 +93,41 @@ class CheckpointStore:
         tokenizer: PreTrainedTokenizerBase,
         optimizer: torch.optim.Optimizer,
         teacher: Teacher | None = None,
-    ) -> Path:
+        *,
+        writes: bool = True,
+    ) -> Path | None:
         """Write one checkpoint, point `last` (and `best`, when it is the best) at it, tidy up.
+
+        With sharded weights all ranks must call this. What is written does not depend on the number
+        of ranks, nor on whether the weights were sharded.
+
+        Args:
+            state: what the run knows besides tensors.
+            weights, tokenizer, optimizer, teacher: of the run.
+            writes: False on the ranks that only hand over their parts.
+
+        Returns:
+            The checkpoint's folder; None where nothing was written.
 
         Raises:
             CheckpointError: the disk refused (full, read-only); earlier checkpoints are intact.
         """
+        masters = gather(weights.masters, keep=writes)
+        averages = gather(teacher.state, keep=writes) if teacher is not None else {}
+        moments, groups = _flatten_optimizer(optimizer)
+        tensors = gather(moments, keep=writes)
+        if not writes:
+            return None
         name = self._free_name(state.step)
         temporary = self.directory / f".writing-{name}"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            weights.save(temporary)
+            weights.save(temporary, masters)
             if weights.is_whole_model:
                 tokenizer.save_pretrained(temporary)
-            if teacher is not None and teacher.state:
-                save_file(dict(teacher.state), temporary / TEACHER_FILE)
-            tensors, groups = _flatten_optimizer(optimizer)
+            if averages:
+                save_file(averages, temporary / TEACHER_FILE)
             save_file(tensors, temporary / "optimizer.safetensors")
             save_file(_rng_states(), temporary / "rng.safetensors")
             document = {
@@ -294,10 +313,13 @@ def _restore_optimizer(
     tensors: dict[str, torch.Tensor],
     groups: list[dict[str, Any]],
 ) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        parameter = parameters[int(index)]
+        moment = like(parameter, value) if value.shape == parameter.shape else value
+        state.setdefault(int(index), {})[name] = moment
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

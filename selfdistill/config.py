@@ -579,6 +579,9 @@ class Config(Section):
     prompt: PromptConfig = PromptConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the models live; `auto` takes a GPU when there is one."""
+    shard: bool = False
+    """Spread weights, gradients and optimiser states over the ranks of torchrun (FSDP2) instead of
+    keeping all of them on each; one process alone has nobody to share with."""
     attention: Literal["auto", "loop", "flash", "flex"] = "auto"
     """Who computes it over shared prefixes; `selfdistill doctor` says what `auto` takes."""
     seed: int = Field(default=0, ge=0)

@@ -1,10 +1,10 @@
 """Several processes, one run: `torchrun --nproc-per-node N -m selfdistill train CONFIG`.
 
-Every rank holds the whole model and takes a share of each step's problems: it samples, judges and
+Every rank takes a share of each step's problems: it samples, judges and
 scores them, and the gradients are summed before the step. Each rank divides by the tokens of all
-ranks, so the sum is the gradient of one process. The forward pass calls the decoder and not the
-whole model, so DistributedDataParallel's hooks would not fire: the sum is taken once per step,
-after all passes, and a rank without a problem or without an active token takes part with zeros.
+ranks, so the sum is the gradient of one process. It is taken once per step, after all passes, and a
+rank without a problem or without an active token takes part with zeros. `selfdistill.sharding`
+spreads the weights over the ranks instead.
 Rollouts do not depend on the number of ranks, because every problem has random numbers of its own.
 Only rank 0 writes.
 """
@@ -54,6 +54,10 @@ class Ranks:
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
+
+    def max(self, value: float) -> float:
+        """Return the largest value of all ranks."""
+        return max(self.gather([value]))
 
     def mean(self, values: Sequence[float]) -> float:
         """Return the mean of the values of all ranks."""

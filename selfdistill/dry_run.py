@@ -113,6 +113,8 @@ def dry_run(config: Config, console: Console) -> None:
         checkpointing=config.activation_checkpointing,
     )
     console.print(memory_table(model, step, weights))
+    if config.shard:
+        show(sharding_note(model, step, weights))
     console.print(time_table(config, model, step, weights))
 
 
@@ -214,6 +216,18 @@ def memory_table(model: ModelShape, step: StepShape, weights: Weights) -> Table:
     total = sum(terms.values()) / GIBIBYTE
     table.add_row("together", f"{total:.2f}", f"plan for {1.2 * total:.1f}: allocators need slack")
     return table
+
+
+def sharding_note(model: ModelShape, step: StepShape, weights: Weights) -> str:
+    """Say what of the memory FSDP2 divides, and what it adds."""
+    terms = plan_memory(model, step, weights)
+    divided = ("weights", "master weights", "gradients", "optimizer", "teacher")
+    share = sum(size for name, size in terms.items() if name.startswith(divided)) / GIBIBYTE
+    copy = terms["weights"] / GIBIBYTE
+    return (
+        f"shard: of these, {share:.2f} GiB (weights, gradients, optimizer, teacher) are divided by "
+        f"the number of ranks; each keeps a whole copy that samples, {copy:.2f} GiB more."
+    )
 
 
 def time_table(config: Config, model: ModelShape, step: StepShape, weights: Weights) -> Table:

@@ -23,12 +23,20 @@ class Teacher(Protocol):
         name: as written in a configuration.
         has_student_weights: True when its weights are the student's current ones, bit for bit: only
             then may it borrow the student's prefix keys and values.
-        state: float32 tensors that a checkpoint must hold, by name; empty for most.
     """
 
     name: str
     has_student_weights: bool
-    state: Mapping[str, torch.Tensor]
+
+    @property
+    def model(self) -> torch.nn.Module | None:
+        """Weights of its own; None when it reads the student's."""
+        ...
+
+    @property
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """Float32 tensors that a checkpoint must hold, by name; empty for most."""
+        ...
 
     def weights(self, student: torch.nn.Module) -> AbstractContextManager[torch.nn.Module]:
         """Return a context in which the yielded model has the teacher's weights."""
@@ -42,16 +50,24 @@ class Teacher(Protocol):
         """Put `state`, which a checkpoint has changed, to use."""
         ...
 
+    def hold_float32(self) -> None:
+        """Let `model` hold `state` itself, for someone who rounds weights as they are read."""
+        ...
+
 
 class _Unchanging:
-    """What the strategies without weights of their own have in common."""
+    """What the strategies without a state have in common."""
 
+    model: torch.nn.Module | None = None
     state: Mapping[str, torch.Tensor] = {}
 
     def update(self, masters: Mapping[str, torch.Tensor]) -> None:
         """Do nothing."""
 
     def publish(self) -> None:
+        """Do nothing."""
+
+    def hold_float32(self) -> None:
         """Do nothing."""
 
 
@@ -78,7 +94,7 @@ class BaseTeacher(_Unchanging):
     has_student_weights = False
 
     def __init__(self, model: torch.nn.Module | None = None) -> None:
-        self._model = model.requires_grad_(False).eval() if model is not None else None
+        self.model = model.requires_grad_(False).eval() if model is not None else None
 
     def weights(self, student: torch.nn.Module) -> AbstractContextManager[torch.nn.Module]:
         """Return the frozen copy, or the student with its adapters disabled.
@@ -87,13 +103,13 @@ class BaseTeacher(_Unchanging):
             ValueError: no copy was given and the student has no PEFT adapters to turn off, or the
                 copy is the student itself.
         """
-        if self._model is student:
+        if self.model is student:
             raise ValueError(
                 "model is the student itself, which training changes: pass a deep copy, or use "
                 "LiveTeacher"
             )
-        if self._model is not None:
-            return nullcontext(self._model)
+        if self.model is not None:
+            return nullcontext(self.model)
         if not hasattr(student, "disable_adapter"):
             raise ValueError(
                 f"the student is a {type(student).__name__} without PEFT adapters, so the base "
@@ -111,29 +127,47 @@ class EmaTeacher:
     Args:
         student: its parameters that require a gradient are averaged.
         decay: how much of the average stays in one step, between 0 and 1.
+        own_frozen: copy the frozen parameters, too, instead of reading the student's.
+
+    Attributes:
+        model: a copy of the student with the averages in place of its trained parameters.
     """
 
     name = "ema"
     has_student_weights = False
 
-    def __init__(self, student: torch.nn.Module, *, decay: float) -> None:
+    def __init__(self, student: torch.nn.Module, *, decay: float, own_frozen: bool = False) -> None:
         if not 0 < decay < 1:
             raise ValueError(
                 f"decay is {decay}, expected a number between 0 and 1, both excluded: use "
                 "LiveTeacher for 0 and BaseTeacher for 1"
             )
         self.decay = decay
-        self.state: Mapping[str, torch.Tensor] = {
-            name: parameter.detach().to(torch.float32, copy=True)
-            for name, parameter in student.named_parameters()
-            if parameter.requires_grad
+        trained = [name for name, p in student.named_parameters() if p.requires_grad]
+        kept = () if own_frozen else (p for p in student.parameters() if not p.requires_grad)
+        self.model = copy.deepcopy(student, {id(p): p for p in kept}).requires_grad_(False)
+        self._averaged = frozenset(trained)
+        # Of the parameters that the model does not hold in float32 itself.
+        self._float32 = {
+            name: parameter.float()
+            for name, parameter in self._parameters().items()
+            if parameter.dtype != torch.float32
         }
-        # The very tensors of `state` where the model computes in float32.
-        self._parameters = {
-            name: torch.nn.Parameter(self.state[name].to(parameter.dtype), requires_grad=False)
-            for name, parameter in student.named_parameters()
-            if parameter.requires_grad
-        }
+
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        named = self.model.named_parameters()
+        return {name: p.detach() for name, p in named if name in self._averaged}
+
+    @property
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """The averages, float32."""
+        return self._parameters() | self._float32
+
+    def hold_float32(self) -> None:
+        """Let the model hold the averages themselves, for someone who rounds as they are read."""
+        for name, parameter in self.model.named_parameters():
+            if name in self._float32:
+                parameter.data = self._float32.pop(name)
 
     @torch.no_grad()
     def update(self, masters: Mapping[str, torch.Tensor]) -> None:
@@ -145,36 +179,13 @@ class EmaTeacher:
     @torch.no_grad()
     def publish(self) -> None:
         """Round the average into the parameters that the model reads."""
-        for name, average in self.state.items():
-            if self._parameters[name].dtype != average.dtype:
-                self._parameters[name].copy_(average)
+        parameters = self._parameters()
+        for name, average in self._float32.items():
+            parameters[name].copy_(average)
 
-    @contextmanager
-    def weights(self, student: torch.nn.Module) -> Iterator[torch.nn.Module]:
-        """Return the student with the averages in place of its parameters.
-
-        The parameters are exchanged, not overwritten, so what autograd has saved of the student's
-        own pass stays valid.
-        """
-        averages = {
-            id(parameter): self._parameters[name]
-            for name, parameter in student.named_parameters()
-            if name in self._parameters
-        }
-        # A tied weight sits in several modules.
-        places = [
-            (module, name, parameter)
-            for module in student.modules()
-            for name, parameter in module.named_parameters(recurse=False)
-            if id(parameter) in averages
-        ]
-        for module, name, parameter in places:
-            setattr(module, name, averages[id(parameter)])
-        try:
-            yield student
-        finally:
-            for module, name, parameter in places:
-                setattr(module, name, parameter)
+    def weights(self, student: torch.nn.Module) -> AbstractContextManager[torch.nn.Module]:
+        """Return the copy with the averages."""
+        return nullcontext(self.model)
 
 
 def build_teacher(
@@ -182,6 +193,7 @@ def build_teacher(
     student: torch.nn.Module,
     *,
     base: torch.nn.Module | None = None,
+    own_frozen: bool = False,
 ) -> Teacher | None:
     """Return the configured teacher of a student that has not learned anything yet.
 
@@ -189,6 +201,7 @@ def build_teacher(
         config: names the strategy; None for a method without a teacher.
         student: the model that learns.
         base: the model as it was before, for a student without adapters that has learned already.
+        own_frozen: see `EmaTeacher`.
     """
     if config is None:
         return None
@@ -196,7 +209,7 @@ def build_teacher(
         case "live":
             return LiveTeacher()
         case "ema":
-            return EmaTeacher(student, decay=config.decay)
+            return EmaTeacher(student, decay=config.decay, own_frozen=own_frozen)
         case "base" if hasattr(student, "disable_adapter"):
             return BaseTeacher()
         case "base":

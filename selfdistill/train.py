@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import Any
@@ -23,25 +24,24 @@ from selfdistill.attention import enable_prefix_sharing
 from selfdistill.batch import build_batch, context_kinds, leave_out_long_questions
 from selfdistill.checkpoint import CheckpointStore, TrainState, fingerprint
 from selfdistill.config import Config, save_config
-from selfdistill.distributed import ALONE, Ranks, join_ranks
+from selfdistill.distributed import Ranks, join_ranks
 from selfdistill.evaluate import Attempts, judge, summarize
-from selfdistill.layout import PromptGroup
+from selfdistill.gradients import StudentLoss, accumulate_gradients
 from selfdistill.methods import build_method
-from selfdistill.methods.loss import Head, Loss, find_heads
-from selfdistill.microbatch import split_by_tokens
+from selfdistill.methods.loss import find_heads
 from selfdistill.progress import progress_bars
 from selfdistill.rollout import SamplingParams, sample
 from selfdistill.rollout.agreement import check_engine
 from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
-from selfdistill.scoring import score
 from selfdistill.seeds import derive_seed
-from selfdistill.solver import Solver, load_solver
+from selfdistill.sharding import whole
+from selfdistill.solver import Solver, build_engine, load_solver
 from selfdistill.tasks import training_problems
-from selfdistill.teacher import Teacher, build_teacher
-from selfdistill.weights import Student, TrainedWeights, enable_activation_checkpointing
+from selfdistill.teacher import build_teacher
+from selfdistill.weights import TrainedWeights, enable_activation_checkpointing
 
 # Settings that a continued run may change without becoming another run.
-MAY_DIFFER = ("model", "output_dir", "device", "attention", "steps", "checkpoint")
+MAY_DIFFER = ("model", "output_dir", "device", "shard", "attention", "steps", "checkpoint")
 
 
 class RunExistsError(RuntimeError):
@@ -162,12 +162,18 @@ def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> T
     student = solver.model
     enable_prefix_sharing(student, backend=config.attention)  # refuses a model that cannot share
     base_sha256 = fingerprint(student)
-    teacher = build_teacher(config.method.teacher, student)
-    weights = TrainedWeights(student)
-    if config.activation_checkpointing:
-        enable_activation_checkpointing(student)
+    sharded = config.shard and ranks.size > 1
+    teacher = build_teacher(config.method.teacher, student, own_frozen=sharded)
     heads = find_heads(student, teacher)
     method = build_method(config, solver.task)
+    objective = StudentLoss(student, teacher, method.loss, heads=heads, attention=config.attention)
+    if sharded:
+        solver = replace(solver, engine=build_engine(config, deepcopy(student), solver.tokenizer))
+    if config.activation_checkpointing:
+        enable_activation_checkpointing(student)
+    if sharded:
+        objective.shard(compute_dtype=getattr(torch, config.precision))
+    weights = TrainedWeights(student)
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
         weights.masters.values(),
@@ -208,8 +214,7 @@ def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> T
     )
 
     def save() -> None:
-        if ranks.is_main:
-            store.save(state, weights, solver.tokenizer, optimizer, teacher)
+        store.save(state, weights, solver.tokenizer, optimizer, teacher, writes=ranks.is_main)
 
     with deferred_interrupt(console) as interrupt, progress_bars(console) as bars:
         bar = bars.add_task("train", total=config.steps, completed=state.step, note="")
@@ -256,21 +261,20 @@ def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> T
                 with clock("score"):
                     optimizer.zero_grad()
                     totals = accumulate_gradients(
-                        student,
-                        teacher,
-                        method.loss,
+                        objective,
                         batch.groups,
-                        heads=heads,
                         tokens_per_pass=config.tokens_per_microbatch,
-                        attention=config.attention,
                         ranks=ranks,
                     )
                 with clock("update"):
-                    ranks.sum_gradients(weights.masters.values())
+                    if not sharded:
+                        ranks.sum_gradients(weights.masters.values())
                     for parameters in optimizer.param_groups:
                         parameters["lr"] = rate
-                    norm = torch.nn.utils.clip_grad_norm_(
-                        weights.masters.values(), settings.max_grad_norm
+                    norm = whole(
+                        torch.nn.utils.clip_grad_norm_(
+                            weights.masters.values(), settings.max_grad_norm
+                        )
                     )
                     refuse_divergence(step, totals.loss, norm.item(), store)
                     optimizer.step()
@@ -321,87 +325,6 @@ def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> T
         best_step=state.best_step,
         best_metric=state.best_metric,
     )
-
-
-@dataclass
-class Totals:
-    """Sums over the completion tokens that were read in one step.
-
-    `loss` is already divided by the step's denominator; `tokens` counts those not read, too.
-    """
-
-    tokens: int
-    tokens_read: int = 0
-    loss: float = 0.0
-    kl: float = 0.0
-    advantage: float = 0.0
-    entropy: float = 0.0
-    active: int = 0
-    packed_tokens: int = 0
-    unshared_tokens: int = 0
-
-    def per_token(self, total: float) -> float | None:
-        """Return a sum's mean over the tokens that were read; None when there are none."""
-        return total / self.tokens_read if self.tokens_read else None
-
-    def over(self, ranks: Ranks) -> Totals:
-        """Return the totals of all ranks."""
-        parts = asdict(self)
-        summed = zip(parts.items(), ranks.sum(*parts.values()), strict=True)
-        return Totals(**{name: type(part)(total) for (name, part), total in summed})
-
-
-def accumulate_gradients(
-    student: Student,
-    teacher: Teacher | None,
-    loss: Loss,
-    groups: Sequence[PromptGroup],
-    *,
-    heads: tuple[Head, Head],
-    tokens_per_pass: int,
-    attention: str = "auto",
-    ranks: Ranks = ALONE,
-) -> Totals:
-    """Add the gradient of the step's mean loss to the student's parameters.
-
-    Every pass divides by the denominator of all groups of all ranks, so the gradient does not
-    depend on which groups one pass takes. It still has to be summed over the ranks. Groups without
-    gradient are not read.
-
-    Args:
-        student: gets the gradients.
-        teacher: scores the same completions with more context; None for a method without one.
-        loss: the method's loss.
-        groups: all prompt groups of this rank's share of the step; none is fine.
-        heads: of the student and of the teacher.
-        tokens_per_pass: most packed tokens that are scored at once.
-        attention: who computes it, see `selfdistill.attention.choose_backend`.
-        ranks: the processes that share the step.
-
-    Returns:
-        The totals of all ranks.
-    """
-    totals = Totals(tokens=sum(group.num_tokens for group in groups))
-    (denominator,) = ranks.sum(sum(loss.denominator(group) for group in groups))
-    for microbatch in split_by_tokens(
-        [group for group in groups if loss.learns_from(group)],
-        max_tokens=tokens_per_pass,
-        share_student_prefix=teacher is not None and teacher.has_student_weights,
-        with_teacher=teacher is not None,
-    ):
-        scored = score(student, teacher, microbatch, attention=attention)
-        output = loss(scored, *heads, normalizer=denominator)
-        output.loss.backward()
-        assert output.advantage is not None  # the loss was given the sampled tokens
-        totals.tokens_read += len(scored.targets)
-        totals.loss += output.loss.item()
-        totals.kl += output.divergence.sum().item()
-        totals.advantage += output.advantage.sum().item()
-        totals.entropy += output.entropy.sum().item()
-        totals.active += int(output.active.sum())
-        totals.packed_tokens += scored.statistics.packed_tokens
-        totals.unshared_tokens += scored.statistics.unshared_tokens
-    return totals.over(ranks)
 
 
 def correct(attempts: Sequence[Attempts]) -> list[bool]:

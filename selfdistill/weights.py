@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from selfdistill.attention import base_causal_lm
 from selfdistill.config import AdapterConfig, Config
 from selfdistill.seeds import derive_seed
+from selfdistill.sharding import assign
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -157,19 +158,25 @@ class TrainedWeights:
             if parameter is not self.masters[name]:
                 parameter.copy_(self.masters[name])
 
-    def save(self, folder: Path) -> None:
-        """Write the masters: a PEFT adapter folder, or a transformers folder of the whole model."""
+    def save(self, folder: Path, masters: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write the masters: a PEFT adapter folder, or a transformers folder of the whole model.
+
+        Args:
+            folder: exists.
+            masters: whole ones, where `self.masters` are in parts.
+        """
+        masters = self.masters if masters is None else masters
         if self.is_whole_model:
-            masters = {id(self._parameters[n]): master for n, master in self.masters.items()}
+            by_parameter = {id(self._parameters[n]): master for n, master in masters.items()}
             state = {
-                name: masters.get(id(tensor), tensor).detach()
+                name: by_parameter.get(id(tensor), tensor).detach()
                 for name, tensor in self.model.state_dict(keep_vars=True).items()
             }
             self.model.save_pretrained(folder, state_dict=state)
         else:
             (config,) = self.model.peft_config.values()
             config.save_pretrained(folder)
-            tensors = {_peft_name(n): master.detach() for n, master in self.masters.items()}
+            tensors = {_peft_name(n): master.detach() for n, master in masters.items()}
             save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
 
     def read(self, folder: Path) -> dict[str, torch.Tensor]:
@@ -182,7 +189,7 @@ class TrainedWeights:
 
 
 def copy_tensors(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> None:
-    """Copy by name into tensors that stay where they are.
+    """Copy whole tensors by name into tensors that stay where they are, in parts or not.
 
     Raises:
         ValueError: the names or the shapes are not the same; nothing was copied.
@@ -194,9 +201,8 @@ def copy_tensors(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.
     )
     if wrong:
         raise ValueError(", ".join(wrong[:5]))
-    with torch.no_grad():
-        for name, tensor in target.items():
-            tensor.copy_(source[name])
+    for name, tensor in target.items():
+        assign(tensor, source[name])
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -27,16 +27,24 @@ class Head:
     """How a model turns hidden states into logits: cap(scale * (h W^T + b)).
 
     Attributes:
-        weight: [V, H], the model's own parameter; with tied embeddings it is those, too.
-        bias: [V] or None.
+        layer: holds W and b.
         softcap: c of c * tanh(logits / c), or None.
         logit_scale: multiplies the logits before the cap.
     """
 
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    logit_scale: float
+    layer: torch.nn.Module
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, H], the model's own parameter; with tied embeddings it is those, too."""
+        return cast(Tensor, self.layer.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V] or None."""
+        return cast("Tensor | None", getattr(self.layer, "bias", None))
 
 
 class UnsupportedHeadError(ValueError):
@@ -53,8 +61,7 @@ def lm_head(model: torch.nn.Module) -> Head:
     layer = base.get_output_embeddings()
     config = base.get_decoder().config
     head = Head(
-        weight=layer.weight,
-        bias=getattr(layer, "bias", None),
+        layer=layer,
         softcap=getattr(config, "final_logit_softcapping", None),
         logit_scale=_logit_scale(config),
     )

@@ -15,10 +15,11 @@ from selfdistill.rollout import (
     end_token_ids,
     make_rollout,
 )
+from selfdistill.sharding import whole
 
 
 class TransformersEngine:
-    """Samples from the very weights that are being trained, so there is nothing to synchronise.
+    """Samples from a transformers model: the one that is trained, or a copy that follows it.
 
     An own loop over the model, not `model.generate`: it reads a prompt once for its whole group,
     stops paying for finished rows, and draws from a generator of its own for each prompt, so that
@@ -73,8 +74,15 @@ class TransformersEngine:
             self.model.train(was_training)
         return groups
 
+    @torch.no_grad()
     def sync(self, model: nn.Module) -> None:
-        """Do nothing: the engine samples from the very model that is trained."""
+        """Take over the trained weights; nothing to do when the model is the engine's own."""
+        if model is self.model:
+            return
+        own = dict(self.model.named_parameters())
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                own[name].copy_(whole(parameter))
 
     @torch.no_grad()
     def _sample(

@@ -4,54 +4,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny_runs import ROOT, forked_runs, lines, tensors
+from tiny_runs import ROOT, assert_close_runs, forked_runs, lines, ranks_settings
 
 from selfdistill.config import Config, save_config
 from selfdistill.distributed import ALONE, Ranks
 from selfdistill.runlog import JsonLines
 from selfdistill.train import train
-
-
-def settings(solver_dir: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "model": str(solver_dir),
-        "output_dir": str(output_dir),
-        "task": {"step_counts": [1, 2]},
-        "method": {"name": "stepalign", "group_size": 2},
-        "device": "cpu",
-        "steps": 3,
-        "prompts_per_step": 3,
-        "rollout": {"max_new_tokens": 6},
-        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0},
-        "evaluation": {"every": 2, "problems": 3, "samples": 2},
-        **changes,
-    }
-
-
-def assert_close_runs(alone: Path, together: Path) -> None:
-    for log in ("metrics.jsonl", "evaluations.jsonl"):
-        expected, got = lines(alone, log), lines(together, log)
-        assert len(expected) == len(got)
-        for one, other in zip(expected, got, strict=True):
-            assert one.keys() == other.keys()
-            for name, value in one.items():
-                if isinstance(value, float):
-                    assert other[name] == pytest.approx(value, rel=1e-5, abs=1e-9), name
-                else:
-                    assert other[name] == value, name
-    expected_tensors, got_tensors = tensors(alone), tensors(together)
-    assert expected_tensors.keys() == got_tensors.keys()
-    for name, tensor in expected_tensors.items():
-        if name.startswith("rng"):
-            continue  # of the process at large; a run draws from generators of its own
-        error = (got_tensors[name].double() - tensor.double()).norm()
-        # AdamW divides by the gradient's size: elements whose gradient is noise move at random.
-        tolerance = 1e-5 if name.startswith("optimizer") else 1e-6
-        assert error <= tolerance * tensor.double().norm() + 1e-12, name
 
 
 def test_two_ranks_give_the_result_of_one(solver_dir: Path, tmp_path: Path) -> None:
@@ -73,7 +34,7 @@ def test_two_ranks_give_the_result_of_one(solver_dir: Path, tmp_path: Path) -> N
     }
     request = {
         "cases": {
-            name: settings(solver_dir, tmp_path / name, **changes)
+            name: ranks_settings(solver_dir, tmp_path / name, **changes)
             for name, changes in cases.items()
         }
     }
@@ -88,7 +49,7 @@ def test_two_ranks_give_the_result_of_one(solver_dir: Path, tmp_path: Path) -> N
 
 
 def test_torchrun_starts_a_run(solver_dir: Path, tmp_path: Path) -> None:
-    config = settings(solver_dir, tmp_path / "together", steps=1, prompts_per_step=2)
+    config = ranks_settings(solver_dir, tmp_path / "together", steps=1, prompts_per_step=2)
     save_config(Config.model_validate(config), tmp_path / "config.yaml")
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(

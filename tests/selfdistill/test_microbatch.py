@@ -7,11 +7,11 @@ import torch
 from transformers import PreTrainedModel
 
 from selfdistill.config import LossConfig
+from selfdistill.gradients import StudentLoss, accumulate_gradients
 from selfdistill.layout import PromptGroup, pack_groups
 from selfdistill.methods.loss import DistillationLoss, find_heads
 from selfdistill.microbatch import split_by_tokens
 from selfdistill.teacher import LiveTeacher
-from selfdistill.train import accumulate_gradients
 
 
 def group(completion: int, *, rollouts: int = 2) -> PromptGroup:
@@ -71,11 +71,13 @@ def test_memory_follows_the_budget(tiny_model: Callable[..., PreTrainedModel]) -
 
         with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
             accumulate_gradients(
-                student,
-                LiveTeacher(),
-                DistillationLoss(LossConfig()),
+                StudentLoss(
+                    student,
+                    LiveTeacher(),
+                    DistillationLoss(LossConfig()),
+                    heads=find_heads(student, LiveTeacher()),
+                ),
                 groups,
-                heads=find_heads(student, LiveTeacher()),
                 tokens_per_pass=share_of_all * one,
             )
         peaks.append(peak)

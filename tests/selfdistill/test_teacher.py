@@ -66,23 +66,32 @@ def test_ema_follows_the_float32_weights(tiny_model: Callable[..., PreTrainedMod
     with teacher.weights(student) as model:
         weight = model.get_parameter("lm_head.weight")
         assert torch.equal(weight, teacher.state["lm_head.weight"].bfloat16())
-    assert model.get_parameter("lm_head.weight") is not weight
+    assert student.get_parameter("lm_head.weight") is not weight
+    # Held in the model itself, nothing is rounded any more.
+    teacher.hold_float32()
+    teacher.update(masters)
+    with teacher.weights(student) as model:
+        assert all(torch.equal(model.get_parameter(n), teacher.state[n]) for n in start)
+    torch.testing.assert_close(
+        teacher.state["lm_head.weight"], start["lm_head.weight"] + 0.271e-4, rtol=1e-6, atol=1e-8
+    )
 
 
-def test_ema_gives_the_students_weights_back_after_an_error(
-    tiny_model: Callable[..., PreTrainedModel],
+@pytest.mark.parametrize("own_frozen", [False, True])
+def test_an_average_of_adapters_reads_the_students_frozen_weights(
+    tiny_model: Callable[..., PreTrainedModel], own_frozen: bool
 ) -> None:
-    student = tiny_model("qwen3")
-    parameters = dict(student.named_parameters())
-
-    def fail() -> None:
-        with EmaTeacher(student, decay=0.9).weights(student):
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail()
-    assert all(student.get_parameter(name) is value for name, value in parameters.items())
-    assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
+    student = get_peft_model(tiny_model("qwen3"), LoraConfig(r=2, target_modules="all-linear"))
+    teacher = EmaTeacher(student, decay=0.9, own_frozen=own_frozen)
+    learning = {name for name, p in student.named_parameters() if p.requires_grad}
+    assert teacher.state.keys() == learning
+    for name, parameter in teacher.model.named_parameters():
+        same = parameter is student.get_parameter(name)
+        assert same == (name not in learning and not own_frozen), name
+        assert not parameter.requires_grad
+    assert all(student.get_parameter(name).requires_grad for name in learning)
+    embeddings = teacher.model.get_input_embeddings().weight
+    assert teacher.model.get_output_embeddings().weight is embeddings
 
 
 def test_an_average_may_not_borrow_the_students_prefix(

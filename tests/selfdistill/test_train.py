@@ -16,12 +16,14 @@ from tiny_runs import assert_same_run, lines, tensors
 from transformers import LlamaForCausalLM
 
 import selfdistill.batch
+import selfdistill.gradients
 import selfdistill.train
 from selfdistill.attention import UnavailableBackendError, UnsupportedModelError
 from selfdistill.checkpoint import CheckpointError
 from selfdistill.config import AdapterConfig, Config, load_config
 from selfdistill.context import PromptTooLongError
 from selfdistill.evaluate import Attempts, Evaluation, judge
+from selfdistill.gradients import StudentLoss, accumulate_gradients
 from selfdistill.layout import PromptGroup
 from selfdistill.methods.loss import find_heads
 from selfdistill.methods.stepalign import StepAlign
@@ -37,7 +39,6 @@ from selfdistill.teacher import build_teacher
 from selfdistill.train import (
     DivergedError,
     RunExistsError,
-    accumulate_gradients,
     train,
 )
 from selfdistill.weights import TrainedWeights
@@ -83,7 +84,7 @@ def interrupt_at_call(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return score(*args, **kwargs)
 
-    monkeypatch.setattr(selfdistill.train, "score", interrupted)
+    monkeypatch.setattr(selfdistill.gradients, "score", interrupted)
 
 
 def test_a_run_leaves_what_it_promises(solver_dir: Path, tmp_path: Path) -> None:
@@ -228,7 +229,7 @@ def test_a_second_ctrl_c_stops_at_once(
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("still running")
 
-    monkeypatch.setattr(selfdistill.train, "score", twice)
+    monkeypatch.setattr(selfdistill.gradients, "score", twice)
     # A test run in the background inherits an ignored SIGINT; a terminal's process has this one.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -271,7 +272,7 @@ def test_divergence_stops_before_the_weights_are_ruined(
             scored.student_hidden.data[0, 0] = torch.nan
         return scored
 
-    monkeypatch.setattr(selfdistill.train, "score", poisoned)
+    monkeypatch.setattr(selfdistill.gradients, "score", poisoned)
     with pytest.raises(DivergedError, match=r"step 2: .*nan.*learning_rate"):
         train(make_config(solver_dir, tmp_path / "run"))
     saved = tensors(tmp_path / "run")
@@ -318,12 +319,12 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     write = TrainedWeights.save
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def refused(self: TrainedWeights, folder: Path) -> None:
+    def refused(self: TrainedWeights, folder: Path, masters: Any) -> None:
         if "step-000003" in folder.name:
             # The system refuses to write beyond this size, as it does when there is no room.
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
         try:
-            write(self, folder)
+            write(self, folder, masters)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
@@ -422,11 +423,8 @@ def test_accumulated_gradients_equal_the_whole_batch(
         method = selfdistill.train.build_method(config, ArithmeticTask())
         assert isinstance(method, StepAlign)
         totals = accumulate_gradients(
-            student,
-            teacher,
-            method.loss,
+            StudentLoss(student, teacher, method.loss, heads=find_heads(student, teacher)),
             groups,
-            heads=find_heads(student, teacher),
             tokens_per_pass=tokens_per_pass,
         )
         results.append((totals, {n: p.grad for n, p in student.named_parameters()}))

@@ -11,11 +11,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from selfdistill.config import AdapterConfig, Config, LossConfig
+from selfdistill.gradients import StudentLoss, accumulate_gradients
 from selfdistill.layout import PromptGroup
 from selfdistill.methods.loss import DistillationLoss, find_heads
 from selfdistill.scoring import score
 from selfdistill.teacher import BaseTeacher, EmaTeacher, LiveTeacher, Teacher
-from selfdistill.train import accumulate_gradients
 from selfdistill.weights import (
     TrainedWeights,
     UnsupportedAdapterError,
@@ -48,11 +48,13 @@ def gradients(
 ) -> dict[str, torch.Tensor]:
     weights = TrainedWeights(student)
     accumulate_gradients(
-        student,
-        teacher,
-        DistillationLoss(LossConfig()),
+        StudentLoss(
+            student,
+            teacher,
+            DistillationLoss(LossConfig()),
+            heads=find_heads(student, teacher),
+        ),
         groups,
-        heads=find_heads(student, teacher),
         tokens_per_pass=tokens_per_pass,
     )
     found = {}

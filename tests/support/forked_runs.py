@@ -8,6 +8,7 @@ is safe because it computes nothing itself and has one thread. The answer is one
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -23,12 +24,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 from rich.console import Console
+from safetensors.torch import save
 
 import selfdistill.checkpoint
+import selfdistill.gradients
 import selfdistill.runlog
 import selfdistill.train
-from selfdistill.checkpoint import fingerprint
 from selfdistill.config import Config
+from selfdistill.distributed import join_ranks
+from selfdistill.sharding import gather
 from selfdistill.weights import TrainedWeights
 
 torch.set_num_threads(1)
@@ -41,7 +45,7 @@ MOMENTS = [
     (selfdistill.checkpoint.os, "rename", 3),
     (selfdistill.checkpoint.os, "replace", 8),
     (selfdistill.checkpoint.shutil, "rmtree", 8),
-    (selfdistill.train, "score", 3),
+    (selfdistill.gradients, "score", 3),
     (selfdistill.train, "judge", 3),
 ]
 
@@ -157,7 +161,7 @@ def ranks(request: dict[str, Any]) -> dict[str, Any]:
     for name, case in request["cases"].items():
         config = Config.model_validate(case)
         folder = config.output_dir
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for size in (1, 2):
             log = folder / f"log-{size}"
             port = str(20000 + os.getpid() % 20000 + len(answers) * 2 + size)
@@ -182,15 +186,25 @@ def ranks(request: dict[str, Any]) -> dict[str, Any]:
                     models.append(self)
 
                 TrainedWeights.__init__ = remembering  # type: ignore[method-assign]
-                run(config.model_copy(update={"output_dir": config.output_dir / str(size)}))
-                digest = fingerprint(models[0].model)
-                (config.output_dir / f"fingerprint-{size}-{rank}").write_text(digest)
+                with join_ranks():
+                    run(config.model_copy(update={"output_dir": config.output_dir / str(size)}))
+                    masters = gather(models[0].masters, keep=True)
+                digest = hashlib.sha256(save(masters)).hexdigest()
+                # Of all trained elements, the share that this rank holds.
+                parts = [getattr(p, "_local_tensor", p) for p in models[0].masters.values()]
+                held = sum(t.numel() for t in parts) / sum(t.numel() for t in masters.values())
+                (config.output_dir / f"rank-{size}-{rank}").write_text(
+                    json.dumps({"digest": digest, "held": held})
+                )
 
             processes = [fork(lambda rank=rank: task(rank), log) for rank in range(size)]
             for pid in processes:
                 wait(pid, log)
-        prints = [(folder / f"fingerprint-2-{rank}").read_text() for rank in range(2)]
-        answers[name] = {"ranks_agree": prints[0] == prints[1]}
+        found = [json.loads((folder / f"rank-2-{rank}").read_text()) for rank in range(2)]
+        answers[name] = {
+            "ranks_agree": found[0]["digest"] == found[1]["digest"],
+            "held": max(of_rank["held"] for of_rank in found),
+        }
     return answers
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -60,3 +61,44 @@ def forked_runs(action: str, request: dict[str, Any], folder: Path) -> dict[str,
     assert result.returncode == 0, result.stderr
     answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return answer
+
+
+def ranks_settings(solver_dir: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
+    """A short run for several processes."""
+    return {
+        "model": str(solver_dir),
+        "output_dir": str(output_dir),
+        "task": {"step_counts": [1, 2]},
+        "method": {"name": "stepalign", "group_size": 2},
+        "device": "cpu",
+        "steps": 3,
+        "prompts_per_step": 3,
+        "rollout": {"max_new_tokens": 6},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0},
+        "evaluation": {"every": 2, "problems": 3, "samples": 2},
+        **changes,
+    }
+
+
+def assert_close_runs(alone: Path, together: Path) -> None:
+    """Compare two runs up to rounding."""
+    for log in ("metrics.jsonl", "evaluations.jsonl"):
+        expected, got = lines(alone, log), lines(together, log)
+        assert len(expected) == len(got)
+        for one, other in zip(expected, got, strict=True):
+            assert one.keys() == other.keys()
+            for name, value in one.items():
+                if isinstance(value, float):
+                    assert other[name] == pytest.approx(value, rel=1e-5, abs=1e-9), name
+                else:
+                    assert other[name] == value, name
+    expected_tensors, got_tensors = tensors(alone), tensors(together)
+    assert expected_tensors.keys() == got_tensors.keys()
+    for name, tensor in expected_tensors.items():
+        if name.startswith("rng"):
+            continue  # of the process at large; a run draws from generators of its own
+        error = (got_tensors[name].double() - tensor.double()).norm()
+        # AdamW divides by the gradient's size: elements whose gradient is noise move at random.
+        # An adapter is all movement (its B starts at 0), other weights hardly move.
+        tolerance = 1e-6 if name.startswith("model") else 1e-5
+        assert error <= tolerance * tensor.double().norm() + 1e-12, name

@@ -16,13 +16,13 @@ from torch.nn.functional import log_softmax
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 import selfdistill.batch
-import selfdistill.train
+import selfdistill.gradients
+from selfdistill.gradients import StudentLoss, accumulate_gradients
 from selfdistill.layout import PromptGroup
 from selfdistill.methods.grpo import GRPOLoss, group_advantages
 from selfdistill.methods.loss import lm_head
 from selfdistill.scoring import score
 from selfdistill.teacher import BaseTeacher
-from selfdistill.train import accumulate_gradients
 
 ModelFactory = Callable[..., PreTrainedModel]
 TEMPERATURE = 1.3
@@ -249,11 +249,13 @@ def step_gradient(
     **settings: Any,
 ) -> tuple[Any, dict[str, Tensor]]:
     totals = accumulate_gradients(
-        student,
-        None if base is None else BaseTeacher(base),
-        make_loss(**settings),
+        StudentLoss(
+            student,
+            None if base is None else BaseTeacher(base),
+            make_loss(**settings),
+            heads=(lm_head(student), lm_head(base or student)),
+        ),
         groups,
-        heads=(lm_head(student), lm_head(base or student)),
         tokens_per_pass=tokens_per_pass,
     )
     return totals, gradients(student)
@@ -269,7 +271,7 @@ def test_a_group_of_equal_rewards_is_not_read_but_counts(
         read.extend(groups)
         return score(model, teacher, groups, **options)
 
-    monkeypatch.setattr(selfdistill.train, "score", watched)
+    monkeypatch.setattr(selfdistill.gradients, "score", watched)
     informative, tied = stale(judged(ragged_groups, [[1.0, 0.0, 0.0], [1.0, 1.0]]), student)
     totals, both = step_gradient(student, [informative, tied])
     assert read == [informative]

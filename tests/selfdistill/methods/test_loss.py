@@ -74,11 +74,17 @@ def random_tokens(hidden: int) -> ScoredTokens:
     )
 
 
+def plain_head(weight: torch.Tensor) -> Head:
+    layer = torch.nn.Linear(*weight.shape[::-1], bias=False)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=weight.requires_grad)
+    return Head(layer)
+
+
 def test_a_live_teacher_shares_the_head_and_a_base_teacher_has_its_own() -> None:
     scored = random_tokens(8)
     weight = torch.nn.Parameter(torch.randn(61, 8, generator=torch.Generator().manual_seed(1)))
-    own = Head(weight, None, None, 1.0)
-    other = Head(weight.detach() * 2, None, None, 1.0)
+    own = plain_head(weight)
+    other = plain_head(weight.detach() * 2)
     loss = DistillationLoss(LossConfig())
     shared = loss(scored, own, own, normalizer=1.0)
     separate = loss(scored, own, other, normalizer=1.0)
@@ -124,7 +130,7 @@ def test_every_setting_changes_the_gradient(
     common: dict[str, Any], settings: dict[str, Any]
 ) -> None:
     weight = torch.nn.Parameter(torch.randn(61, 8, generator=torch.Generator().manual_seed(1)))
-    head = Head(weight, None, None, 1.0)
+    head = plain_head(weight)
     gradients = []
     for chosen in (common, settings):
         scored = random_tokens(8)
@@ -135,7 +141,7 @@ def test_every_setting_changes_the_gradient(
 
 
 def test_the_advantage_mask_drops_tokens_and_says_which() -> None:
-    head = Head(torch.randn(61, 8, generator=torch.Generator().manual_seed(1)), None, None, 1.0)
+    head = plain_head(torch.randn(61, 8, generator=torch.Generator().manual_seed(1)))
     scored = random_tokens(8)
     settings = LossConfig.model_validate({"advantage_mask": {"threshold": 0.5}})
     output = DistillationLoss(settings)(scored, head, head, normalizer=20)
@@ -149,7 +155,7 @@ def test_the_advantage_mask_drops_tokens_and_says_which() -> None:
 
 @pytest.mark.parametrize("per_step", [False, True])
 def test_the_top_fraction_is_taken_of_each_rollout(per_step: bool) -> None:
-    head = Head(torch.randn(61, 8, generator=torch.Generator().manual_seed(1)), None, None, 1.0)
+    head = plain_head(torch.randn(61, 8, generator=torch.Generator().manual_seed(1)))
     scored = random_tokens(8)
     settings = {"advantage_mask": {"top_fraction": 0.4, "per_step": per_step}}
     loss = DistillationLoss(LossConfig.model_validate(settings))
@@ -181,7 +187,7 @@ def test_the_top_fraction_is_taken_of_each_rollout(per_step: bool) -> None:
 
 
 def test_sequence_mean_weighs_every_rollout_the_same() -> None:
-    head = Head(torch.randn(61, 8, generator=torch.Generator().manual_seed(1)), None, None, 1.0)
+    head = plain_head(torch.randn(61, 8, generator=torch.Generator().manual_seed(1)))
     scored = random_tokens(8)
     loss = DistillationLoss(LossConfig(reduction="sequence_mean"))
     output = loss(scored, head, head, normalizer=2)

@@ -1,0 +1,96 @@
+"""FSDP2 over gloo: two processes with half of the weights each do what one does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_runs import assert_close_runs, forked_runs, lines, ranks_settings, tensors
+
+from selfdistill.config import Config
+from selfdistill.train import train
+
+LORA = {"r": 2}
+SHARDED: dict[str, dict[str, Any]] = {
+    # Several passes, and not equally many on both ranks.
+    "full": {"tokens_per_microbatch": 1, "activation_checkpointing": True},
+    "live": {"method": {"name": "stepalign", "group_size": 2, "teacher": {"name": "live"}}},
+    "lora": {"adapter": LORA},
+    # One rank has no problem at all; the average is a second model in parts.
+    "ema": {
+        "prompts_per_step": 1,
+        "method": {"name": "stepalign", "group_size": 2, "teacher": {"name": "ema"}},
+    },
+    "lora ema": {
+        "adapter": LORA,
+        "method": {"name": "stepalign", "group_size": 2, "teacher": {"name": "ema"}},
+    },
+    "grpo": {"method": {"name": "grpo", "group_size": 4, "kl": {"coefficient": 0.1}}},
+    "mask": {
+        "prompts_per_step": 2,
+        "rollout": {"max_new_tokens": 1},
+        "method": {
+            "name": "stepalign",
+            "group_size": 1,
+            "loss": {"advantage_mask": {"threshold": 1e-3, "sign": "positive"}},
+        },
+    },
+}
+
+
+def test_sharded_weights_give_the_result_of_one_process(solver_dir: Path, tmp_path: Path) -> None:
+    request = {
+        "cases": {
+            name: ranks_settings(solver_dir, tmp_path / name, shard=True, **changes)
+            for name, changes in SHARDED.items()
+        }
+    }
+    answer = forked_runs("ranks", request, tmp_path)
+    for name in SHARDED:
+        assert answer[name]["ranks_agree"], name
+        # Of every trained weight, about half is on each rank.
+        assert 0.45 < answer[name]["held"] < 0.55, name
+        assert_close_runs(tmp_path / name / "1", tmp_path / name / "2")
+
+
+def test_sharded_half_precision_has_the_gradient_of_one_process(
+    solver_dir: Path, tmp_path: Path
+) -> None:
+    changes = {"precision": "bfloat16", "steps": 1}
+    cases = {
+        name: ranks_settings(solver_dir, tmp_path / name, shard=True, **changes, **others)
+        for name, others in (("full", {}), ("lora", {"adapter": LORA}))
+    }
+    forked_runs("ranks", {"cases": cases}, tmp_path)
+    for name in cases:
+        one, other = tensors(tmp_path / name / "1"), tensors(tmp_path / name / "2")
+        moments = [key for key in one if key.endswith("exp_avg")]  # 0.1 of the first gradient
+        assert moments
+        difference = sum((one[m] - other[m]).square().sum() for m in moments)
+        size = sum(one[m].square().sum() for m in moments)
+        # Passes are cut differently, and each rounds to 8 bits.
+        assert size > 0
+        assert (difference / size).sqrt() < 0.01, name
+        masters = {tensor.dtype for key, tensor in other.items() if "model.safetensors" in key}
+        assert masters == {torch.float32}
+
+
+def test_a_run_goes_on_with_sharded_weights_and_without(solver_dir: Path, tmp_path: Path) -> None:
+    ema = {"name": "stepalign", "group_size": 2, "teacher": {"name": "ema"}}
+
+    def case(steps: int) -> dict[str, Any]:
+        return ranks_settings(solver_dir, tmp_path / "run", shard=True, method=ema, steps=steps)
+
+    forked_runs("ranks", {"cases": {"run": case(2)}}, tmp_path)
+    alone, together = tmp_path / "run" / "1", tmp_path / "run" / "2"
+    # What one process has begun, two go on with, and the other way round.
+    alone.rename(tmp_path / "begun alone")
+    together.rename(alone)
+    (tmp_path / "begun alone").rename(together)
+    forked_runs("ranks", {"cases": {"run": case(3)}}, tmp_path)
+    assert lines(together, "metrics.jsonl")[-1]["step"] == 3
+    undisturbed = tmp_path / "undisturbed"
+    train(Config.model_validate({**case(3), "output_dir": undisturbed}))
+    for run in (alone, together):
+        assert_close_runs(undisturbed, run)
