@@ -32,7 +32,14 @@ def analysis_tables(analysis: RunAnalysis) -> list[TextTable]:
             ("All attempts with a wrong step, the two kinds mixed", "all_wrong"),
         ):
             tables.append(
-                localisation_table(title, {m.label: getattr(m, field) for m in methods}, note=note)
+                localisation_table(
+                    title,
+                    {m.label: getattr(m, field) for m in methods},
+                    times={m.label: m.share_times for m in methods[1:]}
+                    if field == "later_wrong"
+                    else None,
+                    note=note,
+                )
             )
             note = ""
     return [*tables, overall_table(methods), mask_table(methods)]

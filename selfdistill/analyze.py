@@ -35,6 +35,7 @@ from selfdistill.localisation import (
     mask_effects,
     overall,
     profile,
+    share_times,
     suggest,
 )
 from selfdistill.methods import build_method
@@ -68,6 +69,8 @@ class MethodAnalysis:
         all_wrong: attempts with a wrong step.
         first_wrong: those whose first step is the wrong one: nothing right comes before it.
         later_wrong: those whose first error follows a right step.
+        share_times: over these, how many times this method's share of |A| on the wrong step the
+            first method's is; of attempts that both have a context for.
         wrong: all attempts that went wrong, whether their steps are known or not.
         right: attempts with the right answer and no wrong step.
         profile: mean advantage by distance from the start of the wrong step, over `later_wrong`.
@@ -81,6 +84,7 @@ class MethodAnalysis:
     all_wrong: Localisation
     first_wrong: Localisation
     later_wrong: Localisation
+    share_times: Interval | None
     wrong: Overall
     right: Overall
     profile: tuple[ProfilePoint, ...]
@@ -232,7 +236,7 @@ def analyze_run(
         solved=share_solved(draw.attempts),
         knows_steps=any(verdict.wrong_span is not None for verdict in rollouts),
         methods=tuple(
-            method_figures(label, section.model_dump(mode="json"), draw, found)
+            method_figures(label, section.model_dump(mode="json"), draw, found, first=records[0])
             for label, section, found in zip(
                 method_labels(sections), sections, records, strict=True
             )
@@ -408,15 +412,32 @@ def score_method(
 
 
 def method_figures(
-    label: str, settings: dict[str, Any], draw: Draw, records: Sequence[TokenAnalysis]
+    label: str,
+    settings: dict[str, Any],
+    draw: Draw,
+    records: Sequence[TokenAnalysis],
+    *,
+    first: Sequence[TokenAnalysis],
 ) -> MethodAnalysis:
     """Aggregate the records of one method, one for each of `draw.chosen`.
 
     Attempts for which the method has no context are left out, as training leaves them out.
+
+    Args:
+        label, settings: of the method.
+        draw: the attempts.
+        records: of this method.
+        first: of the method that it is compared with.
     """
     at = {
         place: record for place, record in zip(draw.chosen, records, strict=True) if record.context
     }
+    compared = [
+        pair
+        for place, *pair in zip(draw.chosen, first, records, strict=True)
+        if place in draw.wrong
+        and all(record.context and not first_step_wrong(record) for record in pair)
+    ]
     wrong = [at[place] for place in draw.wrong if place in at]
     come = [at[place] for place in draw.as_they_come if place in at]
     later = [r for r in wrong if not first_step_wrong(r)]
@@ -428,6 +449,7 @@ def method_figures(
         all_wrong=localise(wrong),
         first_wrong=localise([r for r in wrong if first_step_wrong(r)]),
         later_wrong=localise(later),
+        share_times=share_times([a for a, _ in compared], [b for _, b in compared]),
         wrong=overall(wrong),
         right=overall([r for r in come if r.correct and r.wrong_tokens is None]),
         profile=tuple(profile(later)),

@@ -79,6 +79,7 @@ def evaluate(
     from selfdistill.evaluate import summarize
     from selfdistill.progress import progress_bars
     from selfdistill.runlog import write_atomically
+    from selfdistill.seeds import derive_seed
     from selfdistill.solver import load_solver
     from selfdistill.tables import evaluation_table
 
@@ -98,7 +99,7 @@ def evaluate(
             split=split,
             problems=problems,
             samples=samples,
-            seed=seed,
+            seed=derive_seed(seed, "evaluate"),
             progress=lambda count: bars.advance(bar, count),
         )
     result = summarize(attempts, solver.task, split=split)

@@ -15,7 +15,7 @@ import torch
 from selfdistill.analysis import TokenAnalysis
 from selfdistill.evaluate import Interval
 from selfdistill.resampling import quotient_interval, ratio_intervals
-from selfdistill.tables import TextTable, number, percent
+from selfdistill.tables import MISSING, TextTable, number, percent
 from selfdistill_kernels import AdvantageMask
 
 # A token counts as negative when the teacher finds it less likely by more than this (nats).
@@ -254,9 +254,20 @@ def suggest(effects: Sequence[MaskEffect], *, kept: float = KEPT) -> MaskEffect 
 
 
 def localisation_table(
-    title: str, figures: Mapping[str, Localisation], *, note: str = ""
+    title: str,
+    figures: Mapping[str, Localisation],
+    *,
+    times: Mapping[str, Interval | None] | None = None,
+    note: str = "",
 ) -> TextTable:
-    """Return a table with one column for each named Localisation."""
+    """Return a table with one column for each named Localisation.
+
+    Args:
+        title: of the table.
+        figures: the columns.
+        times: `share_times` of the first column over each of the others, if they are to be shown.
+        note: below the table.
+    """
     rows: list[tuple[str, Callable[[Localisation], str]]] = [
         ("wrong attempts (problems)", lambda f: f"{f.attempts} ({f.problems})"),
         ("mean A before the first wrong step (nats)", lambda f: number(f.mean_before)),
@@ -268,12 +279,12 @@ def localisation_table(
         ("share of the tokens on it", lambda f: percent(f.tokens_at)),
         (f"right tokens before it with A < {NEGATIVE:g}", lambda f: percent(f.negative_before)),
     ]
-    return TextTable(
-        title,
-        ["", *figures],
-        [[label, *map(show, figures.values())] for label, show in rows],
-        note,
-    )
+    lines = [[label, *map(show, figures.values())] for label, show in rows]
+    if times:
+        first, *others = figures
+        cells = [number(times[name], ".2f") for name in others]
+        lines.append([f"times as much |A| on it with {first}", MISSING, *cells])
+    return TextTable(title, ["", *figures], lines, note)
 
 
 # GEMMs of 2 N H V flop by strategy: (for every token, for every active token); docs/math.md.

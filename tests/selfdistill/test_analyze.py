@@ -97,6 +97,8 @@ def test_the_command_writes_page_markdown_and_json(finished: Path) -> None:
         assert second["context"] == second["reference"] != first["context"]
 
     markdown = (folder / "analysis.md").read_text()
+    compared = "times as much \\|A\\| on it with stepalign"
+    assert compared in markdown
     page = read(folder / "analysis.html")
     assert page.sections == ["figures", "examples", "tables"]
     assert not page.tags & {"script", "link", "img"}
@@ -288,30 +290,53 @@ def test_without_known_steps_the_analysis_says_what_it_cannot_show(
     assert "marked no wrong step" in (tmp_path / "out" / "analysis.md").read_text()
 
 
-def test_attempts_without_context_are_in_no_figure() -> None:
-    def record(problem: str, context: str, advantage: float) -> TokenAnalysis:
-        one = [0.0]
-        return TokenAnalysis(
-            problem,
-            "",
-            "",
-            "",
-            "",
-            context,
-            False,
-            1,
-            (0, 1),
-            ["x"],
-            [advantage],
-            one,
-            one,
-            one,
-            one,
-        )
+def record(
+    problem: str, context: str, *advantage: float, wrong: tuple[int, int] = (0, 1)
+) -> TokenAnalysis:
+    zeros = [0.0] * len(advantage)
+    return TokenAnalysis(
+        problem_id=problem,
+        question="",
+        answer="",
+        reference="",
+        response="",
+        context=context,
+        correct=False,
+        first_wrong_step=1 + wrong[0],
+        wrong_tokens=wrong,
+        tokens=["x"] * len(advantage),
+        advantage=list(advantage),
+        kl=zeros,
+        entropy=zeros,
+        student_logprob=zeros,
+        teacher_logprob=zeros,
+    )
 
+
+def test_methods_are_compared_over_attempts_that_both_have_a_context_for() -> None:
+    draw = Draw([], wrong=[(0, 0), (1, 0), (2, 0)], as_they_come=[(3, 0)])
+    later = (1, 2)
+    first = [
+        record("p", "seen", 0.0, -2.0, wrong=later),
+        record("q", "seen", 0.0, -2.0, wrong=later),
+        record("r", "seen", -9.0, -1.0),
+        record("s", "seen", 0.0, -1.0, wrong=later),
+    ]
+    other = [
+        record("p", "seen", 2.0, -2.0, wrong=later),
+        record("q", "", 0.0, 0.0, wrong=later),
+        record("r", "seen", -9.0, -9.0),
+        record("s", "seen", 0.0, -1.0, wrong=later),
+    ]
+    # Only p: q has no context, r is wrong from the start, s was drawn but did not go wrong.
+    figures = method_figures("m", {"name": "m"}, draw, other, first=first)
+    assert figures.share_times == Interval(2.0, 2.0, 2.0)
+
+
+def test_attempts_without_context_are_in_no_figure() -> None:
     draw = Draw([], wrong=[(0, 0), (1, 0)], as_they_come=[(0, 0), (1, 0), (2, 0)])
     records = [record("p", "seen", -2.0), record("q", "", 0.0), record("r", "", 0.0)]
-    figures = method_figures("m", {"name": "m"}, draw, records)
+    figures = method_figures("m", {"name": "m"}, draw, records, first=records)
     assert figures.without_context == 2
     assert figures.wrong.attempts == figures.first_wrong.attempts == 1
     assert figures.first_wrong.mean_at == Interval(-2.0, -2.0, -2.0)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,8 @@ import selfdistill.demo
 import selfdistill.train
 from selfdistill import cli
 from selfdistill.config import load_config
-from selfdistill.evaluate import Evaluation
+from selfdistill.evaluate import Attempts, Evaluation
+from selfdistill.solver import Solver
 from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.train import TrainResult
 
@@ -63,6 +65,24 @@ def test_train_then_resume_then_evaluate(
     assert (result.split, len(result.problems), result.samples) == ("test", 3, 2)
     options = ["--problems", "1", "--samples", "1", "--split", "dev"]
     assert run(monkeypatch, "evaluate", solver_dir, *options) == 0
+
+
+def test_evaluations_with_neighbouring_seeds_share_no_stream(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = []
+    attempt = Solver.attempt
+
+    def watched(self: Solver, *, seed: int, **options: Any) -> list[Attempts]:
+        seeds.append(seed)
+        return attempt(self, seed=seed, **options)
+
+    monkeypatch.setattr(Solver, "attempt", watched)
+    for seed in ("0", "1", "0"):
+        options = ["--problems", "1", "--samples", "1", "--seed", seed]
+        assert run(monkeypatch, "evaluate", write_config(tmp_path, solver_dir), *options) == 0
+    assert seeds[0] == seeds[2]
+    assert abs(seeds[0] - seeds[1]) > 10_000  # problem i draws from the seed + i
 
 
 def test_a_torn_checkpoint_is_not_evaluated(
