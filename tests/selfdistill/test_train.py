@@ -23,10 +23,6 @@ from selfdistill.checkpoint import CheckpointError
 from selfdistill.config import AdapterConfig, Config, load_config
 from selfdistill.context import PromptTooLongError
 from selfdistill.evaluate import Attempts, Evaluation, judge
-from selfdistill.gradients import StudentLoss, accumulate_gradients
-from selfdistill.layout import PromptGroup
-from selfdistill.methods.loss import find_heads
-from selfdistill.methods.stepalign import StepAlign
 from selfdistill.rollout import EngineError, Rollout
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.runlog import JsonLines
@@ -35,7 +31,6 @@ from selfdistill.seeds import derive_seed
 from selfdistill.solver import Solver, load_solver
 from selfdistill.tasks import TaskError
 from selfdistill.tasks.arithmetic import ArithmeticTask
-from selfdistill.teacher import build_teacher
 from selfdistill.train import (
     DivergedError,
     RunExistsError,
@@ -389,54 +384,6 @@ def test_another_adapter_is_refused(solver_dir: Path, tmp_path: Path) -> None:
     for other in (AdapterConfig(r=4), None):
         with pytest.raises(CheckpointError, match="another configuration: adapter"):
             train(config.model_copy(update={"adapter": other}), resume=True)
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [
-        {"objective": {"name": "forward_kl"}},
-        {"objective": {"name": "reverse_kl"}},
-        {"objective": {"name": "jsd"}},
-        {"advantage_mask": {"top_fraction": 0.3}},
-        {"advantage_mask": {"threshold": 0.001, "per_step": True}},
-        {"reduction": "sequence_mean"},
-    ],
-    ids=str,
-)
-def test_accumulated_gradients_equal_the_whole_batch(
-    make_model: Callable[..., LlamaForCausalLM],
-    ragged_groups: list[PromptGroup],
-    solver_dir: Path,
-    tmp_path: Path,
-    loss: dict[str, Any],
-) -> None:
-    loss = {"advantage_mask": {"threshold": 0.001}, **loss}
-    config = make_config(solver_dir, tmp_path, method=stepalign(loss=loss))
-    groups = [
-        replace(group, steps=[[i // 3 for i in range(len(c))] for c in group.completions])
-        for group in [*ragged_groups, ragged_groups[0]]
-    ]
-    results = []
-    for tokens_per_pass in (1, 120, 10_000):
-        student = make_model()
-        teacher = build_teacher(config.method.teacher, student)
-        method = selfdistill.train.build_method(config, ArithmeticTask())
-        assert isinstance(method, StepAlign)
-        totals = accumulate_gradients(
-            StudentLoss(student, teacher, method.loss, heads=find_heads(student, teacher)),
-            groups,
-            tokens_per_pass=tokens_per_pass,
-        )
-        results.append((totals, {n: p.grad for n, p in student.named_parameters()}))
-    totals, gradients = results[-1]
-    for other_totals, other in results[:-1]:
-        assert other_totals.loss == pytest.approx(totals.loss, rel=1e-6)
-        assert other_totals.kl == pytest.approx(totals.kl, rel=1e-6)
-        assert other_totals.active == totals.active
-        for name, gradient in gradients.items():
-            assert gradient is not None
-            error = (other[name] - gradient).norm() / gradient.norm()
-            assert error < 5e-6, name
 
 
 @pytest.mark.parametrize(
