@@ -100,14 +100,28 @@ def _orders(gaps: Sequence[Gap], problems: str) -> list[Order]:
 
 def localisation_claims(findings: Findings) -> list[Claim]:
     """Return the paper's claims about the advantage around the first wrong step."""
-    return [] if findings.copying is None else _localisation(findings.copying)
+    if findings.copying is None:
+        return []
+    tokens = findings.copying.tokens
+    refsol = {label: figures for label, figures in tokens.items() if label.startswith("RefSol")}
+    if findings.wording is not None:
+        refsol = {
+            f"RefSol in dialect {dose.dialect}, which the solver writes {100 * dose.share:.0f} % "
+            "of the time": dose.tokens
+            for dose in findings.wording
+        }
+    partial = tokens[COPYING["partial_repetition"]].later_wrong
+    return [
+        *_localisation(findings.copying),
+        *(_share_claim(partial, label, figures) for label, figures in refsol.items()),
+    ]
 
 
 def _localisation(copying: Copying) -> list[Claim]:
-    """Signs and shares around the first wrong step, where right steps come before it."""
+    """Signs around the first wrong step, where right steps come before it."""
     at = {label: figures.later_wrong for label, figures in copying.tokens.items()}
     partial, full, omission = (at[label] for label in COPYING.values())
-    claims = [
+    return [
         Claim(
             "StepAlignFB: A > 0 before the first wrong step, A < 0 within it",
             _before_and_at(partial),
@@ -124,10 +138,6 @@ def _localisation(copying: Copying) -> list[Claim]:
             all_above([_negated(omission.mean_before)]),
         ),
     ]
-    for label, figures in copying.tokens.items():
-        if label.startswith("RefSol"):
-            claims.append(_share_claim(partial, label, figures))
-    return claims
 
 
 def _share_claim(partial: Localisation, label: str, refsol: TokenFigures) -> Claim:

@@ -439,7 +439,10 @@ class _Builder:
         """RefSol with references in ever rarer words; the ends of the axis are in the main part."""
         scale = self.scale
         dialects = (USUAL_DIALECT, *scale.dialects, RARE_DIALECT)
-        contexts = {f"dialect {d}": self.config(dialect_arm(d)) for d in dialects}
+        contexts = {
+            COPYING["partial_repetition"]: self.config(ARMS["stepalign-8x1"]),
+            **{f"dialect {d}": self.config(dialect_arm(d)) for d in dialects},
+        }
         jobs: list[Job] = [
             TokenScores("wording/tokens", "wording", contexts, TestSet(*scale.analysed))
         ]

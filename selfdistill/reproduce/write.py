@@ -383,6 +383,7 @@ def _wording_section(doses: Sequence[Dose], scale: Scale) -> str:
             number(figures.mean_before, "+.2f"),
             number(figures.mean_at, "+.2f"),
             percent(figures.share_at),
+            number(dose.tokens.share_times, ".2f"),
             percent(figures.negative_before),
         ]
 
@@ -396,6 +397,7 @@ def _wording_section(doses: Sequence[Dose], scale: Scale) -> str:
             "A before",
             "A within",
             "|A| on the wrong step",
+            "StepAlignFB, times as much",
             "right tokens with A < -0.1",
         ],
         [cells(dose) for dose in doses],

@@ -79,8 +79,13 @@ def test_the_whole_order_needs_both_differences(
 
 def test_the_claims_by_token(paper_findings: Findings):
     claims = localisation_claims(paper_findings)
-    assert [claim.holds for claim in claims] == ["yes"] * 5
+    # Three signs, and a share for each dialect.
+    assert [claim.holds for claim in claims] == ["yes"] * (3 + 6)
     assert "4.00 [3.60, 4.40] times: 60.0 %" in claims[-1].measured
+    assert "dialect 5" in claims[-1].text
+    alone = localisation_claims(replace(paper_findings, wording=None))
+    assert [claim.holds for claim in alone] == ["yes"] * (3 + 2)
+    assert alone[-1].text.endswith("RefSol, rare wording")
 
 
 def test_a_study_that_is_not_finished_is_left_out(finished: Finished):
