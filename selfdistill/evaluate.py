@@ -32,7 +32,7 @@ class ProblemScore:
     Attributes:
         problem_id: the problem's stable identifier.
         correct: attempts with the right final answer.
-        strict: attempts with the right answer and every step right.
+        strict: attempts with the right answer that meet the task's further demand.
         majority: True when the most frequent answer is right.
         mean_tokens: mean length of its attempts; None where older files did not record it.
     """
@@ -54,10 +54,11 @@ class Evaluation:
         pass_at_k: a problem counts when at least one attempt is right.
         maj_at_k: a problem counts when the most frequent answer is right.
         avg_at_k: mean share of right attempts.
-        strict_avg_at_k: the same, demanding that every step is right.
+        strict_avg_at_k: the same, demanding more than the right answer.
         finished: share of attempts that ended by themselves.
         mean_tokens: mean length of an attempt.
         problems: the score of every problem; what paired comparisons are made of.
+        strict_means: what `strict_avg_at_k` demands, in the task's words.
     """
 
     split: str
@@ -69,6 +70,7 @@ class Evaluation:
     finished: float
     mean_tokens: float
     problems: tuple[ProblemScore, ...]
+    strict_means: str = "every step right"
 
     def to_json(self) -> str:
         """This evaluation as one line of JSON."""
@@ -176,6 +178,7 @@ def summarize(attempts: Sequence[Attempts], task: Task, *, split: str, seed: int
         finished=sum(r.finished for r in rollouts) / len(rollouts),
         mean_tokens=sum(len(r.token_ids) for r in rollouts) / len(rollouts),
         problems=scores,
+        strict_means=task.strict_means,
     )
 
 

@@ -65,7 +65,7 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
         table.add_column(name, justify="right")
     for label, metric in (
         (f"Avg@{k}", "avg_at_k"),
-        (f"Avg@{k}, every step right", "strict_avg_at_k"),
+        (f"Avg@{k}, {first.strict_means}", "strict_avg_at_k"),
         (f"Maj@{k}", "maj_at_k"),
         (f"Pass@{k}", "pass_at_k"),
     ):

@@ -97,12 +97,13 @@ def accuracy_table(run: Run) -> str:
     evaluations = {name: e for name, e in stages.items() if e is not None}
     if not evaluations:
         return MISSING
-    k = next(iter(evaluations.values())).samples
+    first = next(iter(evaluations.values()))
+    k = first.samples
     rows = {
         f"Avg@{k}": "avg_at_k",
         f"Maj@{k}, most frequent answer": "maj_at_k",
         f"Pass@{k}, at least one right": "pass_at_k",
-        f"Avg@{k}, every step right": "strict_avg_at_k",
+        f"Avg@{k}, {first.strict_means}": "strict_avg_at_k",
     }
     head = "".join(f"<th>{name} training</th>" for name in evaluations)
     body = "".join(

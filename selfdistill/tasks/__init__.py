@@ -64,10 +64,12 @@ class Task(Protocol):
     Attributes:
         name: as written in a configuration.
         instruction: how to write the answer, said after each question; may be empty.
+        strict_means: what `Verdict.strict` demands beside the right answer, for tables.
     """
 
     name: str
     instruction: str
+    strict_means: str
 
     def size(self, split: str) -> int | None:
         """Return how many problems a split has; None: as many as anybody asks for."""

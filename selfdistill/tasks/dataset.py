@@ -35,6 +35,8 @@ class DatasetTask:
         checker: compares answers.
     """
 
+    strict_means = "in the step format"
+
     def __init__(
         self,
         name: str,

@@ -192,6 +192,7 @@ class AnswersOnly:
 
     name = "answers"
     instruction = ""
+    strict_means = "right answer"
 
     def __init__(self, solved: Callable[[str], bool]) -> None:
         self.steps = ArithmeticTask(step_counts=(2,))

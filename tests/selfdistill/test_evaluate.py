@@ -130,6 +130,7 @@ def test_attempts_are_sampled_in_portions_with_seeds_of_their_own() -> None:
     result = summarize(attempts, TASK, split="dev")
     assert result.pass_at_k.value == 0.5
     assert result.strict_avg_at_k.value == 0.25
+    assert result.strict_means == "every step right"
 
 
 def test_unequal_attempts_are_refused() -> None:

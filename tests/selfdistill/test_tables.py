@@ -17,7 +17,15 @@ def test_every_metric_stands_under_its_evaluation() -> None:
     def evaluation(shift: float) -> Evaluation:
         values = [Interval(x + shift, x + shift, x + shift) for x in (0.1, 0.2, 0.3, 0.4)]
         score = ProblemScore("p", 1, 1, True)
-        return Evaluation("test", 5, *values, finished=1, mean_tokens=9, problems=(score,))
+        return Evaluation(
+            "test",
+            5,
+            *values,
+            finished=1,
+            mean_tokens=9,
+            problems=(score,),
+            strict_means="in the step format",
+        )
 
     output = io.StringIO()
     Console(file=output, width=80).print(
@@ -29,7 +37,7 @@ def test_every_metric_stands_under_its_evaluation() -> None:
         "Pass@5": ("10.0 %", "60.0 %"),
         "Maj@5": ("20.0 %", "70.0 %"),
         "Avg@5 ": ("30.0 %", "80.0 %"),
-        "Avg@5, every step right": ("40.0 %", "90.0 %"),
+        "Avg@5, in the step format": ("40.0 %", "90.0 %"),
     }
     for label, (before, after) in rows.items():
         (line,) = (line for line in text.splitlines() if label in line)

@@ -69,6 +69,7 @@ class ArithmeticTask:
 
     name = "arithmetic"
     instruction = ""
+    strict_means = "every step right"
 
     def __init__(
         self,

@@ -134,6 +134,7 @@ def test_answers_are_checked_and_the_format_is_strict(tmp_path: Path) -> None:
     assert (right.answer, right.correct, right.strict, right.complete) == ("$10$", True, True, True)
     bare = task.check(problem, r"It is \boxed{10.0}")
     assert (bare.correct, bare.strict) == (True, False)
+    assert task.strict_means == "in the step format"
     wrong = task.check(problem, "<step_1> 5 + 5 = 11 <answer> 11")
     assert (wrong.correct, wrong.strict, wrong.complete) == (False, False, True)
     cut = task.check(problem, "<step_1> 5 + 5 = 10")
