@@ -69,8 +69,8 @@ class MethodAnalysis:
         all_wrong: attempts with a wrong step.
         first_wrong: those whose first step is the wrong one: nothing right comes before it.
         later_wrong: those whose first error follows a right step.
-        share_times: over these, how many times this method's share of |A| on the wrong step the
-            first method's is; of attempts that both have a context for.
+        share_times: over those of them that both methods have a context for, the first method's
+            share of |A| on the wrong step divided by this one's.
         wrong: all attempts that went wrong, whether their steps are known or not.
         right: attempts with the right answer and no wrong step.
         profile: mean advantage by distance from the start of the wrong step, over `later_wrong`.

@@ -1,12 +1,11 @@
 """Several processes, one run: `torchrun --nproc-per-node N -m selfdistill train CONFIG`.
 
-Every rank takes a share of each step's problems: it samples, judges and
-scores them, and the gradients are summed before the step. Each rank divides by the tokens of all
-ranks, so the sum is the gradient of one process. It is taken once per step, after all passes, and a
-rank without a problem or without an active token takes part with zeros. `selfdistill.sharding`
-spreads the weights over the ranks instead.
-Rollouts do not depend on the number of ranks, because every problem has random numbers of its own.
-Only rank 0 writes.
+Every rank takes a share of each step's problems: it samples, judges and scores them, and the
+gradients are summed before the step. Each rank divides by the tokens of all ranks, so the sum is
+the gradient of one process, and a rank without a problem or without an active token takes part with
+zeros. Whole weights on every rank are summed once per step, after all passes; with `shard: true`
+(`selfdistill.sharding`) FSDP2 sums after each. Rollouts do not depend on the number of ranks,
+because every problem has random numbers of its own. Only rank 0 writes.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from selfdistill.planning import (
     loss_plan,
     plan_flops,
     plan_memory,
+    sharded_memory,
     time_shares,
 )
 from selfdistill.solver import build_renderer
@@ -114,7 +115,7 @@ def dry_run(config: Config, console: Console) -> None:
     )
     console.print(memory_table(model, step, weights))
     if config.shard:
-        show(sharding_note(model, step, weights))
+        show(sharding_note(model, weights))
     console.print(time_table(config, model, step, weights))
 
 
@@ -218,15 +219,12 @@ def memory_table(model: ModelShape, step: StepShape, weights: Weights) -> Table:
     return table
 
 
-def sharding_note(model: ModelShape, step: StepShape, weights: Weights) -> str:
-    """Say what of the memory FSDP2 divides, and what it adds."""
-    terms = plan_memory(model, step, weights)
-    divided = ("weights", "master weights", "gradients", "optimizer", "teacher")
-    share = sum(size for name, size in terms.items() if name.startswith(divided)) / GIBIBYTE
-    copy = terms["weights"] / GIBIBYTE
+def sharding_note(model: ModelShape, weights: Weights) -> str:
+    """Say what FSDP2 makes of the memory."""
+    divided, added = (size / GIBIBYTE for size in sharded_memory(model, weights))
     return (
-        f"shard: of these, {share:.2f} GiB (weights, gradients, optimizer, teacher) are divided by "
-        f"the number of ranks; each keeps a whole copy that samples, {copy:.2f} GiB more."
+        f"shard: on R ranks weights, gradients, optimizer and teacher take {divided:.2f} GiB / R "
+        f"instead, and the whole copy that samples {added:.2f} GiB on each."
     )
 
 

@@ -62,9 +62,6 @@ class StudentLoss(nn.Module):
         Args:
             compute_dtype: what the models compute in, and are in now.
         """
-        for parameter in self.student.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
         if self.teacher is not None:
             self.teacher.hold_float32()
         models = [m for m in (self.student, self.teacher_model) if m is not None]
@@ -73,7 +70,7 @@ class StudentLoss(nn.Module):
     def forward(
         self, groups: Sequence[PromptGroup], *, normalizer: float
     ) -> tuple[torch.Tensor, ScoredTokens, DistillationOutput]:
-        """Return the loss (a scalar, the sum over tokens / normalizer), and all that it was of."""
+        """Return the loss (a scalar, the sum over tokens / normalizer), its tokens, its figures."""
         scored = score(self.student, self.teacher, groups, attention=self.attention)
         output = self.loss(scored, *self.heads, normalizer=normalizer)
         return output.loss, scored, output

@@ -135,15 +135,15 @@ def localise(records: Sequence[TokenAnalysis]) -> Localisation:
 def share_times(
     records: Sequence[TokenAnalysis], others: Sequence[TokenAnalysis]
 ) -> Interval | None:
-    """Return how many times the `share_at` of others that of some records is.
+    """Return share_at of some records / share_at of others, paired.
 
     Args:
         records: attempts under one context; those without a wrong step are left out.
         others: the same attempts in the same order under another context.
 
     Returns:
-        `localise(records).share_at` over that of others, paired: the interval resamples problems
-        for both at once. None where one of them is unknown or the other 0.
+        The quotient; its interval resamples problems for both at once. None where one of them is
+        unknown or the divisor is 0.
 
     Raises:
         ValueError: the attempts are not the same.
@@ -283,7 +283,7 @@ def localisation_table(
     if times:
         first, *others = figures
         cells = [number(times[name], ".2f") for name in others]
-        lines.append([f"times as much |A| on it with {first}", MISSING, *cells])
+        lines.append([f"times this share of |A| with {first}, same attempts", MISSING, *cells])
     return TextTable(title, ["", *figures], lines, note)
 
 

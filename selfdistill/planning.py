@@ -220,6 +220,24 @@ def plan_memory(model: ModelShape, step: StepShape, weights: Weights) -> dict[st
     }
 
 
+def sharded_memory(model: ModelShape, weights: Weights) -> tuple[int, int]:
+    """Return the bytes that FSDP2 divides by the number of ranks, and those that each adds.
+
+    Divided are the float32 weights that are trained (no rounded ones beside them), frozen weights,
+    gradients, moments, and the teacher; an EMA teacher of adapters has frozen weights of its own.
+    Each rank adds a whole copy of the model, which samples.
+    """
+    e = weights.itemsize
+    frozen = e * model.parameters if model.adapters else 0
+    teachers = {
+        "base": 0 if model.adapters else e * model.parameters,
+        "ema": 4 * model.trained + frozen,
+        "live": 0,
+    }
+    teacher = teachers[weights.teacher] if weights.teacher else 0
+    return 16 * model.trained + frozen + teacher, e * (model.parameters + model.adapters)
+
+
 def loss_plan(model: ModelShape, step: StepShape, weights: Weights) -> TilePlan:
     """Return how selfdistill_kernels cuts the loss of one pass into tiles."""
     return TilePlan.choose(

@@ -84,7 +84,10 @@ def quotient_interval(
         return None
     ratios = _resampled_ratios(top, bottom, seed=seed)
     with np.errstate(invalid="ignore", divide="ignore"):
-        low, high = np.nanquantile(ratios[:, 1] / ratios[:, 0], _LEVELS)
+        quotients = ratios[:, 1] / ratios[:, 0]
+        low, high = np.nanquantile(quotients, _LEVELS)
+    if np.isnan(high):  # between infinities, where a resample's first ratio is 0
+        high = np.inf
     return Interval(second.value / first.value, float(low), float(high))
 
 

@@ -51,7 +51,7 @@ class Teacher(Protocol):
         ...
 
     def hold_float32(self) -> None:
-        """Let `model` hold `state` itself, for someone who rounds weights as they are read."""
+        """Let `model` hold `state` itself, for FSDP2, which rounds weights as it gathers them."""
         ...
 
 
@@ -164,7 +164,7 @@ class EmaTeacher:
         return self._parameters() | self._float32
 
     def hold_float32(self) -> None:
-        """Let the model hold the averages themselves, for someone who rounds as they are read."""
+        """Let the model hold the averages themselves: FSDP2 rounds as it gathers."""
         for name, parameter in self.model.named_parameters():
             if name in self._float32:
                 parameter.data = self._float32.pop(name)

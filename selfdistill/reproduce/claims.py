@@ -47,6 +47,8 @@ class Order:
         stepalign_refsol, refsol_grpo, stepalign_grpo: differences of Avg@k, paired by problem.
         above_refsol: whether StepAlignFB is above RefSol; see `all_above`.
         whole: whether the whole order holds.
+        repeated: True where StepAlignFB and RefSol are the same runs as in an earlier regime, which
+            compares them with another GRPO.
     """
 
     problems: str
@@ -58,6 +60,7 @@ class Order:
     stepalign_grpo: Interval
     above_refsol: Answer
     whole: Answer
+    repeated: bool
 
 
 def orders(findings: Findings) -> list[Order]:
@@ -74,6 +77,7 @@ def orders(findings: Findings) -> list[Order]:
 
 def _orders(gaps: Sequence[Gap], problems: str) -> list[Order]:
     found = []
+    seen: set[tuple[str, str, int]] = set()
     wordings: tuple[Literal["usual", "rare"], ...] = ("usual", "rare")
     for steps, regime, wording in product(sorted({g.steps for g in gaps}), REGIMES, wordings):
         refsol = regime.refsol if wording == "usual" else regime.refsol_rare
@@ -82,6 +86,7 @@ def _orders(gaps: Sequence[Gap], problems: str) -> list[Order]:
         step_grpo = difference(gaps, regime.grpo.label, regime.stepalign.label, steps)
         if step_refsol is None or refsol_grpo is None or step_grpo is None:
             continue  # that regime was not run on these problems
+        pair = (regime.stepalign.label, refsol.label, steps)
         found.append(
             Order(
                 problems=problems,
@@ -93,8 +98,10 @@ def _orders(gaps: Sequence[Gap], problems: str) -> list[Order]:
                 stepalign_grpo=step_grpo,
                 above_refsol=all_above([step_refsol]),
                 whole=all_above([step_refsol, refsol_grpo]),
+                repeated=pair in seen,
             )
         )
+        seen.add(pair)
     return found
 
 

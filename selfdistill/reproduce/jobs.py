@@ -76,8 +76,8 @@ class TokenFigures:
         all_wrong: every one of them.
         first_wrong: those whose step 1 is wrong, so that no right step comes before.
         later_wrong: the others.
-        share_times: over these others, how many times this context's share of |A| on the wrong step
-            that of the job's first context is.
+        share_times: over these others, the share of |A| on the wrong step under the job's first
+            context divided by that under this one.
     """
 
     all_wrong: Localisation

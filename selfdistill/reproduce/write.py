@@ -237,11 +237,12 @@ def _where_it_holds(settings: Sequence[Order]) -> str:
             f"{answer}: {answers.count(answer)}" for answer in ("yes", "no", "not separated")
         )
 
+    distinct = [order.above_refsol for order in settings if not order.repeated]
     lines = [
-        f"Over {len(settings)} settings (problems, what is equal, steps, wording):",
-        "",
-        f"- StepAlignFB > RefSol: {counts([order.above_refsol for order in settings])}.",
-        f"- StepAlignFB > RefSol > GRPO: {counts([order.whole for order in settings])}.",
+        f"- StepAlignFB > RefSol, {len(distinct)} comparisons (problems, rollouts, steps, "
+        f"wording): {counts(distinct)}.",
+        f"- StepAlignFB > RefSol > GRPO, {len(settings)} settings (with what is equal to GRPO): "
+        f"{counts([order.whole for order in settings])}.",
     ]
     lines += [
         f"  - yes: {o.problems} problems, {o.regime}, {o.steps} steps, {o.wording} wording"
@@ -397,7 +398,7 @@ def _wording_section(doses: Sequence[Dose], scale: Scale) -> str:
             "A before",
             "A within",
             "|A| on the wrong step",
-            "StepAlignFB, times as much",
+            "times this share with StepAlignFB",
             "right tokens with A < -0.1",
         ],
         [cells(dose) for dose in doses],

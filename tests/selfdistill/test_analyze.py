@@ -97,7 +97,7 @@ def test_the_command_writes_page_markdown_and_json(finished: Path) -> None:
         assert second["context"] == second["reference"] != first["context"]
 
     markdown = (folder / "analysis.md").read_text()
-    compared = "times as much \\|A\\| on it with stepalign"
+    compared = "times this share of \\|A\\| with stepalign, same attempts"
     assert compared in markdown
     page = read(folder / "analysis.html")
     assert page.sections == ["figures", "examples", "tables"]

@@ -15,6 +15,7 @@ from selfdistill.compare import (
     NotARunError,
     RunCurve,
     compare,
+    differing,
     flatten,
     labels,
     mean_curve,
@@ -177,6 +178,8 @@ def test_labels_say_what_tells_configurations_apart() -> None:
     )
     assert found == ["stepalign, learning_rate=0.0001", "stepalign, learning_rate=0.0003", "grpo"]
     assert labels([flatten(config()), flatten(config())]) == ["stepalign (1)", "stepalign (2)"]
+    # Where the weights lay changes nothing of what was learned.
+    assert differing([flatten(config()), {**flatten(config(seed=1)), "shard": True}]) == []
 
 
 def write_run(folder: Path, settings: dict[str, object], correct: dict[int, list[int]]) -> Path:

@@ -52,9 +52,9 @@ def test_it_needs_no_weights(solver_dir: Path, tmp_path: Path) -> None:
         assert phrase in text, phrase
     assert "\x1b[" not in text
     assert "\x1b[32m" in shown(config, color=True)  # the shared prefix is green
-    assert "divided by the number of ranks" not in text
+    assert "shard:" not in text
     sharded = shown(config.model_copy(update={"shard": True}))
-    assert "divided by the number of ranks; each keeps a whole copy that samples" in sharded
+    assert "GiB / R instead, and the whole copy that samples" in sharded
 
 
 def test_marks_stand_where_the_tokens_part() -> None:

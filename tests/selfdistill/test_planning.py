@@ -15,6 +15,7 @@ from selfdistill.planning import (
     loss_plan,
     plan_flops,
     plan_memory,
+    sharded_memory,
     time_shares,
 )
 
@@ -63,6 +64,18 @@ def test_adapters_are_counted_as_peft_makes_them(target: Any) -> None:
     )
     trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     assert shape.trained == shape.adapters == trained
+
+
+def test_sharded_memory_follows_its_formulas() -> None:
+    full, lora = ModelShape.of(tiny()), ModelShape.of(tiny(), rank=4)
+    p, a = full.parameters, lora.adapters
+    half = Weights(itemsize=2, teacher="base")
+    # Trained weights are float32 only; the teacher is half of that.
+    assert sharded_memory(full, half) == (16 * p + 2 * p, 2 * p)
+    assert sharded_memory(full, Weights(itemsize=4, teacher="live")) == (16 * p, 4 * p)
+    assert sharded_memory(full, replace(half, teacher="ema")) == (16 * p + 4 * p, 2 * p)
+    assert sharded_memory(lora, half) == (16 * a + 2 * p, 2 * (p + a))
+    assert sharded_memory(lora, replace(half, teacher="ema"))[0] == 16 * a + 2 * p + 4 * a + 2 * p
 
 
 def test_memory_follows_its_formulas() -> None:

@@ -52,6 +52,10 @@ def test_a_quotient_of_ratios_sees_the_same_rows_on_both_sides() -> None:
     assert apart.value == pytest.approx(3)
     assert apart.low < 2.7 < 3.3 < apart.high
     assert quotient_interval([[0.0, 1.0]], [[1.0, 1.0]]) is None
+    often_zero = quotient_interval([[0, 1], [1, 1], [0, 1], [0, 1]], np.ones((4, 2)))
+    assert often_zero is not None
+    assert (often_zero.value, often_zero.high) == (4.0, np.inf)
+    assert 1 <= often_zero.low < 4
     assert quotient_interval([[1.0, 0.0]], [[1.0, 0.0]]) is None
     with pytest.raises(ValueError, match=r"\[rows, 2\]"):
         quotient_interval([[1.0]], [[1.0]])

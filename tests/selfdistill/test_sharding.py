@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tiny_runs import assert_close_runs, forked_runs, lines, ranks_settings, tensors
+from transformers import PreTrainedModel
 
 from selfdistill.config import Config
+from selfdistill.sharding import layers_of
 from selfdistill.train import train
 
 LORA = {"r": 2}
 SHARDED: dict[str, dict[str, Any]] = {
     # Several passes, and not equally many on both ranks.
     "full": {"tokens_per_microbatch": 1, "activation_checkpointing": True},
-    "live": {"method": {"name": "stepalign", "group_size": 2, "teacher": {"name": "live"}}},
+    "live": {
+        "tokens_per_microbatch": 1,
+        "method": {"name": "stepalign", "group_size": 2, "teacher": {"name": "live"}},
+    },
     "lora": {"adapter": LORA},
     # One rank has no problem at all; the average is a second model in parts.
     "ema": {
@@ -27,6 +34,15 @@ SHARDED: dict[str, dict[str, Any]] = {
         "method": {"name": "stepalign", "group_size": 2, "teacher": {"name": "ema"}},
     },
     "grpo": {"method": {"name": "grpo", "group_size": 4, "kl": {"coefficient": 0.1}}},
+    # An idle pass with steps and with tokens to choose among.
+    "steps": {
+        "prompts_per_step": 1,
+        "method": {
+            "name": "stepalign",
+            "group_size": 2,
+            "loss": {"advantage_mask": {"top_fraction": 0.5, "per_step": True}},
+        },
+    },
     "mask": {
         "prompts_per_step": 2,
         "rollout": {"max_new_tokens": 1},
@@ -49,7 +65,7 @@ def test_sharded_weights_give_the_result_of_one_process(solver_dir: Path, tmp_pa
     answer = forked_runs("ranks", request, tmp_path)
     for name in SHARDED:
         assert answer[name]["ranks_agree"], name
-        # Of every trained weight, about half is on each rank.
+        # Of every weight, about half is on each rank.
         assert 0.45 < answer[name]["held"] < 0.55, name
         assert_close_runs(tmp_path / name / "1", tmp_path / name / "2")
 
@@ -58,9 +74,16 @@ def test_sharded_half_precision_has_the_gradient_of_one_process(
     solver_dir: Path, tmp_path: Path
 ) -> None:
     changes = {"precision": "bfloat16", "steps": 1}
+    ema = {"method": {"name": "stepalign", "group_size": 2, "teacher": {"name": "ema"}}}
+    kinds: dict[str, dict[str, Any]] = {
+        "full": {},
+        "lora": {"adapter": LORA},
+        "full ema": ema,
+        "lora ema": {"adapter": LORA, **ema},
+    }
     cases = {
         name: ranks_settings(solver_dir, tmp_path / name, shard=True, **changes, **others)
-        for name, others in (("full", {}), ("lora", {"adapter": LORA}))
+        for name, others in kinds.items()
     }
     forked_runs("ranks", {"cases": cases}, tmp_path)
     for name in cases:
@@ -94,3 +117,16 @@ def test_a_run_goes_on_with_sharded_weights_and_without(solver_dir: Path, tmp_pa
     train(Config.model_validate({**case(3), "output_dir": undisturbed}))
     for run in (alone, together):
         assert_close_runs(undisturbed, run)
+
+
+def test_a_model_without_named_layers_is_refused(
+    tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    assert len(layers_of(model)) == 3
+    for module in model.modules():
+        if getattr(module, "_no_split_modules", None):
+            monkeypatch.setattr(type(module), "_no_split_modules", None)
+            module._no_split_modules = None
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM does not say .* set shard: false"):
+        layers_of(model)

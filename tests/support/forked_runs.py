@@ -25,6 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 from rich.console import Console
 from safetensors.torch import save
+from torch.distributed.tensor import DTensor
 
 import selfdistill.checkpoint
 import selfdistill.gradients
@@ -32,6 +33,7 @@ import selfdistill.runlog
 import selfdistill.train
 from selfdistill.config import Config
 from selfdistill.distributed import join_ranks
+from selfdistill.gradients import StudentLoss
 from selfdistill.sharding import gather
 from selfdistill.weights import TrainedWeights
 
@@ -155,6 +157,19 @@ def kill(request: dict[str, Any]) -> dict[str, Any]:
     return {"undisturbed": "undisturbed", "finished": [*finished, name], "kills": kills}
 
 
+def remember(kind: type) -> list[Any]:
+    """Return a list that every instance made from now on is added to."""
+    made: list[Any] = []
+    original = kind.__init__
+
+    def remembering(self: Any, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        made.append(self)
+
+    kind.__init__ = remembering
+    return made
+
+
 def ranks(request: dict[str, Any]) -> dict[str, Any]:
     """Run each configuration with as many processes as asked, and alone; compare the ranks."""
     answers = {}
@@ -178,28 +193,28 @@ def ranks(request: dict[str, Any]) -> dict[str, Any]:
                         "MASTER_PORT": port,
                         "GLOO_SOCKET_IFNAME": "lo",
                     }
-                models: list[TrainedWeights] = []
-                original = TrainedWeights.__init__
-
-                def remembering(self: TrainedWeights, model: Any) -> None:
-                    original(self, model)
-                    models.append(self)
-
-                TrainedWeights.__init__ = remembering  # type: ignore[method-assign]
+                weights: list[TrainedWeights] = remember(TrainedWeights)
+                objectives: list[StudentLoss] = remember(StudentLoss)
                 with join_ranks():
                     run(config.model_copy(update={"output_dir": config.output_dir / str(size)}))
-                    masters = gather(models[0].masters, keep=True)
+                    masters = gather(weights[0].masters, keep=True)
                 digest = hashlib.sha256(save(masters)).hexdigest()
-                # Of all trained elements, the share that this rank holds.
-                parts = [getattr(p, "_local_tensor", p) for p in models[0].masters.values()]
-                held = sum(t.numel() for t in parts) / sum(t.numel() for t in masters.values())
+                # Of all elements, trained or frozen, the teacher's too, the share on this rank.
+                everything = list(objectives[0].parameters())
+                parts = [p.to_local() if isinstance(p, DTensor) else p for p in everything]
+                held = sum(p.numel() for p in parts) / sum(p.numel() for p in everything)
                 (config.output_dir / f"rank-{size}-{rank}").write_text(
                     json.dumps({"digest": digest, "held": held})
                 )
 
             processes = [fork(lambda rank=rank: task(rank), log) for rank in range(size)]
-            for pid in processes:
-                wait(pid, log)
+            try:
+                while processes:
+                    wait(processes[0], log)
+                    processes.pop(0)
+            finally:
+                for pid in processes[1:]:  # the others would wait for one that failed
+                    os.kill(pid, signal.SIGKILL)
         found = [json.loads((folder / f"rank-2-{rank}").read_text()) for rank in range(2)]
         answers[name] = {
             "ranks_agree": found[0]["digest"] == found[1]["digest"],

@@ -123,7 +123,9 @@ def test_the_page_shows_every_plot_and_says_what_was_measured(
     page = (tmp_path / "results" / "README.md").read_text()
     assert "    selfdistill reproduce\n" in page
     assert "75.0 % [75.0, 75.0]" in page
-    assert "StepAlignFB > RefSol > GRPO: yes: 36, no: 0, not separated: 0." in page
+    # One rollout a prompt stands beside two kinds of GRPO, but is compared with RefSol once.
+    assert "20 comparisons (problems, rollouts, steps, wording): yes: 20, no: 0" in page
+    assert "36 settings (with what is equal to GRPO): yes: 36, no: 0, not separated: 0." in page
     assert "## Built in by construction" in page
     assert f"torch {where.torch}" in page
     svgs = [path for path in files if path.suffix == ".svg"]
