@@ -71,6 +71,9 @@ class VLLMEngine:
         tokenizer: decodes the completions and knows the end-of-sequence token.
         settings: memory, lengths and precision.
         adapter_rank: r of the LoRA adapters that `sync` will bring; None: it brings all weights.
+
+    Raises:
+        EngineError: several processes share the run.
     """
 
     def __init__(
@@ -81,6 +84,12 @@ class VLLMEngine:
         *,
         adapter_rank: int | None = None,
     ) -> None:
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise EngineError(
+                "the vLLM engine samples for one process, but this run has "
+                f"{torch.distributed.get_world_size()}: use rollout.engine.name: transformers, or "
+                "one process"
+            )
         self.source = source
         self.tokenizer = tokenizer
         self.settings = settings
@@ -176,12 +185,6 @@ class VLLMEngine:
 
     @cached_property
     def _llm(self) -> Any:
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise EngineError(
-                "the vLLM engine samples for one process, but this run has "
-                f"{torch.distributed.get_world_size()}: use rollout.engine.name: transformers, or "
-                "one process"
-            )
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the weights are handed over in memory
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:

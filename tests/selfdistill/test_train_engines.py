@@ -17,6 +17,7 @@ from selfdistill.config import Config, save_config
 from selfdistill.rollout import EngineError
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.runlog import JsonLines
+from selfdistill.solver import load_solver
 from selfdistill.train import train
 
 
@@ -143,3 +144,15 @@ def test_a_missing_vllm_is_named_with_its_remedy(
         main()
     assert caught.value.code == 1
     assert "pip install 'selfdistill[vllm]'" in capsys.readouterr().err
+
+
+def test_vllm_is_refused_for_several_processes_before_anything_is_sampled(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    config = make_config(solver_dir, tmp_path / "run", rollout={"engine": {"name": "vllm"}})
+    with pytest.raises(
+        EngineError, match=r"for one process, but this run has 2: use .*transformers"
+    ):
+        load_solver(config)
