@@ -62,6 +62,9 @@ class ArithmeticTaskConfig(Section):
     """The numbers of operations that a question may have."""
     reference_dialect: int = Field(default=0, ge=0, le=5)
     """The wording of the reference solutions; 0 is the shipped solver's usual one."""
+    reference_order: Literal["question", "reversed"] = "question"
+    """The order in which the reference solutions apply the operations; reversed is another path to
+    the same answer."""
     predicted_success: tuple[Rate, Rate] | None = None
     """Only questions that the shipped solver is predicted to solve at a rate in [first, second)."""
 

@@ -11,7 +11,7 @@ from selfdistill.evaluate import Interval
 from selfdistill.localisation import Localisation
 from selfdistill.reproduce.findings import Copying, Findings, Gap
 from selfdistill.reproduce.jobs import TokenFigures
-from selfdistill.reproduce.plan import COPYING, REGIMES
+from selfdistill.reproduce.plan import COPYING, OTHER_PATH, REGIMES
 from selfdistill.tables import number, percent
 
 Answer: TypeAlias = Literal["yes", "no", "not separated"]
@@ -116,7 +116,7 @@ def localisation_claims(findings: Findings) -> list[Claim]:
             f"RefSol in dialect {dose.dialect}, which the solver writes {100 * dose.share:.0f} % "
             "of the time": dose.tokens
             for dose in findings.wording
-        }
+        } | {OTHER_PATH: tokens[OTHER_PATH]}
     partial = tokens[COPYING["partial_repetition"]].later_wrong
     return [
         *_localisation(findings.copying),

@@ -172,6 +172,9 @@ COPYING = {
 }
 
 
+OTHER_PATH = "RefSol, usual wording, another path"
+
+
 @dataclass(frozen=True)
 class TestSet:
     """Held-out problems, and the attempts at each."""
@@ -403,6 +406,9 @@ class _Builder:
             **{label: self.config(copying_arm(name)) for name, label in COPYING.items()},
             "RefSol, usual wording": self.config(ARMS["refsol-8x1"]),
             "RefSol, rare wording": self.config(ARMS["refsol-rare-8x1"]),
+            OTHER_PATH: self.config(
+                ARMS["refsol-8x1"], task={"name": "arithmetic", "reference_order": "reversed"}
+            ),
         }
         jobs: list[Job] = [TokenScores("copy/tokens", "copy", contexts, TestSet(*scale.analysed))]
         for copying in ("full_repetition", "omission"):

@@ -127,6 +127,7 @@ def build_task(config: TaskConfig) -> Task:
             return ArithmeticTask(
                 step_counts=config.step_counts,
                 reference_dialect=config.reference_dialect,
+                reference_order=config.reference_order,
                 predicted_success=config.predicted_success,
             )
         case "jsonl" | "hub":

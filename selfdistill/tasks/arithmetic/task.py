@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from selfdistill.tasks import FeedbackDetail, Problem, Verdict
 from selfdistill.tasks.arithmetic.noise import SHIPPED_SOLVER
@@ -60,6 +61,8 @@ class ArithmeticTask:
         step_counts: the numbers of operations a question may have, each between 1 and 9.
         reference_dialect: index into `DIALECTS` of the wording of `Problem.reference`; 0 is the
             shipped solver's usual one, the last ones are rare in its own writing.
+        reference_order: of the operations in `Problem.reference`; "reversed" is another path to the
+            same answer, whose steps are not those of the question.
         predicted_success: only questions that the shipped solver is predicted to solve at a rate
             of at least the first and less than the second number; None takes all questions.
 
@@ -76,6 +79,7 @@ class ArithmeticTask:
         *,
         step_counts: Sequence[int] = (4, 5, 6),
         reference_dialect: int = 0,
+        reference_order: Literal["question", "reversed"] = "question",
         predicted_success: tuple[float, float] | None = None,
     ) -> None:
         if not step_counts or not all(1 <= count <= MAX_STEPS for count in step_counts):
@@ -93,6 +97,7 @@ class ArithmeticTask:
             )
         self.step_counts = tuple(step_counts)
         self.reference_dialect = reference_dialect
+        self.reference_order = reference_order
         self.predicted_success = predicted_success
         # A rare range of success takes seconds to draw, and each evaluation asks for the same.
         self._drawn: dict[tuple[str, int, int], list[Problem]] = {}
@@ -144,11 +149,14 @@ class ArithmeticTask:
     def problem(self, question: Question) -> Problem:
         """Wrap a question with its answer and its reference solution."""
         dialect = self.reference_dialect
+        solved = question
+        if self.reference_order == "reversed":
+            solved = replace(question, operations=question.operations[::-1])
         return Problem(
             id=f"{self.name}-{_digest(question)[:16]}",
             question=str(question),
             answer=f"{question.states()[-1]:02d}",
-            reference=" ".join(_write(question, 1, lambda _: (dialect, dialect, dialect))),
+            reference=" ".join(_write(solved, 1, lambda _: (dialect, dialect, dialect))),
         )
 
     def check(self, problem: Problem, response: str) -> Verdict:

@@ -79,13 +79,14 @@ def test_the_whole_order_needs_both_differences(
 
 def test_the_claims_by_token(paper_findings: Findings):
     claims = localisation_claims(paper_findings)
-    # Three signs, and a share for each dialect.
-    assert [claim.holds for claim in claims] == ["yes"] * (3 + 6)
+    # Three signs, and a share for each dialect and for another path.
+    assert [claim.holds for claim in claims] == ["yes"] * (3 + 6 + 1)
     assert "4.00 [3.60, 4.40] times: 60.0 %" in claims[-1].measured
-    assert "dialect 5" in claims[-1].text
+    assert "dialect 5" in claims[-2].text
+    assert claims[-1].text.endswith("another path")
     alone = localisation_claims(replace(paper_findings, wording=None))
-    assert [claim.holds for claim in alone] == ["yes"] * (3 + 2)
-    assert alone[-1].text.endswith("RefSol, rare wording")
+    assert [claim.holds for claim in alone] == ["yes"] * (3 + 3)
+    assert alone[-2].text.endswith("RefSol, rare wording")
 
 
 def test_a_study_that_is_not_finished_is_left_out(finished: Finished):

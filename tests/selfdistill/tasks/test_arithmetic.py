@@ -46,6 +46,18 @@ def test_references_keep_to_their_dialect_and_are_strictly_right(dialect: int) -
         assert all(steps)
 
 
+def test_a_reference_by_another_path_reaches_the_same_answer() -> None:
+    problem = ArithmeticTask(reference_order="reversed").problem(QUESTION)
+    assert problem.reference == (
+        "<step_1> now 47 plus 9 makes 56 <step_2> now 56 plus 5 makes 61 "
+        "<step_3> now 61 plus 8 makes 69 <answer> 69"
+    )
+    assert replace(problem, reference=RIGHT) == PROBLEM
+    verdict = TASK.check(problem, problem.reference)
+    assert verdict.correct
+    assert verdict.first_wrong_step == 1  # as an attempt it would not follow the question
+
+
 def test_problems_are_deterministic_distinct_and_differ_by_seed() -> None:
     first = TASK.problems(split="train", count=200, seed=3)
     assert first == TASK.problems(split="train", count=200, seed=3)
