@@ -472,7 +472,7 @@ MethodConfig = Annotated[
 
 
 class TransformersEngineConfig(Section):
-    """Samples from the very weights that are trained; nothing to synchronise."""
+    """Samples from the weights that are trained; with `shard` from a copy that follows them."""
 
     name: Literal["transformers"] = "transformers"
     batch_size: PositiveInt = 256

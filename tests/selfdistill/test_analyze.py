@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import token_records
 from html_page import read
 from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -294,24 +295,7 @@ def test_without_known_steps_the_analysis_says_what_it_cannot_show(
 def record(
     problem: str, context: str, *advantage: float, wrong: tuple[int, int] = (0, 1)
 ) -> TokenAnalysis:
-    zeros = [0.0] * len(advantage)
-    return TokenAnalysis(
-        problem_id=problem,
-        question="",
-        answer="",
-        reference="",
-        response="",
-        context=context,
-        correct=False,
-        first_wrong_step=1 + wrong[0],
-        wrong_tokens=wrong,
-        tokens=["x"] * len(advantage),
-        advantage=list(advantage),
-        kl=zeros,
-        entropy=zeros,
-        student_logprob=zeros,
-        teacher_logprob=zeros,
-    )
+    return token_records.record(list(advantage), wrong, problem=problem, context=context)
 
 
 def test_methods_are_compared_over_attempts_that_both_have_a_context_for() -> None:

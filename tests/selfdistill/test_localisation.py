@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from token_records import record
 
-from selfdistill.analysis import TokenAnalysis
 from selfdistill.evaluate import Interval
 from selfdistill.localisation import (
     gemm_count,
@@ -16,33 +16,6 @@ from selfdistill.localisation import (
     suggest,
 )
 from selfdistill_kernels import AdvantageMask
-
-
-def record(
-    advantage: list[float],
-    wrong: tuple[int, int] | None,
-    kl: list[float] | None = None,
-    *,
-    problem: str = "p",
-) -> TokenAnalysis:
-    zeros = [0.0] * len(advantage)
-    return TokenAnalysis(
-        problem_id=problem,
-        question="",
-        answer="",
-        reference="",
-        response="",
-        context="",
-        correct=False,
-        first_wrong_step=None if wrong is None else 1 + (wrong[0] > 0),
-        wrong_tokens=wrong,
-        tokens=[""] * len(advantage),
-        advantage=advantage,
-        kl=kl or zeros,
-        entropy=zeros,
-        student_logprob=zeros,
-        teacher_logprob=zeros,
-    )
 
 
 def value(interval: Interval | None) -> float:
