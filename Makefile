@@ -1,19 +1,26 @@
-# `make demo` runs the main job on a fresh machine, `make test` every test. Both set up .venv first.
+# `make demo` runs the main job on a fresh machine, `make test` the tests that people wait for,
+# `make test-all` every test, `make lint` ruff and mypy, `make clean` removes what these made.
+# All but `clean` set up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
+# Two processes of one thread each; -rs lists what was skipped, and why.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=10 -n 2
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-all lint setup clean
 
 demo: setup
 	$(BIN)/selfdistill demo
 
-# Two processes of one thread each; the Triton kernels under the interpreter need their own.
-test: export OMP_NUM_THREADS = 1
-test: setup
-	$(BIN)/python -m pytest -q --durations=10 -n 2 --dist loadfile
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q --durations=10 -n 2 tests/triton
+# Triton's interpreter needs processes of its own: a second run, which starts whatever the first one
+# found. The status tells both.
+test: SELECTED := -m "not slow"
+test test-all: setup
+	@status=0; set -x; \
+	$(PYTEST) $(SELECTED) --dist loadfile || status=1; \
+	TRITON_INTERPRET=1 $(PYTEST) $(SELECTED) tests/triton || status=1; \
+	exit $$status
 
 lint: setup
 	$(BIN)/ruff format --check .
