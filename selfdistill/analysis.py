@@ -12,6 +12,7 @@ from selfdistill.batch import render_groups
 from selfdistill.evaluate import Attempts
 from selfdistill.methods import Method
 from selfdistill.methods.loss import Head
+from selfdistill.rollout import completion_text
 from selfdistill.scoring import score
 from selfdistill.solver import Solver
 from selfdistill.spans import token_span
@@ -129,7 +130,9 @@ def analyze(
                     correct=verdict.correct,
                     first_wrong_step=verdict.first_wrong_step,
                     wrong_tokens=token_span(solver.tokenizer, rollout, verdict.wrong_span),
-                    tokens=[solver.tokenizer.decode([token]) for token in rollout.token_ids],
+                    tokens=[
+                        completion_text(solver.tokenizer, [token]) for token in rollout.token_ids
+                    ],
                     advantage=advantage,
                     kl=kl,
                     entropy=entropy,

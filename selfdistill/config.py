@@ -371,7 +371,8 @@ class ServerTextEngine(TextEngine):
     concurrency: PositiveInt = 16
     """Requests under way at once."""
     extra_body: dict[str, Any] = {}
-    """More fields of the request, such as {chat_template_kwargs: {enable_thinking: true}}."""
+    """More fields of the request, such as {chat_template_kwargs: {enable_thinking: true}}, or for
+    vLLM {skip_special_tokens: false}, where the tags of its answer are special tokens."""
 
 
 TextEngineConfig = Annotated[

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from selfdistill.rollout import Rollout
+from selfdistill.rollout import Rollout, completion_text
 
 
 def token_span(
@@ -19,7 +19,7 @@ def token_span(
 
     def length(tokens: int) -> int:
         """Characters of the first tokens: token i lies between length(i) and length(i + 1)."""
-        return len(tokenizer.decode(rollout.token_ids[:tokens], skip_special_tokens=True))
+        return len(completion_text(tokenizer, rollout.token_ids[:tokens]))
 
     places = range(len(rollout.token_ids))
     start = bisect_right(places, span[0], key=lambda token: length(token + 1))

@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selfdistill.context import ContextRenderer, TeacherContext
 from selfdistill.critic.scribe import ScribeCritic
+from selfdistill.rollout import completion_text
 from selfdistill.tasks import Problem
 from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.tasks.arithmetic.corpus import ContextTag, Corpus, Document
@@ -171,9 +172,9 @@ def sample(
         output = model.generate(
             **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=96
         )
-        texts += tokenizer.batch_decode(
-            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        for ids in output[:, inputs["input_ids"].shape[1] :].tolist():
+            end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
+            texts.append(completion_text(tokenizer, ids[:end]))
     return texts
 
 

@@ -40,7 +40,7 @@ class Rollout:
     Attributes:
         token_ids: the completion, with its end-of-sequence token when `finished`.
         logprobs: log-prob (nats) of each token at the sampling temperature (at 1 if that is 0).
-        text: the decoded completion, special tokens dropped.
+        text: the decoded completion; all its tokens, special ones too, but the one that ended it.
         finished: False when the length limit cut it off.
     """
 
@@ -152,16 +152,31 @@ def end_token_ids(
     return tuple(sorted(known))
 
 
+def completion_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """Decode what is judged, voted on or shown: every token counts, and nothing is tidied up.
+
+    Tags of answers, steps and thoughts are special tokens of some vocabularies, so dropping special
+    tokens would drop the answer.
+    """
+    if not token_ids:
+        return ""  # some decoders expect at least one token
+    text = tokenizer.decode(
+        list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    return str(text)
+
+
 def make_rollout(
     token_ids: list[int],
     logprobs: list[float],
     tokenizer: PreTrainedTokenizerBase,
     ends: Sequence[int],
 ) -> Rollout:
-    """Return a completion with its text."""
+    """Return a completion with its text, which leaves out nothing but the token that ended it."""
+    finished = token_ids[-1] in ends
     return Rollout(
         token_ids=token_ids,
         logprobs=logprobs,
-        text=str(tokenizer.decode(token_ids, skip_special_tokens=True)),
-        finished=token_ids[-1] in ends,
+        text=completion_text(tokenizer, token_ids[:-1] if finished else token_ids),
+        finished=finished,
     )

@@ -15,7 +15,7 @@ class Generation:
     """An answer.
 
     Attributes:
-        text: without control tokens.
+        text: without the token that ended it.
         finished: False when the length limit cut it off.
     """
 
