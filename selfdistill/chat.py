@@ -4,20 +4,25 @@ Questions, attempts and critiques are text of others: a data set or a model may 
 into them, and a tokenizer that reads the rendered prompt as a whole would end the turn there. So
 the template is rendered once, around a mark in place of the text; the text never passes through
 it. Then opening, text and closing are tokenised together, exactly as the template itself would
-have it, unless the text spells a control token: such a text is cut inside every control token that
-it spells. Whatever was done, the ids are only returned when they hold the control tokens of the
-template, in its order, and no other.
+have it; where the text spells a control token, by a copy of the tokenizer that does not know it by
+that name (`selfdistill.literal`). Whatever was done, the ids are only returned when they hold the
+control tokens of the template, in its order, and no other.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from selfdistill.literal import LiteralTokenizer, control_pattern
+
 _MARK = "SELFDISTILLUSERTURN"
+# SentencePiece writes a space so; runs of white space and single bytes are parts of any text.
+_PART_OF_ANY_TEXT = re.compile(r"[\s▁]*|<0x[0-9A-F]{2}>")
 
 
 class ControlTokenError(ValueError):
@@ -28,15 +33,17 @@ class ChatTemplate:
     """Turns text into the token ids of a prompt with one user turn.
 
     Control tokens are all tokens that were added to the vocabulary, special or not (Qwen3's
-    `</think>` and `<tool_call>` count as ordinary there), except runs of white space. The token of
-    unknown words may stand for a word.
+    `</think>` and `<tool_call>` count as ordinary there), except runs of white space and bytes. The
+    token of unknown words may stand for a word.
 
     Args:
-        tokenizer: with a chat template that puts the text of a turn into the prompt as it is.
+        tokenizer: of the tokenizers library, with a chat template that puts the text of a turn into
+            the prompt as it is.
         variables: more variables for the template, such as {"enable_thinking": False}.
 
     Raises:
-        ValueError: no chat template, or one that does not keep the text of a turn in one piece.
+        ValueError: no chat template, or one that does not keep the text of a turn in one piece; a
+            tokenizer of another library, or one that cuts the same text in several ways.
     """
 
     def __init__(
@@ -48,12 +55,40 @@ class ChatTemplate:
                 "with it, so set tokenizer.chat_template"
             )
         self._tokenizer = tokenizer
-        added = {text: index for text, index in tokenizer.get_added_vocab().items() if text.strip()}
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError(
+                f"tokenizer {tokenizer.name_or_path!r} is a {type(tokenizer).__name__}, expected "
+                "one of the tokenizers library (a folder with tokenizer.json): others cannot keep "
+                "a text that spells control tokens from becoming them"
+            )
+        if getattr(backend.model, "dropout", None):
+            raise ValueError(
+                f"tokenizer {tokenizer.name_or_path!r} drops merges at random (model.dropout "
+                f"{backend.model.dropout:g} in tokenizer.json), expected null: a prompt would get "
+                "other tokens each time"
+            )
+        added = {
+            text: index
+            for text, index in tokenizer.get_added_vocab().items()
+            if not _PART_OF_ANY_TEXT.fullmatch(text)
+        }
         ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-        self._control_ids = {*added.values()} - ({tokenizer.unk_token_id} - ends)
-        longest_first = sorted(added, key=len, reverse=True)
-        self._control_text = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        rendered = tokenizer.apply_chat_template(
+        self._unknown = {tokenizer.unk_token_id} - {None}
+        self._control_ids = {*added.values()} - (self._unknown - ends)
+        self._control_text = control_pattern(added)
+        self._literal = LiteralTokenizer(backend, added)
+        self._render(variables)
+
+    def with_variables(self, variables: Mapping[str, Any] | None) -> ChatTemplate:
+        """Return the same template with other variables; no second copy of the vocabulary."""
+        other = copy.copy(self)
+        other._render(variables)
+        return other
+
+    def _render(self, variables: Mapping[str, Any] | None) -> None:
+        """Find what the template puts before and behind the text of a turn."""
+        rendered = self._tokenizer.apply_chat_template(
             [{"role": "user", "content": _MARK}],
             add_generation_prompt=True,
             tokenize=False,
@@ -61,54 +96,68 @@ class ChatTemplate:
         )
         if rendered.count(_MARK) != 1:
             raise ValueError(
-                f"the chat template of {tokenizer.name_or_path!r} puts the text of a user turn "
-                f"into the prompt {rendered.count(_MARK)} times, expected once and unchanged"
+                f"the chat template of {self._tokenizer.name_or_path!r} puts the text of a user "
+                f"turn into the prompt {rendered.count(_MARK)} times, expected once and unchanged"
             )
         self._opening, self._closing = rendered.split(_MARK)
+        if self._literal.encode(self._opening, _MARK, self._closing) != self._ids(rendered):
+            raise ValueError(
+                f"tokenizer {self._tokenizer.name_or_path!r} cuts the chat template itself in a "
+                "way that depends on the names of its control tokens, so a text that spells one "
+                "could not be told from it: use another tokenizer"
+            )
 
     def encode(self, text: str, more: str = "") -> list[int]:
         """Return the prompt whose user turn says `text`, and `more` from a new line on.
 
         White space around both is dropped. Prompts of the same `text` share its tokens whatever
         follows: where the text's last token could swallow the new line ("?\\n" is one token of
-        many vocabularies), a token ends with the text all the same.
+        many vocabularies), a token ends with the text all the same, if the tokenizer can begin one
+        there without changing the text.
 
         Raises:
-            ControlTokenError: the tokenizer makes control tokens of plain text.
+            ControlTokenError: the tokenizer makes control tokens of plain text, or has no other
+                tokens for a text that spells one.
         """
         text, more = text.strip(), more.strip()
         alone = self._encode(self._opening, text, self._closing)
         if not more:
             return alone
+        whole = self._encode(self._opening, f"{text}\n{more}", self._closing)
         shared = self._encode(self._opening, text, "")
-        if alone[: len(shared)] == shared:
-            return shared + self._encode("", f"\n{more}", self._closing)
-        return self._encode(self._opening, f"{text}\n{more}", self._closing)
+        if alone[: len(shared)] != shared or whole[: len(shared)] == shared:
+            return whole
+        parted = shared + self._encode("", f"\n{more}", self._closing)
+        # A vocabulary of the SentencePiece kind would put a space before the new line.
+        same_text = self._tokenizer.decode(parted) == self._tokenizer.decode(whole)
+        return parted if same_text else whole
 
     def _encode(self, opening: str, text: str, closing: str) -> list[int]:
         expected = self._controls(self._ids(opening)) + self._controls(self._ids(closing))
-        if not self._control_text.search(text):
+        spelled = {*self._control_text.findall(text)}
+        if not spelled:
             ids = self._ids(opening + text + closing)
             if self._controls(ids) == expected:
                 return ids
-        # Second, for tokenizers that change the text before they look for control tokens in it:
-        # every character by itself.
-        for pieces in (self._cut(text), list(text)):
-            ids = [token for part in (opening, *pieces, closing) for token in self._ids(part)]
-            if self._controls(ids) == expected:
-                return ids
+        for control in spelled:
+            alone = self._literal.encode("", control, "")
+            if not alone or self._unknown & {*alone}:
+                raise ControlTokenError(
+                    f"the text {text[:80]!r} spells {control!r}, a control token of tokenizer "
+                    f"{self._tokenizer.name_or_path!r}, whose vocabulary has no other tokens for "
+                    "it: leave such texts out, or make it an ordinary word of the vocabulary"
+                )
+        # Also for tokenizers that change the text before they look for control tokens in it, and
+        # for a text that makes one together with the template.
+        ids = self._literal.encode(opening, text, closing)
+        if self._controls(ids) == expected:
+            return ids
+        wrong = {*self._controls(ids)} - {*expected} or {*self._controls(ids)}
         raise ControlTokenError(
-            f"tokenizer {self._tokenizer.name_or_path!r} makes control tokens of the text "
-            f"{text[:80]!r}, cut up or not: is one of its added tokens a single character?"
+            f"tokenizer {self._tokenizer.name_or_path!r} makes control tokens "
+            f"{self._tokenizer.convert_ids_to_tokens(sorted(wrong))} of the text {text[:80]!r}, "
+            "which does not spell any: is one of them its token of unknown words?"
         )
-
-    def _cut(self, text: str) -> list[str]:
-        """Cut after the first character of every control token that the text spells."""
-        pieces, start = [], 0
-        while match := self._control_text.search(text, start):
-            pieces.append(text[start : match.start() + 1])
-            start = match.start() + 1
-        return [*pieces, text[start:]]
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"] if text else []

@@ -102,7 +102,7 @@ class ContextRenderer:
         self._instruction = instruction
         self._max_length = max_length
         self._student_chat = ChatTemplate(tokenizer, student_template)
-        self._teacher_chat = ChatTemplate(tokenizer, teacher_template)
+        self._teacher_chat = self._student_chat.with_variables(teacher_template)
 
     def student_prompt(self, problem: Problem) -> list[int]:
         """Return the question, the instruction and the generation prompt as token ids."""
