@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from selfdistill_kernels.advantage import SIGNS, AdvantageMask
+from selfdistill_kernels.autocast import autocast_dtype
 from selfdistill_kernels.backends import check_backend_name, choose_backend
 from selfdistill_kernels.backends.base import Gate, Needs, token_losses
 from selfdistill_kernels.logits import LogitTransform
@@ -136,7 +137,7 @@ def fused_linear_distillation(
     student_hidden = require_tensor("student_hidden", student_hidden)
     teacher_hidden = require_tensor("teacher_hidden", teacher_hidden)
     weight = require_tensor("weight", weight)
-    autocast = _autocast_dtype(student_hidden.device)
+    autocast = autocast_dtype(student_hidden.device)
     if autocast is not None:
         student_hidden, teacher_hidden, weight = (
             _cast(tensor, autocast) for tensor in (student_hidden, teacher_hidden, weight)
@@ -416,7 +417,7 @@ def fused_linear_logprobs(
     budget = workspace_bytes(workspace)
     hidden = require_tensor("hidden", hidden)
     weight = require_tensor("weight", weight)
-    autocast = _autocast_dtype(hidden.device)
+    autocast = autocast_dtype(hidden.device)
     if autocast is not None:
         hidden, weight = _cast(hidden, autocast), _cast(weight, autocast)
         bias = None if bias is None else _cast(bias, autocast)
@@ -517,14 +518,6 @@ class FusedLinearDistillationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.objective}, reduction={self.reduction!r}, backend={self.backend!r}"
-
-
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that torch.nn.functional.linear would cast to, None without autocast."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selfdistill_kernels.autocast import autocast_dtype
 from selfdistill_kernels.backends import get_backend
 from selfdistill_kernels.backends.base import Gate, Gradients, LinearInputs, Needs, token_losses
 from selfdistill_kernels.logits import LogitTransform
@@ -81,10 +82,9 @@ def _linear_inputs(
 
 def _float32_products(like: Tensor) -> AbstractContextManager[Any]:
     """Autocast has done its work before the operator; inside, nothing may be rounded again."""
-    kind = like.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    if autocast_dtype(like.device) is None:
+        return nullcontext()
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def _returned(gradients: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

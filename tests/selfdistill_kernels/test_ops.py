@@ -14,6 +14,7 @@ from selfdistill_kernels import (
     fused_linear_distillation,
     fused_linear_logprobs,
 )
+from selfdistill_kernels.autocast import WITHOUT_AUTOCAST, autocast_dtype
 from selfdistill_kernels.ops import (
     linear_loss,
     linear_statistics,
@@ -137,6 +138,37 @@ def test_compiled_gradients_equal_eager_ones_bitwise(reduction, compiler, backen
     assert torch.equal(advantage, eager_advantage)
     for a, b in zip(compiled, eager, strict=True):
         assert torch.equal(a, b)
+
+
+def test_autocast_is_traced(backend):
+    torch.compiler.reset()
+    case = make_case(5, 8, 31, bias=True).cast(torch.float32)
+    leaves = case.leaves()
+
+    def step(hidden, teacher_hidden, weight, bias):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logprobs = fused_linear_logprobs(
+                hidden, weight, case.targets, bias=bias, backend=backend
+            ).logprobs
+            loss = fused_linear_distillation(
+                hidden, teacher_hidden, weight, bias=bias, backend=backend
+            ).loss
+        return loss + logprobs.sum()
+
+    arguments = (case.student_hidden, case.teacher_hidden, case.weight, case.bias)
+    loss = step(*arguments)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments)
+    assert torch.equal(compiled, loss)
+    for a, b in zip(
+        torch.autograd.grad(compiled, leaves), torch.autograd.grad(loss, leaves), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", [*WITHOUT_AUTOCAST, "cpu", "cuda", "mps", "xpu"])
+def test_devices_without_autocast_are_known(kind):
+    assert torch.amp.is_autocast_available(kind) == (kind not in WITHOUT_AUTOCAST)
+    assert autocast_dtype(torch.device(kind)) is None
 
 
 def test_autocast_casts_like_a_linear_layer(backend):
