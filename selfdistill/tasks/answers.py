@@ -27,7 +27,7 @@ from selfdistill.tasks.steps import read_boxed
 
 CheckerName = Literal["auto", "math-verify", "plain"]
 
-INSTALL_MATH_VERIFY = "pip install 'selfdistill[math]'"
+INSTALL_MATH_VERIFY = "pip install 'math-verify[antlr4_13_2]>=0.8'"
 # Importing sympy and math-verify takes about two seconds on a quiet machine.
 START_SECONDS = 120.0
 # The worker gives up by itself after math_worker.SECONDS for each of its three stages.

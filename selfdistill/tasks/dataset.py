@@ -22,7 +22,7 @@ from selfdistill.tasks import SPLITS, Problem, TaskError, Verdict
 from selfdistill.tasks.answers import AnswerChecker, build_checker, majority
 from selfdistill.tasks.steps import follows_format, read_answer
 
-INSTALL_DATASETS = "pip install 'selfdistill[hub]'"
+INSTALL_DATASETS = "pip install 'datasets>=3'"
 
 
 class DatasetTask:

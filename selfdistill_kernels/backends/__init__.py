@@ -10,6 +10,7 @@ import warnings
 
 import torch
 
+from selfdistill_kernels.backends import extension
 from selfdistill_kernels.backends.base import Backend
 from selfdistill_kernels.backends.dispatch import BACKENDS, Found, check_backend_name, decide
 from selfdistill_kernels.backends.reference import ReferenceBackend
@@ -25,7 +26,6 @@ __all__ = [
     "native_problem",
 ]
 
-REBUILD = "`pip install --no-build-isolation --force-reinstall --no-deps selfdistill`"
 CPU_TORCH = "this torch is built for CPUs only; install one for your GPU (pytorch.org/get-started)"
 
 
@@ -97,34 +97,21 @@ def _find() -> Found:
 
 
 def _load_native() -> str | None:
-    try:
-        importlib.import_module("selfdistill_kernels._C")
-    except ImportError as error:
-        return (
-            f"the compiled extension cannot be loaded ({error}); install a C++17 compiler and run "
-            f"{REBUILD}"
-        )
-    return None
+    return extension.load("_C", missing="install a C++ compiler")
 
 
 def _load_cuda() -> str | None:
     if torch.version.cuda is None:
         return CPU_TORCH
-    try:
-        importlib.import_module("selfdistill_kernels._cuda")
-    except ImportError as error:
-        return (
-            f"the CUDA row kernels cannot be loaded ({error}); install the CUDA toolkit "
-            f"{torch.version.cuda} (nvcc on PATH or CUDA_HOME) and run {REBUILD}"
-        )
-    return None
+    toolkit = f"install the CUDA toolkit {torch.version.cuda} (nvcc on PATH or CUDA_HOME)"
+    return extension.load("_cuda", missing=toolkit)
 
 
 def _triton_problem(has_triton: bool) -> str | None:
     """Whether the Triton kernels could run on a GPU; triton is imported on first use, because that
     takes a while."""
     if not has_triton:
-        return "the package triton is missing; run `pip install 'selfdistill[triton]'`"
+        return "the package triton is missing; run `pip install 'triton>=3.5'`"
     has_gpu_build = torch.version.cuda is not None or torch.version.hip is not None
     return None if has_gpu_build else CPU_TORCH
 

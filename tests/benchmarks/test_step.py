@@ -23,7 +23,7 @@ SHAPE = StepShape(12, 7, 5, 3)
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_all_steps_have_the_same_gradients(family: str) -> None:
-    pytest.importorskip("trl", reason="pip install 'selfdistill[dev]'")
+    pytest.importorskip("trl", reason="pip install trl==1.16.0")
     size = ModelSize(family, 2, 32, 48, 2, 1, 16, 97)
     errors = check(StepProblem(SHAPE, size), list(CONTENDERS))
     assert errors["naive"] == 0

@@ -66,13 +66,25 @@ def test_extensions(setup_script, tmp_path, monkeypatch, torch_cuda):
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
     monkeypatch.chdir(ROOT)
     extensions, _ = setup_script.native_extension()
+    for extension in extensions:
+        assert "csrc/built_for.cpp" in extension.sources
+        assert extension.py_limited_api == setup_script.LIMITED_API
+        record = f'"torch={torch.__version__} cuda={torch_cuda}"'
+        assert ("SELFDISTILL_BUILT_FOR", record) in extension.define_macros
     names = [extension.name for extension in extensions]
     if torch_cuda is None:
         assert names == ["selfdistill_kernels._C"]
         return
     assert names == ["selfdistill_kernels._C", "selfdistill_kernels._cuda"]
     sources = {Path(source).name for source in extensions[1].sources}
-    assert sources == {"ops.cpp", "visit.cu", "statistics.cu", "gradient.cu", "gather.cu"}
+    assert sources == {
+        "built_for.cpp",
+        "ops.cpp",
+        "visit.cu",
+        "statistics.cu",
+        "gradient.cu",
+        "gather.cu",
+    }
     assert extensions[1].optional
     if not torch.cuda.is_available():
         assert setup_script.os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0;10.0;12.0+PTX"

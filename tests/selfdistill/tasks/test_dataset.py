@@ -146,7 +146,7 @@ def test_answers_are_checked_and_the_format_is_strict(tmp_path: Path) -> None:
 
 @pytest.fixture
 def dataset() -> Any:
-    datasets = pytest.importorskip("datasets", reason="pip install 'selfdistill[hub]'")
+    datasets = pytest.importorskip("datasets", reason="pip install 'datasets>=3'")
     datasets.disable_progress_bars()
     return datasets.Dataset.from_list(RECORDS[:40])
 
@@ -187,5 +187,5 @@ def test_a_data_set_that_cannot_be_had_says_what_to_do(
     with pytest.raises(TaskError, match=r"(?s)cannot load split 'x' of .*save_to_disk"):
         build(name="hub", path=str(tmp_path / "absent" / "set"), splits={"train": "x"})
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(TaskError, match=r"pip install 'selfdistill\[hub\]'"):
+    with pytest.raises(TaskError, match=r"pip install 'datasets>=3'"):
         build(name="hub", path="x", splits={"train": "x"})
