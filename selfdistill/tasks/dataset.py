@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from selfdistill.config import (
     DatasetTaskConfig,
@@ -20,9 +17,10 @@ from selfdistill.config import (
 )
 from selfdistill.tasks import SPLITS, Problem, TaskError, Verdict
 from selfdistill.tasks.answers import AnswerChecker, build_checker, majority
+from selfdistill.tasks.hub import hub_rows
+from selfdistill.tasks.json_lines import jsonl_rows
+from selfdistill.tasks.rows import Row
 from selfdistill.tasks.steps import follows_format, read_answer
-
-INSTALL_DATASETS = "pip install 'datasets>=3'"
 
 
 class DatasetTask:
@@ -96,14 +94,6 @@ class DatasetTask:
         return majority(answers, self.checker.equal)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One record and where it comes from, for messages."""
-
-    fields: Mapping[str, Any]
-    place: str
-
-
 def load_dataset_task(config: JsonlTaskConfig | HubTaskConfig) -> DatasetTask:
     """Read the configured problems.
 
@@ -129,75 +119,6 @@ def load_dataset_task(config: JsonlTaskConfig | HubTaskConfig) -> DatasetTask:
         instruction=config.instruction,
         checker=build_checker(config.checker),
     )
-
-
-def jsonl_rows(path: Path) -> Iterator[Row]:
-    """Yield the objects of a file with one JSON object a line; empty lines are left out.
-
-    Raises:
-        TaskError: there is no such file, or a line is not a JSON object.
-    """
-    try:
-        file = path.open(encoding="utf-8")
-    except OSError as error:
-        raise TaskError(f"task.splits: cannot read {path}: {error.strerror}") from error
-    with file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise TaskError(f"{place} is not JSON: {error}") from error
-            if not isinstance(fields, dict):
-                raise TaskError(f"{place} holds a {type(fields).__name__}, expected an object")
-            yield Row(fields, place)
-
-
-def hub_rows(config: HubTaskConfig, split: str) -> Iterator[Row]:
-    """Yield the rows of one split of a data set, from the Hub, its cache, or a local folder.
-
-    Raises:
-        TaskError: the datasets library is missing, or cannot find the data set or the split.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise TaskError(f"the hub task needs the datasets library: {INSTALL_DATASETS}") from error
-    folder = Path(config.path)
-    saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-    try:
-        if saved:
-            loaded = datasets.load_from_disk(str(folder))
-            # A single saved Dataset knows the name of its split.
-            found = loaded if isinstance(loaded, dict) else {str(loaded.split): loaded}
-            if split not in found:
-                raise TaskError(
-                    f"task.splits: {folder} has no split {split!r}, only {', '.join(found)}"
-                )
-            rows = found[split]
-        else:
-            rows = datasets.load_dataset(
-                config.path,
-                config.config,
-                split=split,
-                revision=config.revision,
-                streaming=config.streaming,
-            )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, TaskError):
-            raise
-        raise TaskError(
-            f"task.path: the datasets library cannot load split {split!r} of {config.path!r}: "
-            f"{error}\nWithout a network, save the data set where there is one "
-            "(datasets.load_dataset(...).save_to_disk(folder)) and give that folder as task.path."
-        ) from error
-    wanted = {config.question, config.answer, config.reference, config.id, *config.where}
-    if rows.column_names is not None:  # wide columns that nobody asked for are never read
-        rows = rows.select_columns([name for name in rows.column_names if name in wanted])
-    for number, fields in enumerate(rows):
-        yield Row(fields, f"{config.path}, split {split}, row {number}")
 
 
 def read_problems(rows: Iterable[Row], config: DatasetTaskConfig, *, source: str) -> list[Problem]:
@@ -228,25 +149,13 @@ def read_problems(rows: Iterable[Row], config: DatasetTaskConfig, *, source: str
 
 
 def _problem(row: Row, config: DatasetTaskConfig) -> Problem:
-    question = _text(row, config.question, "question")
+    question = row.text(config.question, "question")
     return Problem(
-        id=_text(row, config.id, "id") if config.id else _digest(" ".join(question.split()))[:16],
+        id=row.text(config.id, "id") if config.id else _digest(" ".join(question.split()))[:16],
         question=question,
-        answer=_text(row, config.answer, "answer"),
-        reference=_text(row, config.reference, "reference") if config.reference else "",
+        answer=row.text(config.answer, "answer"),
+        reference=row.text(config.reference, "reference") if config.reference else "",
     )
-
-
-def _text(row: Row, field: str, role: str) -> str:
-    value = row.fields.get(field)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise TaskError(
-            f"{row.place}: field {field!r} (task.{role}) holds {value!r}, expected text or a "
-            f"number; the row's fields are {', '.join(row.fields)}"
-        )
-    return value.strip()
 
 
 def question_key(problem: Problem) -> str:

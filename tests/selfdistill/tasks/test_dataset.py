@@ -105,8 +105,8 @@ def test_training_goes_through_whole_epochs(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", r"a\.jsonl, line 2 is not JSON"),
-        ("[1]", r"a\.jsonl, line 2 holds a list"),
-        ('{"q": "x", "s": "y"}', r"line 2: field 'a' \(task\.answer\) holds None.*q, s"),
+        ("[1]", r"a\.jsonl, line 2 holds a value of type list"),
+        ('{"q": "x", "s": "y"}', r"line 2: field 'a' \(task\.answer\) is missing, .*q, s"),
         ('{"q": " ", "a": 1, "s": "y"}', r"line 2: field 'q' \(task\.question\) holds ' '"),
         ('{"q": "x", "a": true, "s": "y"}', r"field 'a' \(task\.answer\) holds True"),
         ('{"q": "x", "a": 1, "s": "y", "n": 0}', r"line 2: the id '0' was given to another"),
