@@ -134,6 +134,9 @@ class DatasetTaskConfig(Section):
     """Said after each question, to student and teacher alike: how to write steps and answer."""
     checker: Literal["auto", "math-verify", "plain"] = "auto"
     """Compares answers: math-verify, or plain numbers and strings; auto takes what is there."""
+    checker_seconds: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    """Most time for comparing the answers of one step, or of 16 problems of an evaluation. What is
+    not decided by then counts as wrong (`undecided` in the metrics)."""
 
 
 class JsonlTaskConfig(DatasetTaskConfig):

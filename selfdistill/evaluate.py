@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from selfdistill.rollout import Rollout, RolloutEngine, SamplingParams, sample
-from selfdistill.tasks import Problem, Task, Verdict
+from selfdistill.tasks import Problem, Task, Verdict, check_all
 
 BOOTSTRAP_RESAMPLES = 10_000
 
@@ -59,6 +60,7 @@ class Evaluation:
         mean_tokens: mean length of an attempt.
         problems: the score of every problem; what paired comparisons are made of.
         strict_means: what `strict_avg_at_k` demands, in the task's words.
+        undecided: attempts that count as wrong because the checker ran out of time.
     """
 
     split: str
@@ -71,6 +73,7 @@ class Evaluation:
     mean_tokens: float
     problems: tuple[ProblemScore, ...]
     strict_means: str = "every step right"
+    undecided: int = 0
 
     def to_json(self) -> str:
         """This evaluation as one line of JSON."""
@@ -133,9 +136,12 @@ def judge(
     task: Task, problems: Sequence[Problem], groups: Sequence[list[Rollout]]
 ) -> list[Attempts]:
     """Check every rollout; one group of rollouts for each problem."""
+    pairs = list(zip(problems, groups, strict=True))
+    verdicts = iter(
+        check_all(task, [(problem, rollout.text) for problem, group in pairs for rollout in group])
+    )
     return [
-        Attempts(problem, rollouts, [task.check(problem, rollout.text) for rollout in rollouts])
-        for problem, rollouts in zip(problems, groups, strict=True)
+        Attempts(problem, group, list(islice(verdicts, len(group)))) for problem, group in pairs
     ]
 
 
@@ -179,12 +185,16 @@ def summarize(attempts: Sequence[Attempts], task: Task, *, split: str, seed: int
         mean_tokens=sum(len(r.token_ids) for r in rollouts) / len(rollouts),
         problems=scores,
         strict_means=task.strict_means,
+        undecided=sum(v.undecided for a in attempts for v in a.verdicts),
     )
 
 
 def majority_is_correct(task: Task, verdicts: Sequence[Verdict]) -> bool:
-    """True when the most frequent answer is the answer of a right attempt."""
-    majority = task.responses_agree([v.answer for v in verdicts if v.answer])
+    """True when the most frequent answer is the answer of a right attempt.
+
+    An answer that the checker could not decide has no vote: comparing it took too long already.
+    """
+    majority = task.responses_agree([v.answer for v in verdicts if v.answer and not v.undecided])
     return any(v.correct and v.answer == majority for v in verdicts)
 
 

@@ -67,6 +67,7 @@ class StepMetrics:
         entropy: of the student's next-token distribution, in nats.
         active: share of all completion tokens, read or not, that carry a gradient.
         reward: share of the rollouts with the right answer.
+        undecided: rollouts that count as wrong because the answer checker ran out of time.
         tied: share of the prompts whose rollouts all got the same reward.
         dropped: rollouts that were left out because the method has no context for them.
         too_long: rollouts that were left out because a prompt did not fit (`prompt.too_long`).
@@ -89,6 +90,7 @@ class StepMetrics:
     entropy: float | None
     active: float
     reward: float
+    undecided: int
     tied: float
     dropped: int
     too_long: int
@@ -285,7 +287,10 @@ def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> T
                 solver.engine.sync(student)
 
             unasked = (len(drawn) - len(asked)) * method.group_size
-            dropped, too_long = map(int, ranks.sum(batch.dropped, unasked + batch.too_long))
+            unsure = sum(verdict.undecided for a in attempts for verdict in a.verdicts)
+            dropped, too_long, undecided = map(
+                int, ranks.sum(batch.dropped, unasked + batch.too_long, unsure)
+            )
             state = replace(state, step=step)
             if evaluation_is_due(state, config):
                 with clock("evaluate"):
@@ -298,6 +303,7 @@ def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> T
                 entropy=totals.per_token(totals.entropy),
                 active=totals.active / max(1, totals.tokens),
                 reward=ranks.mean(correct(attempts)),
+                undecided=undecided,
                 tied=ranks.mean(tied(attempts)),
                 dropped=dropped,
                 too_long=too_long,

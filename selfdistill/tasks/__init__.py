@@ -48,6 +48,7 @@ class Verdict:
         first_wrong_step: 1-based number of the earliest wrong step, or None.
         wrong_span: character span (start, stop) of that step in the response, or None.
         complete: True when the response ends with an answer (False: it ran out of tokens).
+        undecided: True when the checker ran out of time; then `correct` is False.
     """
 
     answer: str | None
@@ -56,6 +57,7 @@ class Verdict:
     first_wrong_step: int | None
     wrong_span: tuple[int, int] | None
     complete: bool
+    undecided: bool = False
 
 
 class Task(Protocol):
@@ -92,6 +94,15 @@ class Task(Protocol):
 
 
 @runtime_checkable
+class BatchTask(Protocol):
+    """What a task may offer whose checker takes time: judging many responses at once."""
+
+    def check_all(self, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+        """Judge responses as `check` does, within one time limit for all of them."""
+        ...
+
+
+@runtime_checkable
 class FeedbackTask(Protocol):
     """What a task may offer: its checker's verdict in the task's own words."""
 
@@ -112,6 +123,13 @@ class SteppedTask(Protocol):
     def step_spans(self, response: str) -> list[tuple[int, int]]:
         """Return the character span (start, stop) of each step, in order, the answer included."""
         ...
+
+
+def check_all(task: Task, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+    """Judge many responses, at once where the task can, else one after the other."""
+    if isinstance(task, BatchTask):
+        return task.check_all(attempts)
+    return [task.check(problem, response) for problem, response in attempts]
 
 
 def build_task(config: TaskConfig) -> Task:

@@ -17,10 +17,11 @@ from selfdistill.config import (
 )
 from selfdistill.tasks import SPLITS, Problem, TaskError, Verdict
 from selfdistill.tasks.answers import AnswerChecker, build_checker, majority
+from selfdistill.tasks.final_answer import read_answer
 from selfdistill.tasks.hub import hub_rows
 from selfdistill.tasks.json_lines import jsonl_rows
 from selfdistill.tasks.rows import Row
-from selfdistill.tasks.steps import follows_format, read_answer
+from selfdistill.tasks.steps import follows_format
 
 
 class DatasetTask:
@@ -31,6 +32,7 @@ class DatasetTask:
         splits: the problems of each split, already without overlap.
         instruction: how to write the answer.
         checker: compares answers.
+        checker_seconds: a limit for the answers that are compared in one call of `check_all`.
     """
 
     strict_means = "in the step format"
@@ -42,10 +44,12 @@ class DatasetTask:
         *,
         instruction: str,
         checker: AnswerChecker,
+        checker_seconds: float | None = None,
     ) -> None:
         self.name = name
         self.instruction = instruction
         self.checker = checker
+        self.checker_seconds = checker_seconds
         self._splits = {split: list(splits.get(split, ())) for split in SPLITS}
 
     def size(self, split: str) -> int:
@@ -78,20 +82,39 @@ class DatasetTask:
 
     def check(self, problem: Problem, response: str) -> Verdict:
         """Judge the final answer; the steps cannot be judged, only that they have their tags."""
-        answer = read_answer(response)
-        correct = answer is not None and self.checker.equal(problem.answer, answer)
-        return Verdict(
-            answer=answer,
-            correct=correct,
-            strict=correct and follows_format(response),
-            first_wrong_step=None,
-            wrong_span=None,
-            complete=answer is not None,
+        return self.check_all([(problem, response)])[0]
+
+    def check_all(self, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+        """Judge many responses as `check` does; `checker_seconds` limits the time for all."""
+        answers = [read_answer(response) for _, response in attempts]
+        pairs = [
+            (problem.answer, answer)
+            for (problem, _), answer in zip(attempts, answers, strict=True)
+            if answer is not None
+        ]
+        equal = dict(
+            zip(pairs, self.checker.decide(pairs, seconds=self.checker_seconds), strict=True)
         )
+        return [
+            _verdict(response, answer, False if answer is None else equal[problem.answer, answer])
+            for (problem, response), answer in zip(attempts, answers, strict=True)
+        ]
 
     def responses_agree(self, answers: Sequence[str]) -> str | None:
         """Return the first answer of the largest class of equal ones; ties go to the earliest."""
         return majority(answers, self.checker.equal)
+
+
+def _verdict(response: str, answer: str | None, equal: bool | None) -> Verdict:
+    return Verdict(
+        answer=answer,
+        correct=equal is True,
+        strict=equal is True and follows_format(response),
+        first_wrong_step=None,
+        wrong_span=None,
+        complete=answer is not None,
+        undecided=equal is None,
+    )
 
 
 def load_dataset_task(config: JsonlTaskConfig | HubTaskConfig) -> DatasetTask:
@@ -118,6 +141,7 @@ def load_dataset_task(config: JsonlTaskConfig | HubTaskConfig) -> DatasetTask:
         splits,
         instruction=config.instruction,
         checker=build_checker(config.checker),
+        checker_seconds=config.checker_seconds,
     )
 
 

@@ -15,8 +15,7 @@ STEP_INSTRUCTION = (
     "with the tag <answer> followed by the final answer alone."
 )
 
-_TAG = re.compile(r"<(?:step_(?P<number>\d{1,4})|answer)>")
-_BOXED = r"\boxed{"
+_TAG = re.compile(r"<(?:step_(?P<number>\d{1,4})|answer)>", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -55,29 +54,3 @@ def follows_format(text: str) -> bool:
         and not text[: steps[0].start].strip()
         and numbers == [*range(1, len(steps)), None]
     )
-
-
-def read_answer(text: str) -> str | None:
-    r"""Return the final answer: the line after the last <answer>, else the last \boxed{...}.
-
-    None when there is neither, or nothing in it.
-    """
-    _, tag, rest = text.rpartition("<answer>")
-    if tag:
-        lines = rest.split("</answer>")[0].strip().splitlines()
-        return lines[0].strip() if lines else None
-    return read_boxed(text)
-
-
-def read_boxed(text: str) -> str | None:
-    r"""Return what stands in the last whole \boxed{...}, or None."""
-    start = text.rfind(_BOXED)
-    if start < 0:
-        return None
-    depth = 1
-    begin = start + len(_BOXED)
-    for i, character in enumerate(text[begin:], start=begin):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth == 0:
-            return text[begin:i].strip() or None
-    return None

@@ -89,6 +89,7 @@ def write_training(run: Path, *, steps: int) -> None:
             entropy=0.1,
             active=1.0,
             reward=0.25 * step,
+            undecided=0,
             tied=0.5,
             dropped=0,
             too_long=0,

@@ -4,7 +4,7 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from selfdistill.scoring import score
 from selfdistill.seeds import derive_seed
 from selfdistill.solver import Solver, load_solver
 from selfdistill.tasks import TaskError
+from selfdistill.tasks.answers import PlainChecker
 from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.train import (
     DivergedError,
@@ -657,6 +658,26 @@ def test_a_task_of_files_is_trained_on_for_epochs(solver_dir: Path, tmp_path: Pa
     train(longer.model_copy(update={"steps": 2}))
     train(longer, resume=True)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_answers_that_the_checker_leaves_undecided_are_counted(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OutOfTime(PlainChecker):
+        def decide(
+            self, pairs: Sequence[tuple[str, str]], *, seconds: float | None = None
+        ) -> list[bool | None]:
+            assert seconds == 7.0
+            return [None] * len(pairs)
+
+    monkeypatch.setattr("selfdistill.tasks.dataset.build_checker", lambda name: OutOfTime())
+    monkeypatch.setattr("selfdistill.tasks.dataset.read_answer", lambda response: "x")
+    task = {**jsonl_task(tmp_path, solver_dir), "checker_seconds": 7.0}
+    train(make_config(solver_dir, tmp_path / "run", task=task, method=refsol(), steps=1))
+    (metrics,) = JsonLines(tmp_path / "run" / "metrics.jsonl").read()
+    assert (metrics["undecided"], metrics["reward"]) == (4, 0.0)
+    evaluations = JsonLines(tmp_path / "run" / "evaluations.jsonl").read()
+    assert [line["undecided"] for line in evaluations] == [6, 6]
 
 
 def test_what_is_too_long_stops_the_run_or_is_counted(solver_dir: Path, tmp_path: Path) -> None:

@@ -1,0 +1,19 @@
+"""Comparing final answers as a person would."""
+
+from selfdistill.tasks.answers.checkers import (
+    AnswerChecker,
+    CheckerName,
+    MathVerifyChecker,
+    PlainChecker,
+    build_checker,
+    majority,
+)
+
+__all__ = [
+    "AnswerChecker",
+    "CheckerName",
+    "MathVerifyChecker",
+    "PlainChecker",
+    "build_checker",
+    "majority",
+]

@@ -1,0 +1,105 @@
+r"""Reads the final answer out of a response.
+
+The first of these that a response has counts, and of several of its kind the last:
+
+1. `<answer> 42`, in any case of letters, with or without `</answer>`
+2. `\boxed{42}`
+3. a line `#### 42`
+4. "the answer is 42", "Answer: 42"
+"""
+
+from __future__ import annotations
+
+import re
+
+_ANSWER_TAG = re.compile(r"<answer>", re.IGNORECASE)
+_ANSWER_END = re.compile(r"</answer>", re.IGNORECASE)
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
+_PHRASE = re.compile(
+    r"\banswer(?:\s+to\s+(?:the|this)\s+(?:question|problem))?[\s*_]*(?:\bis\b|\bare\b|:|=)[\s*_:]*",
+    re.IGNORECASE,
+)
+# Where a sentence that states an answer goes on to something else.
+_SENTENCE_END = re.compile(r"\.(?=\s|$)|,?\s+(?:because|since|so|which|as)\b|</?\w+>")
+_FENCE = re.compile(r"```\w*\s*\n(.*?)```", re.DOTALL)
+_BLOCKS = (
+    re.compile(r"\\\[.*?\\\]", re.DOTALL),
+    re.compile(r"\$\$.*?\$\$", re.DOTALL),
+    re.compile(r"\\begin\{(\w+\*?)\}.*?\\end\{\1\}", re.DOTALL),
+)
+
+
+def read_answer(text: str) -> str | None:
+    """Return the final answer of a response as it is written there, on one line.
+
+    None when there is none, or nothing in it.
+    """
+    tag = _last(_ANSWER_TAG, text)
+    if tag is not None:
+        return read_first_statement(_ANSWER_END.split(text[tag.end() :])[0])
+    boxed = read_boxed(text)
+    if boxed is not None:
+        return boxed
+    hashes = _last(_HASHES, text)
+    if hashes is not None:
+        return hashes[1].strip()
+    phrase = _last(_PHRASE, text)
+    if phrase is None:
+        return None
+    statement = read_first_statement(text[phrase.end() :])
+    if statement is None or statement.startswith((r"\[", "$$", r"\begin")):
+        return statement
+    return _SENTENCE_END.split(statement)[0].strip().rstrip("*").strip() or None
+
+
+def read_first_statement(text: str) -> str | None:
+    r"""Return the first line that holds something, or a whole block: \[ ... \] may span lines."""
+    text = text.strip()
+    fence = _FENCE.match(text)
+    if fence:
+        text = fence[1].strip()
+    for block in _BLOCKS:
+        found = block.match(text)
+        if found:
+            return " ".join(found[0].split())
+    return text.splitlines()[0].strip() if text else None
+
+
+def read_boxed(text: str) -> str | None:
+    r"""Return what stands in the last whole \boxed{...}, or None; one that is cut off is no box."""
+    boxes = read_boxes(text)
+    return boxes[-1].strip() or None if boxes else None
+
+
+def read_boxes(text: str) -> list[str]:
+    r"""Return what stands in each whole \boxed{...} or \fbox{...} of a text, in order.
+
+    A box in a box is part of what the outer one holds.
+    """
+    closings = _closing_braces(text)
+    contents: list[str] = []
+    position = 0
+    for box in _BOX.finditer(text):
+        stop = closings.get(box.end() - 1)
+        if stop is not None and box.start() >= position:
+            contents.append(text[box.end() : stop])
+            position = stop
+    return contents
+
+
+def _closing_braces(text: str) -> dict[int, int]:
+    """Return where each opening brace is closed, in one pass: a response may be full of them."""
+    closings: dict[int, int] = {}
+    still_open: list[int] = []
+    for i, character in enumerate(text):
+        if character == "{":
+            still_open.append(i)
+        elif character == "}" and still_open:
+            closings[still_open.pop()] = i
+    return closings
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    found = list(pattern.finditer(text))
+    return found[-1] if found else None
