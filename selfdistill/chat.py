@@ -34,7 +34,8 @@ class ChatTemplate:
 
     Control tokens are all tokens that were added to the vocabulary, special or not (Qwen3's
     `</think>` and `<tool_call>` count as ordinary there), except runs of white space and bytes. The
-    token of unknown words may stand for a word.
+    token of unknown words may stand for a word, and for a spelled control token where a vocabulary
+    of words has no other.
 
     Args:
         tokenizer: of the tokenizers library, with a chat template that puts the text of a turn into
@@ -74,8 +75,7 @@ class ChatTemplate:
             if not _PART_OF_ANY_TEXT.fullmatch(text)
         }
         ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-        self._unknown = {tokenizer.unk_token_id} - {None}
-        self._control_ids = {*added.values()} - (self._unknown - ends)
+        self._control_ids = {*added.values()} - ({tokenizer.unk_token_id} - ends)
         self._control_text = control_pattern(added)
         self._literal = LiteralTokenizer(backend, added)
         self._render(variables)
@@ -116,8 +116,7 @@ class ChatTemplate:
         there without changing the text.
 
         Raises:
-            ControlTokenError: the tokenizer makes control tokens of plain text, or has no other
-                tokens for a text that spells one.
+            ControlTokenError: the tokenizer makes control tokens of plain text.
         """
         text, more = text.strip(), more.strip()
         alone = self._encode(self._opening, text, self._closing)
@@ -134,19 +133,10 @@ class ChatTemplate:
 
     def _encode(self, opening: str, text: str, closing: str) -> list[int]:
         expected = self._controls(self._ids(opening)) + self._controls(self._ids(closing))
-        spelled = {*self._control_text.findall(text)}
-        if not spelled:
+        if not self._control_text.search(text):
             ids = self._ids(opening + text + closing)
             if self._controls(ids) == expected:
                 return ids
-        for control in spelled:
-            alone = self._literal.encode("", control, "")
-            if not alone or self._unknown & {*alone}:
-                raise ControlTokenError(
-                    f"the text {text[:80]!r} spells {control!r}, a control token of tokenizer "
-                    f"{self._tokenizer.name_or_path!r}, whose vocabulary has no other tokens for "
-                    "it: leave such texts out, or make it an ordinary word of the vocabulary"
-                )
         # Also for tokenizers that change the text before they look for control tokens in it, and
         # for a text that makes one together with the template.
         ids = self._literal.encode(opening, text, closing)
