@@ -14,15 +14,12 @@ import torch
 
 from selfdistill.attention import (
     PrefixStash,
-    base_causal_lm,
     enable_prefix_sharing,
     run_packed_row,
 )
 from selfdistill.layout import PackingStatistics, PromptGroup, pack_groups
+from selfdistill.randomness import check_not_random
 from selfdistill.teacher import Teacher
-
-# Dropout of heads that a causal LM does not have.
-_OTHER_HEADS = ("classifier", "summary")
 
 
 @dataclass(frozen=True)
@@ -67,8 +64,8 @@ def score(
 ) -> ScoredTokens:
     """Score every completion token by student and teacher, each over one packed row.
 
-    Works with activation checkpointing on and off, in train and in eval mode: dropout must be 0, so
-    both give the same numbers. Sets prefix-tree attention on the models on first use.
+    Works with activation checkpointing on and off, in train and in eval mode: nothing in a pass may
+    be random, so both give the same numbers. Sets prefix-tree attention on the models on first use.
 
     Args:
         student: a transformers causal LM, or a PEFT wrapper of one.
@@ -79,7 +76,8 @@ def score(
         attention: who computes the attention, see `selfdistill.attention.choose_backend`.
 
     Raises:
-        ValueError: dropout is on, or sharing was asked for a teacher with other weights.
+        ValueError: sharing was asked for a teacher with other weights.
+        RandomModelError: a pass would be random, see `selfdistill.randomness`.
         UnsupportedModelError: the architecture cannot share prefixes exactly.
         UnavailableBackendError: the attention backend that was asked for cannot run.
     """
@@ -92,7 +90,7 @@ def score(
             "the student's weights are wrong for other weights (after 10 LoRA steps the error was "
             "78 % of the signal). Leave it out: this teacher then reads the prefix once itself"
         )
-    check_no_dropout(student)
+    check_not_random(student)
     enable_prefix_sharing(student, backend=attention)
     pack = pack_groups(groups, share_student_prefix=share, with_teacher=teacher is not None)
 
@@ -102,7 +100,7 @@ def score(
     teacher_hidden = None
     if teacher is not None and pack.teacher is not None:
         with torch.no_grad(), teacher.weights(student) as teacher_model:
-            check_no_dropout(teacher_model)
+            check_not_random(teacher_model)
             enable_prefix_sharing(teacher_model, backend=attention)
             teacher_hidden = run_packed_row(
                 teacher_model, pack.teacher, borrow=stash, backend=attention
@@ -134,30 +132,3 @@ def _concatenated(parts: Sequence[list[float] | None], device: torch.device) -> 
     """One tensor of all groups' numbers; None when a group does not know them."""
     numbers = [number for part in parts if part is not None for number in part]
     return None if None in parts else torch.tensor(numbers, device=device)
-
-
-def check_no_dropout(model: torch.nn.Module) -> None:
-    """Raise when a model has dropout: it would make student and teacher disagree at random.
-
-    It is refused whatever the mode, because activation checkpointing needs train mode.
-
-    Raises:
-        ValueError: names the configuration field, or the module, and its value.
-    """
-    configs = {"config": base_causal_lm(model).get_decoder().config}
-    configs |= {f"peft_config[{k!r}]": v for k, v in getattr(model, "peft_config", {}).items()}
-    for owner, config in configs.items():
-        for name, value in vars(config).items():
-            is_dropout = name.endswith(("dropout", "pdrop")) and not name.startswith(_OTHER_HEADS)
-            if is_dropout and isinstance(value, float) and value > 0.0:
-                raise _dropout_error(f"{owner}.{name}", value)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0.0:
-            raise _dropout_error(name, module.p)
-
-
-def _dropout_error(name: str, value: float) -> ValueError:
-    return ValueError(
-        f"{name} is {value}, expected 0: dropout in either pass makes student and teacher disagree "
-        "at random; set it to 0 before loading the model"
-    )

@@ -30,6 +30,7 @@ from selfdistill.gradients import StudentLoss, accumulate_gradients
 from selfdistill.methods import build_method
 from selfdistill.methods.loss import find_heads
 from selfdistill.progress import progress_bars
+from selfdistill.randomness import enable_activation_checkpointing, refuse_random_passes
 from selfdistill.rollout import SamplingParams, sample
 from selfdistill.rollout.agreement import check_engine
 from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
@@ -38,7 +39,7 @@ from selfdistill.sharding import whole
 from selfdistill.solver import Solver, build_engine, load_solver
 from selfdistill.tasks import training_problems
 from selfdistill.teacher import build_teacher
-from selfdistill.weights import TrainedWeights, enable_activation_checkpointing
+from selfdistill.weights import TrainedWeights
 
 # Settings that a continued run may change without becoming another run.
 MAY_DIFFER = ("model", "output_dir", "device", "shard", "attention", "steps", "checkpoint")
@@ -173,6 +174,7 @@ def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> T
         solver = replace(solver, engine=build_engine(config, deepcopy(student), solver.tokenizer))
     if config.activation_checkpointing:
         enable_activation_checkpointing(student)
+    refuse_random_passes(student)
     if sharded:
         objective.shard(compute_dtype=getattr(torch, config.precision))
     weights = TrainedWeights(student)

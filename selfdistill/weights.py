@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from selfdistill.attention import base_causal_lm
 from selfdistill.config import AdapterConfig, Config
 from selfdistill.seeds import derive_seed
 from selfdistill.sharding import assign
@@ -103,20 +102,6 @@ def attach_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, seed: int)
                 "out, or use 'all-linear' (every linear layer of the decoder)"
             )
     return wrapped
-
-
-def enable_activation_checkpointing(model: Student) -> None:
-    """Recompute each layer in the backward pass instead of keeping its activations.
-
-    The model goes to train mode, where transformers looks for the switch; there is no dropout, so
-    the numbers stay the same.
-    """
-    base = base_causal_lm(model)
-    # transformers 5.2x renamed it.
-    enable = getattr(base, "activation_checkpointing_enable", None)
-    enable = enable or base.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "preserve_rng_state": False})
-    model.train()
 
 
 class TrainedWeights:

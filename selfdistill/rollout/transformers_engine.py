@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from selfdistill.randomness import evaluation_mode
 from selfdistill.rollout import (
     Rollout,
     SamplingParams,
@@ -64,14 +65,10 @@ class TransformersEngine:
         )
         prompts_at_once = max(1, self.batch_size // group_size)
         groups: list[list[Rollout]] = []
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluation_mode(self.model):
             for start in range(0, len(prompts), prompts_at_once):
                 batch = prompts[start : start + prompts_at_once]
                 groups.extend(self._sample(batch, group_size, params, first=start))
-        finally:
-            self.model.train(was_training)
         return groups
 
     @torch.no_grad()

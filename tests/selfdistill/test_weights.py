@@ -14,6 +14,7 @@ from selfdistill.config import AdapterConfig, Config, LossConfig
 from selfdistill.gradients import StudentLoss, accumulate_gradients
 from selfdistill.layout import PromptGroup
 from selfdistill.methods.loss import DistillationLoss, find_heads
+from selfdistill.randomness import enable_activation_checkpointing
 from selfdistill.scoring import score
 from selfdistill.teacher import BaseTeacher, EmaTeacher, LiveTeacher, Teacher
 from selfdistill.weights import (
@@ -21,7 +22,6 @@ from selfdistill.weights import (
     UnsupportedAdapterError,
     attach_adapter,
     copy_tensors,
-    enable_activation_checkpointing,
     load_model,
 )
 from selfdistill_kernels.backends.base import Needs
