@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from selfdistill.config import AdapterConfig, Config
+from selfdistill.float32_sum import sum_embedding_gradients_in_float32
 from selfdistill.seeds import derive_seed
 from selfdistill.sharding import assign
 
@@ -109,7 +110,8 @@ class TrainedWeights:
 
     A float32 parameter is its own master. One of another dtype has a float32 master, to which its
     gradient moves as soon as a backward pass has finished it: gradients add up over passes in
-    float32, and only one parameter's gradient exists in half precision at a time.
+    float32, and only one parameter's gradient exists in half precision at a time. Embeddings add up
+    their rows' gradients in float32 within a pass, too (`selfdistill.float32_sum`).
 
     Args:
         model: with `requires_grad` set on the parameters that learn.
@@ -121,6 +123,7 @@ class TrainedWeights:
 
     def __init__(self, model: Student) -> None:
         self.model = model
+        sum_embedding_gradients_in_float32(model)
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.masters = {
             name: p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())

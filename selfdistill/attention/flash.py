@@ -4,7 +4,7 @@ Queries need no gathering: the segments follow each other in the row. Keys and v
 segment by segment, [sum of num_keys, kv_heads, head_dim], so that each segment is a sequence of its
 own whose queries are its last positions; flash-attn 2.1 and later align the causal mask and the
 window to the lower right corner, which is just that. The prefix's gradients are summed over the
-branches by the backward pass of the gather.
+branches, in float32, by the backward pass of the gather.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from itertools import accumulate
 
 import torch
 
+from selfdistill.float32_sum import select_rows
 from selfdistill.layout import PackedRow
 
 
@@ -70,7 +71,7 @@ class FlashAttention:
         return out[..., :width].unsqueeze(0)
 
     def _gather(self, states: torch.Tensor) -> torch.Tensor:
-        return states[0].transpose(0, 1).index_select(0, self._key_index)
+        return select_rows(states[0].transpose(0, 1), 0, self._key_index)
 
 
 def _starts(lengths: list[int]) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 Runs on any device and in any dtype. Each segment attends the keys before it (borrowed prefix,
 trunk) and its own under a lower-right causal mask. Gathering those keys repeats the prefix for
-every branch, and autograd sums their gradients over the branches: the prefix is read once but
-trained by all.
+every branch, and their gradients are summed over the branches: the prefix is read once but trained
+by all.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from selfdistill.float32_sum import select_rows
 from selfdistill.layout import PackedRow, Segment
 
 # One more attention call costs about as much as this many query-key pairs (measured forward and
@@ -164,7 +165,8 @@ class _Batch:
 
     def _gather(self, states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         heads, _, head_dim = states.shape
-        return states.index_select(1, index).view(heads, self.size, -1, head_dim).transpose(0, 1)
+        rows = select_rows(states, 1, index)
+        return rows.view(heads, self.size, -1, head_dim).transpose(0, 1)
 
 
 def _cut(queries: int, keys: int, size: int) -> list[slice]:

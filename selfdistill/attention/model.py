@@ -7,6 +7,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from selfdistill.attention.backend import Choice, choose_backend
 from selfdistill.attention.tree import IMPLEMENTATION, PrefixStash, PrefixTree
+from selfdistill.float32_sum import select_rows
 from selfdistill.layout import PackedRow
 
 
@@ -63,7 +64,7 @@ def run_packed_row(
     hidden = run_tree(decoder, row, tree)
     if capture is not None:
         capture.close()
-    return hidden.index_select(0, row.prediction_index.to(device))
+    return select_rows(hidden, 0, row.prediction_index.to(device))
 
 
 def run_tree(decoder: PreTrainedModel, row: PackedRow, tree: PrefixTree) -> torch.Tensor:
