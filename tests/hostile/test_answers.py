@@ -145,13 +145,13 @@ def slow_task(folder: Path, *, seconds: float, size: int = 2) -> DatasetTask:
 
 
 def test_a_step_of_slow_answers_ends_at_its_limit_and_they_are_counted(tmp_path: Path) -> None:
-    task = slow_task(tmp_path, seconds=1.5)
-    group = [attempt(answer) for answer in ("x+1", SLOW, f"{SLOW}", "x-1", "7")]
+    task = slow_task(tmp_path, seconds=2.0, size=1)
+    group = [attempt(answer) for answer in ("x+1", "x-1", "7", SLOW, SLOW)]
     groups = [group, [attempt(SLOW)] * 5]
     attempts = judge(task, [PROBLEM, Problem("r", "s", "y+1", "")], groups)
     right, *_ = attempts[0].verdicts
     assert (right.correct, right.undecided) == (True, False)
-    assert [v.undecided for v in attempts[0].verdicts] == [False, True, True, False, False]
+    assert [v.undecided for v in attempts[0].verdicts] == [False, False, False, True, True]
     assert all(v.undecided and not v.correct and v.complete for v in attempts[1].verdicts)
     evaluation = summarize(attempts, task, split="dev")
     assert evaluation.undecided == 7

@@ -26,7 +26,8 @@ from math_verify import verify
 from selfdistill.tasks.answers.compare import Verdict, compare
 
 SECONDS = 3.0
-"""For one comparison, all its parts together. What cannot be interrupted is killed from outside."""
+"""Of processor time, for one comparison with all its parts: a busy machine changes no verdict. What
+cannot be interrupted is killed from outside."""
 # Sympy can ask for more than a machine has, such as for a large power as an exact integer.
 MEMORY_BYTES = 4 << 30
 
@@ -81,12 +82,12 @@ def _is_symbol(expression: sympy.Basic) -> bool:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in the block after so many seconds, and again each second after that."""
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    """Raise OutOfTime in the block after so much processor time, and again each second after."""
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
 
 
 def judge(gold: str, answer: str) -> Verdict:
@@ -105,7 +106,7 @@ def main() -> None:
     def give_up(signum: int, frame: FrameType | None) -> None:
         raise OutOfTime
 
-    signal.signal(signal.SIGALRM, give_up)
+    signal.signal(signal.SIGPROF, give_up)
     with contextlib.suppress(ValueError, OSError):  # a lower limit is set already
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     same_expression(r"\sqrt{8}", r"2\sqrt{2}")  # the first comparison loads more of sympy

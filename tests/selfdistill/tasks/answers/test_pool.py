@@ -24,8 +24,8 @@ def test_processes_work_at_the_same_time(tmp_path: Path) -> None:
 
 
 def test_a_process_that_is_too_slow_is_killed_and_replaced(tmp_path: Path) -> None:
-    pool = answering_pool(tmp_path / "log", size=1, answer_seconds=0.5)
-    assert pool.ask([("1", SLOW), ("2", "2"), ("3", SLOW)]) == {0: None, 1: True, 2: None}
+    pool = answering_pool(tmp_path / "log", size=1, answer_seconds=2.0)
+    assert pool.ask([("1", SLOW), ("2", "2")]) == {0: None, 1: True}
     assert pool.ask([("4", "4")]) == {0: True}
 
 
