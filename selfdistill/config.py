@@ -307,6 +307,10 @@ class ScribeCriticConfig(Section):
     """What it repeats of an attempt: up to the first wrong step, that step too, or nothing."""
 
 
+# Ranks that vLLM makes room for; an adapter may have any up to the last.
+VLLM_ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
 class VLLMSettings(Section):
     """What any vLLM engine needs to know; it runs in the trainer's own process, on its device."""
 
@@ -317,8 +321,9 @@ class VLLMSettings(Section):
     the model has positions for."""
     kv_cache_gib: float = Field(default=4.0, gt=0)
     """Memory for keys and values, shared by all sequences that are sampled at once."""
-    block_size: PositiveInt = 32
-    """Tokens of a cache block: only whole blocks of a prompt are shared between its rollouts."""
+    block_size: int = Field(default=32, gt=0, multiple_of=32)
+    """Tokens of a cache block, a multiple of 32 (smaller ones run on GPUs only): only whole blocks
+    of a prompt are shared between its rollouts."""
     enforce_eager: bool = False
     """No compilation and no CUDA graphs: starts in seconds, samples more slowly on a GPU."""
 
@@ -620,6 +625,17 @@ class Config(Section):
                 f"{loss.temperature} with those of sampling at {self.rollout.temperature}: set "
                 "method.loss.temperature to rollout.temperature"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_takes_the_adapter(self) -> Config:
+        if isinstance(self.rollout.engine, VLLMEngineConfig) and self.adapter is not None:
+            most = VLLM_ADAPTER_RANKS[-1]
+            if self.adapter.r > most:
+                raise ValueError(
+                    f"adapter.r: got {self.adapter.r}, but vLLM takes adapters up to rank {most}: "
+                    "set a smaller one, or rollout.engine.name: transformers"
+                )
         return self
 
     @model_validator(mode="after")

