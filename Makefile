@@ -1,6 +1,7 @@
 # `make demo` runs the main job on a fresh machine, `make test` the tests that people wait for,
 # `make test-all` every test, `make lint` ruff and mypy, `make clean` removes what these made.
-# All but `clean` set up .venv first.
+# All but `clean` set up .venv first. `make test-vllm` tests the vLLM engine with vLLM itself, in an
+# environment of its own.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 # Two processes of one thread each; -rs lists what was skipped, and why.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=10 -n 2
 
-.PHONY: demo test test-all lint setup clean
+.PHONY: demo test test-all test-vllm lint setup clean
 
 demo: setup
 	$(BIN)/selfdistill demo
@@ -39,5 +40,34 @@ $(VENV)/.extension: $(VENV)/.requirements $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
+# vLLM brings a torch of its own: the tests run against an installed wheel, whose extension was built
+# with that torch, and not against the tree, whose extension is for .venv. The pytest command, unlike
+# python -m pytest, leaves the tree off the path. A vLLM that is missing fails the tests here.
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_BUILD := $(VLLM_VENV)/build
+PACKAGES := $(shell find selfdistill selfdistill_kernels -name '*.py')
+
+test-vllm: $(VLLM_VENV)/.package
+	OMP_NUM_THREADS=1 SELFDISTILL_REQUIRE_VLLM=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 \
+	$(VLLM_BIN)/pytest -q -rs --durations=5 --show-capture=stderr --override-ini pythonpath=tests/support \
+	$(shell find tests -name 'test_vllm*.py')
+
+$(VLLM_VENV)/.requirements: requirements-vllm.txt
+	rm -rf $(VLLM_VENV)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet --requirement requirements-vllm.txt
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# Objects are kept between builds; modules are not, or one that has left the tree would stay.
+$(VLLM_VENV)/.package: $(VLLM_VENV)/.requirements $(SOURCES) $(PACKAGES)
+	mkdir -p $(VLLM_BUILD)
+	find $(VLLM_BUILD) \( -name '*.py' -o -name '*.whl' \) -delete
+	SELFDISTILL_KERNELS_BUILD=1 $(VLLM_BIN)/python setup.py --quiet \
+	build --build-base $(VLLM_BUILD) bdist_wheel --dist-dir $(VLLM_BUILD)
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps --force-reinstall $(VLLM_BUILD)/*.whl
+	touch $@
+
 clean:
-	rm -rf $(VENV) build runs *.egg-info selfdistill_kernels/_C*.so
+	rm -rf $(VENV) $(VLLM_VENV) build runs *.egg-info selfdistill_kernels/_C*.so
