@@ -26,6 +26,7 @@ from benchmarks.problems import BETAS, Problem, Shape
 from selfdistill_kernels import fused_linear_distillation
 from selfdistill_kernels.backends import found_on
 from selfdistill_kernels.backends.dispatch import Choice, decide
+from selfdistill_kernels.backends.gemm import widens
 from selfdistill_kernels.plan import TilePlan
 
 # Rows that Liger scores at a time. Its default, 1024, materialises all logits of the small shapes.
@@ -233,6 +234,7 @@ def plan_of(
         itemsize=dtype.itemsize,
         need_weight=trained_head,
         workspace=0 if workspace == "auto" else int(workspace),
+        widened_hidden=shape.hidden if widens(dtype, "cpu") else 0,
     )
 
 

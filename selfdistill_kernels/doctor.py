@@ -20,6 +20,7 @@ from torch import Tensor
 
 from selfdistill_kernels import backends, cost
 from selfdistill_kernels.backends.dispatch import SERVED, Found, decide
+from selfdistill_kernels.backends.gemm import widens
 from selfdistill_kernels.event_clock import EventClock
 from selfdistill_kernels.loss import fused_linear_distillation
 from selfdistill_kernels.plan import TilePlan
@@ -176,6 +177,7 @@ def what_runs(findings: Findings, question: Question) -> Iterator[str]:
             itemsize=dtype.itemsize,
             need_weight=not question.frozen,
             on_gpu=question.device == "cuda",
+            widened_hidden=size.hidden if widens(dtype, question.device) else 0,
         )
         yield plan.describe()
     elif choice.backend == "triton":

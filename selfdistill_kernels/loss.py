@@ -123,9 +123,9 @@ def fused_linear_distillation(
         normalizer: replaces the denominator: of "mean", "sum" and "none" the number of tokens, of
             "sequence_mean" the number of sequences. For gradient accumulation and data
             parallelism, pass the whole batch's.
-        workspace: bytes for tiles of logits and, with 16-bit inputs, the float32 sums beside them
-            (on the CPU as little as dH in float32 and a few rows; too little is an error that
-            names the least), or "auto".
+        workspace: bytes for tiles of logits, for what their products take beside them (copies of
+            hidden states, columns widened to float32) and, with 16-bit inputs, for float32 sums; or
+            "auto". Too little is an error that names the least.
         backend: "auto", "triton", "native" or "reference" (`selfdistill doctor` says what runs).
 
     Returns:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-# Columns of the head that are widened at a time: large enough for the GEMM, small beside a tile.
-WIDENED_COLUMNS = 4096
+from selfdistill_kernels.backends import memory
 
 
 class Head(Protocol):
@@ -60,10 +60,7 @@ class Float32Head:
     def weight_gradient(
         self, gradient: Tensor, hidden: Tensor, *, out: Tensor, add: Tensor | None
     ) -> None:
-        if add is None:
-            torch.mm(gradient.T, hidden, out=out)
-        else:
-            torch.addmm(add, gradient.T, hidden, out=out)
+        _add_product(gradient, hidden, out=out, add=add)
 
 
 class BrgemmHead:
@@ -101,38 +98,61 @@ class BrgemmHead:
 class WideningHead:
     """float32 products of 16-bit inputs: columns of the head are widened on the way.
 
+    They are widened into one buffer that stays in the cache, a few columns at a time: fresh memory
+    for each of them would cost as much as a product (docs/decisions.md).
+
     Args:
-        weight: [V, H] bfloat16.
+        weight: [V, H], 16-bit.
+        columns: how many are widened at a time (TilePlan.widened).
     """
 
     narrow_gradient = False
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, columns: int) -> None:
         self.weight = weight
+        self.columns = columns
+        self._buffer: Tensor | None = None
 
     def logits(self, hidden: Tensor, start: int, stop: int, *, out: Tensor) -> None:
         wide = hidden.to(torch.float32)
-        for low in range(start, stop, WIDENED_COLUMNS):
-            high = min(low + WIDENED_COLUMNS, stop)
-            part = self.weight[low:high].to(torch.float32)
-            out[:, low - start : high - start] = wide @ part.T
+        for part in self._parts(start, stop):
+            into = slice(part.start - start, part.stop - start)
+            torch.mm(wide, self._widened(part).T, out=out[:, into])
 
     def hidden_gradient(self, gradient: Tensor, start: int, stop: int) -> Tensor:
         total = gradient.new_zeros((gradient.shape[0], self.weight.shape[1]))
-        for low in range(start, stop, WIDENED_COLUMNS):
-            high = min(low + WIDENED_COLUMNS, stop)
-            part = self.weight[low:high].to(torch.float32)
-            total.addmm_(gradient[:, low - start : high - start], part)
+        for part in self._parts(start, stop):
+            of = slice(part.start - start, part.stop - start)
+            total.addmm_(gradient[:, of], self._widened(part))
         return total
 
     def weight_gradient(
         self, gradient: Tensor, hidden: Tensor, *, out: Tensor, add: Tensor | None
     ) -> None:
         wide = hidden.to(torch.float32)
-        for low in range(0, gradient.shape[1], WIDENED_COLUMNS):
-            part = slice(low, low + WIDENED_COLUMNS)
-            made = gradient[:, part].T @ wide
-            out[part] = made if add is None else made.add_(add[part])
+        if out.dtype == torch.float32:
+            _add_product(gradient, wide, out=out, add=add)
+            return
+        for part in self._parts(0, gradient.shape[1]):
+            made = self._space(part)
+            before = None if add is None else add[part]
+            _add_product(gradient[:, part], wide, out=made, add=before)
+            out[part] = made
+
+    def _parts(self, start: int, stop: int) -> Iterator[slice]:
+        for low in range(start, stop, self.columns):
+            yield slice(low, min(low + self.columns, stop))
+
+    def _space(self, part: slice) -> Tensor:
+        """float32 [c, H], one memory for all parts of all products."""
+        if self._buffer is None:
+            shape = (self.columns, self.weight.shape[1])
+            self._buffer = memory.empty(shape, self.weight.device)
+        return self._buffer[: part.stop - part.start]
+
+    def _widened(self, part: slice) -> Tensor:
+        """Columns of the head in float32, until the next call."""
+        return self._space(part).copy_(self.weight[part])
 
 
 class TensorCoreHead:
@@ -183,15 +203,36 @@ class NoHead:
         raise AssertionError("logits have no weight")
 
 
-def head_for(weight: Tensor | None) -> Head:
-    """The products with this lm_head."""
+def is_widened(weight: Tensor | None) -> bool:
+    """Whether the products of this lm_head widen its columns to float32 on the way."""
+    return weight is not None and widens(weight.dtype, weight.device.type)
+
+
+def widens(dtype: torch.dtype, device: str) -> bool:
+    """Whether products of this dtype on a device ("cpu", "cuda") are float32 products of widened
+    columns."""
+    if dtype == torch.float32:
+        return False
+    if device == "cuda":
+        # float16 could not hold small gradients of the logits.
+        return dtype != torch.bfloat16
+    return not torch.ops.selfdistill.gemm_bf16_available()
+
+
+def head_for(weight: Tensor | None, widened: int) -> Head:
+    """The products with this lm_head; `widened` columns of it at a time, where they need that."""
     if weight is None:
         return NoHead()
     if weight.dtype == torch.float32:
         return Float32Head(weight)
-    if weight.is_cuda:
-        # float16 could not hold small gradients of the logits.
-        return TensorCoreHead(weight) if weight.dtype == torch.bfloat16 else WideningHead(weight)
-    if torch.ops.selfdistill.gemm_bf16_available():
-        return BrgemmHead(weight)
-    return WideningHead(weight)
+    if is_widened(weight):
+        return WideningHead(weight, widened)
+    return TensorCoreHead(weight) if weight.is_cuda else BrgemmHead(weight)
+
+
+def _add_product(gradient: Tensor, hidden: Tensor, *, out: Tensor, add: Tensor | None) -> None:
+    """out [c, H] = gradient [r, c]^T hidden [r, H] (+ add [c, H]), all float32."""
+    if add is None:
+        torch.mm(gradient.T, hidden, out=out)
+    else:
+        torch.addmm(add, gradient.T, hidden, out=out)

@@ -22,10 +22,11 @@ from selfdistill_kernels.backends.base import (
     rows_with_gradient,
     term_weights_of,
 )
+from selfdistill_kernels.backends.gemm import is_widened
 from selfdistill_kernels.backends.rows import RowKernels
 from selfdistill_kernels.backends.tokens import Tokens
 from selfdistill_kernels.objective import Objective
-from selfdistill_kernels.plan import TilePlan
+from selfdistill_kernels.plan import TilePlan, copied_bytes, widened_bytes
 from selfdistill_kernels.statistics import Column
 
 NO_NEEDS = Needs(False, False, False)
@@ -38,8 +39,8 @@ class NativeBackend:
 
     def statistics(self, inputs: LinearInputs, objective: Objective, workspace: int) -> Tensor:
         statistics = _new_statistics(inputs)
-        kernels = RowKernels(inputs, objective)
         plan = plan_for(inputs, NO_NEEDS, workspace)
+        kernels = RowKernels(inputs, objective, plan.widened)
         if plan.strategy == "recompute":
             inputs.tokens.put(statistics, recompute.sweep_statistics(kernels, plan))
         else:
@@ -63,8 +64,8 @@ class NativeBackend:
         needs: Needs,
         workspace: int,
     ) -> tuple[Tensor, Tensor, Gradients]:
-        kernels = RowKernels(inputs, objective)
         plan = plan_for(inputs, needs, workspace)
+        kernels = RowKernels(inputs, objective, plan.widened)
         loss_weight = loss_weight.to(torch.float32)
         statistics = _new_statistics(inputs)
         if plan.strategy == "store":
@@ -90,10 +91,8 @@ class NativeBackend:
         entries: Entries | None = None,
     ) -> Gradients:
         # Whether a budget is enough must not depend on how many tokens have a gradient today.
-        TilePlan.slabs(
-            **_problem(inputs, inputs.student_hidden.shape[0], needs), workspace=workspace
-        )
-        kernels = RowKernels(inputs, objective)
+        plan = slabs_for(inputs, inputs.student_hidden.shape[0], needs, workspace)
+        kernels = RowKernels(inputs, objective, plan.widened)
         return _recomputed(kernels, statistics, term_weights, needs, workspace, entries)
 
 
@@ -113,7 +112,7 @@ def _recomputed(
     return recompute.sweep_gradients(
         kernels,
         tokens,
-        TilePlan.slabs(**_problem(inputs, tokens.count, needs), workspace=workspace),
+        slabs_for(inputs, tokens.count, needs, workspace),
         statistics=statistics,
         term_weights=term_weights.to(torch.float32),
         entries=entries,
@@ -128,6 +127,11 @@ def plan_for(inputs: LinearInputs, needs: Needs, workspace: int) -> TilePlan:
     return TilePlan.choose(**_problem(inputs, inputs.tokens.count, needs), workspace=workspace)
 
 
+def slabs_for(inputs: LinearInputs, tokens: int, needs: Needs, workspace: int) -> TilePlan:
+    """The slabs in which the logits of some tokens are made again."""
+    return TilePlan.slabs(**_problem(inputs, tokens, needs), workspace=workspace)
+
+
 class _Problem(TypedDict):
     """What a plan needs to know."""
 
@@ -139,6 +143,8 @@ class _Problem(TypedDict):
     need_hidden: bool
     need_weight: bool
     on_gpu: bool
+    row_bytes: int
+    widened_hidden: int
 
 
 def _problem(inputs: LinearInputs, tokens: int, needs: Needs) -> _Problem:
@@ -152,14 +158,38 @@ def _problem(inputs: LinearInputs, tokens: int, needs: Needs) -> _Problem:
         "need_hidden": needs.hidden and inputs.weight is not None,
         "need_weight": needs.weight,
         "on_gpu": inputs.student_hidden.is_cuda,
+        "row_bytes": _row_bytes(inputs),
+        "widened_hidden": sum(
+            head.shape[1]
+            for head in (inputs.weight, inputs.teacher_weight)
+            if head is not None and is_widened(head)
+        ),
     }
 
 
+def _row_bytes(inputs: LinearInputs) -> int:
+    """What the products take for a token of a tile, beside the tile."""
+    if inputs.weight is not None:
+        widest = inputs.student_hidden
+        if inputs.teacher_hidden is not None and inputs.teacher_hidden.shape[1] > widest.shape[1]:
+            widest = inputs.teacher_hidden
+        return copied_bytes(widest.shape[1], _heads(inputs))
+    # Logits of a caller are gathered, and their 16-bit gradient is rounded; 5/4 of a tile's rows
+    # can wait for that (store.py).
+    itemsize = inputs.student_hidden.element_size()
+    gathered = 0 if inputs.tokens.is_range else itemsize
+    rounded = 0 if itemsize == 4 else itemsize + itemsize // 2
+    return inputs.vocabulary * max(gathered, rounded)
+
+
 def _gpu_workspace(inputs: LinearInputs, needs: Needs) -> int:
-    """Bytes of a tile of GPU_TOKENS and, with a 16-bit head that is trained, of its float32 dW."""
+    """Bytes of a tile of GPU_TOKENS, of what its products take and, with a 16-bit head that is
+    trained, of its float32 dW."""
     accumulated = needs.weight and inputs.student_hidden.element_size() < 4
     columns = _heads(inputs) * GPU_TOKENS + (inputs.student_hidden.shape[1] if accumulated else 0)
-    return 4 * inputs.vocabulary * columns
+    problem = _problem(inputs, 1, needs)
+    beside = GPU_TOKENS * problem["row_bytes"] + widened_bytes(problem["widened_hidden"])
+    return 4 * inputs.vocabulary * columns + beside
 
 
 def _heads(inputs: LinearInputs) -> int:

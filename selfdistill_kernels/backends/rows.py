@@ -39,17 +39,18 @@ class RowKernels:
     Args:
         inputs: the problem.
         objective: the loss of a token.
+        widened: columns of a head that are widened at a time, where its products need that.
     """
 
-    def __init__(self, inputs: LinearInputs, objective: Objective) -> None:
+    def __init__(self, inputs: LinearInputs, objective: Objective, widened: int) -> None:
         self.inputs = inputs
         self.objective = objective
         # On a GPU nothing may wait for a number of rows that only the device knows.
         self.asynchronous = inputs.student_hidden.is_cuda
         self.divergence = DIVERGENCES[objective.kernel_divergence]
-        self.head: Head = head_for(inputs.weight)
+        self.head: Head = head_for(inputs.weight, widened)
         self.teacher_head: Head = (
-            self.head if inputs.teacher_weight is None else head_for(inputs.teacher_weight)
+            self.head if inputs.teacher_weight is None else head_for(inputs.teacher_weight, widened)
         )
         transform = inputs.transform
         self.transform = (transform.logit_scale, transform.softcap or 0.0, transform.temperature)
@@ -76,13 +77,16 @@ class RowKernels:
             return Tile(tokens, scores, None, start)
         both = buffer[: 2 * count * columns].view(2 * count, columns)
         first, second = both[:count], both[count:]
-        teacher = tokens.of(inputs.teacher_hidden)
-        if inputs.teacher_weight is None:
-            # One reading of the head serves both.
-            self.head.logits(torch.cat([student, teacher]), start, stop, out=both)
-        else:
+        if inputs.weight is None or inputs.teacher_weight is not None:
             self.head.logits(student, start, stop, out=first)
-            self.teacher_head.logits(teacher, start, stop, out=second)
+            del student  # a copy, where tokens are gathered
+            self.teacher_head.logits(tokens.of(inputs.teacher_hidden), start, stop, out=second)
+            return Tile(tokens, first, second, start)
+        # One reading of the head serves both.
+        teacher = tokens.of(inputs.teacher_hidden)
+        self.head.logits(torch.cat([student, teacher]), start, stop, out=both)
+        if not self.asynchronous:
+            _share_scores(student, teacher, first, second)
         return Tile(tokens, first, second, start)
 
     def visit(
@@ -188,3 +192,18 @@ class RowKernels:
             None if self._bias is None else self._bias[part],
             None if self._teacher_bias is None else self._teacher_bias[part],
         )
+
+
+def _share_scores(student: Tensor, teacher: Tensor, first: Tensor, second: Tensor) -> None:
+    """Give a teacher with the student's hidden states [r, H] the student's scores [r, c].
+
+    A row of a product has other last bits in another place of it, by the library and the processor;
+    equal distributions would differ by a rounding, and their loss would not be exactly 0. On a GPU
+    every row of a product is summed in one order.
+    """
+    # Few rows agree in their first element: a look at one column spares one at all of them.
+    if not (student[:, 0] == teacher[:, 0]).any():
+        return
+    same = (student == teacher).all(dim=1)
+    if same.any():
+        torch.where(same[:, None], first, second, out=second)

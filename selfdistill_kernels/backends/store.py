@@ -57,8 +57,8 @@ def visit(
         else inputs.exists.clone()
     )
     wants_gradient = bool(needs) and loss_weight is not None
-    with memory.workspace(plan.heads * plan.rows * plan.columns, inputs.device) as buffer:
-        pending = _Pending(kernels, buffer, plan, needs)
+    with memory.workspace(plan.elements, inputs.device) as space:
+        pending = _Pending(kernels, space, plan, needs)
         for tokens in _cut(inputs.tokens, pending, plan.heads):
             tile = kernels.tile(tokens, 0, plan.columns, pending.free, with_teacher=True)
             weight = tokens.of(loss_weight) if loss_weight is not None and needs else None
@@ -93,10 +93,11 @@ def _cut(tokens: Tokens, pending: _Pending, heads: int) -> Iterator[Tokens]:
 class _Pending:
     """The workspace, the gradient rows that wait in it, and the gradients made so far."""
 
-    def __init__(self, kernels: RowKernels, buffer: Tensor, plan: TilePlan, needs: Needs) -> None:
+    def __init__(self, kernels: RowKernels, space: Tensor, plan: TilePlan, needs: Needs) -> None:
         inputs = kernels.inputs
         self._kernels, self._inputs, self._needs = kernels, inputs, needs
-        self._buffer, self._columns = buffer, plan.columns
+        self._buffer, self._sums = space[: plan.tile_elements], space[plan.tile_elements :]
+        self._columns = plan.columns
         self._total = plan.heads * plan.rows  # rows of the workspace
         self._waiting: list[Tokens] = []  # of the first `_count` rows, in order
         self._count = 0
@@ -147,8 +148,7 @@ class _Pending:
         if self._weight is not None:
             out = self._weight
             if not last and out.dtype != torch.float32:
-                add = self._weight_sum
-                out = memory.empty(out.shape, inputs.device) if add is None else add
+                out = self._sums[: out.numel()].view(out.shape)
             hidden = tokens.of(inputs.student_hidden)
             head.weight_gradient(gradient, hidden, out=out, add=self._weight_sum)
             self._weight_sum = out

@@ -13,6 +13,7 @@ import torch
 from kernel_cases import DIVERGENCES
 
 from selfdistill_kernels import AdvantageMask, Objective, fused_linear_distillation
+from selfdistill_kernels.plan import copied_bytes
 
 PROBLEMS = 10_000
 CHUNKS = 10
@@ -62,9 +63,12 @@ def draw(seed: int) -> tuple[dict, dict]:
         # From a single pair of short slabs to the whole problem at once.
         "workspace": rng.choice(["auto", 8 * 16, 8 * vocabulary * 3 + 128]),
     }
-    if seed % NARROW == 0 and options["workspace"] != "auto":
-        # float32 sums of dH, and of a slab of dW.
-        options["workspace"] += 4 * tokens * hidden + 4 * 16 * hidden
+    if options["workspace"] != "auto":
+        sizes = [hidden] if teacher_size is None else [hidden, teacher_size]
+        options["workspace"] += copied_bytes(max(sizes), 2)
+        if seed % NARROW == 0:
+            # float32 sums of dH, of a slab of dW, and as many widened columns of each head.
+            options["workspace"] += 4 * tokens * hidden + 4 * 16 * (hidden + sum(sizes))
     if rng.random() < 0.4:
         options["advantage_mask"] = AdvantageMask(
             threshold=rng.choice([0.0, 0.3]),

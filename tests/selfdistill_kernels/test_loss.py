@@ -24,7 +24,8 @@ from selfdistill_kernels import (
     fused_linear_distillation,
     fused_linear_logprobs,
 )
-from selfdistill_kernels.backends import gemm, rows
+from selfdistill_kernels.backends import gemm, native
+from selfdistill_kernels.plan import copied_bytes
 
 OBJECTIVES = [
     *[Objective(name, beta=0.3) for name in DIVERGENCES],
@@ -103,14 +104,14 @@ def test_two_heads_of_different_hidden_size(objective, backend):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES[:5], ids=str)
-# With the float32 sums of dH; tiles of 32 columns, and of the vocabulary.
-@pytest.mark.parametrize("workspace", ["auto", 4 * (11 * 64 + 2 * 507), 4 * (11 * 64 + 507 * 7)])
+# With the float32 sums of dH, copies and widened columns; slabs of some columns, and one tile.
+@pytest.mark.parametrize("workspace", ["auto", 4 * (11 * 64 + 507 * 11), 80_000])
 @pytest.mark.parametrize("widening", [False, True])
 def test_bfloat16_inputs(objective, workspace, widening, backend, monkeypatch):
     """`widening`: the way of processors without 16-bit matrix products, whatever runs this."""
     if widening:
-        monkeypatch.setattr(gemm, "WIDENED_COLUMNS", 100)
-        monkeypatch.setattr(rows, "head_for", gemm.WideningHead)
+        for module in (gemm, native):
+            monkeypatch.setattr(module, "is_widened", lambda weight: weight is not None)
     case = make_case(11, 64, 507, seed=5)
     check_against_float64(case, objective, backend, torch.bfloat16, workspace=workspace)
 
@@ -171,7 +172,7 @@ def test_any_small_problem(data):
         fused_linear_distillation,
         objective=objective,
         mask=mask,
-        workspace=4 * vocabulary * rows,
+        workspace=(4 * vocabulary + copied_bytes(5, 2)) * rows,
         backend=backend,
     )
     grads = torch.autograd.grad(out.loss, leaves)
@@ -201,6 +202,43 @@ def test_teacher_equal_to_student_is_exactly_zero(objective, dtype, tokens, back
     assert not out.advantage.any()
     for gradient in torch.autograd.grad(out.loss, leaves):
         assert not gradient.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tile", ["whole", "ends in one row", "gathered"])
+def test_teacher_equal_to_student_is_exactly_zero_in_every_shape(dtype, tile, backend):
+    """One row of a product has other last bits in another place, by its size and the library."""
+    objective = Objective("jsd", 0.3)
+    for tokens in range(1, 71):
+        for hidden in (1, 7, 16, 33, 40, 63, 79)[tokens % 2 :: 2]:
+            case = make_case(tokens, hidden, 37, seed=tokens).cast(dtype)
+            case.teacher_hidden = case.student_hidden.clone()
+            options: dict = {}
+            if tile == "ends in one row" and tokens > 1:
+                # Slabs whose tiles hold tokens - 1 rows at most.
+                options["workspace"] = (8 * 16 + copied_bytes(hidden, 2)) * (tokens - 1)
+                options["workspace"] += 4 * hidden * (tokens + 2 * 37)
+            if tile == "gathered":
+                options["mask"] = torch.arange(tokens) % 3 > 0
+            leaves = case.leaves()
+            out = case.call(
+                fused_linear_distillation, objective=objective, backend=backend, **options
+            )
+            assert out.loss.item() == 0.0, (tokens, hidden)
+            for gradient in torch.autograd.grad(out.loss, leaves):
+                assert not gradient.any(), (tokens, hidden)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[:5], ids=str)
+def test_a_token_with_the_students_hidden_states_is_exactly_zero_among_others(objective, backend):
+    case = make_case(9, 33, 101, seed=3).cast(torch.float32)
+    case.teacher_hidden[4] = case.student_hidden[4]
+    leaves = case.leaves()
+    out = case.call(fused_linear_distillation, objective=objective, backend=backend)
+    gradient = torch.autograd.grad(out.loss, leaves)[0]
+    equal = torch.arange(9) == 4
+    assert torch.equal(out.divergence == 0, equal)
+    assert torch.equal((gradient == 0).all(dim=1), equal)
 
 
 def test_nearly_equal_distributions_keep_their_digits(backend):

@@ -7,8 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfdistill_kernels import fused_linear_distillation, release_workspace
-from selfdistill_kernels.backends import native
+from selfdistill_kernels import (
+    distillation_from_logits,
+    fused_linear_distillation,
+    fused_linear_logprobs,
+    release_workspace,
+)
+from selfdistill_kernels.backends import gemm, native, recompute
 from selfdistill_kernels.backends.base import LinearInputs, Needs
 from selfdistill_kernels.backends.native import plan_for
 from selfdistill_kernels.caches import Caches
@@ -21,6 +26,7 @@ from selfdistill_kernels.plan import (
     NARROW_COLUMNS,
     SLAB_COLUMNS,
     TilePlan,
+    copied_bytes,
 )
 
 SMALL = {"hidden": 576, "vocabulary": 49152}
@@ -47,7 +53,7 @@ def plan(**changes):
         (LARGE, "store", AUTO_CAP // (8 * 151936)),
         # Rows that the GEMM of dW likes less are left out, where there are several tiles of them.
         ({**LARGE, "workspace": 64 * MEBIBYTE}, "store", 47),
-        ({**LARGE, "workspace": 64 * MEBIBYTE, "need_weight": False}, "store", 55),
+        ({**LARGE, "workspace": 64 * MEBIBYTE, "need_weight": False}, "store", 54),
         ({**LARGE, "workspace": 64 * MEBIBYTE, "tokens": 50}, "store", 50),
         # Few rows: dW would be read and written for each of them ...
         ({**LARGE, "workspace": 32 * MEBIBYTE}, "recompute", 512),
@@ -57,7 +63,7 @@ def plan(**changes):
         # 16-bit inputs: one tile, or a float32 dW beside several where it fits, else slabs.
         ({"itemsize": 2, "tokens": 512}, "store", 512),
         ({"itemsize": 2}, "store", (AUTO_CAP - 4 * 49152 * 576) // (8 * 49152)),
-        ({"itemsize": 2, "workspace": 160 * MEBIBYTE}, "store", 138),
+        ({"itemsize": 2, "workspace": 160 * MEBIBYTE}, "store", 135),
         ({"itemsize": 2, "workspace": 128 * MEBIBYTE}, "recompute", 512),
         ({**LARGE, "itemsize": 2}, "recompute", 512),
     ],
@@ -71,7 +77,7 @@ def test_choices(changes, strategy, rows):
     ("mebibytes", "shape", "columns"),
     [
         (300, SMALL, SLAB_COLUMNS),
-        (300, LARGE, SLAB_COLUMNS),
+        (300, LARGE, 6144),  # of a 32 MiB workspace, copies of 512 hidden states take 8
         (32, SMALL, 1920),  # 16 MiB of 576 * 8 + 2 * 4 * 512 bytes a column
         (32, LARGE, 1360),
         (4, LARGE, NARROW_COLUMNS),
@@ -91,7 +97,7 @@ def test_slabs_fit_half_of_the_last_cache(mebibytes, shape, columns):
 def test_the_processors_caches_mean_nothing_on_a_gpu():
     tiny = Caches(MEBIBYTE, "sysfs")
     made = plan(**LARGE, workspace=32 * MEBIBYTE, caches=tiny, on_gpu=True)
-    assert (made.columns, made.caches) == (SLAB_COLUMNS, None)
+    assert (made.columns, made.caches) == (6144, None)
     assert "cache" not in made.describe()
 
 
@@ -114,13 +120,17 @@ def test_sums_of_16_bit_inputs_are_part_of_the_plan():
     heads=st.sampled_from([1, 2]),
     itemsize=st.sampled_from([2, 4]),
     need_weight=st.booleans(),
+    widens=st.booleans(),
     spare=st.integers(0, 10**8),
 )
-def test_a_given_budget_is_kept(tokens, hidden, vocabulary, heads, itemsize, need_weight, spare):
+def test_a_given_budget_is_kept(
+    tokens, hidden, vocabulary, heads, itemsize, need_weight, widens, spare
+):
     least = min(16, vocabulary)
-    budget = heads * 4 * least + spare
+    budget = heads * 4 * least + copied_bytes(hidden, heads) + spare
     if itemsize < 4:
         budget += 4 * hidden * (max(tokens, 1) + least * need_weight)
+    budget += 4 * least * hidden * widens
     made = plan(
         tokens=tokens,
         hidden=hidden,
@@ -129,6 +139,7 @@ def test_a_given_budget_is_kept(tokens, hidden, vocabulary, heads, itemsize, nee
         itemsize=itemsize,
         need_weight=need_weight,
         workspace=budget,
+        widened_hidden=hidden * widens,
     )
     assert made.rows >= 1
     assert 1 <= made.columns <= vocabulary
@@ -139,10 +150,13 @@ def test_a_given_budget_is_kept(tokens, hidden, vocabulary, heads, itemsize, nee
 
 
 def test_too_small_a_budget_is_refused():
-    with pytest.raises(ValueError, match=r"workspace: 127 bytes .*at least 128 bytes"):
+    # Two rows of 16 logits, and copies of the hidden states of their token.
+    needed = 128 + 16 * 576
+    with pytest.raises(ValueError, match=rf"workspace: 127 bytes .*at least {needed} bytes"):
         plan(workspace=127)
-    # 4,096 tokens: dH and 16 rows of dW in float32, beside two rows of 16 logits.
-    needed = 4 * 576 * (4096 + 16) + 128
+    assert plan(workspace=needed).bytes == needed
+    # 4,096 tokens: dH and 16 rows of dW in float32 beside them.
+    needed += 4 * 576 * (4096 + 16)
     with pytest.raises(ValueError, match=rf"at least {needed} bytes .*sums of dH"):
         plan(itemsize=2, workspace=needed - 1)
     assert plan(itemsize=2, workspace=needed).bytes == needed
@@ -151,10 +165,10 @@ def test_too_small_a_budget_is_refused():
 def test_describe_names_strategy_tile_and_bytes():
     assert plan().describe() == (
         "store (one visit, 2 + 2 rho GEMMs): tiles of 512 tokens x 49152 logits x 2 models, "
-        "192.0 MiB"
+        "196.5 MiB"
     )
     assert plan(**LARGE, workspace=32 * MEBIBYTE).describe() == (
-        "recompute (two sweeps over slabs, 2 + 4 rho GEMMs): tiles of 512 tokens x 8192 logits x "
+        "recompute (two sweeps over slabs, 2 + 4 rho GEMMs): tiles of 512 tokens x 6144 logits x "
         "2 models, 32.0 MiB; slabs for a 300 MiB last-level cache (sysfs)"
     )
 
@@ -173,32 +187,110 @@ def peak_bytes(step) -> int:
     return most
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kilobytes", [3000, 4000, 8000])
+PATHS = {
+    "float32": torch.float32,
+    "bfloat16 as it is": torch.bfloat16,
+    "bfloat16 widened": torch.bfloat16,
+}
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch) -> torch.dtype:
+    """A way of the products; the dtype that takes it. Widening runs on every processor."""
+    if request.param == "bfloat16 widened":
+        monkeypatch.setattr(gemm, "is_widened", lambda weight: weight is not None)
+        monkeypatch.setattr(native, "is_widened", lambda weight: weight is not None)
+        monkeypatch.setattr(recompute, "is_widened", lambda weight: weight is not None)
+    elif request.param == "bfloat16 as it is" and not torch.ops.selfdistill.gemm_bf16_available():
+        pytest.skip("needs a processor with AMX bfloat16 tiles, which CI may have or not")
+    return PATHS[request.param]
+
+
+# Tokens, hidden size, vocabulary; the gathered ones miss every fifth token.
+HELD = (2000, 256, 4096)
+SHAPES = ["plain", "gathered", "two heads"]
+
+
+@pytest.mark.parametrize("kilobytes", [4500, 8000, 24000])
 @pytest.mark.parametrize("trained", [True, False])
-def test_a_call_holds_no_more_than_its_plan(dtype, kilobytes, trained):
-    tokens, hidden, vocabulary = 2000, 256, 4096
-    student, teacher = torch.randn(2, tokens, hidden).to(dtype)
-    weight = torch.randn(vocabulary, hidden).mul(0.1).to(dtype).requires_grad_(trained)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_call_holds_no_more_than_its_plan(path, kilobytes, trained, shape):
+    tokens, hidden, vocabulary = HELD
+    student, teacher = torch.randn(2, tokens, hidden).to(path)
+    weight = torch.randn(vocabulary, hidden).mul(0.1).to(path).requires_grad_(trained)
     student.requires_grad_()
-    inputs = LinearInputs(student, teacher, weight, None, None, None, None, None, LogitTransform())
-    made = plan_for(inputs, Needs(True, trained, False), 1000 * kilobytes)
-    assert made.bytes <= 1000 * kilobytes
+    exists = torch.arange(tokens) % 5 > 0 if shape == "gathered" else None
+    teacher_weight = None
+    if shape == "two heads":
+        teacher_weight = weight.detach() + 1
+    budget = 1000 * kilobytes
+    inputs = LinearInputs(
+        student, teacher, weight, teacher_weight, None, None, None, exists, LogitTransform()
+    )
+    made = plan_for(inputs, Needs(True, trained, False), budget)
+    assert made.bytes <= budget
 
     def step() -> None:
-        fused_linear_distillation(
-            student, teacher, weight, workspace=1000 * kilobytes, backend="native"
+        loss = fused_linear_distillation(
+            student, teacher, weight, mask=exists, teacher_weight=teacher_weight,
+            workspace=budget, backend="native",
+        ).loss  # fmt: skip
+        loss.backward()
+
+    gradients = path.itemsize * (tokens * hidden + trained * vocabulary * hidden)
+    check_held(step, made, gradients, [student, weight])
+
+
+@pytest.mark.parametrize("kilobytes", [4500, 24000])
+@pytest.mark.parametrize("trained", [True, False])
+def test_log_probs_hold_no_more_than_their_plan(path, kilobytes, trained):
+    """The larger of two plans: of the statistics, and of the gradients that are made later."""
+    tokens, hidden, vocabulary = HELD
+    student = torch.randn(tokens, hidden).to(path).requires_grad_()
+    weight = torch.randn(vocabulary, hidden).mul(0.1).to(path).requires_grad_(trained)
+    targets = torch.zeros(tokens, dtype=torch.int64)
+    inputs = LinearInputs(student, None, weight, None, None, None, targets, None, LogitTransform())
+    swept = plan_for(inputs, native.NO_NEEDS, 1000 * kilobytes)
+    made = native.slabs_for(inputs, tokens, Needs(True, trained, False), 1000 * kilobytes)
+
+    def step() -> None:
+        fused_linear_logprobs(
+            student, weight, targets, workspace=1000 * kilobytes, backend="native"
+        ).logprobs.sum().backward()
+
+    gradients = path.itemsize * (tokens * hidden + trained * vocabulary * hidden)
+    largest = max(made, swept, key=lambda plan: plan.bytes)
+    check_held(step, largest, gradients, [student, weight])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kilobytes", [1500, 8000])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_logits_of_a_caller_hold_no_more_than_the_plan(dtype, kilobytes, gathered):
+    tokens, vocabulary = 600, 4096
+    student, teacher = torch.randn(2, tokens, vocabulary).to(dtype)
+    student.requires_grad_()
+    exists = torch.arange(tokens) % 5 > 0 if gathered else None
+    inputs = LinearInputs(student, teacher, None, None, None, None, None, exists, LogitTransform())
+    made = plan_for(inputs, Needs(True, False, False), 1000 * kilobytes)
+
+    def step() -> None:
+        distillation_from_logits(
+            student, teacher, mask=exists, workspace=1000 * kilobytes, backend="native"
         ).loss.backward()
 
+    check_held(step, made, dtype.itemsize * tokens * vocabulary, [student])
+
+
+def check_held(step, made, gradients: int, leaves) -> None:
+    """`step` holds at most its plan, its gradients (bytes) and what the statistics take."""
     step()  # libraries pack and keep what they like
     release_workspace()
-    student.grad = weight.grad = None
+    for leaf in leaves:
+        leaf.grad = None
     most = peak_bytes(step)
-    gradients = dtype.itemsize * (tokens * hidden + trained * vocabulary * hidden)
-    # Hidden states of a tile, copied and packed, and its part of dH; statistics.
-    uncounted = made.rows * hidden * 24 + 256 * tokens
     assert 4 * made.heads * made.rows * made.columns + gradients <= most
-    assert most <= made.bytes + gradients + uncounted
+    assert most <= made.bytes + gradients + 256 * leaves[0].shape[0]
 
 
 def test_recomputation_makes_its_kernels_once(monkeypatch):

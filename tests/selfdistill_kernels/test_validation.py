@@ -14,6 +14,7 @@ from selfdistill_kernels import (
     fused_linear_distillation,
     fused_linear_logprobs,
 )
+from selfdistill_kernels.plan import copied_bytes
 
 N, H, V = 6, 8, 31
 
@@ -145,7 +146,9 @@ def test_distillation_refuses(name):
 
 
 def test_native_refuses_a_workspace_without_room_for_a_tile():
-    with pytest.raises(ValueError, match=r"workspace: 100 bytes .*at least 128 bytes"):
+    # Two rows of 16 logits, and copies of a token's hidden states.
+    least = 8 * 16 + copied_bytes(H, 2)
+    with pytest.raises(ValueError, match=rf"workspace: 100 bytes .*at least {least} bytes"):
         fused_linear_distillation(**arguments(workspace=100, backend="native"))
 
 
