@@ -70,9 +70,10 @@ def _compare(gold: str, answer: str, algebra: Algebra) -> Verdict:
         return _compare_collections(gold_items, items, algebra)
     if is_inequality(gold) or is_inequality(answer):
         return _compare_inequalities(gold, answer, algebra)
-    if gold_items or items:
-        return False
     first, second = read_statement(gold), read_statement(answer)
+    is_named = (items is None and second.name) or (gold_items is None and first.name)
+    if (gold_items or items) and not is_named:  # S = {1, 2} may be {1, 2}
+        return False
     if first.sides == second.sides == 1:
         return _compare_quantities(gold, answer, algebra)
     if first.sides > 1 < second.sides and not first.names_the_same(second):

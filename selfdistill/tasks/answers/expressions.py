@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from fractions import Fraction
 
 from selfdistill.tasks.answers.brackets import depth_of_brackets
 from selfdistill.tasks.answers.normalize import MOST_CHARACTERS
@@ -31,6 +32,7 @@ _MISREAD = re.compile(
 )
 _PERCENT = re.compile(r"(?<!\\)%")
 _POWER_OF_TEN = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)")
+_DECIMAL = re.compile(r"(?<![\w.])\d*\.\d+(?!\.?\d)")
 _PRODUCT = re.compile(r"(?<=\d)\s*(?=\()|(?<=\))\s*(?=[(\d])")
 _MIXED = re.compile(r"(?<![\w.}])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}")
 
@@ -65,6 +67,7 @@ def as_expression(text: str) -> str | None:
     text = _POWER_OF_TEN.sub(r"(\1 \\cdot 10^{\2})", text)
     text = _MIXED.sub(_sum_of_mixed, text)
     text = _PRODUCT.sub(r" \\cdot ", text)  # it reads 2(3) as the mixed number 2 + 3
+    text = _DECIMAL.sub(_fraction_of_decimal, text)
     return _PERCENT.sub(r"\\%", text)
 
 
@@ -76,6 +79,11 @@ def _number(number: Number, text: str) -> str:
     if is_approximation(number) and re.fullmatch(r"[+-]?\d*\.\d+", text):
         return text
     return rf"\frac{{{number.value.numerator}}}{{{number.value.denominator}}}"
+
+
+def _fraction_of_decimal(found: re.Match[str]) -> str:
+    value = Fraction(found[0])
+    return rf"{{\frac{{{value.numerator}}}{{{value.denominator}}}}}"
 
 
 def _sum_of_mixed(found: re.Match[str]) -> str:

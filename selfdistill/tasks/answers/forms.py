@@ -158,7 +158,8 @@ _EQUALS = re.compile(r"=|\\approx(?![a-zA-Z])")
 _NAME = re.compile(
     r"""(?:\\[a-zA-Z]+(?![a-zA-Z])|[^\W\d_]|['\s{}])+
         (?:_(?:\w|\{[^{}]*\}))?
-        (?:\s*\([^()+*/=]*\))?\s*""",
+        (?:\s*\([^()+*/=]*\))?\s*
+        |\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])+\s*\)\s*""",
     re.VERBOSE,
 )
 _FUNCTION = re.compile(r"\\(?:frac|sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|cdot|times|div|pm)\b")

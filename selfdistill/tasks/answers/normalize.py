@@ -123,6 +123,7 @@ def _roots(text: str) -> str:
 
 _EMPHASIS = re.compile(r"(?<![\w*)\]}])(\*{1,3})(?=[^\s*])(.+?)(?<=\S)\1(?![\w*])")
 _UNDERLINED = re.compile(r"(_{1,2})(?=\S)([^_]+)(?<=\S)\1")
+_HTML = re.compile(r"</?(?:b|i|u|em|strong|code|p|span)>|<br\s*/?>", re.IGNORECASE)
 _CODE = re.compile(r"(`{1,3})([^`]+)\1")
 _LINE_MARK = re.compile(r"(?:#{1,6}|[*•])\s+")  # "> 3" is a statement, no quotation
 
@@ -155,7 +156,8 @@ def undress(text: str) -> str:
 
 
 def drop_markdown(text: str) -> str:
-    """Drop the marks of bold, italic and code, and of a heading or bullet."""
+    """Drop the marks of bold, italic and code, those of HTML too, and of a heading or bullet."""
+    text = _HTML.sub("", text)
     text = _LINE_MARK.sub("", text) if _LINE_MARK.match(text) else text
     for mark in (_CODE, _UNDERLINED):  # around everything: both characters have other uses
         whole = mark.fullmatch(text)
@@ -221,6 +223,7 @@ _SYNONYMS = tuple(
         (r"\\rangle(?![a-zA-Z])", ")"),
         (r"\\lbrace(?![a-zA-Z])", r"\\{"),
         (r"\\rbrace(?![a-zA-Z])", r"\\}"),
+        (r"\\(?:mathbb|Bbb)\s*(?:\{R\}|R)", r"(-\\infty, \\infty)"),
         (r"\\varnothing(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset "),
         (r"\\[lc]?dots(?![a-zA-Z])", "..."),
         (r"\\lor(?![a-zA-Z])", " or "),

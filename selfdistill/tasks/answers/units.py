@@ -100,6 +100,10 @@ _PER = re.compile(r"\s*/\s*|\s+(?:per|an?)\s+", re.IGNORECASE)
 _PRODUCT = re.compile(r"\s*(?:\\cdot\s*|\*|\\times\s*|-)\s*")
 
 
+_PART = re.compile(r"(?P<count>\d+(?:\.\d+)?)\s*(?P<name>[^\W\d_]+)(?:\s*(?:,|\band\b)\s*|\s+|$)")
+_PARTS = re.compile(rf"(?:{re.sub('[?]P<[a-z]+>', '?:', _PART.pattern)}){{2,4}}")
+
+
 @dataclass(frozen=True)
 class Unit:
     """What a number counts.
@@ -139,6 +143,9 @@ def split_unit(text: str, *, glued_letters: bool) -> tuple[str, Unit | None]:
     remainder = _REMAINDER.fullmatch(text)
     if remainder:
         return remainder[1], Unit(Fraction(1), frozenset(), frozenset({f"mod {remainder[2]}"}))
+    parts = _sum_of_parts(text)
+    if parts is not None:
+        return parts
     text = _DEGREES_OF.sub(lambda found: rf"^{{\circ}}{found[1][0]}", text)
     for boundary in _BOUNDARY.finditer(text):
         body, rest = text[: boundary.start()].strip(), text[boundary.end() :].strip()
@@ -152,6 +159,21 @@ def split_unit(text: str, *, glued_letters: bool) -> tuple[str, Unit | None]:
         if unit is not None:
             return body, unit
     return text, None
+
+
+def _sum_of_parts(text: str) -> tuple[str, Unit] | None:
+    """Read 1 hour 30 minutes as 3/2 hours: parts of one dimension, each unit smaller."""
+    if not _PARTS.fullmatch(text):
+        return None
+    parts = [(Fraction(found["count"]), read_unit(found["name"])) for found in _PART.finditer(text)]
+    units = [unit for _, unit in parts if unit is not None and unit.bases]
+    if len(units) < len(parts) or any(not unit.agrees_with(units[0]) for unit in units):
+        return None
+    factors = [unit.factor for unit in units]
+    if factors != sorted(set(factors), reverse=True):
+        return None
+    total = sum(count * factor for (count, _), factor in zip(parts, factors, strict=True))
+    return str(Fraction(total) / factors[0]), units[0]
 
 
 def _is_countable(body: str) -> bool:
