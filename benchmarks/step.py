@@ -97,7 +97,7 @@ class ModelSize:
             initializer_range=self.hidden**-0.5,
         )
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).train()
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).train()
 
 
 @dataclass(frozen=True)

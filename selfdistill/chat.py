@@ -19,6 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from selfdistill.literal import LiteralTokenizer, control_pattern
+from selfdistill.model_folder import UnusableModelError
 
 _MARK = "SELFDISTILLUSERTURN"
 # SentencePiece writes a space so; runs of white space and single bytes are parts of any text.
@@ -41,30 +42,38 @@ class ChatTemplate:
         tokenizer: of the tokenizers library, with a chat template that puts the text of a turn into
             the prompt as it is.
         variables: more variables for the template, such as {"enable_thinking": False}.
+        setting: the section of the configuration that says which template, for messages.
 
     Raises:
-        ValueError: no chat template, or one that does not keep the text of a turn in one piece; a
-            tokenizer of another library, or one that cuts the same text in several ways.
+        UnusableModelError: no chat template, one that fails, or one that does not keep the text of
+            a turn in one piece; a tokenizer of another library, or one that cuts the same text in
+            several ways.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any] | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        variables: Mapping[str, Any] | None = None,
+        *,
+        setting: str = "prompt",
     ) -> None:
-        if tokenizer.chat_template is None:
-            raise ValueError(
-                f"tokenizer {tokenizer.name_or_path!r} has no chat template: prompts are rendered "
-                "with it, so set tokenizer.chat_template"
-            )
         self._tokenizer = tokenizer
+        self._setting = setting
+        if tokenizer.chat_template is None:
+            raise UnusableModelError(
+                f"tokenizer {tokenizer.name_or_path!r} has no chat template, as is usual for a "
+                f"base model: set {setting}.chat_template to a file with a Jinja template of a "
+                "turn, at its simplest {{ messages[0]['content'] }}"
+            )
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise ValueError(
+            raise UnusableModelError(
                 f"tokenizer {tokenizer.name_or_path!r} is a {type(tokenizer).__name__}, expected "
                 "one of the tokenizers library (a folder with tokenizer.json): others cannot keep "
                 "a text that spells control tokens from becoming them"
             )
         if getattr(backend.model, "dropout", None):
-            raise ValueError(
+            raise UnusableModelError(
                 f"tokenizer {tokenizer.name_or_path!r} drops merges at random (model.dropout "
                 f"{backend.model.dropout:g} in tokenizer.json), expected null: a prompt would get "
                 "other tokens each time"
@@ -88,24 +97,38 @@ class ChatTemplate:
 
     def _render(self, variables: Mapping[str, Any] | None) -> None:
         """Find what the template puts before and behind the text of a turn."""
-        rendered = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": _MARK}],
-            add_generation_prompt=True,
-            tokenize=False,
-            **(variables or {}),
-        )
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": _MARK}],
+                add_generation_prompt=True,
+                tokenize=False,
+                **(variables or {}),
+            )
+        except Exception as error:  # a template is a program of somebody else
+            raise UnusableModelError(
+                f"{self._setting}: the chat template of {self._tokenizer.name_or_path!r} fails on "
+                f"a single user turn ({type(error).__name__}: {error}): give it what it asks for "
+                f"as template variables, or another one as {self._setting}.chat_template"
+            ) from error
         if rendered.count(_MARK) != 1:
-            raise ValueError(
+            raise UnusableModelError(
                 f"the chat template of {self._tokenizer.name_or_path!r} puts the text of a user "
-                f"turn into the prompt {rendered.count(_MARK)} times, expected once and unchanged"
+                f"turn into the prompt {rendered.count(_MARK)} times, expected once and unchanged: "
+                f"set {self._setting}.chat_template to a file with another one"
             )
         self._opening, self._closing = rendered.split(_MARK)
         if self._literal.encode(self._opening, _MARK, self._closing) != self._ids(rendered):
-            raise ValueError(
+            raise UnusableModelError(
                 f"tokenizer {self._tokenizer.name_or_path!r} cuts the chat template itself in a "
                 "way that depends on the names of its control tokens, so a text that spells one "
                 "could not be told from it: use another tokenizer"
             )
+
+    @property
+    def largest_token(self) -> int:
+        """The largest id that a prompt may have: of the template, or of any text."""
+        ordinary = (i for i in self._tokenizer.get_vocab().values() if i not in self._control_ids)
+        return max([*ordinary, *self._ids(self._opening), *self._ids(self._closing)])
 
     def encode(self, text: str, more: str = "") -> list[int]:
         """Return the prompt whose user turn says `text`, and `more` from a new line on.

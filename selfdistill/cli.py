@@ -347,6 +347,7 @@ def main() -> None:
         from selfdistill.context import PromptTooLongError
         from selfdistill.filtering import FilterExistsError
         from selfdistill.methods.loss import UnsupportedHeadError
+        from selfdistill.model_folder import UnusableModelError
         from selfdistill.reproduce.jobs import PlanChangedError
         from selfdistill.reproduce.plan import UnknownStudyError
         from selfdistill.reproduce.schedule import WorkerLostError
@@ -375,6 +376,7 @@ def main() -> None:
             UnknownStudyError,
             UnsupportedHeadError,
             UnsupportedModelError,
+            UnusableModelError,
             WorkerLostError,
         )
         if not isinstance(error, known):

@@ -342,8 +342,10 @@ class TextEngine(Section):
 class LocalTextEngine(TextEngine):
     """What the engines of the trainer's own process have in common."""
 
+    chat_template: NearbyName | None = None
+    """A file with the Jinja template to use instead of the tokenizer's own."""
     template: dict[str, Any] = {}
-    """More variables for the model's chat template, such as {enable_thinking: true}."""
+    """More variables for the chat template, such as {enable_thinking: true}."""
 
 
 class TransformersTextEngine(LocalTextEngine):
@@ -504,6 +506,9 @@ EngineConfig = Annotated[TransformersEngineConfig | VLLMEngineConfig, Field(disc
 class PromptConfig(Section):
     """How questions and contexts become prompts, through the tokenizer's chat template."""
 
+    chat_template: NearbyName | None = None
+    """A file with the Jinja template to use instead of the tokenizer's own, which a base model does
+    not have; in a YAML file it may be relative to that file."""
     student_template: dict[str, Any] = {}
     """More variables for the student's chat template, such as {enable_thinking: false}."""
     teacher_template: dict[str, Any] = {}

@@ -85,7 +85,8 @@ class ContextRenderer:
             they share is decided by their tokens.
 
     Raises:
-        ValueError: max_length is not positive; for the chat template see `ChatTemplate`.
+        ValueError: max_length is not positive.
+        UnusableModelError: see `ChatTemplate`.
     """
 
     def __init__(
@@ -103,6 +104,11 @@ class ContextRenderer:
         self._max_length = max_length
         self._student_chat = ChatTemplate(tokenizer, student_template)
         self._teacher_chat = self._student_chat.with_variables(teacher_template)
+
+    @property
+    def largest_token(self) -> int:
+        """The largest token id that a prompt may have."""
+        return max(self._student_chat.largest_token, self._teacher_chat.largest_token)
 
     def student_prompt(self, problem: Problem) -> list[int]:
         """Return the question, the instruction and the generation prompt as token ids."""

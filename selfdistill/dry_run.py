@@ -5,16 +5,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from selfdistill.config import Config
 from selfdistill.context import ContextKind, TeacherContext
 from selfdistill.layout import common_prefix_length
+from selfdistill.model_folder import load_config
 from selfdistill.planning import (
     ROLLOUT_RATE,
     ModelShape,
@@ -26,17 +26,13 @@ from selfdistill.planning import (
     sharded_memory,
     time_shares,
 )
-from selfdistill.solver import build_renderer
+from selfdistill.solver import build_renderer, load_solver_tokenizer
 from selfdistill.tasks import Problem, build_task, training_problems
 
 # Problems whose prompts are measured.
 MEASURED = 64
 GIBIBYTE = float(1 << 30)
 NO_REFERENCE = "(what the teacher is shown beside the question stands here)"
-
-
-class ModelNotFoundError(OSError):
-    """A model that is neither a local folder nor to be had from the Hub."""
 
 
 def dry_run(config: Config, console: Console) -> None:
@@ -47,10 +43,11 @@ def dry_run(config: Config, console: Console) -> None:
         console: where to print; without colours, marks in the text say what is shared.
 
     Raises:
-        ModelNotFoundError: the tokenizer or the model's config cannot be had.
+        UnusableModelError: the tokenizer or the model's config cannot be had or used.
         TaskError: the problems cannot be read.
     """
-    tokenizer, model_config = load_without_weights(config.model)
+    model_config = load_config(config.model)
+    tokenizer = load_solver_tokenizer(config)
     task = build_task(config.task)
     renderer = build_renderer(config, tokenizer, task, model_config)
     size = task.size("train")
@@ -117,30 +114,6 @@ def dry_run(config: Config, console: Console) -> None:
     if config.shard:
         show(sharding_note(model, weights))
     console.print(time_table(config, model, step, weights))
-
-
-def load_without_weights(name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
-    """Load a model's tokenizer and config.
-
-    Raises:
-        ModelNotFoundError: says what is missing and how to get it.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        if Path(name).is_dir():
-            files = ", ".join(sorted(path.name for path in Path(name).iterdir())) or "nothing"
-            raise ModelNotFoundError(
-                f"model: the folder {name} holds no whole model (config.json and a tokenizer are "
-                f"needed for a dry run, model.safetensors for training); it holds {files}: {error}"
-            ) from error
-        raise ModelNotFoundError(
-            f"model: {name!r} is no local folder, and its tokenizer and config are neither in the "
-            "cache nor to be had from the Hub. Where there is a network, run\n"
-            f"  hf download {name} --local-dir FOLDER\n"
-            "(for a dry run alone add --include '*.json' '*.txt' '*.jinja'), copy FOLDER here and "
-            f"set model: FOLDER. transformers said: {error}"
-        ) from error
 
 
 def stand_in(config: Config, problem: Problem) -> TeacherContext | None:

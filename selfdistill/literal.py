@@ -17,6 +17,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from selfdistill.model_folder import UnusableModelError
+
 
 class LiteralTokenizer:
     """Tokenises text between parts of a template; ids are those of the original tokenizer.
@@ -26,14 +28,14 @@ class LiteralTokenizer:
         controls: its control tokens, as text.
 
     Raises:
-        ValueError: one of them is a character of the alphabet that texts are spelled with, or the
-            copy gives other ids to them.
+        UnusableModelError: one of them is a character of the alphabet that texts are spelled with,
+            or the copy gives other ids to them.
     """
 
     def __init__(self, backend: Tokenizer, controls: Collection[str]) -> None:
         letters = [text for text in controls if len(text) == 1 and _is_in_model(backend, text)]
         if letters:
-            raise ValueError(
+            raise UnusableModelError(
                 f"the added tokens {letters} are single characters that the vocabulary spells "
                 "texts with, expected longer ones: remove them from the tokenizer"
             )
@@ -44,7 +46,7 @@ class LiteralTokenizer:
         self._copy = Tokenizer.from_str(json.dumps(_renamed(backend, self._names)))
         for text, name in self._names.items():
             if self._copy.token_to_id(name) != backend.token_to_id(text):
-                raise ValueError(
+                raise UnusableModelError(
                     f"control token {text!r} has id {backend.token_to_id(text)}, but a copy of its "
                     f"tokenizer.json gives it {self._copy.token_to_id(name)}: expected ids that "
                     "follow each other, so save the tokenizer again with save_pretrained"

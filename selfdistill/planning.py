@@ -93,7 +93,7 @@ class ModelShape:
             target_modules: names of linear layers; "all-linear" is every one but the head.
         """
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         text = model.get_decoder().config
         heads = text.num_attention_heads
         head = model.get_output_embeddings()

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from selfdistill.config import Config
 from selfdistill.context import ContextRenderer
 from selfdistill.device import resolve_device
 from selfdistill.evaluate import Attempts, sample_attempts
+from selfdistill.model_folder import check_vocabulary, load_tokenizer
 from selfdistill.rollout import RolloutEngine, SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.tasks import Task, build_task
@@ -64,11 +65,11 @@ def load_solver(config: Config, checkpoint: Path | None = None) -> Solver:
     """Load the configured task and model, with the weights of a checkpoint if one is given.
 
     Raises:
-        OSError: there is no such model folder, or it lacks a file (transformers names it).
+        UnusableModelError: there is no such model, or it cannot be loaded whole.
         TaskError: the task's problems cannot be read.
         UnsupportedAdapterError: the adapter names layers that cannot be adapted.
     """
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer = load_solver_tokenizer(config)
     model = load_model(config, checkpoint).to(resolve_device(config.device))
     task = build_task(config.task)
     engine = build_engine(config, model, tokenizer)
@@ -84,14 +85,24 @@ def load_solver(config: Config, checkpoint: Path | None = None) -> Solver:
     )
 
 
+def load_solver_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """Load the configured model's tokenizer, with the configured chat template if there is one."""
+    template = config.prompt.chat_template
+    return load_tokenizer(config.model, chat_template=Path(template) if template else None)
+
+
 def build_renderer(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     model_config: PreTrainedConfig,
 ) -> ContextRenderer:
-    """Return the renderer of all prompts of a run."""
-    return ContextRenderer(
+    """Return the renderer of all prompts of a run.
+
+    Raises:
+        UnusableModelError: no usable chat template, or the tokenizer does not fit the model.
+    """
+    renderer = ContextRenderer(
         tokenizer,
         instruction=task.instruction,
         max_length=config.prompt.max_length
@@ -99,6 +110,9 @@ def build_renderer(
         student_template=config.prompt.student_template,
         teacher_template=config.prompt.teacher_template,
     )
+    rows = model_config.get_text_config().vocab_size
+    check_vocabulary(tokenizer, renderer.largest_token, rows=rows)
+    return renderer
 
 
 def build_engine(

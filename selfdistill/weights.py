@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from selfdistill.config import AdapterConfig, Config
 from selfdistill.float32_sum import sum_embedding_gradients_in_float32
+from selfdistill.model_folder import load_causal_lm
 from selfdistill.seeds import derive_seed
 from selfdistill.sharding import assign
 
@@ -48,12 +49,12 @@ def load_model(config: Config, folder: Path | None = None) -> Student:
         folder: a checkpoint of this configuration whose weights to take; None: as before training.
 
     Raises:
-        OSError: there is no such model folder, or it lacks a file (transformers names it).
+        UnusableModelError: see `selfdistill.model_folder.load_causal_lm`.
         UnsupportedAdapterError: see `attach_adapter`.
     """
     source = config.model if folder is None or config.adapter is not None else str(folder)
     dtype = getattr(torch, config.precision)
-    model: Student = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    model: Student = load_causal_lm(source, dtype=dtype)
     if config.adapter is not None:
         model = attach_adapter(model, config.adapter, seed=derive_seed(config.seed, "adapter"))
         if folder is not None:
@@ -170,7 +171,7 @@ class TrainedWeights:
     def read(self, folder: Path) -> dict[str, torch.Tensor]:
         """Return what `save` wrote there, float32, by the names of `masters`; changes nothing."""
         if self.is_whole_model:
-            saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            saved = load_causal_lm(str(folder), dtype=torch.float32)
             return {name: parameter.detach() for name, parameter in saved.named_parameters()}
         names = {_peft_name(name): name for name in self.masters}
         return {names.get(n, n): t for n, t in load_file(folder / ADAPTER_FILE).items()}

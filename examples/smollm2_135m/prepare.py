@@ -30,8 +30,12 @@ def convert(gguf: Path, output: Path) -> None:
         gguf: the file.
         output: the folder to write.
     """
-    packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    packed = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+    )
     # The loaded model remembers that it was quantised and refuses to be saved: hence a new one.
     settings = packed.config.to_dict()
     settings.pop("quantization_config", None)

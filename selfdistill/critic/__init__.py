@@ -50,7 +50,7 @@ def build_critic(config: CriticConfig, task: Task, *, device: str) -> Critic:
 
     Raises:
         ConfigError: the scribe was asked for, and the task is not the arithmetic one.
-        OSError: there is no such model (transformers names it).
+        UnusableModelError: a local model cannot be loaded.
         EngineError: its engine cannot start.
     """
     match config.name:

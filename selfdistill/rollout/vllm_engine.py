@@ -17,14 +17,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
 from selfdistill.config import VLLM_ADAPTER_RANKS, VLLMSettings
+from selfdistill.model_folder import load_config, load_generation_config
 from selfdistill.rollout import (
     EngineError,
     Rollout,
@@ -74,6 +70,7 @@ class VLLMEngine:
 
     Raises:
         EngineError: several processes share the run, or vLLM has no room for such an adapter.
+        UnusableModelError: the model's configuration cannot be used.
     """
 
     def __init__(
@@ -98,9 +95,9 @@ class VLLMEngine:
         self.tokenizer = tokenizer
         self.settings = settings
         self.adapter_rank = adapter_rank
-        config = AutoConfig.from_pretrained(source)
+        config = load_config(source)
         self.max_length = settings.max_length or getattr(config, "max_position_embeddings", None)
-        self.eos_token_ids = end_token_ids(_generation_config(source, config), tokenizer)
+        self.eos_token_ids = end_token_ids(load_generation_config(source, config), tokenizer)
         self._adapter: Any = None
         self._adapter_folder: tempfile.TemporaryDirectory[str] | None = None
         self._syncs = 0
@@ -210,6 +207,7 @@ class VLLMEngine:
             return vllm.LLM(
                 self.source,
                 skip_tokenizer_init=True,
+                trust_remote_code=False,
                 dtype=settings.dtype,
                 max_model_len=self.max_length,
                 kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30),
@@ -242,11 +240,3 @@ class VLLMEngine:
             scores[token].logprob for token, scores in zip(ids, output.logprobs, strict=True)
         ]
         return make_rollout(ids, logprobs, self.tokenizer, self.eos_token_ids)
-
-
-def _generation_config(source: str, config: PreTrainedConfig) -> GenerationConfig:
-    """Read the generation config; a model without one has what its own config says."""
-    try:
-        return GenerationConfig.from_pretrained(source)
-    except OSError:
-        return GenerationConfig.from_model_config(config)

@@ -49,7 +49,7 @@ def build_text_generator(config: TextEngineConfig, *, device: str) -> TextGenera
         device: where a model runs that lives in this process ("cpu", "cuda").
 
     Raises:
-        OSError: there is no such model (transformers names it).
+        UnusableModelError: a local model cannot be loaded.
         EngineError: the engine cannot start.
     """
     generator: TextGenerator

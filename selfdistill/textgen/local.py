@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfdistill.chat import ChatTemplate
 from selfdistill.config import TransformersTextEngine, VLLMTextEngine
+from selfdistill.model_folder import (
+    check_vocabulary,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+)
 from selfdistill.rollout import RolloutEngine, SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.textgen import Generation
@@ -52,25 +58,33 @@ def load_local_generator(
     """Load a model and its tokenizer.
 
     Raises:
-        OSError: there is no such model (transformers names it).
+        UnusableModelError: the model or its chat template cannot be used.
     """
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    setting = "method.critic.engine"
+    template = config.chat_template
+    tokenizer = load_tokenizer(
+        config.model,
+        chat_template=Path(template) if template else None,
+        setting=f"{setting}.model",
+    )
+    chat = ChatTemplate(tokenizer, config.template, setting=setting)
+    rows = load_config(config.model, setting=f"{setting}.model").get_text_config().vocab_size
+    check_vocabulary(tokenizer, chat.largest_token, rows=rows, setting=f"{setting}.model")
     engine: RolloutEngine
     if config.name == "vllm":
         from selfdistill.rollout.vllm_engine import VLLMEngine
 
         engine = VLLMEngine(config.model, tokenizer, config)
     else:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=getattr(torch, config.dtype)
-        )
+        dtype = getattr(torch, config.dtype)
+        model = load_causal_lm(config.model, dtype=dtype, setting=f"{setting}.model")
         engine = TransformersEngine(
-            model.to(device).eval().requires_grad_(False), tokenizer, batch_size=config.batch_size
+            model.to(device).requires_grad_(False), tokenizer, batch_size=config.batch_size
         )
-    deciding = {"name", "model", "dtype", "max_new_tokens", "template"}
+    deciding = {"name", "model", "dtype", "max_new_tokens", "template", "chat_template"}
     return LocalGenerator(
         engine,
-        ChatTemplate(tokenizer, config.template),
+        chat,
         max_new_tokens=config.max_new_tokens,
         identity=json.dumps(config.model_dump(mode="json", include=deciding), sort_keys=True),
     )

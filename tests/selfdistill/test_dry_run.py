@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from selfdistill.config import Config
-from selfdistill.dry_run import ModelNotFoundError, dry_run, show_prompts, stand_in, step_shape
+from selfdistill.dry_run import dry_run, show_prompts, stand_in, step_shape
+from selfdistill.model_folder import UnusableModelError
 from selfdistill.planning import ModelShape
 from selfdistill.tasks import Problem
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
@@ -107,10 +108,10 @@ def test_a_model_that_is_not_there_says_how_to_get_it(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config = Config(model="nobody/has-this-model", output_dir=tmp_path)
-    with pytest.raises(ModelNotFoundError, match="hf download nobody/has-this-model"):
+    with pytest.raises(UnusableModelError, match="hf download nobody/has-this-model"):
         shown(config)
     (solver_dir / "config.json").unlink()
-    with pytest.raises(ModelNotFoundError, match=r"holds no whole model .* it holds .*tokenizer"):
+    with pytest.raises(UnusableModelError, match=r"holds no whole model.* it holds .*tokenizer"):
         shown(Config(model=str(solver_dir), output_dir=tmp_path))
 
 
