@@ -8,6 +8,7 @@ name: first its configuration is read, then the model is asked.
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -164,8 +165,8 @@ def _suspects(config: PretrainedConfig) -> str:
 
 def _random_states() -> tuple[Any, ...]:
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0)
-    numpy_state = np.random.get_state(legacy=False)
-    return torch.get_rng_state(), cuda, random.getstate(), repr(numpy_state)
+    numpy_state = pickle.dumps(np.random.get_state(legacy=False))  # its repr takes milliseconds
+    return torch.get_rng_state(), cuda, random.getstate(), numpy_state
 
 
 def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
