@@ -7,12 +7,14 @@
 // barrier in a divergent branch, a shuffle without all its lanes) ends the process with a message.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <random>
@@ -41,9 +43,13 @@ constexpr size_t kStack = 256 << 10;
 
 enum class Waits { kNo, kBlock, kWarp, kDone };
 
+// A fibre lives as long as the process and runs one thread of every block. It is entered by setcontext once; afterwards
+// _setjmp and _longjmp switch, because they make no system calls, where swapcontext makes one each time.
 struct Fibre {
-  ucontext_t context;
+  ucontext_t context;  // of the entry
+  jmp_buf state;
   std::unique_ptr<char[]> stack{new char[kStack]};
+  bool started = false;
   Waits waits = Waits::kNo;
   int line = 0;  // of the barrier or shuffle
   uint64_t given = 0, taken = 0;  // a shuffle's value and its lane's answer
@@ -54,8 +60,9 @@ struct Fibre {
 };
 
 struct Block {
-  std::vector<Fibre> fibres;
-  ucontext_t scheduler;
+  std::deque<Fibre> fibres;  // as many as the largest block has needed; they stay where they are
+  size_t threads = 0;
+  jmp_buf scheduler;
   Fibre* current = nullptr;
   std::function<void()> body;
 #if defined(__SANITIZE_ADDRESS__)
@@ -76,10 +83,9 @@ inline void suspend(Waits waits) {
   Fibre* const self = block.current;
   self->waits = waits;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(waits == Waits::kDone ? nullptr : &self->fake_stack, block.scheduler_stack,
-                                 block.scheduler_size);
+  __sanitizer_start_switch_fiber(&self->fake_stack, block.scheduler_stack, block.scheduler_size);
 #endif
-  swapcontext(&self->context, &block.scheduler);
+  if (_setjmp(self->state) == 0) _longjmp(block.scheduler, 1);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(self->fake_stack, nullptr, nullptr);
 #endif
@@ -89,8 +95,21 @@ inline void enter() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack, &block.scheduler_size);
 #endif
-  block.body();
-  suspend(Waits::kDone);
+  for (;;) {
+    block.body();
+    suspend(Waits::kDone);
+  }
+}
+
+[[noreturn]] inline void start(Fibre& fibre) {
+  fibre.started = true;
+  getcontext(&fibre.context);
+  fibre.context.uc_stack.ss_sp = fibre.stack.get();
+  fibre.context.uc_stack.ss_size = kStack;
+  fibre.context.uc_link = nullptr;
+  makecontext(&fibre.context, enter, 0);
+  setcontext(&fibre.context);
+  fail("setcontext failed");
 }
 
 inline void resume(size_t thread) {
@@ -101,7 +120,10 @@ inline void resume(size_t thread) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&block.fake_stack, fibre.stack.get(), kStack);
 #endif
-  swapcontext(&block.scheduler, &fibre.context);
+  if (_setjmp(block.scheduler) == 0) {
+    if (fibre.started) _longjmp(fibre.state, 1);
+    start(fibre);
+  }
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(block.fake_stack, nullptr, nullptr);
 #endif
@@ -109,9 +131,9 @@ inline void resume(size_t thread) {
 
 // Lets warps whose lanes have all reached one shuffle go on; then, when nobody else can run, the whole block.
 inline void release() {
-  std::vector<Fibre>& all = block.fibres;
+  std::deque<Fibre>& all = block.fibres;
   bool released = false;
-  for (size_t first = 0; first < all.size(); first += kWarp) {
+  for (size_t first = 0; first < block.threads; first += kWarp) {
     bool complete = true;
     for (size_t i = first; i < first + kWarp; ++i) {
       complete &= all[i].waits == Waits::kWarp && all[i].line == all[first].line && all[i].lane_mask == all[first].lane_mask;
@@ -125,31 +147,26 @@ inline void release() {
   }
   if (released) return;
   int line = 0;
-  for (const Fibre& fibre : all) {
-    if (fibre.waits == Waits::kDone) continue;
-    if (fibre.waits == Waits::kWarp) fail("a shuffle that not all lanes of the warp reach");
-    if (line && fibre.line != line) fail("threads wait at different barriers");
-    line = fibre.line;
+  for (size_t i = 0; i < block.threads; ++i) {
+    if (all[i].waits == Waits::kDone) continue;
+    if (all[i].waits == Waits::kWarp) fail("a shuffle that not all lanes of the warp reach");
+    if (line && all[i].line != line) fail("threads wait at different barriers");
+    line = all[i].line;
   }
-  for (Fibre& fibre : all) {
-    if (fibre.waits == Waits::kBlock) fibre.waits = Waits::kNo;
+  for (size_t i = 0; i < block.threads; ++i) {
+    if (all[i].waits == Waits::kBlock) all[i].waits = Waits::kNo;
   }
 }
 
 inline void run_block(int threads, std::mt19937_64& random, bool shuffled) {
-  std::vector<Fibre>& all = block.fibres;
+  std::deque<Fibre>& all = block.fibres;
   if (threads % kWarp != 0) fail("a block is made of whole warps here");
-  while (all.size() < (size_t)threads) all.emplace_back();
-  all.resize((size_t)threads);
-  std::vector<size_t> order(all.size());
-  for (size_t i = 0; i < all.size(); ++i) {
+  block.threads = (size_t)threads;
+  while (all.size() < block.threads) all.emplace_back();
+  std::vector<size_t> order(block.threads);
+  for (size_t i = 0; i < block.threads; ++i) {
     order[i] = i;
     all[i].waits = Waits::kNo;
-    getcontext(&all[i].context);
-    all[i].context.uc_stack.ss_sp = all[i].stack.get();
-    all[i].context.uc_stack.ss_size = kStack;
-    all[i].context.uc_link = nullptr;
-    makecontext(&all[i].context, enter, 0);
   }
   for (;;) {
     if (shuffled) {
