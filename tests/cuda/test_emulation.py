@@ -39,11 +39,13 @@ def changed_sources(folder: Path, file: str, old: str, new: str) -> Path:
     return csrc
 
 
+@pytest.mark.slow
 def test_no_access_out_of_bounds(tmp_path):
     done = run(build_driver(tmp_path, SANITIZE))
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+@pytest.mark.slow
 def test_an_access_out_of_bounds_is_seen(tmp_path):
     csrc = changed_sources(
         tmp_path, "row.cuh", "if (is_aligned && j + 4 <= columns) return", "if (is_aligned) return"
@@ -61,15 +63,21 @@ def test_the_order_of_threads_does_not_matter(tmp_path):
     ("file", "old", "new"),
     [
         # The bfloat16 gradient then overwrites scores that others have yet to read.
-        ("row.cuh", "if constexpr (kShrinks) __syncthreads();", ""),
+        pytest.param(
+            "row.cuh",
+            "if constexpr (kShrinks) __syncthreads();",
+            "",
+            marks=pytest.mark.slow,  # every kernel includes it
+            id="gradient",
+        ),
         # The target of a hole may then be read before it is known.
-        (
+        pytest.param(
             "gather.cu",
             "    seen += active[r];\n  }\n  __syncthreads();",
             "    seen += active[r];\n  }",
+            id="gather",
         ),
     ],
-    ids=["gradient", "gather"],
 )
 def test_a_missing_barrier_is_seen(tmp_path, file, old, new):
     assert len(hashes(build_driver(tmp_path, csrc=changed_sources(tmp_path, file, old, new)))) > 1

@@ -11,10 +11,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+
+from build_cache import CACHE, made_once
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
@@ -61,21 +64,39 @@ _KERNEL = re.compile(
 )
 
 
-def compile_for_gpus(nvcc: Path, source: Path, output: Path) -> tuple[list[Kernel], str]:
-    """Kernels of one .cu for every architecture, warnings as errors; and the compiler's words.
+def headers(csrc: Path) -> list[Path]:
+    """What a .cu may include from csrc."""
+    return sorted(p for p in csrc.rglob("*") if p.suffix in (".h", ".cuh"))
+
+
+def compile_for_gpus(
+    nvcc: Path,
+    source: Path,
+    architectures: Sequence[int] = ARCHITECTURES,
+    *,
+    cache: Path = CACHE,
+) -> tuple[list[Kernel], str]:
+    """Kernels of one .cu for some architectures, warnings as errors; and the compiler's words.
 
     Raises:
         RuntimeError: it does not compile.
     """
     command = [
         str(nvcc), "-O3", *TORCH_FLAGS, "-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills",
-        *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES),
-        "-c", str(source), "-o", str(output),
+        *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures), "-c",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    told = done.stdout + done.stderr
-    if done.returncode != 0:
-        raise RuntimeError(f"{source.name} does not compile for GPUs:\n{told}")
+
+    def make(output: Path) -> None:
+        with TemporaryDirectory() as folder:
+            output.write_text(run([*command, str(source), "-o", f"{folder}/kernels.o"]))
+
+    told = made_once(
+        f"{source.stem}.txt",
+        make,
+        files=[source, *headers(source.parents[1])],
+        settings=[*command, version(str(nvcc)), version(compiler())],
+        cache=cache,
+    ).read_text()
     kernels = []
     for name, architecture, stack, stores, loads, registers, rest in _KERNEL.findall(told):
         shared = re.search(r"(\d+) bytes smem", rest)
@@ -93,67 +114,95 @@ def compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
+def version(program: str) -> str:
+    """Which compiler it is: where it lies, and what it says of itself."""
+    return f"{shutil.which(program)} {run([program, '--version'])}"
+
+
 HOST_FLAGS = (
     "-std=c++20", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-clobbered",
     "-Wno-unknown-pragmas", "-Wno-unused-function",
 )  # fmt: skip
+EMULATION = ROOT / "tests/cuda/emulation.h"
+OPTIMIZED = ("-O1",)  # the driver is no faster with -O2, and compiles longer
 
 
-def run(command: list[str], **options: Any) -> None:
-    """Raise with the output where a command fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+def run(command: list[str]) -> str:
+    """What a command prints; raises RuntimeError with it where the command fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def compile_for_host(
+    source: Path,
+    csrc: Path,
+    flags: Sequence[str],
+    *,
+    more: Sequence[Path] = (),
+    cache: Path = CACHE,
+) -> Path:
+    """The object of one file, with tests/cuda/emulation.h in place of CUDA.
+
+    Args:
+        csrc: The folder that it includes headers from.
+        more: Files outside of csrc that it includes beside emulation.h.
+    """
+    command = [
+        compiler(), *HOST_FLAGS, *flags, "-include", str(EMULATION), "-x", "c++", "-c",
+    ]  # fmt: skip
+    return made_once(
+        f"{source.stem}.o",
+        lambda output: run([*command, str(source), "-o", str(output)]),
+        files=[source, EMULATION, *headers(csrc), *more],
+        settings=[*command, version(compiler())],
+        cache=cache,
+    )
 
 
 def compile_kernels_for_host(
-    folder: Path, flags: tuple[str, ...] = ("-O2",), csrc: Path = ROOT / "csrc"
+    flags: Sequence[str] = OPTIMIZED, csrc: Path = ROOT / "csrc"
 ) -> list[Path]:
     """Objects of the .cu files with tests/cuda/emulation.h in place of CUDA."""
-
-    def compile_one(source: Path) -> Path:
-        output = folder / f"{source.stem}.o"
-        run(
-            [
-                compiler(), *HOST_FLAGS, *flags, "-include", str(ROOT / "tests/cuda/emulation.h"),
-                "-x", "c++", "-c", str(source), "-o", str(output),
-            ]
-        )  # fmt: skip
-        return output
-
+    sources = sorted((csrc / "cuda").glob("*.cu"))
     with ThreadPoolExecutor(max_workers=2) as pool:
-        return list(pool.map(compile_one, sorted((csrc / "cuda").glob("*.cu"))))
+        return list(pool.map(lambda source: compile_for_host(source, csrc, flags), sources))
 
 
 def build_driver(
-    folder: Path, flags: tuple[str, ...] = ("-O1",), csrc: Path = ROOT / "csrc"
+    folder: Path, flags: Sequence[str] = OPTIMIZED, csrc: Path = ROOT / "csrc"
 ) -> Path:
     """tests/cuda/driver.cpp with the emulated kernels."""
-    objects = compile_kernels_for_host(folder, flags, csrc)
+    main = compile_for_host(ROOT / "tests/cuda/driver.cpp", ROOT / "csrc", flags)
+    objects = [main, *compile_kernels_for_host(flags, csrc)]
     driver = folder / "driver"
-    run(
-        [
-            compiler(), *HOST_FLAGS, *flags, "-include", str(ROOT / "tests/cuda/emulation.h"),
-            str(ROOT / "tests/cuda/driver.cpp"), *map(str, objects), "-o", str(driver),
-        ]
-    )  # fmt: skip
+    run([compiler(), *flags, *map(str, objects), "-o", str(driver)])
     return driver
 
 
 def build_emulated_operators(folder: Path, csrc: Path = ROOT / "csrc") -> Path:
     """A library that registers csrc/cuda for the CUDA dispatch key, but runs it on CPU tensors."""
+    import torch
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    objects = compile_kernels_for_host(folder, csrc=csrc)
+    standing_in = ROOT / "tests/cuda/include"
+    flags = [
+        *OPTIMIZED, "-Wno-unused-parameter", "-Wno-psabi", "-DSELFDISTILL_DEVICE_TYPE=at::kCPU",
+        f"-isystem{standing_in}", *(f"-isystem{path}" for path in include_paths()),
+        f"-isystem{sysconfig.get_path('include')}",
+    ]  # fmt: skip
+    operators = compile_for_host(
+        csrc / "cuda/ops.cpp",
+        csrc,
+        flags,
+        more=[*sorted(standing_in.rglob("*.h")), Path(torch.version.__file__)],
+    )
     library = folder / "emulated.so"
     run(
         [
-            compiler(), *HOST_FLAGS, "-O1", "-Wno-unused-parameter", "-Wno-psabi", "-shared",
-            "-DSELFDISTILL_DEVICE_TYPE=at::kCPU", "-isystem", str(ROOT / "tests/cuda/include"),
-            *(f"-isystem{path}" for path in include_paths()),
-            f"-isystem{sysconfig.get_path('include')}",
-            str(csrc / "cuda/ops.cpp"), *map(str, objects), "-o", str(library),
-            *(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu",
+            compiler(), "-shared", str(operators), *map(str, compile_kernels_for_host(csrc=csrc)),
+            "-o", str(library), *(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu",
         ]
     )  # fmt: skip
     return library
@@ -166,7 +215,7 @@ def main() -> None:
     print("| file | architecture | kernels | registers | stack | spills | shared memory |")
     print("|---|---|---|---|---|---|---|")
     for source in SOURCES:
-        kernels, _ = compile_for_gpus(nvcc, source, Path(os.devnull))
+        kernels, _ = compile_for_gpus(nvcc, source)
         for architecture in ARCHITECTURES:
             mine = [k for k in kernels if k.architecture == f"sm_{architecture}"]
             registers = [k.registers for k in mine]
