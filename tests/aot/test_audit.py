@@ -27,7 +27,10 @@ GOOD = Report(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture", LIMITS)
+@pytest.mark.parametrize(
+    "architecture",
+    [a if a == "sm_90" else pytest.param(a, marks=pytest.mark.slow) for a in LIMITS],
+)
 @pytest.mark.parametrize("kernel", ["sweep", "gradient", "product"])
 def test_kernels_of_the_default_objective_pass(architecture, kernel):
     found = [j for j in jobs(architecture, "bf16", [4096], [PLAIN]) if j.name == kernel]
@@ -36,12 +39,13 @@ def test_kernels_of_the_default_objective_pass(architecture, kernel):
         assert refusals(kernel, build(job, architecture), architecture) == []
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("architecture", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 def test_the_heaviest_sweep_passes(architecture):
     (job,) = [j for j in jobs(architecture, "fp16", [2048], [HEAVY]) if j.name == "sweep"]
     assert refusals("sweep", build(job, architecture), architecture) == []
 
 
+@pytest.mark.slow
 def test_a_bound_on_registers_keeps_the_assembler_from_spilling():
     found = [j for j in jobs("sm_120", "bf16", [2048], [HEAVY]) if j.name == "gradient"]
     assert found

@@ -85,6 +85,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
 OF_ITS_OWN = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
 
 
+@pytest.mark.slow
 def test_pytest_on_a_machine_without_a_gpu_says_so_and_passes():
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "benchmarks", "-m", "gpu", "--benchmark-only", "-q"],
@@ -217,6 +218,7 @@ def test_memory_flat(tmp_path, monkeypatch, capsys):
     assert "| torch | float32 | 640/8/8192 | 5.0 |  |  |" in table
 
 
+@pytest.mark.slow
 def test_pytest_collects_the_suite_when_asked_for_it():
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q"],

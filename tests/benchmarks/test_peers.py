@@ -36,6 +36,7 @@ def test_bfloat16_equals_the_truth(key):
         assert errors.within(1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [key for key in CONTENDERS if key not in EAGER])
 def test_compiled_equals_the_truth(key):
     assert check(CONTENDERS[key], torch.float32).within(2e-5)

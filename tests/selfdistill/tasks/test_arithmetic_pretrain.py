@@ -90,6 +90,7 @@ def test_shipped_solver_is_small_and_says_how_it_was_made() -> None:
     assert measured["avg_with_reference"] > 0.80
 
 
+@pytest.mark.slow
 def test_shipped_solver_has_its_abilities(pretrain: ModuleType) -> None:
     tokenizer = AutoTokenizer.from_pretrained(SOLVER)
     assert tokenizer.convert_ids_to_tokens(range(len(tokenizer))) == vocabulary()
