@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sysconfig
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from cuda_build import ROOT
+from setuptools import Distribution
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +91,46 @@ def test_extensions(setup_script, tmp_path, monkeypatch, torch_cuda):
     assert extensions[1].optional
     if not torch.cuda.is_available():
         assert setup_script.os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0;10.0;12.0+PTX"
+
+
+@pytest.fixture
+def build_ext(setup_script, tmp_path, monkeypatch):
+    """The build command in a folder of its own, where nothing is compiled."""
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "no-cuda"))
+    monkeypatch.setattr("torch.utils.cpp_extension.BuildExtension.build_extensions", lambda _: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "selfdistill_kernels").mkdir()
+    extensions, commands = setup_script.native_extension()
+    distribution = Distribution({"ext_modules": extensions, "packages": ["selfdistill_kernels"]})
+    command = commands["build_ext"](distribution)
+    command.build_lib = str(tmp_path / "lib")
+    command.ensure_finalized()
+    command.compiler = SimpleNamespace(_compile=None)
+    return command
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_what_was_built_for_another_torch_is_built_anew(build_ext, setup_script, same):
+    built = Path(build_ext.get_ext_fullpath("selfdistill_kernels._C"))
+    built.parent.mkdir(parents=True)
+    record = setup_script.built_for() if same else "torch=1.0.0 cuda=None"
+    built.write_bytes(b"\0" + record.encode() + b"\0")
+    build_ext.build_extensions()
+    assert bool(build_ext.force) == (not same)
+
+
+def test_an_extension_in_place_gives_way_to_what_was_built(build_ext):
+    built = Path(build_ext.get_ext_fullpath("selfdistill_kernels._C"))
+    built.parent.mkdir(parents=True)
+    built.write_text("built")
+    os.utime(built, (1, 1))  # older than what lies there
+    here = Path("selfdistill_kernels")
+    (here / built.name).write_text("of another torch")
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    for_one_python = here / f"_C{suffix}"
+    if built.name != for_one_python.name:
+        for_one_python.write_text("which Python would prefer")
+    (here / f"_cuda{suffix}").write_text("another extension")
+    build_ext.copy_extensions_to_source()
+    assert {file.name for file in here.iterdir()} == {built.name, f"_cuda{suffix}"}
+    assert (here / built.name).read_text() == "built"
