@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfdistill_kernels import AdvantageMask
@@ -13,6 +13,7 @@ from selfdistill_kernels import AdvantageMask
 ADVANTAGES = st.lists(st.sampled_from([-2.0, -0.5, -0.1, 0.0, 0.1, 0.5, 2.0]), max_size=12)
 
 
+@settings(deadline=None)
 @given(
     values=ADVANTAGES,
     threshold=st.sampled_from([0.0, 0.1, 0.4]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfdistill_kernels import (
@@ -113,6 +113,7 @@ def test_sums_of_16_bit_inputs_are_part_of_the_plan():
     assert plan(**LARGE, workspace=32 * MEBIBYTE).sum_bytes == 0
 
 
+@settings(deadline=None)
 @given(
     tokens=st.integers(0, 10_000),
     hidden=st.integers(1, 3000),
