@@ -160,7 +160,12 @@ def native_extension() -> tuple[list[Extension], dict[str, type[Command]]]:
                         other.unlink()
 
     sources = ["csrc/bindings.cpp", "csrc/built_for.cpp"]
-    sources += ["csrc/cpu/ops.cpp", "csrc/cpu/gemm.cpp", "csrc/cpu/memory.cpp"]
+    sources += [
+        "csrc/cpu/ops.cpp",
+        "csrc/cpu/gemm.cpp",
+        "csrc/cpu/widened.cpp",
+        "csrc/cpu/memory.cpp",
+    ]
     sources += [f"csrc/cpu/{stem}.cpp" for stem in FILE_FLAGS]
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *openmp]

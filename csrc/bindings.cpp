@@ -49,6 +49,12 @@ TORCH_LIBRARY(selfdistill, m) {
   m.def("gemm_bf16_hidden_gradient_(Tensor gradient, Tensor weight, bool accumulate, Tensor(a!) out) -> ()");
   // out [V, H] float32 or bfloat16 = gradient [R, V]^T hidden [R, H] (+ add [V, H] float32, which may be out itself)
   m.def("gemm_bf16_weight_gradient_(Tensor gradient, Tensor hidden, Tensor? add, Tensor(a!) out) -> ()");
+  // The same products in float32 on any processor: parts of the large operand pass through `buffer`, float32 [any, H], shared
+  // among the threads. hidden and gradient are float32, weight and the last out bfloat16.
+  m.def("gemm_widened_logits_(Tensor hidden, Tensor weight, Tensor(a!) out, Tensor(b!) buffer) -> ()");
+  m.def("gemm_widened_hidden_gradient_(Tensor gradient, Tensor weight, Tensor(a!) out, Tensor(b!) buffer) -> ()");
+  m.def(
+      "gemm_widened_weight_gradient_(Tensor gradient, Tensor hidden, Tensor? add, Tensor(a!) out, Tensor(b!) buffer) -> ()");
   // "avx512", "avx2" or "default": chosen from the processor, lowered by SELFDISTILL_CPU_CAPABILITY or by the setter.
   m.def("cpu_capability() -> str");
   m.def("set_cpu_capability(str capability) -> ()");

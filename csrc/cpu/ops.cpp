@@ -64,7 +64,12 @@ std::atomic<const Capability*>& capability() {
   return chosen;
 }
 
+
+}  // namespace
+
 const Kernels& kernels() { return *capability().load()->kernels; }
+
+namespace {
 
 std::string cpu_capability() { return capability().load()->name; }
 

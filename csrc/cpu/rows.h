@@ -1,5 +1,5 @@
 // What the row kernels take and do, without torch: the boundary between csrc/cpu/ops.cpp and the code that is compiled
-// once per instruction set. Every function handles the rows [begin, end).
+// once per instruction set. A function handles the rows [begin, end), or the `count` elements of a row.
 #pragma once
 
 #include "../problem.h"
@@ -11,6 +11,8 @@ struct Kernels {
   void (*statistics)(const Problem&, bool first, double* state, int64_t begin, int64_t end);
   void (*mixture)(const Problem&, double* state, int64_t begin, int64_t end);
   void (*gradient)(const Problem&, const float* statistics, const float* term_weights, int64_t begin, int64_t end);
+  void (*widen)(const uint16_t* bfloat16, int64_t count, float* to);
+  void (*narrow)(const float* from, int64_t count, uint16_t* bfloat16);  // to nearest even
 };
 
 namespace isa_default {

@@ -339,10 +339,29 @@ void gradient(const Problem& p, const float* statistics, const float* term_weigh
   }
 }
 
+void widen(const uint16_t* bfloat16, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    VectorHalf half;
+    memcpy(&half, bfloat16 + i, sizeof half);
+    store(to + i, from_bits(__builtin_convertvector(half, VectorBits) << 16));
+  }
+  for (; i < count; ++i) {
+    const uint32_t word = (uint32_t)bfloat16[i] << 16;
+    memcpy(to + i, &word, sizeof word);
+  }
+}
+
+void narrow(const float* from, int64_t count, uint16_t* bfloat16) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(bfloat16 + i, load(from + i));
+  for (; i < count; ++i) store(bfloat16 + i, from[i]);
+}
+
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {visit, statistics, mixture_sums, gradient};
+const Kernels kernels = {visit, statistics, mixture_sums, gradient, widen, narrow};
 
 }  // namespace SELFDISTILL_ISA
 }  // namespace selfdistill

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -98,8 +99,8 @@ class BrgemmHead:
 class WideningHead:
     """float32 products of 16-bit inputs: columns of the head are widened on the way.
 
-    They are widened into one buffer that stays in the cache, a few columns at a time: fresh memory
-    for each of them would cost as much as a product (docs/decisions.md).
+    They are widened into one buffer, a few columns at a time: fresh memory for each of them would
+    cost as much as a product (docs/decisions.md).
 
     Args:
         weight: [V, H], 16-bit.
@@ -111,7 +112,11 @@ class WideningHead:
     def __init__(self, weight: Tensor, columns: int) -> None:
         self.weight = weight
         self.columns = columns
-        self._buffer: Tensor | None = None
+
+    @functools.cached_property
+    def buffer(self) -> Tensor:
+        """float32 [columns, H], one memory for all parts of all products."""
+        return memory.empty((self.columns, self.weight.shape[1]), self.weight.device)
 
     def logits(self, hidden: Tensor, start: int, stop: int, *, out: Tensor) -> None:
         wide = hidden.to(torch.float32)
@@ -134,7 +139,7 @@ class WideningHead:
             _add_product(gradient, wide, out=out, add=add)
             return
         for part in self._parts(0, gradient.shape[1]):
-            made = self._space(part)
+            made = self.buffer[: part.stop - part.start]
             before = None if add is None else add[part]
             _add_product(gradient[:, part], wide, out=made, add=before)
             out[part] = made
@@ -143,16 +148,40 @@ class WideningHead:
         for low in range(start, stop, self.columns):
             yield slice(low, min(low + self.columns, stop))
 
-    def _space(self, part: slice) -> Tensor:
-        """float32 [c, H], one memory for all parts of all products."""
-        if self._buffer is None:
-            shape = (self.columns, self.weight.shape[1])
-            self._buffer = memory.empty(shape, self.weight.device)
-        return self._buffer[: part.stop - part.start]
-
     def _widened(self, part: slice) -> Tensor:
         """Columns of the head in float32, until the next call."""
-        return self._space(part).copy_(self.weight[part])
+        return self.buffer[: part.stop - part.start].copy_(self.weight[part])
+
+
+class NativeWideningHead(WideningHead):
+    """The same on the CPU, where each thread widens its own parts (csrc/cpu/widened.cpp).
+
+    Args:
+        weight: [V, H] bfloat16.
+        columns: how many are widened at a time, by all threads together.
+    """
+
+    def logits(self, hidden: Tensor, start: int, stop: int, *, out: Tensor) -> None:
+        torch.ops.selfdistill.gemm_widened_logits_(
+            hidden.to(torch.float32), self.weight[start:stop], out, self.buffer
+        )
+
+    def hidden_gradient(self, gradient: Tensor, start: int, stop: int) -> Tensor:
+        made = gradient.new_empty((gradient.shape[0], self.weight.shape[1]))
+        torch.ops.selfdistill.gemm_widened_hidden_gradient_(
+            gradient, self.weight[start:stop], made, self.buffer
+        )
+        return made
+
+    def weight_gradient(
+        self, gradient: Tensor, hidden: Tensor, *, out: Tensor, add: Tensor | None
+    ) -> None:
+        if out.dtype == torch.float32:
+            super().weight_gradient(gradient, hidden, out=out, add=add)
+            return
+        torch.ops.selfdistill.gemm_widened_weight_gradient_(
+            gradient, hidden.to(torch.float32), add, out, self.buffer
+        )
 
 
 class TensorCoreHead:
@@ -226,7 +255,8 @@ def head_for(weight: Tensor | None, widened: int) -> Head:
     if weight.dtype == torch.float32:
         return Float32Head(weight)
     if is_widened(weight):
-        return WideningHead(weight, widened)
+        kind = WideningHead if weight.is_cuda else NativeWideningHead
+        return kind(weight, widened)
     return TensorCoreHead(weight) if weight.is_cuda else BrgemmHead(weight)
 
 
