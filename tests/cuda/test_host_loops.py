@@ -13,7 +13,7 @@ from selfdistill_kernels import AdvantageMask, Objective, distillation_from_logi
 from selfdistill_kernels import fused_linear_distillation as fused
 from selfdistill_kernels.backends import rows
 from selfdistill_kernels.backends.base import Gate, LinearInputs, Needs
-from selfdistill_kernels.backends.gemm import Float32Head, TensorCoreHead
+from selfdistill_kernels.backends.gemm import Float32Head, TensorCoreHead, WideningHead
 from selfdistill_kernels.backends.native import NativeBackend
 from selfdistill_kernels.backends.rows import RowKernels
 from selfdistill_kernels.logits import LogitTransform
@@ -120,8 +120,12 @@ def test_everything_stays_on_the_device_and_nothing_waits(
 ):
     """On tensors without values: one of another device, or a value that is waited for, raises."""
     heads = {torch.float32: Float32Head, torch.bfloat16: TensorCoreHead}
-    if not logits and dtype in heads:
-        monkeypatch.setattr(rows, "head_for", lambda weight, widened: heads[dtype](weight))
+
+    def head_on_gpu(weight: torch.Tensor, widened: int) -> object:
+        return heads[dtype](weight) if dtype in heads else WideningHead(weight, widened)
+
+    if not logits:
+        monkeypatch.setattr(rows, "head_for", head_on_gpu)
     as_on_gpu(monkeypatch)
     inputs = inputs_without_values(dtype, logits)
     needs = Needs(True, not logits, False)
