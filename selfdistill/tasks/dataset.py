@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -101,8 +103,18 @@ class DatasetTask:
         ]
 
     def responses_agree(self, answers: Sequence[str]) -> str | None:
-        """Return the first answer of the largest class of equal ones; ties go to the earliest."""
-        return majority(answers, self.checker.equal)
+        """Return the first answer of the largest class of equal ones; ties go to the earliest.
+
+        `checker_seconds` limits the time for all comparisons; what is left then is not equal.
+        """
+        end = math.inf if self.checker_seconds is None else time.monotonic() + self.checker_seconds
+
+        def equal(first: str, second: str) -> bool:
+            left = max(0.0, end - time.monotonic())
+            seconds = None if left == math.inf else left
+            return self.checker.decide([(first, second)], seconds=seconds)[0] is True
+
+        return majority(answers, equal)
 
 
 def _verdict(response: str, answer: str | None, equal: bool | None) -> Verdict:

@@ -166,6 +166,11 @@ def test_an_undecided_answer_has_no_vote_and_is_not_compared_again(tmp_path: Pat
     assert asked == [SLOW]
 
 
+def test_a_vote_among_slow_answers_ends_at_its_limit(tmp_path: Path) -> None:
+    task = slow_task(tmp_path, seconds=1.0, size=1)
+    assert task.responses_agree(["x+1", SLOW, "x-1", "x + 1"]) == "x+1"
+
+
 def test_one_answer_is_judged_like_many(tmp_path: Path) -> None:
     task = slow_task(tmp_path, seconds=1.0)
     verdict = task.check(PROBLEM, attempt(SLOW).text)
