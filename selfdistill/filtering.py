@@ -25,7 +25,7 @@ from selfdistill.progress import progress_bars
 from selfdistill.rollout import SamplingParams
 from selfdistill.runlog import JsonLines, write_atomically
 from selfdistill.solver import Solver, load_solver
-from selfdistill.tasks import SPLITS, Problem, Task, TaskError
+from selfdistill.tasks import SPLITS, Problem, Task, TaskError, check_all
 
 # Problems between two writes of the journal: what a kill can cost.
 PORTION = 16
@@ -225,10 +225,16 @@ def _solved_by_critic(
         for rollout in _wrong_first(attempt)[: settings.critic_samples]
     ]
     critiques = critic.critique([p for p, _ in asked], [text for _, text in asked])
+    usable = [
+        (problem, critique.text)
+        for (problem, _), critique in zip(asked, critiques, strict=True)
+        if critique is not None
+    ]
+    verdicts = check_all(solver.task, usable)
     return {
         problem.id
-        for (problem, _), critique in zip(asked, critiques, strict=True)
-        if critique is not None and solver.task.check(problem, critique.text).correct
+        for (problem, _), verdict in zip(usable, verdicts, strict=True)
+        if verdict.correct
     }
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 from selfdistill.config import ConfigError, CriticConfig
-from selfdistill.tasks import Problem, Task
+from selfdistill.tasks import Problem, Task, check_all
 
 CritiqueCase = Literal["A", "B", "C", "D"]
 
@@ -70,6 +71,6 @@ def build_critic(config: CriticConfig, task: Task, *, device: str) -> Critic:
 
             return LLMCritic(
                 build_text_generator(config.engine, device=device),
-                check=task.check if config.check_answer else None,
+                check=partial(check_all, task) if config.check_answer else None,
                 show_reference=config.show_reference,
             )

@@ -114,8 +114,8 @@ class LLMCritic:
 
     Args:
         generator: the model, which answers greedily.
-        check: judges a text as an answer to the problem; a critique that ends in a wrong answer is
-            none. None takes every critique that has the right form.
+        check: judges texts as answers to their problems, all at once; a critique that ends in a
+            wrong answer is none. None takes every critique that has the right form.
         show_reference: the critic sees the reference solution where the problem has one.
     """
 
@@ -123,7 +123,7 @@ class LLMCritic:
         self,
         generator: TextGenerator,
         *,
-        check: Callable[[Problem, str], Verdict] | None = None,
+        check: Callable[[Sequence[tuple[Problem, str]]], list[Verdict]] | None = None,
         show_reference: bool = False,
     ) -> None:
         self._generator = generator
@@ -144,7 +144,8 @@ class LLMCritic:
         ]
         critiques: list[Critique | None] = [None] * len(prompts)
         for place, generation in self._generator.generate(prompts):
-            critiques[place] = self._read(problems[place], responses[place], generation)
+            critiques[place] = self._read(responses[place], generation)
+        self._leave_out_wrong(problems, critiques)
         return critiques
 
     def prompt(self, problem: Problem, response: str) -> str:
@@ -156,11 +157,20 @@ class LLMCritic:
             attempt=response,
         )
 
-    def _read(self, problem: Problem, response: str, generation: Generation) -> Critique | None:
+    def _read(self, response: str, generation: Generation) -> Critique | None:
         try:
-            critique = parse_critique(generation.text, response)
+            return parse_critique(generation.text, response)
         except CritiqueError:
             return None
-        if self._check is not None and not self._check(problem, critique.text).correct:
-            return None
-        return critique
+
+    def _leave_out_wrong(
+        self, problems: Sequence[Problem], critiques: list[Critique | None]
+    ) -> None:
+        """Replace critiques whose own final answer is wrong by None."""
+        if self._check is None:
+            return
+        usable = [(place, critique.text) for place, critique in enumerate(critiques) if critique]
+        verdicts = self._check([(problems[place], text) for place, text in usable])
+        for (place, _), verdict in zip(usable, verdicts, strict=True):
+            if not verdict.correct:
+                critiques[place] = None

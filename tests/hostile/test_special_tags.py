@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from selfdistill.rollout import Rollout, SamplingParams, make_rollout
 from selfdistill.rollout.vllm_engine import VLLMEngine
 from selfdistill.solver import load_solver
 from selfdistill.spans import token_span
-from selfdistill.tasks import Problem, Verdict
+from selfdistill.tasks import Problem, Verdict, check_all
 from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
 from selfdistill.textgen.local import LocalGenerator
@@ -130,6 +131,8 @@ def test_a_critic_whose_form_is_special_tokens_is_understood(thoughts: str) -> N
     answer = f"{thoughts}<case>D</case><first_change>1</first_change><text>{TEXT}</text>"
     engine = Scripted(tokenizer, encode(tokenizer, answer))
     generator = LocalGenerator(engine, ChatTemplate(tokenizer), max_new_tokens=64, identity="it")
-    (critique,) = LLMCritic(generator, check=TASK.check).critique([PROBLEM], ["so 56"])
+    (critique,) = LLMCritic(generator, check=partial(check_all, TASK)).critique(
+        [PROBLEM], ["so 56"]
+    )
     assert critique is not None
     assert critique.text == TEXT

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import pytest
 
 from selfdistill.critic import Critique
 from selfdistill.critic.llm import CritiqueError, LLMCritic, parse_critique, strip_thinking
-from selfdistill.tasks import Problem
+from selfdistill.tasks import Problem, Verdict, check_all
 from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.textgen import Generation
 
@@ -109,10 +110,22 @@ def test_the_reference_is_shown_on_demand() -> None:
     assert "<solution>" not in critic.prompt(without, "a")
 
 
+def test_the_critiques_of_a_step_are_judged_at_once() -> None:
+    judged: list[int] = []
+
+    def check(attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+        judged.append(len(attempts))
+        return check_all(TASK, attempts)
+
+    answers = [answer("D", 1, PROBLEM.reference), "no critique", answer("D", 1, PROBLEM.reference)]
+    LLMCritic(Scripted(*answers), check=check).critique([PROBLEM] * 3, ["a", "b", "c"])
+    assert judged == [2]
+
+
 def test_a_critique_with_a_wrong_answer_is_none() -> None:
     wrong = PROBLEM.reference.rsplit(" ", 1)[0] + " 1000"
     answers = [answer("D", 1, PROBLEM.reference), answer("D", 1, wrong), answer("A", 0, "x")]
-    critiques = LLMCritic(Scripted(*answers), check=TASK.check).critique(
+    critiques = LLMCritic(Scripted(*answers), check=partial(check_all, TASK)).critique(
         [PROBLEM] * 3, ["a", "a", wrong]
     )
     assert critiques == [Critique("D", PROBLEM.reference, 1), None, None]
