@@ -176,6 +176,24 @@ def test_teacher_equal_to_student_is_exactly_zero(objective, dtype, workspace):
     assert not any(gradient.any() for gradient in torch.autograd.grad(out.loss, leaves))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 2, 17, pytest.param(65, marks=pytest.mark.slow)])
+def test_teacher_equal_to_student_is_exactly_zero_in_other_shapes(tokens, dtype):
+    """Single rows, tiles that end in one row, hidden sizes on both sides of a block, gaps."""
+    for hidden in (33, 79):
+        for mask in (None, torch.arange(tokens) % 3 == 0):
+            case = make_case(tokens, hidden, 37, seed=tokens).cast(dtype)
+            case.teacher_hidden = case.student_hidden.clone()
+            leaves = case.leaves()
+            out = case.call(
+                fused_linear_distillation, objective=Objective("jsd", 0.3), backend="triton",
+                mask=mask,
+            )  # fmt: skip
+            assert out.loss.item() == 0.0, hidden
+            for gradient in torch.autograd.grad(out.loss, leaves):
+                assert not gradient.any(), hidden
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES[:5], ids=str)
 def test_close_distributions_keep_their_digits(objective):
     """KL of order 1e-6: sums of first-order terms would leave nothing of it in float32."""
