@@ -6,8 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
-# Two processes of one thread each; -rs lists what was skipped, and why.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=10 -n 2
+# Two processes of one thread each; one that has nothing left takes tests over from the other. -rs lists
+# what was skipped, and why.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=10 -n 2 --dist worksteal
 
 .PHONY: demo test test-all test-vllm lint setup clean
 
@@ -17,9 +18,10 @@ demo: setup
 # Triton's interpreter needs processes of its own: a second run, which starts whatever the first one
 # found. The status tells both.
 test: SELECTED := -m "not slow"
+test-all: $(VENV)/.nvcc
 test test-all: setup
 	@status=0; set -x; \
-	$(PYTEST) $(SELECTED) --dist loadfile || status=1; \
+	$(PYTEST) $(SELECTED) || status=1; \
 	TRITON_INTERPRET=1 $(PYTEST) $(SELECTED) tests/triton || status=1; \
 	exit $$status
 
@@ -38,6 +40,12 @@ $(VENV)/.requirements: requirements.txt
 
 $(VENV)/.extension: $(VENV)/.requirements $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+# A CUDA compiler where the machine has none; after the extension, so that one pip runs at a time.
+$(VENV)/.nvcc: requirements-nvcc.txt $(VENV)/.extension
+	PYTHONPATH=tests/support $(BIN)/python -c "import sys, cuda_build; sys.exit(not cuda_build.find_nvcc())" \
+	|| $(BIN)/python -m pip install --quiet --requirement requirements-nvcc.txt
 	touch $@
 
 # vLLM brings a torch of its own: the tests run against an installed wheel, whose extension was built

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from processors import NEEDS_AMX, needs
 from row_cases import (
     DIVERGENCE,
     DIVERGENCES,
@@ -46,7 +47,7 @@ def capability(request: pytest.FixtureRequest) -> Iterator[str]:
     try:
         ops.set_cpu_capability(request.param)
     except RuntimeError:
-        pytest.skip(f"this processor has no {request.param}")
+        pytest.skip(needs(request.param))
     yield request.param
     ops.set_cpu_capability(best)
 
@@ -332,9 +333,7 @@ def make_products(
     return h, w, tile[:, :columns]
 
 
-needs_amx = pytest.mark.skipif(
-    not ops.gemm_bf16_available(), reason="needs a processor with AMX bfloat16 tiles"
-)
+needs_amx = pytest.mark.skipif(not ops.gemm_bf16_available(), reason=NEEDS_AMX)
 
 
 @needs_amx

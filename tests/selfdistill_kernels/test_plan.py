@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processors import NEEDS_AMX
 
 from selfdistill_kernels import (
     distillation_from_logits,
@@ -203,7 +204,7 @@ def path(request, monkeypatch) -> torch.dtype:
         monkeypatch.setattr(native, "is_widened", lambda weight: weight is not None)
         monkeypatch.setattr(recompute, "is_widened", lambda weight: weight is not None)
     elif request.param == "bfloat16 as it is" and not torch.ops.selfdistill.gemm_bf16_available():
-        pytest.skip("needs a processor with AMX bfloat16 tiles, which CI may have or not")
+        pytest.skip(NEEDS_AMX)
     return PATHS[request.param]
 
 

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 ARCHITECTURES = (80, 90, 100, 120)
 NO_NVCC = (
-    "nvcc not found; install the CUDA toolkit 13.0 or newer, or `pip install nvidia-cuda-nvcc "
-    "nvidia-cuda-cccl` into this environment"
+    "nvcc not found; install the CUDA toolkit 13.0 or newer, or `pip install -r "
+    "requirements-nvcc.txt` into this environment, as `make test-all` does"
 )
 # What torch's extension builder adds: the code must be the same code there.
 TORCH_FLAGS = (
