@@ -13,7 +13,8 @@ TORCH_LIBRARY(selfdistill, m) {
   // Loss of a token: loss_weight * (divergence - policy_gradient * A * log p_s(y) - cross_entropy * log p_s(y) +
   // entropy * H(p_s)), A = log p_t(y) - log p_s(y) held constant. Without loss_weight: statistics only.
   // gate_sign: -2 none, 0 |A| > threshold, 1 A > threshold, -1 A < -threshold; a NaN advantage passes.
-  // active: in, the rows that may have a gradient; out, those that have one. The others' student rows are left as logits;
+  // active: in, the rows that may have a gradient; out, those that have one. The others' student rows are left as logits
+  // (-inf as -1e30);
   // on CUDA tiles are not transformed: they are left as they were, and without a gate become zeros.
   // gradient_in_bfloat16: a row's gradient fills the first half of its own memory (view: stride 2 * stride(0)).
   m.def(

@@ -11,8 +11,12 @@
 // sum e_s (x e^x - expm1(x)) instead of sum e_t x, and the excess sum (e_t - e_s) = sum e_s expm1(x) instead of the
 // difference of two rounded sums. x is formed from z_t - z_s, which is exact when they are close. When the teacher is the
 // student, bit for bit, x is 0 and so are the divergence and its gradient.
+//
+// A logit of -inf rules its entry out (docs/math.md, infinities). Drivers read it as kLowest: its probability is 0 as well,
+// and what that multiplies is finite. So nothing here meets 0 * inf; the infinite values are put in by finish().
 #pragma once
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 
@@ -48,6 +52,11 @@ enum Statistic : int {
 
 // Below this |x|, series in x replace differences of exponentials. exponential_tail and logarithm_deficit hold there.
 static constexpr float kNear = 0.34f;
+// The lowest logit: an entry that its model rules out. The maximum of nothing but such entries lies above: e is 0 for all.
+static constexpr float kLowest = -1e30f;
+static constexpr float kLowestMaximum = 0.5f * kLowest;
+// Below this log-probability float32 has none but 0.
+static constexpr float kLeastLogprob = -87.33654f;
 
 // ---- logits -----------------------------------------------------------------------------------------------------------
 
@@ -70,7 +79,9 @@ SELFDISTILL_FN Transform make_transform(double scale, double softcap, double tem
 
 template <class R>
 SELFDISTILL_FN R transform_logit(R raw_plus_bias, const Transform& t) {
-  const R u = raw_plus_bias * t.slope + raw_plus_bias * t.rest;
+  // An infinity has no rest: `rest` may be 0 or have another sign than the slope.
+  const R finite = at_most(at_least(raw_plus_bias, -FLT_MAX), FLT_MAX);
+  const R u = raw_plus_bias * t.slope + finite * t.rest;
   return t.ceiling > 0.0f ? t.ceiling * hyperbolic_tangent(u) : u;
 }
 
@@ -119,9 +130,10 @@ struct RowState {
   double student_target, teacher_target;  // z of the target, once its column was seen
   double student_mixture, teacher_mixture;  // second sweep: KL(S || m); KL(T || m)
   double pivot, kappa;                      // the pivot of Statistic; for skew KL kappa - 1 and kappa = sum p_s p_t / m
+  double exposed;  // forward: the largest z_t that the student rules out; reverse: the largest z_s that the teacher does
 };
-static constexpr int kStateColumns = 16;  // a row of the float64 state is a RowState and two unused places
-static_assert(sizeof(RowState) <= kStateColumns * sizeof(double), "state row");
+static constexpr int kStateColumns = 16;  // a row of the float64 state is a RowState
+static_assert(sizeof(RowState) == kStateColumns * sizeof(double), "state row");
 
 template <class R>
 struct FirstSums {
@@ -204,6 +216,7 @@ SELFDISTILL_FN void merge(RowState& into, RowState from, Divergence divergence) 
   into.curvature += from.curvature;
   into.student_moment += from.student_moment;
   into.teacher_moment += from.teacher_moment;
+  if (from.exposed > into.exposed) into.exposed = from.exposed;
 }
 
 // ---- finish -----------------------------------------------------------------------------------------------------------
@@ -233,27 +246,39 @@ SELFDISTILL_FN float skew_pivot(double kappa_less_1, double kappa) {
   return kappa > 0.0 && kappa < 0.5 ? (float)kappa : (float)kappa_less_1;
 }
 
-SELFDISTILL_FN void finish(const RowState& s, bool has_teacher, bool has_targets, Divergence divergence, double alpha,
+// (z - max) - log_sum, -inf for an entry that is ruled out.
+SELFDISTILL_FN float logprob(double z, double max, double log_sum) {
+  const float inside = (float)((z - max) - log_sum);
+  return z <= kLowest ? inside - INFINITY : inside;
+}
+
+SELFDISTILL_FN void finish(RowState s, bool has_teacher, bool has_targets, Divergence divergence, double alpha,
                            float* statistics) {
+  // A model that rules out everything has no distribution.
+  if (s.student_sum == 0.0) s.student_sum = NAN;
+  if (s.teacher_sum == 0.0) s.teacher_sum = s.excess = NAN;
   for (int i = 0; i < kStatistics; ++i) statistics[i] = 0.0f;
   const double log_s = log(s.student_sum), lse_s = s.student_max + log_s;
   statistics[kStudentReference] = (float)lse_s;
   statistics[kStudentLogsum] = (float)((s.student_max - (double)statistics[kStudentReference]) + log_s);
   statistics[kEntropy] = (float)(log_s - s.student_moment / s.student_sum);
-  if (has_targets) statistics[kStudentLogprob] = (float)((s.student_target - s.student_max) - log_s);
+  if (has_targets) statistics[kStudentLogprob] = logprob(s.student_target, s.student_max, log_s);
   if (!has_teacher) return;
   const double log_t = (s.student_max - s.teacher_max) + log_s + lse_difference(s, divergence);
   statistics[kTeacherReference] = (float)(s.teacher_max + log_t);
   statistics[kTeacherLogsum] = (float)((s.teacher_max - (double)statistics[kTeacherReference]) + log_t);
   statistics[kTeacherEntropy] = (float)(log_t - s.teacher_moment / s.teacher_sum);
-  if (has_targets) statistics[kTeacherLogprob] = (float)((s.teacher_target - s.teacher_max) - log_t);
+  if (has_targets) statistics[kTeacherLogprob] = logprob(s.teacher_target, s.teacher_max, log_t);
   switch (divergence) {
     case Divergence::kNone:
       break;
     case Divergence::kForwardKL:
-    case Divergence::kReverseKL:
-      statistics[kDivergence] = (float)finish_kl(s, divergence);
+    case Divergence::kReverseKL: {
+      const double lse = divergence == Divergence::kForwardKL ? s.teacher_max + log_t : lse_s;
+      const double kl = finish_kl(s, divergence);
+      statistics[kDivergence] = s.exposed - lse > kLeastLogprob && !isnan(kl) ? INFINITY : (float)kl;
       break;
+    }
     case Divergence::kJSD:
       statistics[kDivergence] = (float)(alpha * s.teacher_mixture + (1.0 - alpha) * s.student_mixture);
       statistics[kPivot] = (float)s.student_mixture;

@@ -1,8 +1,9 @@
 // The elementary functions that csrc/divergence.h is written in, over a "real" R: a float or a vector of floats.
 //
-// The including file first supplies SELFDISTILL_FN and, for a vector R: bits, from_bits, select, to_float (csrc/cpu/vector.h);
-// for a float they are here. A NaN stays a NaN in every function. Largest errors, in units of the last place, are in the
-// comments; the tests of tests/selfdistill_kernels/test_native_rows.py measure what they add up to.
+// The including file first supplies SELFDISTILL_FN and, for a vector R: bits, from_bits, select, larger, smaller, to_float
+// (csrc/cpu/vector.h); for a float they are here. A NaN stays a NaN in every function, and tanh(+-inf) is +-1. Largest
+// errors, in units of the last place, are in the comments; the tests of tests/selfdistill_kernels/test_native_rows.py
+// measure what they add up to.
 #pragma once
 
 #include <stdint.h>
@@ -31,6 +32,18 @@ SELFDISTILL_FN R absolute(R x) {
   return from_bits(bits(x) & 0x7fffffffu);
 }
 SELFDISTILL_FN float to_float(uint32_t x) { return (float)(int32_t)x; }
+// The second where either is a NaN.
+SELFDISTILL_FN float larger(float a, float b) { return a > b ? a : b; }
+SELFDISTILL_FN float smaller(float a, float b) { return a < b ? a : b; }
+// A NaN stays one.
+template <class R>
+SELFDISTILL_FN R at_least(R x, float bound) {
+  return larger(splat<R>(bound), x);
+}
+template <class R>
+SELFDISTILL_FN R at_most(R x, float bound) {
+  return smaller(splat<R>(bound), x);
+}
 
 // h(x) = (e^x - 1 - x) / x^2 for |x| <= log(2)/2 (minimax, relative error 1.3e-7): the part of the exponential that no
 // rounding of 1 + x can hide. exp, expm1 and the second-order sums of the divergences all come from it.

@@ -92,8 +92,10 @@ def top_k_gradient(
         at_target = torch.where(same.any(dim=1, keepdim=True), at_target, dense * log_y.exp())
         indices, log_s = torch.cat([support, target], dim=1), torch.cat([log_s, log_y], dim=1)
         gradient = torch.cat([on_support, at_target], dim=1) - likelihood * (indices == target)
-    gradient = gradient + likelihood * log_s.exp()
-    gradient = gradient - entropy * log_s.exp() * (log_s + found[:, Column.ENTROPY, None])
+    p_s = log_s.exp()
+    gradient = gradient + likelihood * p_s
+    surprise = torch.where(p_s == 0, 0.0, log_s + found[:, Column.ENTROPY, None])
+    gradient = gradient - entropy * p_s * surprise
     normalizer = found[:, Column.STUDENT_REFERENCE] + found[:, Column.STUDENT_LOGSUM]
     gradient = inputs.transform.chain(gradient, log_s + normalizer[:, None])
 

@@ -134,19 +134,7 @@ Gradient<Out> gradient_of(Divergence divergence, bool entropy_term) {
   return entropy_term ? gradient_with<Out, true>(divergence) : gradient_with<Out, false>(divergence);
 }
 
-// Logits of a block: `raw` itself where nothing is to be done, else `to` (which may be `raw`).
-const float* logits(const float* raw, const float* bias, int64_t n, const Transform& transform, float* to) {
-  if (transform.identity) return raw;
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    const Vector u = bias ? load(raw + j) + load(bias + j) : load(raw + j);
-    store(to + j, transform_logit(u, transform));
-  }
-  for (; j < n; ++j) to[j] = transform_logit(bias ? raw[j] + bias[j] : raw[j], transform);
-  return to;
-}
-
-float block_max(const float* z, int64_t n) {
+float largest(const float* z, int64_t n) {
   float top = z[0];
   int64_t j = 0;
   if (n >= 4 * kLanes) {  // four chains hide the latency of a comparison
@@ -164,51 +152,107 @@ float block_max(const float* z, int64_t n) {
   return top;
 }
 
-// One model's row, block by block: raw values in, logits out.
+// Whether an entry is -inf, or below every logit that counts.
+bool rules_out_any(const float* z, int64_t n) {
+  bool found = false;
+  for (int64_t j = 0; j < n; ++j) found |= z[j] <= kLowest;
+  return found;
+}
+
+// One model's row, block by block: raw values in, logits out. `to` has room for a block and may be the row itself.
 struct Row {
-  float* raw;
+  float* raw;  // nullptr: the model is absent
   const float* bias;
   Transform transform;
+  bool is_transformed = false;  // into logits, none below kLowest
 
   Row(const Tile& tile, const Problem& p, int64_t row)
       : raw(tile.data ? static_cast<float*>(tile.data) + row * tile.stride : nullptr),
         bias(tile.bias),
         transform(make_transform(p.logit_scale, p.softcap, p.temperature, tile.bias != nullptr)) {}
 
-  const float* block(int64_t j, int64_t n, float* to) const {
-    return raw ? logits(raw + j, bias ? bias + j : nullptr, n, transform, to) : nullptr;
+  // May hold -inf.
+  const float* transformed(int64_t j, int64_t n, float* to) const {
+    const float* from = raw + j;
+    if (is_transformed || transform.identity) return from;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      const Vector u = bias ? load(from + i) + load(bias + j + i) : load(from + i);
+      store(to + i, transform_logit(u, transform));
+    }
+    for (; i < n; ++i) to[i] = transform_logit(bias ? from[i] + bias[j + i] : from[i], transform);
+    return to;
   }
-  void transform_in_place(int64_t j, int64_t n) const { block(j, n, raw + j); }
-  // The row now holds logits.
-  Row as_logits() const {
+
+  // None below kLowest.
+  const float* logits(int64_t j, int64_t n, float* to) const {
+    const float* z = transformed(j, n, to);
+    return is_transformed ? z : raised(z, n, to);
+  }
+
+  static const float* raised(const float* z, int64_t n, float* to) {
+    if (!rules_out_any(z, n)) return z;
+    for (int64_t i = 0; i < n; ++i) to[i] = at_least(z[i], kLowest);
+    return to;
+  }
+
+  Row after_transform() const {
     Row r = *this;
-    r.transform.identity = true;
+    r.is_transformed = true;
     return r;
   }
 };
 
+// The largest logit of `model` in a block among the entries that the other model rules out.
+double exposed_in(const float* model, const float* other, int64_t n, double so_far) {
+  for (int64_t j = 0; j < n; ++j) {
+    if (other[j] <= kLowest && model[j] > so_far) so_far = model[j];
+  }
+  return so_far;
+}
+
+// Adds a block to the sums of a row, around the maxima of all so far.
+void add_block(const Problem& p, FirstBlock add, const float* student, const float* teacher, int64_t n, bool is_first,
+               RowState& state) {
+  const float s_max = at_least(largest(student, n), kLowestMaximum);
+  const float t_max = teacher ? at_least(largest(teacher, n), kLowestMaximum) : 0.0f;
+  if (is_first) {
+    state.student_max = s_max;
+    state.teacher_max = t_max;
+  } else {
+    raise_maxima(state, s_max, t_max, p.divergence);
+  }
+  Centre centre;
+  centre.student = (float)state.student_max;
+  centre.teacher = (float)state.teacher_max;
+  centre.ratio = make_log_ratio(state.student_max, state.teacher_max);
+  add(student, teacher, n, centre, state);
+}
+
+bool is_nan(const RowState& state) { return isnan(state.student_moment + state.teacher_moment); }
+
 // Sums of a row or of a slab of it, around its maxima. In place: the row holds logits afterwards.
 RowState first_sweep(const Problem& p, const Row& student, const Row& teacher, bool in_place) {
-  const bool has_teacher = teacher.raw != nullptr;
-  const FirstBlock add = first_block_of(has_teacher, p.divergence);
+  const FirstBlock add = first_block_of(teacher.raw != nullptr, p.divergence);
   float student_buffer[kBlock], teacher_buffer[kBlock];
   RowState state{};
-  Centre centre{};
+  state.exposed = kLowest;
   for (int64_t j = 0; j < p.columns; j += kBlock) {
     const int64_t n = p.columns - j < kBlock ? p.columns - j : kBlock;
-    const float* s = student.block(j, n, in_place ? student.raw + j : student_buffer);
-    const float* t = teacher.block(j, n, in_place ? teacher.raw + j : teacher_buffer);
-    const float s_max = block_max(s, n), t_max = has_teacher ? block_max(t, n) : 0.0f;
-    if (j == 0) {
-      state.student_max = s_max;
-      state.teacher_max = t_max;
-    } else {
-      raise_maxima(state, s_max, t_max, p.divergence);
-    }
-    centre.student = (float)state.student_max;
-    centre.teacher = (float)state.teacher_max;
-    centre.ratio = make_log_ratio(state.student_max, state.teacher_max);
-    add(s, t, n, centre, state);
+    float* const s_to = in_place ? student.raw + j : student_buffer;
+    float* const t_to = in_place ? teacher.raw + j : teacher_buffer;
+    const float* s = student.transformed(j, n, s_to);
+    const float* t = teacher.raw ? teacher.transformed(j, n, t_to) : nullptr;
+    const RowState before = state;
+    add_block(p, add, s, t, n, j == 0, state);
+    // An entry of -inf has left 0 * inf in a moment: the block again, without. So finding it costs the others nothing.
+    if (!is_nan(state) || is_nan(before)) continue;
+    state = before;
+    s = Row::raised(s, n, s_to);
+    if (t) t = Row::raised(t, n, t_to);
+    add_block(p, add, s, t, n, j == 0, state);
+    if (p.divergence == Divergence::kForwardKL) state.exposed = exposed_in(t, s, n, state.exposed);
+    if (p.divergence == Divergence::kReverseKL) state.exposed = exposed_in(s, t, n, state.exposed);
   }
   return state;
 }
@@ -221,13 +265,13 @@ void second_sweep(const Problem& p, const Row& student, const Row& teacher, RowS
   float student_buffer[kBlock], teacher_buffer[kBlock];
   for (int64_t j = 0; j < p.columns; j += kBlock) {
     const int64_t n = p.columns - j < kBlock ? p.columns - j : kBlock;
-    add(student.block(j, n, student_buffer), teacher.block(j, n, teacher_buffer), n, normal, (float)p.alpha, state);
+    add(student.logits(j, n, student_buffer), teacher.logits(j, n, teacher_buffer), n, normal, (float)p.alpha, state);
   }
 }
 
 float logit_at(const Row& row, int64_t column) {
   float z;
-  return *row.block(column, 1, &z);
+  return *row.logits(column, 1, &z);
 }
 
 template <class Out>
@@ -261,8 +305,8 @@ void gradient_row(const Problem& p, const Row& student, const Row& teacher, int6
   float student_buffer[kBlock], teacher_buffer[kBlock];
   for (int64_t j = 0; j < p.columns; j += kBlock) {
     const int64_t n = p.columns - j < kBlock ? p.columns - j : kBlock;
-    const float* s = student.block(j, n, student_buffer);
-    const float* t = divergent ? teacher.block(j, n, teacher_buffer) : nullptr;
+    const float* s = student.logits(j, n, student_buffer);
+    const float* t = divergent ? teacher.logits(j, n, teacher_buffer) : nullptr;
     gradient.block(s, t, n, terms, transform, to + j);
   }
   if (target >= 0) store(to + target, at_target);
@@ -280,7 +324,7 @@ void visit(const Problem& p, const VisitTerms& v, int64_t begin, int64_t end) {
     const Row raw_student(p.student, p, r), raw_teacher(p.teacher, p, r);
     const int64_t target = target_column(p, r);
     RowState state = first_sweep(p, raw_student, raw_teacher, true);
-    const Row student = raw_student.as_logits(), teacher = raw_teacher.as_logits();
+    const Row student = raw_student.after_transform(), teacher = raw_teacher.after_transform();
     if (target >= 0) {
       state.student_target = logit_at(student, target);
       if (has_teacher) state.teacher_target = logit_at(teacher, target);

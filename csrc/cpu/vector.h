@@ -1,12 +1,15 @@
 // Vectors of float32, for which csrc/elementary.h gives the functions that csrc/divergence.h is written in.
 //
-// Only GCC/Clang vector extensions: the same source becomes AVX-512, AVX2, SSE2 or NEON code, by the flags of the file
-// that includes it. Everything has internal linkage and no library template is instantiated here, so that code compiled
+// GCC/Clang vector extensions: the same source becomes AVX-512, AVX2, SSE2 or NEON code, by the flags of the file that
+// includes it. Everything has internal linkage and no library template is instantiated here, so that code compiled
 // for a newer processor can never be linked into the path of an older one.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace selfdistill {
 
@@ -36,6 +39,25 @@ SELFDISTILL_FN void store(float* to, float v) { *to = v; }
 SELFDISTILL_FN VectorBits bits(Vector x) { return (VectorBits)x; }
 SELFDISTILL_FN Vector from_bits(VectorBits x) { return (Vector)x; }
 SELFDISTILL_FN Vector select(VectorInt condition, Vector yes, Vector no) { return condition ? yes : no; }
+// The second where either is a NaN. (One instruction on x86-64, which compilers make two of if left to themselves.)
+SELFDISTILL_FN Vector larger(Vector a, Vector b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_ps(0xffff, a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+SELFDISTILL_FN Vector smaller(Vector a, Vector b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_min_ps(0xffff, a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
 SELFDISTILL_FN Vector to_float(VectorBits x) { return __builtin_convertvector((VectorInt)x, Vector); }
 
 }  // namespace selfdistill

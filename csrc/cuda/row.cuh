@@ -26,8 +26,6 @@ constexpr int kQuads = 2;
 constexpr int kSums = 7;  // of a sweep, at most
 constexpr int kStep = 4 * kQuads * kThreads;
 constexpr unsigned kWholeWarp = 0xffffffffu;
-// A "logit" beyond the end of a row: its probability is 0 and so is everything that is multiplied by it.
-constexpr float kBeyond = -1e30f;
 
 struct Shared {
   float student_top[2][kWarps], teacher_top[2][kWarps];
@@ -103,6 +101,7 @@ struct Row {
     for (int q = 0; q < kQuads; ++q) quads[q] = load_quad(raw, raw_aligned, column(begin, q), columns);
   }
 
+  // None is below kLowest; beyond the end of the row they are as if ruled out.
   __device__ __forceinline__ void logits(const Quad<T> (&quads)[kQuads], int begin, int columns,
                                          float (&z)[4 * kQuads]) const {
 #pragma unroll
@@ -121,15 +120,17 @@ struct Row {
       }
       if (j + 4 > columns) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) z[4 * q + i] = j + i < columns ? z[4 * q + i] : kBeyond;
+        for (int i = 0; i < 4; ++i) z[4 * q + i] = j + i < columns ? z[4 * q + i] : kLowest;
       }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) z[4 * q + i] = at_least(z[4 * q + i], kLowest);
     }
   }
 
   __device__ __forceinline__ float logit(int column) const {
     float z = widen(raw[column]);
     if (bias) z += bias[column];
-    return transform.identity ? z : transform_logit(z, transform);
+    return at_least(transform.identity ? z : transform_logit(z, transform), kLowest);
   }
 };
 
@@ -147,9 +148,9 @@ __device__ __forceinline__ void load_step(const Row<T>& student, const Row<T>& t
 // ---- reductions -------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float largest(const float (&z)[4 * kQuads]) {
-  float top = z[0];
+  float top = kLowestMaximum;
 #pragma unroll
-  for (int i = 1; i < 4 * kQuads; ++i) top = fmaxf(top, z[i]);
+  for (int i = 0; i < 4 * kQuads; ++i) top = fmaxf(top, z[i]);
   return top;
 }
 
@@ -238,6 +239,7 @@ __device__ __forceinline__ void first_sweep(const Row<T>& student, const Row<T>&
                                             RowState& state, Shared& shared) {
   Centre centre{};
   FirstSums<float> sums{};
+  float exposed = kLowest;
   int begin = 0;
 #pragma unroll 1
   while (begin < columns) {
@@ -253,13 +255,20 @@ __device__ __forceinline__ void first_sweep(const Row<T>& student, const Row<T>&
     }
     FirstSums<float> step{};  // eight elements first: short sums keep their digits
 #pragma unroll
-    for (int i = 0; i < 4 * kQuads; ++i) first_element<kTeacher, kDivergence>(s[i], t[i], centre, step);
+    for (int i = 0; i < 4 * kQuads; ++i) {
+      first_element<kTeacher, kDivergence>(s[i], t[i], centre, step);
+      if constexpr (kDivergence == Divergence::kForwardKL) exposed = s[i] <= kLowest ? fmaxf(exposed, t[i]) : exposed;
+      if constexpr (kDivergence == Divergence::kReverseKL) exposed = t[i] <= kLowest ? fmaxf(exposed, s[i]) : exposed;
+    }
     add(sums, step);
     begin += kStep;
   }
   const float s_centre = block_max(centre.student, shared.student_top[1]);
   const float t_centre = kTeacher ? block_max(centre.teacher, shared.teacher_top[1]) : 0.0f;
   if (s_centre > centre.student || t_centre > centre.teacher) raise_centre<kDivergence>(sums, centre, s_centre, t_centre);
+  if constexpr (kDivergence == Divergence::kForwardKL || kDivergence == Divergence::kReverseKL) {
+    exposed = block_max(exposed, shared.student_top[0]);
+  }
   const float mine[kSums] = {sums.student, sums.student_moment, sums.teacher,  sums.teacher_moment,
                              sums.excess,  sums.moment,         sums.curvature};
   double total[kSums] = {};
@@ -280,6 +289,7 @@ __device__ __forceinline__ void first_sweep(const Row<T>& student, const Row<T>&
   state.excess = total[4];
   state.moment = total[5];
   state.curvature = total[6];
+  state.exposed = exposed;
 }
 
 // The sums over the mixture, added to `state` by thread 0. From the end of the row: the L2 cache still

@@ -208,7 +208,9 @@ def term_weights_of(
     importance = importance_of(objective, statistics[:, Column.STUDENT_LOGPROB], old_logprobs)
     # Tokens without a weight may hold anything: 0 * nan must not occur.
     weight = torch.where(loss_weight == 0, loss_weight, loss_weight * importance)
-    likelihood = objective.cross_entropy + objective.policy_gradient * advantage_of(statistics)
+    likelihood: float | Tensor = objective.cross_entropy
+    if objective.policy_gradient:  # 0 * inf must not occur
+        likelihood = likelihood + objective.policy_gradient * advantage_of(statistics)
     divergence = weight * float(objective.divergence != "none")
     if objective.divergence_clip is not None:
         clipped = statistics[:, Column.DIVERGENCE] > objective.divergence_clip
@@ -234,6 +236,8 @@ def token_losses(
 
     Differentiable with respect to the statistics' DIVERGENCE, STUDENT_LOGPROB and ENTROPY.
     """
+    # What a token without a loss holds may be infinite, and 0 times its derivative would be NaN.
+    statistics = torch.where(active[:, None], statistics, 0.0)
     logprob = statistics[:, Column.STUDENT_LOGPROB]
     terms = []
     if objective.divergence != "none":

@@ -99,7 +99,8 @@ class ReferenceBackend:
             # Row constants anew rather than from `statistics`, which is rounded to float32.
             constants = divergence_of(log_s, teacher.logprobs, objective)
             slope = divergence_gradient(log_s, teacher.logprobs, *constants, objective)
-            gradient += weights[:, 0:1] * slope
+            # A weight of 0 is no gradient, whatever the row holds (an infinite KL that is clipped).
+            gradient += torch.where(weights[:, 0:1] == 0, 0.0, weights[:, 0:1] * slope)
         gradient += weights[:, 1:2] * p_s
         if inputs.targets is not None:
             target = inputs.targets[rows, None]

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from banned_entries import BANS
 from row_cases import (
     DIVERGENCE,
     DIVERGENCES,
@@ -142,6 +143,74 @@ def test_bad_rows_stay_bad_and_alone(emulated, divergence, poison, place):
     assert statistics[1, [STUDENT_LOGPROB, ENTROPY]].isnan().all()
     assert statistics[3, [TEACHER_LOGPROB, TEACHER_ENTROPY]].isnan().all()
     assert not statistics[3, [STUDENT_LOGPROB, ENTROPY]].isnan().any()
+    if divergence:
+        assert statistics[[1, 3], DIVERGENCE].isnan().all()
+        assert gradient[3].isnan().all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("ban", BANS)
+@pytest.mark.parametrize("of_bias", [False, True])
+@pytest.mark.parametrize("columns", [507, STEP + 500])
+def test_entries_that_are_ruled_out(emulated, divergence, ban, of_bias, columns):
+    """The whole first step of a block, and every fifth entry after it."""
+    p = make_rows(
+        4, columns, bias=of_bias, temperature=0.7, divergence=divergence, cross_entropy=0.2,
+        entropy=0.1,
+    )  # fmt: skip
+    place = torch.arange(columns)
+    banned = (place < columns - 450) | (place % 5 == 0)
+    p = replace(p, targets=torch.arange(4) * 5 + columns - 40)
+    p = replace(p, targets=p.targets + (p.targets % 5 == 0))
+    models = [[p.student, p.teacher], [p.student_bias, p.teacher_bias]][of_bias]
+    for name, model in zip(("student", "teacher"), models, strict=True):
+        if ban in (name, "both"):
+            model[..., banned] = -math.inf
+    gradient, statistics, _ = visit(p, ops=emulated)
+    cpu_gradient, cpu_statistics, _ = visit(p)
+    rest = slice(STUDENT_LOGPROB, None)
+    torch.testing.assert_close(statistics[:, rest], cpu_statistics[:, rest], rtol=2e-6, atol=1e-6)
+    infinite = {("student", 1), ("teacher", 2)}
+    assert statistics[:, DIVERGENCE].isinf().all() == ((ban, divergence) in infinite)
+    if (ban, divergence) == ("teacher", 2):
+        assert not gradient.isfinite().all(1).any()
+        return
+    assert (gradient - cpu_gradient).norm() <= 1e-6 * cpu_gradient.norm()
+
+    # And from finished statistics, the sums of two slabs.
+    cut = columns - 450
+    state = torch.full((4, 16), math.nan, dtype=torch.float64)
+    common = (p.scale, p.softcap, p.temperature, divergence)
+    for part in (slice(0, cut), slice(cut, columns)):
+        biases = [None if b is None else b[part] for b in (p.student_bias, p.teacher_bias)]
+        emulated.row_statistics_(
+            p.student[:, part], p.teacher[:, part], *biases, p.targets, *common, part.start,
+            part.start == 0, state,
+        )  # fmt: skip
+    if divergence >= 3:
+        emulated.row_mixture_(
+            p.student, p.teacher, p.student_bias, p.teacher_bias, *common, p.beta, state
+        )
+    streamed = emulated.row_finish(state, True, True, divergence, p.beta)
+    torch.testing.assert_close(streamed[:, rest], statistics[:, rest], rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("columns", [100, STEP + 100])
+def test_a_row_of_nothing_is_nan_and_alone(emulated, divergence, columns):
+    """Less than a step: what lies beyond the row must not count either."""
+    p = make_rows(5, columns, divergence=divergence, cross_entropy=1.0)
+    clean_gradient, clean, _ = visit(p, ops=emulated)
+    p.student[1] = -math.inf
+    p.teacher[3] = -math.inf
+    gradient, statistics, _ = visit(p, ops=emulated)
+    good = [0, 2, 4]
+    assert torch.equal(gradient[good], clean_gradient[good])
+    assert torch.equal(statistics[good], clean[good])
+    assert statistics[1, [STUDENT_LOGPROB, ENTROPY]].isnan().all()
+    assert statistics[3, [TEACHER_LOGPROB, TEACHER_ENTROPY]].isnan().all()
+    assert not statistics[3, [STUDENT_LOGPROB, ENTROPY]].isnan().any()
+    assert gradient[1].isnan().all()
     if divergence:
         assert statistics[[1, 3], DIVERGENCE].isnan().all()
         assert gradient[3].isnan().all()

@@ -8,6 +8,11 @@ A partial state is what a sweep over a part of the vocabulary leaves of a row: m
 e = exp(z - max), the excess sum (e_t - e_s), moment and curvature of the log-ratio x (forward KL:
 sum e_t x and sum e_s (x e^x - expm1(x)); reverse: sum e_s x and sum e_s (expm1(x) - x)) and
 sum e (z - max) of each model.
+
+A logit of -inf rules its entry out (docs/math.md, infinities) and is read as LOWEST, as is what
+lies beyond the vocabulary: its probability is 0 as well, and what that multiplies is finite. A KL
+that averages over entries which only the other model rules out is infinite: so are its moment and
+curvature.
 """
 
 from __future__ import annotations
@@ -25,9 +30,14 @@ SKEW_REVERSE_KL = tl.constexpr(5)
 
 # Below this |x|, series in x replace differences of exponentials.
 NEAR = tl.constexpr(0.34)
-# The logit of no entry, and the maximum of nothing: its exponential is 0 and, unlike with -inf,
-# the products with it stay finite.
+# The lowest logit: an entry that its model rules out. The maximum of nothing but such entries lies
+# above: e is 0 for all.
 LOWEST = tl.constexpr(-1e30)
+LOWEST_MAXIMUM = tl.constexpr(-5e29)
+# Of float32.
+LARGEST = tl.constexpr(3.4028234663852886e38)
+INFINITY = tl.constexpr(float("inf"))
+NAN = tl.constexpr(float("nan"))
 
 
 # ---- elementary functions ------------------------------------------------------------------------
@@ -94,7 +104,9 @@ def hyperbolic_tangent(x):
 @triton.jit
 def transform_logit(raw, slope, rest, ceiling, CAPPED: tl.constexpr):
     """z of raw + bias; `rest` is what rounding took from `slope`, ceiling = softcap/temperature."""
-    u = tl.fma(raw, slope, raw * rest)
+    # An infinity has no rest: `rest` may be 0 or have another sign than the slope.
+    finite = tl.minimum(tl.maximum(raw, -LARGEST), LARGEST)
+    u = tl.fma(raw, slope, finite * rest)
     if CAPPED:
         u = ceiling * hyperbolic_tangent(u)
     return u
@@ -136,6 +148,12 @@ def log_ratio(z_s, z_t, centre_s, centre_t, rest):
 
 
 @triton.jit
+def weighed_by(weight, factor):
+    """A factor of `weight` in a product that is 0 where the weight is, whatever the factor."""
+    return tl.where(weight == 0.0, 0.0, factor)
+
+
+@triton.jit
 def student_sums(z, maximum, AXIS: tl.constexpr):
     """sum e and sum e (z - max) of a tile around `maximum`, which broadcasts against it."""
     a = z - maximum
@@ -158,12 +176,16 @@ def pair_sums(z_s, z_t, max_s, max_t, DIVERGENCE: tl.constexpr, AXIS: tl.constex
     moment = excess
     curvature = excess
     if DIVERGENCE == FORWARD_KL:
-        moment = tl.sum(e_t * x, AXIS)
+        product = e_t * x
+        product = tl.where((z_s <= LOWEST) & (e_t > 0.0), INFINITY, product)
+        moment = tl.sum(product, AXIS)
         inner = (1.0 - h) + x * h
-        curvature = tl.sum(tl.where(near, (e_s * xx) * inner, e_t * x - difference), AXIS)
+        curvature = tl.sum(tl.where(near, (e_s * xx) * inner, product - difference), AXIS)
     elif DIVERGENCE == REVERSE_KL:
-        moment = tl.sum(e_s * x, AXIS)
-        curvature = tl.sum(tl.where(near, (e_s * xx) * h, difference - e_s * x), AXIS)
+        product = e_s * x
+        product = tl.where((z_t <= LOWEST) & (e_s > 0.0), -INFINITY, product)
+        moment = tl.sum(product, AXIS)
+        curvature = tl.sum(tl.where(near, (e_s * xx) * h, difference - product), AXIS)
     return excess, moment, curvature
 
 
@@ -181,12 +203,13 @@ def moved(
     grow = tl.where(near, a_s * (expm1_rest(small) + c), a_t - a_s)  # a_t - a_s
     if DIVERGENCE == FORWARD_KL:
         lift = tl.where(near, a_t * expm1_rest(-small), a_t * c - grow)
-        curvature = a_t * (curvature + c * excess) + sum_s * lift
-        moment = a_t * (moment + c * sum_t)
+        # Where the factor has rounded to 0, nothing is left, not even of an infinity.
+        curvature = a_t * weighed_by(a_t, curvature + c * excess) + sum_s * lift
+        moment = a_t * weighed_by(a_t, moment + c * sum_t)
     elif DIVERGENCE == REVERSE_KL:
         lift = tl.where(near, a_s * expm1_rest(small), grow - a_s * c)
-        curvature = a_s * curvature + excess * grow + sum_s * lift
-        moment = a_s * (moment + c * sum_s)
+        curvature = a_s * weighed_by(a_s, curvature) + excess * grow + sum_s * lift
+        moment = a_s * weighed_by(a_s, moment + c * sum_s)
     excess = a_t * excess + sum_s * grow
     moment_s = a_s * (moment_s + by_s * sum_s)
     moment_t = a_t * (moment_t + by_t * sum_t)
@@ -208,6 +231,13 @@ def rounded(maximum, log_sum):
     """The log-sum-exp max + log_sum as reference + rest, two float32."""
     reference = (maximum + log_sum).to(tl.float32)
     return reference, ((maximum - reference.to(tl.float64)) + log_sum).to(tl.float32)
+
+
+@triton.jit
+def logprob_of(z, maximum, log_sum):
+    """float32 log-probability, -inf for an entry that is ruled out."""
+    inside = ((z - maximum) - log_sum).to(tl.float32)
+    return tl.where(z <= LOWEST, inside - INFINITY, inside)
 
 
 @triton.jit
@@ -250,6 +280,8 @@ def finish_first(
 
     Returns reference and rest of both log-sum-exps.
     """
+    # A model that rules out everything has no distribution.
+    sum_s = tl.where(sum_s == 0.0, NAN, sum_s)
     log_s = tl.log(sum_s)
     reference_s, low_s = rounded(max_s, log_s)
     reference_t = reference_s
@@ -258,15 +290,17 @@ def finish_first(
     tl.store(to + 1, low_s, mask=inside)
     tl.store(to + 6, (log_s - moment_s / sum_s).to(tl.float32), mask=inside)
     if HAS_TARGETS:
-        tl.store(to + 4, ((target_s - max_s) - log_s).to(tl.float32), mask=inside)
+        tl.store(to + 4, logprob_of(target_s, max_s, log_s), mask=inside)
     if HAS_TEACHER:
+        excess = tl.where(sum_t == 0.0, NAN, excess)
+        sum_t = tl.where(sum_t == 0.0, NAN, sum_t)
         log_t = log_s + log_sums_ratio(sum_s, sum_t, excess, DIVERGENCE)[0]
         reference_t, low_t = rounded(max_t, log_t)
         tl.store(to + 2, reference_t, mask=inside)
         tl.store(to + 3, low_t, mask=inside)
         tl.store(to + 7, (log_t - moment_t / sum_t).to(tl.float32), mask=inside)
         if HAS_TARGETS:
-            tl.store(to + 5, ((target_t - max_t) - log_t).to(tl.float32), mask=inside)
+            tl.store(to + 5, logprob_of(target_t, max_t, log_t), mask=inside)
         if DIVERGENCE == FORWARD_KL or DIVERGENCE == REVERSE_KL:
             kl = kl_of(sum_s, sum_t, excess, moment, curvature, DIVERGENCE)
             tl.store(to + 8, kl.to(tl.float32), mask=inside)
@@ -390,7 +424,7 @@ def gradient_tile(
         x = log_ratio(z_s, z_t, centre_s, centre_t, rest)
         if DIVERGENCE == FORWARD_KL:
             p_t = probability(z_t, reference_t, low_t)
-            gradient -= divergence_weight * probability_difference(p_s, p_t, x)
+            of_divergence = -probability_difference(p_s, p_t, x)
         else:
             if DIVERGENCE == REVERSE_KL:
                 g = -(x + divergence)
@@ -405,5 +439,7 @@ def gradient_tile(
                     g = share * (share_t + tl.where(tl.abs(x) < NEAR, kappa_less_1, kappa))
                 else:
                     g = (share * share_s - log_s) - pivot
-            gradient += divergence_weight * (p_s * g)
+            of_divergence = p_s * g
+        # Without a weight it may be anything: an infinite KL that is clipped.
+        gradient += divergence_weight * weighed_by(divergence_weight, of_divergence)
     return gradient

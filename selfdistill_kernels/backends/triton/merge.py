@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from selfdistill_kernels.backends.triton.divergence import (
-    LOWEST,
+    LOWEST_MAXIMUM,
     finish_first,
     moved,
 )
@@ -45,8 +45,8 @@ def merge_kernel(
     piece = tl.arange(0, BLOCK_PIECES)
     inside = (row[:, None] < rows) & (piece[None, :] < pieces)
 
-    piece_max_s = _piece_values(partial, 0, capacity, pieces, row, piece, inside, LOWEST)
-    piece_max_t = _piece_values(partial, 1, capacity, pieces, row, piece, inside, LOWEST)
+    piece_max_s = _piece_values(partial, 0, capacity, pieces, row, piece, inside, LOWEST_MAXIMUM)
+    piece_max_t = _piece_values(partial, 1, capacity, pieces, row, piece, inside, LOWEST_MAXIMUM)
     max_s = tl.max(piece_max_s, 1)
     max_t = tl.max(piece_max_t, 1)
     sum_s, sum_t, excess, moment, curvature, moment_s, moment_t = moved(

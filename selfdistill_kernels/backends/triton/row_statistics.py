@@ -8,7 +8,7 @@ from torch import Tensor
 
 from selfdistill_kernels.backends.triton.divergence import (
     JSD,
-    LOWEST,
+    LOWEST_MAXIMUM,
     NONE,
     finish_first,
     finish_mixture,
@@ -33,7 +33,7 @@ def load_logits(
     HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Logits [1, BLOCK] of a row from entry `first`; LOWEST beyond the vocabulary."""
+    """Logits [1, BLOCK] of a row from entry `first`, as `logits_of` gives them."""
     column = first + tl.arange(0, BLOCK)
     scores = tl.load(raw + column, mask=column < vocabulary, other=0.0).to(tl.float32)
     return logits_of(
@@ -75,7 +75,7 @@ def row_statistics_kernel(
     if HAS_TEACHER:
         raw_t = teacher + row * stride
 
-    max_s = tl.full((1,), LOWEST, dtype=tl.float32)
+    max_s = tl.full((1,), LOWEST_MAXIMUM, dtype=tl.float32)
     max_t = max_s
     sum_s = tl.zeros((1,), dtype=tl.float32)
     sum_t = sum_s

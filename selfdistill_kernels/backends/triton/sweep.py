@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from selfdistill_kernels.backends.triton.divergence import (
-    LOWEST,
+    LOWEST_MAXIMUM,
     NONE,
     moved,
     moved_student,
@@ -62,7 +62,7 @@ def sweep_kernel(
             token = tl.load(tokens + row, mask=inside, other=0)
             target = tl.load(targets + token, mask=inside, other=-1).to(tl.int32)
 
-        max_s = tl.full((BLOCK_ROWS,), LOWEST, dtype=tl.float32)
+        max_s = tl.full((BLOCK_ROWS,), LOWEST_MAXIMUM, dtype=tl.float32)
         max_t = max_s
         sum_s = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
         sum_t = sum_s

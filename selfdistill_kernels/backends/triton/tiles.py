@@ -150,7 +150,7 @@ def logits_of(
     scores, bias, columns, vocabulary, slope, rest, ceiling,
     HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a tile of scores; LOWEST beyond the vocabulary.
+    """Logits of a tile of scores, none below LOWEST; LOWEST beyond the vocabulary.
 
     SCALED: slope is not 1. MASKED: the vocabulary ends within a tile.
     """
@@ -161,4 +161,4 @@ def logits_of(
         scores = transform_logit(scores, slope, rest, ceiling, CAPPED)
     if MASKED:
         scores = tl.where((columns < vocabulary)[None, :], scores, LOWEST)
-    return scores
+    return tl.where(scores < LOWEST, LOWEST, scores)
