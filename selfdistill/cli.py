@@ -353,6 +353,7 @@ def main() -> None:
         from selfdistill.reproduce.schedule import WorkerLostError
         from selfdistill.rollout import EngineError
         from selfdistill.rollout.agreement import EngineMismatchError
+        from selfdistill.sharding import UnshardableModelError
         from selfdistill.tasks import TaskError
         from selfdistill.train import DivergedError, RunExistsError
         from selfdistill.weights import UnsupportedAdapterError
@@ -374,6 +375,7 @@ def main() -> None:
             UnavailableBackendError,
             UnsupportedAdapterError,
             UnknownStudyError,
+            UnshardableModelError,
             UnsupportedHeadError,
             UnsupportedModelError,
             UnusableModelError,

@@ -125,6 +125,7 @@ def sample_attempts(
             [render(problem) for problem in batch],
             group_size=samples,
             params=replace(params, seed=params.seed + start),
+            names=[f"problem {problem.id!r}" for problem in batch],
         )
         attempts += judge(task, batch, groups)
         if progress is not None:

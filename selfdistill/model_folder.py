@@ -109,7 +109,7 @@ def load_causal_lm(name: str, *, dtype: torch.dtype, setting: str = "model") -> 
 
     Raises:
         UnusableModelError: see `load_config`; or the weights are missing, torn, pickled, of another
-            model, or fewer than the model has.
+            model, fewer than the model has, or not numbers.
     """
     load_config(name, setting=setting)
     if Path(name).is_dir():
@@ -141,6 +141,14 @@ def load_causal_lm(name: str, *, dtype: torch.dtype, setting: str = "model") -> 
             f"{setting}: {name}: its weight files lack {len(missing)} of the model's tensors: "
             f"{_some(missing)}. They would start from random numbers: copy the folder again, or "
             "mend its config.json"
+        )
+    broken = sorted(
+        name for name, tensor in model.state_dict().items() if bool(tensor.isnan().any())
+    )
+    if broken:
+        raise UnusableModelError(
+            f"{setting}: {name}: NaN in {_some(broken)}, expected numbers: copy it again, or "
+            "go back to an earlier checkpoint"
         )
     return model.eval()
 

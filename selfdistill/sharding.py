@@ -42,8 +42,15 @@ def shard(root: nn.Module, models: Iterable[nn.Module], *, compute_dtype: torch.
             trained ones become float32 and stay so in parts.
 
     Raises:
-        ValueError: a model does not say what its layers are.
+        UnshardableModelError: a model does not say what its layers are, or has parameters of a
+            single number.
     """
+    for name, parameter in root.named_parameters():
+        if parameter.dim() == 0:
+            raise UnshardableModelError(
+                f"shard: {name} is a single number, which cannot be spread over ranks: set shard: "
+                "false"
+            )
     device = next(root.parameters()).device.type
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(
@@ -59,6 +66,10 @@ def shard(root: nn.Module, models: Iterable[nn.Module], *, compute_dtype: torch.
         # The sum, not the mean: every rank divides by the tokens of all of them.
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
+
+
+class UnshardableModelError(ValueError):
+    """The weights of a model cannot be spread over ranks."""
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -114,7 +125,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     # One inside another would be gathered twice.
     layers = [m for n, m in found if not any(n.startswith(f"{outer}.") for outer in names)]
     if not layers:
-        raise ValueError(
+        raise UnshardableModelError(
             f"{type(model).__name__} does not say what its layers are (_no_split_modules), so its "
             "weights could only be gathered all at once: set shard: false"
         )

@@ -16,7 +16,7 @@ from selfdistill.model_folder import check_vocabulary, load_tokenizer
 from selfdistill.rollout import RolloutEngine, SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.tasks import Task, build_task
-from selfdistill.weights import Student, load_model
+from selfdistill.weights import Student, adapter_rank, load_model
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,4 @@ def build_engine(
         return TransformersEngine(model, tokenizer, batch_size=settings.batch_size)
     from selfdistill.rollout.vllm_engine import VLLMEngine
 
-    adapters = getattr(model, "peft_config", {}).values()
-    rank = max((adapter.r for adapter in adapters), default=None)
-    return VLLMEngine(config.model, tokenizer, settings, adapter_rank=rank)
+    return VLLMEngine(config.model, tokenizer, settings, adapter_rank=adapter_rank(model))

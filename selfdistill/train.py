@@ -250,6 +250,7 @@ def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> T
                         # Problem i of the step draws from the stream of this seed + i.
                         seed=derive_seed(config.seed, "rollout", step) + share.start,
                     ),
+                    names=[f"step {step}, problem {problem.id!r}" for problem in asked],
                 )
             with clock("check"):
                 disagreement = check_engine(config, step, student, heads[0], prompts, groups)

@@ -13,6 +13,7 @@ holds 4 (float32) or 6 (bfloat16) for each trained parameter.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -87,13 +88,25 @@ def attach_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, seed: int)
         lora_dropout=0.0,
         target_modules=wanted if isinstance(wanted, str) else list(wanted),
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(seed)
+        # Said of experts, whose ranks and scales it does not ignore.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+        warnings.filterwarnings("ignore", category=FutureWarning)
         try:
             # The adapters compute in the model's dtype; `TrainedWeights` holds them in float32.
             wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
         except ValueError as error:
             raise UnsupportedAdapterError(f"adapter.target_modules {wanted!r}: {error}") from error
+    # Names that peft has translated for experts, or that it was not given, are not among these.
+    named = [] if isinstance(wanted, str) else wrapped.peft_config["default"].target_modules
+    adapted = [n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    unknown = sorted(n for n in named if not any(f".{a}".endswith(f".{n}") for a in adapted))
+    if unknown:
+        raise UnsupportedAdapterError(
+            f"adapter.target_modules {wanted!r}: the {type(model).__name__} has no linear layer "
+            f"{', '.join(unknown)}, expected names of its layers, or 'all-linear'"
+        )
     for name, layer in (
         ("lm_head", model.get_output_embeddings()),
         ("embedding", model.get_input_embeddings()),
@@ -104,6 +117,16 @@ def attach_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, seed: int)
                 "out, or use 'all-linear' (every linear layer of the decoder)"
             )
     return wrapped
+
+
+def adapter_rank(model: Student) -> int | None:
+    """Return the largest rank among a model's adapters, which may be more than was configured.
+
+    peft doubles the rank of two layers that a mixture of experts keeps in one parameter. None: the
+    model has no adapters.
+    """
+    configs = getattr(model, "peft_config", {}).values()
+    return max((rank for c in configs for rank in (c.r, *c.rank_pattern.values())), default=None)
 
 
 class TrainedWeights:

@@ -14,6 +14,25 @@ class EngineError(RuntimeError):
     """An engine cannot start, or died; what it was doing has to be done again."""
 
 
+class NotANumberError(EngineError):
+    """The model has no probabilities for a token: its logits are NaN, or infinite.
+
+    Attributes:
+        prompt: the place of the prompt within the call.
+        token: the place of the token within the completion, from 0.
+    """
+
+    def __init__(self, *, prompt: int, token: int, what: str = "") -> None:
+        super().__init__(
+            f"{what or f'prompt {prompt} of this call'}: the model's logits for token {token} of "
+            "a rollout are NaN or infinite, expected numbers: weights or activations have "
+            "overflowed. Is the model sound (sample from it elsewhere), is optimizer.learning_rate "
+            "too high, does precision: float32 help? A training run keeps its last checkpoint"
+        )
+        self.prompt = prompt
+        self.token = token
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How completions are drawn.
@@ -81,8 +100,13 @@ def sample(
     *,
     group_size: int,
     params: SamplingParams,
+    names: Sequence[str],
 ) -> list[list[Rollout]]:
     """Return the engine's rollouts, none for no prompts.
+
+    Args:
+        engine, prompts, group_size, params: see `RolloutEngine.generate`.
+        names: what to call each prompt when something is wrong with it.
 
     Raises:
         EngineError: whatever the engine raised; the message says what and how to go on.
@@ -91,6 +115,10 @@ def sample(
         return []
     try:
         return engine.generate(prompts, group_size=group_size, params=params)
+    except NotANumberError as error:
+        raise NotANumberError(
+            prompt=error.prompt, token=error.token, what=names[error.prompt]
+        ) from error
     except EngineError:
         raise
     except Exception as error:

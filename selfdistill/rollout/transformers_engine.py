@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfdistill.randomness import evaluation_mode
 from selfdistill.rollout import (
+    NotANumberError,
     Rollout,
     SamplingParams,
     check_request,
@@ -56,6 +57,7 @@ class TransformersEngine:
 
         Raises:
             ValueError: see `check_request`.
+            NotANumberError: the model has no probabilities for a token.
         """
         check_request(
             prompts,
@@ -115,6 +117,10 @@ class TransformersEngine:
         logprobs: list[list[float]] = [[] for _ in rows]
         while True:
             scores = torch.log_softmax(logits.float() / (params.temperature or 1.0), -1)
+            # One logit that is no number leaves none in its row; -inf alone is a banned token.
+            if bool((wrong := scores[:, 0].isnan()).any()):
+                row = int(rows[wrong][0])
+                raise NotANumberError(prompt=first + row // group_size, token=len(tokens[row]))
             if params.temperature == 0:
                 drawn = scores.argmax(-1, keepdim=True)
             else:

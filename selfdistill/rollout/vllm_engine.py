@@ -7,6 +7,7 @@ and values of the old weights are dropped each time.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import tempfile
@@ -23,6 +24,7 @@ from selfdistill.config import VLLM_ADAPTER_RANKS, VLLMSettings
 from selfdistill.model_folder import load_config, load_generation_config
 from selfdistill.rollout import (
     EngineError,
+    NotANumberError,
     Rollout,
     SamplingParams,
     check_request,
@@ -113,6 +115,7 @@ class VLLMEngine:
         Raises:
             ValueError: see `check_request`.
             EngineError: vLLM failed.
+            NotANumberError: the model has no probabilities for a token.
         """
         check_request(prompts, group_size=group_size, params=params, max_length=self.max_length)
         llm = self._llm
@@ -136,6 +139,10 @@ class VLLMEngine:
         with self._guarded("sampling"):
             outputs = llm.generate(requests, sampling, use_tqdm=False, lora_request=self._adapter)
             rollouts = [self._rollout(output.outputs[0]) for output in outputs]
+        for place, rollout in enumerate(rollouts):
+            for token, logprob in enumerate(rollout.logprobs):
+                if not math.isfinite(logprob):  # vLLM goes on with some token
+                    raise NotANumberError(prompt=place // group_size, token=token)
         return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
 
     def sync(self, model: nn.Module) -> None:

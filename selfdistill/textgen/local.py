@@ -16,7 +16,7 @@ from selfdistill.model_folder import (
     load_config,
     load_tokenizer,
 )
-from selfdistill.rollout import RolloutEngine, SamplingParams
+from selfdistill.rollout import RolloutEngine, SamplingParams, sample
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.textgen import Generation
 
@@ -47,7 +47,13 @@ class LocalGenerator:
             EngineError: the engine died.
         """
         ids = [self._chat.encode(prompt) for prompt in prompts]
-        groups = self._engine.generate(ids, group_size=1, params=self._params)
+        groups = sample(
+            self._engine,
+            ids,
+            group_size=1,
+            params=self._params,
+            names=[f"the critic's prompt {prompt[-80:]!r}" for prompt in prompts],
+        )
         for place, (rollout,) in enumerate(groups):
             yield place, Generation(rollout.text, rollout.finished)
 
