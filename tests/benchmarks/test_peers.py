@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 from types import ModuleType
 
 import pytest
@@ -20,11 +21,24 @@ CONTENDERS = contenders()
 EAGER = [key for key, contender in CONTENDERS.items() if not contender.compiled]
 
 
+# Gradients come back in bfloat16, rounded by 2^-8 of their binade, and may be made of a gradient of
+# the logits that was rounded before: two and a half such roundings.
+IN_BFLOAT16 = 1e-2
+
+
+@functools.cache
+def allowed_in_float32(objective: str) -> float:
+    """Three times the worst error of plain torch on the same problem, plus a few roundings."""
+    known = contenders(objective=objective)
+    plain = [e for e in astuple(check(known["torch"], torch.float32, objective=objective)) if e]
+    return 3 * max(plain) + 8 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("objective", BETAS)
 @pytest.mark.parametrize("key", EAGER)
 def test_float32_equals_the_truth(key, objective):
     errors = check(CONTENDERS[key], torch.float32, objective=objective)
-    assert errors.within(2e-5)
+    assert errors.within(allowed_in_float32(objective))
 
 
 @pytest.mark.parametrize("key", EAGER)
@@ -32,14 +46,15 @@ def test_bfloat16_equals_the_truth(key):
     """What keeps float32 logits is exact to the rounding of its gradients; the rest is not."""
     errors = check(CONTENDERS[key], torch.bfloat16)
     if not CONTENDERS[key].rounds_logits:
-        assert errors.loss is None or errors.loss < 1e-5
-        assert errors.within(1e-2)
+        assert errors.loss is None or errors.loss < allowed_in_float32("reverse_kl")
+        assert errors.within(IN_BFLOAT16)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", [key for key in CONTENDERS if key not in EAGER])
 def test_compiled_equals_the_truth(key):
-    assert check(CONTENDERS[key], torch.float32).within(2e-5)
+    errors = check(CONTENDERS[key], torch.float32)
+    assert errors.within(allowed_in_float32("reverse_kl"))
 
 
 def test_a_mask_drops_tokens_and_keeps_the_denominator():
@@ -148,7 +163,8 @@ def test_cross_entropy_equals_the_truth(key, dtype):
     contender = CROSS_ENTROPY[key]
     errors = check(contender, dtype, objective="cross_entropy")
     if not contender.rounds_logits:
-        assert errors.within(2e-5 if dtype == torch.float32 else 1e-2)
+        allowed = allowed_in_float32("cross_entropy")
+        assert errors.within(allowed if dtype == torch.float32 else IN_BFLOAT16)
 
 
 def test_the_truth_of_cross_entropy_is_not_that_of_a_divergence():

@@ -27,6 +27,7 @@ def test_all_steps_have_the_same_gradients(family: str) -> None:
     size = ModelSize(family, 2, 32, 48, 2, 1, 16, 97)
     errors = check(StepProblem(SHAPE, size), list(CONTENDERS))
     assert errors["naive"] == 0
+    # 1e-4, of which two steps in float32 need a tenth; another gradient differs by percents.
     assert max(errors.values()) < bench_step.TOLERANCE
 
 

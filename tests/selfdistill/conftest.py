@@ -132,6 +132,27 @@ def ragged_groups() -> list[PromptGroup]:
 
 
 @pytest.fixture
+def sharp_solver_dir(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    make_model: Callable[..., LlamaForCausalLM],
+) -> Path:
+    """Return a folder like the shipped solver's, with random weights that make the context matter.
+
+    Between solver_dir's two distributions there is hardly a difference, so that what training makes
+    of it has few digits.
+    """
+    model = make_model()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data *= 10
+    folder = tmp_path / "solver"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
 def solver_dir(
     tmp_path: Path,
     tokenizer: PreTrainedTokenizerBase,

@@ -94,6 +94,7 @@ def test_the_command_writes_page_markdown_and_json(finished: Path) -> None:
     for example in document["examples"]:
         first, second = example["records"]
         assert first["response"] == second["response"]
+        # Log-probs of order 5, packed with other contexts: a hundred times the rounding of 1.
         assert first["student_logprob"] == pytest.approx(second["student_logprob"], abs=1e-5)
         assert second["context"] == second["reference"] != first["context"]
 

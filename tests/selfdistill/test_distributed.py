@@ -15,7 +15,7 @@ from selfdistill.runlog import JsonLines
 from selfdistill.train import train
 
 
-def test_two_ranks_give_the_result_of_one(solver_dir: Path, tmp_path: Path) -> None:
+def test_two_ranks_give_the_result_of_one(sharp_solver_dir: Path, tmp_path: Path) -> None:
     dropping = {"advantage_mask": {"threshold": 1e-3, "sign": "positive"}}
     cases = {
         "plain": {},
@@ -34,7 +34,7 @@ def test_two_ranks_give_the_result_of_one(solver_dir: Path, tmp_path: Path) -> N
     }
     request = {
         "cases": {
-            name: ranks_settings(solver_dir, tmp_path / name, **changes)
+            name: ranks_settings(sharp_solver_dir, tmp_path / name, **changes)
             for name, changes in cases.items()
         }
     }
@@ -48,8 +48,8 @@ def test_two_ranks_give_the_result_of_one(solver_dir: Path, tmp_path: Path) -> N
     assert any(count < 2 for count in active)  # so one of the two ranks had none
 
 
-def test_torchrun_starts_a_run(solver_dir: Path, tmp_path: Path) -> None:
-    config = ranks_settings(solver_dir, tmp_path / "together", steps=1, prompts_per_step=2)
+def test_torchrun_starts_a_run(sharp_solver_dir: Path, tmp_path: Path) -> None:
+    config = ranks_settings(sharp_solver_dir, tmp_path / "together", steps=1, prompts_per_step=2)
     save_config(Config.model_validate(config), tmp_path / "config.yaml")
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
@@ -62,7 +62,7 @@ def test_torchrun_starts_a_run(solver_dir: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Best held-out Avg@2") == 1  # only one rank speaks
     train(Config.model_validate({**config, "output_dir": tmp_path / "alone"}))
-    assert_close_runs(tmp_path / "alone", tmp_path / "together")
+    assert_close_runs(tmp_path / "alone", tmp_path / "together", smooth=False)
     assert len(JsonLines(tmp_path / "together" / "metrics.jsonl").read()) == 1
 
 

@@ -6,7 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from padded_step import forward_kl, gradients, make_step, padded_two_pass, step_errors
+from exactness import assert_no_worse_than_torch, relative_error
+from padded_step import (
+    assert_step_is_exact,
+    forward_kl,
+    gradients,
+    in_float64,
+    make_step,
+    padded_results,
+    padded_two_pass,
+    step_results,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
@@ -17,8 +27,6 @@ from selfdistill.scoring import score
 from selfdistill.teacher import BaseTeacher, LiveTeacher, Teacher
 
 ModelFactory = Callable[..., PreTrainedModel]
-
-TOLERANCE = 5e-6
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:None of the inputs")
@@ -35,8 +43,7 @@ def test_gradients_equal_a_padded_two_pass_step(
     student, strategy, reference = make_step(tiny_model, family, teacher)
     if checkpointing != "off":
         student.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
-    errors = step_errors(student, strategy, reference, ragged_groups)
-    assert max(errors) < TOLERANCE
+    assert_step_is_exact(student, strategy, reference, ragged_groups)
 
 
 @pytest.mark.parametrize("teacher", ["live", "base"])
@@ -45,7 +52,7 @@ def test_sliding_windows_are_exact(
     tiny_model: ModelFactory, ragged_groups: list[PromptGroup], family: str, teacher: str
 ) -> None:
     student, strategy, reference = make_step(tiny_model, family, teacher)
-    assert max(step_errors(student, strategy, reference, ragged_groups)) < TOLERANCE
+    assert_step_is_exact(student, strategy, reference, ragged_groups)
 
 
 @pytest.mark.parametrize("teacher", ["live", "base"])
@@ -54,7 +61,7 @@ def test_mixtures_of_experts_and_partial_rotary_embeddings_are_exact(
     tiny_model: ModelFactory, ragged_groups: list[PromptGroup], family: str, teacher: str
 ) -> None:
     student, strategy, reference = make_step(tiny_model, family, teacher)
-    assert max(step_errors(student, strategy, reference, ragged_groups)) < TOLERANCE
+    assert_step_is_exact(student, strategy, reference, ragged_groups)
 
 
 @pytest.mark.parametrize("teacher", ["live", "base"])
@@ -72,7 +79,7 @@ def test_other_shapes_of_a_group_are_exact(
     tiny_model: ModelFactory, group: PromptGroup, teacher: str
 ) -> None:
     student, strategy, reference = make_step(tiny_model, "llama", teacher)
-    assert max(step_errors(student, strategy, reference, [group])) < TOLERANCE
+    assert_step_is_exact(student, strategy, reference, [group])
 
 
 @pytest.mark.parametrize("teacher", ["live", "base"])
@@ -87,8 +94,7 @@ def test_adapters_are_exact(
     student, reference = adapted(), adapted()
     expected_teacher = reference if teacher == "live" else tiny_model("qwen3")
     strategy: Teacher = LiveTeacher() if teacher == "live" else BaseTeacher()
-    errors = step_errors(student, strategy, (reference, expected_teacher), ragged_groups)
-    assert max(errors) < TOLERANCE
+    assert_step_is_exact(student, strategy, (reference, expected_teacher), ragged_groups)
     assert all("lora" in name for name in gradients(student))
 
 
@@ -106,9 +112,12 @@ def test_a_detached_prefix_fails(
 
     monkeypatch.setattr(loop._Batch, "_gather", detach_what_comes_before)
     student, strategy, reference = make_step(tiny_model, "llama", "live")
-    value_error, gradient_error = step_errors(student, strategy, reference, ragged_groups)
-    assert value_error < TOLERANCE  # nobody sees it in the log-probs
-    assert gradient_error > 0.05
+    torchs, exact = padded_results(reference, ragged_groups)
+    scored = score(student, strategy, ragged_groups)
+    hidden, found = step_results(student, scored.student_hidden, scored.teacher_hidden)
+    # Nobody sees it in the log-probs.
+    assert_no_worse_than_torch("hidden states", hidden, torchs[0], exact[0])
+    assert max(relative_error(found[name], exact[1][name]) for name in found) > 0.05
 
 
 def test_borrowing_with_other_weights_is_refused_for_a_reason(
@@ -133,7 +142,11 @@ def test_sharing_is_a_saving_and_nothing_else(
     student = tiny_model("qwen3")
     shared = score(student, LiveTeacher(), ragged_groups)
     alone = score(student, LiveTeacher(), ragged_groups, share_student_prefix=False)
-    torch.testing.assert_close(shared.teacher_hidden, alone.teacher_hidden)
+    torchs, exact = (
+        padded_two_pass(model, model, ragged_groups)[1] for model in (student, in_float64(student))
+    )
+    for scored in (shared, alone):
+        assert_no_worse_than_torch("hidden states", scored.teacher_hidden, torchs, exact)
     assert shared.statistics.packed_tokens == alone.statistics.packed_tokens - 9 - 4  # the heads
     assert shared.statistics.unshared_tokens == alone.statistics.unshared_tokens
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import assert_close_runs, forked_runs, lines, ranks_settings, tensors
+from tiny_runs import SmoothAdamW, assert_close_runs, forked_runs, lines, ranks_settings, tensors
 from transformers import PreTrainedModel
 
 from selfdistill.config import Config
@@ -55,10 +55,12 @@ SHARDED: dict[str, dict[str, Any]] = {
 }
 
 
-def test_sharded_weights_give_the_result_of_one_process(solver_dir: Path, tmp_path: Path) -> None:
+def test_sharded_weights_give_the_result_of_one_process(
+    sharp_solver_dir: Path, tmp_path: Path
+) -> None:
     request = {
         "cases": {
-            name: ranks_settings(solver_dir, tmp_path / name, shard=True, **changes)
+            name: ranks_settings(sharp_solver_dir, tmp_path / name, shard=True, **changes)
             for name, changes in SHARDED.items()
         }
     }
@@ -71,7 +73,7 @@ def test_sharded_weights_give_the_result_of_one_process(solver_dir: Path, tmp_pa
 
 
 def test_sharded_half_precision_has_the_gradient_of_one_process(
-    solver_dir: Path, tmp_path: Path
+    sharp_solver_dir: Path, tmp_path: Path
 ) -> None:
     changes = {"precision": "bfloat16", "steps": 1}
     ema = {"method": {"name": "stepalign", "group_size": 2, "teacher": {"name": "ema"}}}
@@ -82,7 +84,7 @@ def test_sharded_half_precision_has_the_gradient_of_one_process(
         "lora ema": {"adapter": LORA, **ema},
     }
     cases = {
-        name: ranks_settings(solver_dir, tmp_path / name, shard=True, **changes, **others)
+        name: ranks_settings(sharp_solver_dir, tmp_path / name, shard=True, **changes, **others)
         for name, others in kinds.items()
     }
     forked_runs("ranks", {"cases": cases}, tmp_path)
@@ -92,18 +94,24 @@ def test_sharded_half_precision_has_the_gradient_of_one_process(
         assert moments
         difference = sum((one[m] - other[m]).square().sum() for m in moments)
         size = sum(one[m].square().sum() for m in moments)
-        # Passes are cut differently, and each rounds to 8 bits.
+        # Passes are cut differently, and each rounds to 8 bits: a padded step in bfloat16 is off by
+        # 3 to 4 % (tests/selfdistill/test_weights.py measures it), and the two by as much at most
+        # where no row is rounded alike in both. A pass that is missing makes tens of percent.
         assert size > 0
-        assert (difference / size).sqrt() < 0.01, name
+        assert (difference / size).sqrt() < 0.05, name
         masters = {tensor.dtype for key, tensor in other.items() if "model.safetensors" in key}
         assert masters == {torch.float32}
 
 
-def test_a_run_goes_on_with_sharded_weights_and_without(solver_dir: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_sharded_weights_and_without(
+    sharp_solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ema = {"name": "stepalign", "group_size": 2, "teacher": {"name": "ema"}}
 
     def case(steps: int) -> dict[str, Any]:
-        return ranks_settings(solver_dir, tmp_path / "run", shard=True, method=ema, steps=steps)
+        return ranks_settings(
+            sharp_solver_dir, tmp_path / "run", shard=True, method=ema, steps=steps
+        )
 
     forked_runs("ranks", {"cases": {"run": case(2)}}, tmp_path)
     alone, together = tmp_path / "run" / "1", tmp_path / "run" / "2"
@@ -114,6 +122,7 @@ def test_a_run_goes_on_with_sharded_weights_and_without(solver_dir: Path, tmp_pa
     forked_runs("ranks", {"cases": {"run": case(3)}}, tmp_path)
     assert lines(together, "metrics.jsonl")[-1]["step"] == 3
     undisturbed = tmp_path / "undisturbed"
+    monkeypatch.setattr(torch.optim, "AdamW", SmoothAdamW)
     train(Config.model_validate({**case(3), "output_dir": undisturbed}))
     for run in (alone, together):
         assert_close_runs(undisturbed, run)

@@ -39,6 +39,7 @@ def test_base_turns_adapters_off_and_on_again(tiny_model: Callable[..., PreTrain
     student = get_peft_model(base, config).eval()
     adapted = student(IDS).logits
     with BaseTeacher().weights(student) as teacher:
+        # The same products of the same shapes, in memory that torch aligns alike.
         torch.testing.assert_close(teacher(IDS).logits, expected)
     torch.testing.assert_close(student(IDS).logits, adapted)
     assert (adapted - expected).abs().max() > 0.1
@@ -62,6 +63,7 @@ def test_ema_follows_the_float32_weights(tiny_model: Callable[..., PreTrainedMod
         teacher.update(masters)
     for name, value in teacher.state.items():
         assert value.dtype == torch.float32
+        # Two averages of three operations, each rounded by 6e-8 of a weight.
         torch.testing.assert_close(value, start[name] + 0.19e-4, rtol=1e-6, atol=1e-8)
     with teacher.weights(student) as model:
         weight = model.get_parameter("lm_head.weight")

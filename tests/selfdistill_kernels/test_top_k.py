@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from exactness import assert_no_worse_than_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DIVERGENCES, assert_no_worse_than_torch, make_case, materialised_losses
+from kernel_cases import (
+    DIVERGENCES,
+    check_against_torch,
+    make_case,
+    materialised_losses,
+    plain_results,
+    results,
+)
 
 from selfdistill_kernels import (
     AdvantageMask,
@@ -38,20 +46,21 @@ def test_against_float64(divergence, top_k_of, tail, shape, backend):
         divergence, beta=0.3, policy_gradient=0.4, cross_entropy=0.2, entropy=0.1,
         top_k=10, top_k_of=top_k_of, tail=tail,
     )  # fmt: skip
-    exact, plain, ours = (make_case(seed=5, **SHAPES[shape]).cast(d) for d in DTYPES)
-    results = []
-    for case in (exact, plain):
-        leaves = case.leaves()
-        loss, divergence_, _ = materialised_losses(case, objective)
-        results.append((divergence_, *torch.autograd.grad(loss.mean(), leaves)))
-    leaves = ours.leaves()
-    out = ours.call(fused_linear_distillation, objective=objective, backend=backend)
-    found = (out.divergence, *torch.autograd.grad(out.loss, leaves))
-    for name, a, b, c in zip(("divergence", "dH", "dW", "db"), found, *results[::-1], strict=False):
-        assert_no_worse_than_torch(name, a, b, c)
+    check_against_torch(make_case(seed=5, **SHAPES[shape]), *both(objective, backend))
 
 
-DTYPES = (torch.float64, torch.float32, torch.float32)
+def both(objective, backend, **options):
+    """The definition in plain torch, and ours."""
+
+    def plain(case):
+        loss, divergence, _ = materialised_losses(case, objective)
+        return {"divergence": divergence}, loss.mean()
+
+    def ours(case):
+        out = case.call(fused_linear_distillation, objective=objective, backend=backend, **options)
+        return {"divergence": out.divergence}, out.loss
+
+    return plain, ours
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
@@ -59,35 +68,23 @@ DTYPES = (torch.float64, torch.float32, torch.float32)
 def test_trl_sdpo_top_k_loss(tail, alpha, backend):
     from trl.experimental.sdpo.loss_utils import compute_topk_self_distillation_loss
 
-    ours, theirs = (make_case(12, 16, 97, seed=21).cast(torch.float32) for _ in range(2))
-    our_leaves, their_leaves = ours.leaves(), theirs.leaves()
-    expected = compute_topk_self_distillation_loss(
-        theirs.student_hidden @ theirs.weight.T,
-        theirs.teacher_hidden @ theirs.weight.T.detach(),
-        distillation_topk=8, distillation_alpha=alpha, distillation_add_tail=tail,
-    )  # fmt: skip
-    objective = Objective("jsd", beta=alpha, top_k=8, tail=tail)
-    out = ours.call(
-        fused_linear_distillation, objective=objective, reduction="none", backend=backend
-    )
-    torch.testing.assert_close(out.loss, expected, rtol=1e-4, atol=1e-5)
-    made = torch.autograd.grad(out.loss.mean(), our_leaves)
-    for a, b in zip(made, torch.autograd.grad(expected.mean(), their_leaves), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+    def theirs(case):
+        loss = compute_topk_self_distillation_loss(
+            case.student_hidden @ case.weight.T,
+            case.teacher_hidden @ case.weight.T.detach(),
+            distillation_topk=8, distillation_alpha=alpha, distillation_add_tail=tail,
+        )  # fmt: skip
+        return {"divergence": loss.reshape(12)}, loss.mean()
+
+    _, ours = both(Objective("jsd", beta=alpha, top_k=8, tail=tail), backend)
+    check_against_torch(make_case(12, 16, 97, seed=21), theirs, ours)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 def test_every_entry_is_the_whole_divergence(divergence, backend):
-    case, other = (make_case(vocabulary=33).cast(torch.float32) for _ in range(2))
-    leaves, others = case.leaves(), other.leaves()
-    whole = case.call(fused_linear_distillation, objective=divergence, backend=backend)
-    out = other.call(
-        fused_linear_distillation, objective=Objective(divergence, top_k=33), backend=backend
-    )
-    torch.testing.assert_close(out.divergence, whole.divergence, rtol=1e-5, atol=1e-6)
-    made = torch.autograd.grad(out.loss, others)
-    for a, b in zip(made, torch.autograd.grad(whole.loss, leaves), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    whole, _ = both(Objective(divergence), backend)
+    _, ours = both(Objective(divergence, top_k=33), backend)
+    check_against_torch(make_case(vocabulary=33), whole, ours)
 
 
 @given(
@@ -101,37 +98,38 @@ def test_every_entry_is_the_whole_divergence(divergence, backend):
 def test_small_workspaces_and_masks(k, tokens, slack, seed, kept):
     """Slabs of any size find the same support; tokens that do not exist are never read."""
     assert native_problem() is None, native_problem()
-    case = make_case(tokens, 5, 40, seed=seed).cast(torch.float32)
+    case64 = make_case(tokens, 5, 40, seed=seed)
     mask = torch.tensor([bool(kept >> i & 1) for i in range(tokens)], dtype=torch.bool)
+    objective = Objective("reverse_kl", top_k=k)
+
+    def plain(case):
+        # Of all entries nothing is left for the tail, whose logarithm autograd would make a NaN.
+        defined = objective if k < 40 else Objective("reverse_kl")
+        loss, divergence, _ = materialised_losses(case, defined)
+        return {"divergence": divergence * mask}, (loss * mask).sum() / max(int(mask.sum()), 1)
+
+    case = case64.cast(torch.float32)
     case.student_hidden[~mask] = torch.nan
-    leaves = case.leaves()
-    options = {"objective": Objective("reverse_kl", top_k=k), "mask": mask}
-    expected = case.call(fused_linear_distillation, backend="reference", **options)
-    wanted = torch.autograd.grad(expected.loss, leaves)
-    out = case.call(
-        fused_linear_distillation,
-        backend="native",
-        workspace=8 * 16 + copied_bytes(5, 2) + slack,
-        **options,
-    )
-    torch.testing.assert_close(out.divergence, expected.divergence, rtol=1e-4, atol=1e-5)
-    for a, b in zip(torch.autograd.grad(out.loss, leaves), wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    _, ours = both(objective, "native", mask=mask, workspace=8 * 16 + copied_bytes(5, 2) + slack)
+    torchs, exact = plain_results(case64, plain)
+    # What is left for the tail may be small: its logarithm then has few digits, in plain torch,
+    # too, whose error is luck on so few numbers.
+    for name, value in results(case, ours).items():
+        assert_no_worse_than_torch(name, value, torchs[name], exact[name], floor=1.0, roundings=64)
 
 
 def test_from_logits(backend):
-    case, other = (make_case(seed=3).cast(torch.float32) for _ in range(2))
     objective = Objective("forward_kl", top_k=6, top_k_of="teacher")
-    case.leaves()
-    out = case.call(fused_linear_distillation, objective=objective, backend=backend)
-    student = (other.student_hidden @ other.weight.T).requires_grad_()
-    direct = distillation_from_logits(
-        student, other.teacher_hidden @ other.weight.T, objective=objective, backend=backend
-    )
-    torch.testing.assert_close(direct.divergence, out.divergence, rtol=1e-5, atol=1e-5)
-    (gradient,) = torch.autograd.grad(direct.loss, student)
-    (expected,) = torch.autograd.grad(out.loss, case.student_hidden)
-    torch.testing.assert_close(gradient @ other.weight, expected, rtol=1e-4, atol=1e-6)
+
+    def from_logits(case):
+        out = distillation_from_logits(
+            case.student_hidden @ case.weight.T, case.teacher_hidden @ case.weight.detach().T,
+            objective=objective, backend=backend,
+        )  # fmt: skip
+        return {"divergence": out.divergence}, out.loss
+
+    plain, _ = both(objective, backend)
+    check_against_torch(make_case(seed=3), plain, from_logits)
 
 
 def test_advantage_mask_drops_rows(backend):
@@ -148,19 +146,8 @@ def test_advantage_mask_drops_rows(backend):
 
 def test_bfloat16_is_as_good_as_float32_on_the_same_values(backend):
     """float32 statistics from bfloat16 inputs; gradients round as the full divergence's do."""
-    objective = Objective("forward_kl", top_k=12)
-    case, plain, exact = (
-        make_case(30, 32, 200, seed=4).cast(d)
-        for d in (torch.bfloat16, torch.float32, torch.float64)
-    )
-    leaves, exact_leaves = case.leaves(), exact.leaves()
-    out = case.call(fused_linear_distillation, objective=objective, backend=backend)
-    loss, divergence, _ = materialised_losses(exact, objective)
-    _, plain_divergence, _ = materialised_losses(plain, objective)
-    assert_no_worse_than_torch("divergence", out.divergence, plain_divergence, divergence)
-    wanted = torch.autograd.grad(loss.mean(), exact_leaves)
-    for a, b in zip(torch.autograd.grad(out.loss, leaves), wanted, strict=True):
-        assert (a.double() - b).abs().max() <= 8e-3 * b.abs().max()
+    plain, ours = both(Objective("forward_kl", top_k=12), backend)
+    check_against_torch(make_case(30, 32, 200, seed=4), plain, ours, dtype=torch.bfloat16)
 
 
 def test_a_bad_row_stays_alone(backend):

@@ -122,7 +122,10 @@ def oracle(p: Row, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def assert_as_good_as_torch(p: Row, gradient: Tensor, statistics: Tensor) -> None:
-    """Error against float64 at most twice that of plain torch, plus two roundings."""
+    """Error against float64 at most twice that of plain torch, plus two roundings.
+
+    Stricter than exactness.assert_no_worse_than_torch: norms of whole tiles are hardly luck.
+    """
     exact, plain = oracle(p, torch.float64), oracle(p, torch.float32)
     for name, ours, e, t in (
         ("gradient", gradient, exact[0], plain[0]),

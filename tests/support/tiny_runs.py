@@ -80,25 +80,61 @@ def ranks_settings(solver_dir: Path, output_dir: Path, **changes: Any) -> dict[s
     }
 
 
-def assert_close_runs(alone: Path, together: Path) -> None:
-    """Compare two runs up to rounding."""
+class SmoothAdamW(torch.optim.AdamW):
+    """AdamW without its jump at 0, for runs that are compared up to rounding.
+
+    The usual one moves an element by the learning rate whatever the size of its gradient, up or
+    down where the gradient is nothing but rounding. With an epsilon of the gradients' size (they
+    are clipped to a norm of 1, of some 10,000 elements) the move is as exact as the gradient.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, eps=1e-2, **options)
+
+
+# What a gradient, and all that is made of it, may be off by from one run to another, relative to
+# its size: four times what one pass of a padded step in plain float32 is off by, which
+# tests/selfdistill/test_scoring.py measures (up to 5e-6). Between runs, passes are cut and summed
+# in another order; a missing, a doubled or another pass changes a gradient by a tenth and more.
+GRADIENT = 2e-5
+# Means over tokens of log-probs, of order 5 each, which float32 rounds by some 1e-6.
+NATS = {"loss", "kl", "advantage", "entropy", "engine_disagreement"}
+
+
+def assert_close_runs(alone: Path, together: Path, *, smooth: bool = True) -> None:
+    """Compare two runs up to rounding.
+
+    Args:
+        alone, together: their folders.
+        smooth: whether both were runs of SmoothAdamW. Of other runs of one step, two elements of a
+            tensor may have gone up in one and down in the other.
+    """
     for log in ("metrics.jsonl", "evaluations.jsonl"):
         expected, got = lines(alone, log), lines(together, log)
         assert len(expected) == len(got)
         for one, other in zip(expected, got, strict=True):
             assert one.keys() == other.keys()
             for name, value in one.items():
-                if isinstance(value, float):
-                    assert other[name] == pytest.approx(value, rel=1e-5, abs=1e-9), name
-                else:
-                    assert other[name] == value, name
+                near = value
+                if value is not None and name in NATS:
+                    near = pytest.approx(value, rel=GRADIENT, abs=1e-5)
+                elif name == "grad_norm":
+                    near = pytest.approx(value, rel=GRADIENT)
+                assert other[name] == near, name
+    moved = sum(line["learning_rate"] for line in lines(alone, "metrics.jsonl"))
     expected_tensors, got_tensors = tensors(alone), tensors(together)
     assert expected_tensors.keys() == got_tensors.keys()
     for name, tensor in expected_tensors.items():
         if name.startswith("rng"):
             continue  # of the process at large; a run draws from generators of its own
         error = (got_tensors[name].double() - tensor.double()).norm()
-        # AdamW divides by the gradient's size: elements whose gradient is noise move at random.
-        # An adapter is all movement (its B starts at 0), other weights hardly move.
-        tolerance = 1e-6 if name.startswith("model") else 1e-5
-        assert error <= tolerance * tensor.double().norm() + 1e-12, name
+        size = tensor.double().norm()
+        if name.startswith("optimizer"):
+            allowed = 2 * GRADIENT * size  # of a gradient, and of its square
+        else:
+            # An element moves by the learning rate at most; it is rounded at every step.
+            steps = moved * tensor.numel() ** 0.5
+            allowed = GRADIENT * steps + 4 * torch.finfo(torch.float32).eps * size
+            if not smooth:
+                allowed += 2 * 2**0.5 * moved
+        assert error <= allowed, f"{name}: off by {error:.1e}, allowed {allowed:.1e}"

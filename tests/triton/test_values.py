@@ -6,9 +6,13 @@ import pytest
 import torch
 from kernel_cases import (
     DIVERGENCES,
-    assert_no_worse_than_torch,
+    Case,
+    assert_results,
+    check_against_torch,
     make_case,
     materialised_losses,
+    plain_results,
+    results,
 )
 
 from selfdistill_kernels import (
@@ -39,40 +43,34 @@ def check(case64, objective, dtype=torch.float32, *, roundings=8, mask=None, **o
     """Loss, statistics and gradients, against float64 and plain float32 torch."""
     keep = torch.ones(case64.targets.shape, dtype=torch.bool) if mask is None else mask
     gate = options.get("advantage_mask")
-
-    def reference(case):
-        leaves = case.leaves()
-        loss, divergence, extra = materialised_losses(case, objective)
-        kept = keep if gate is None else gate.select(active["advantage"], keep)
-        total = torch.where(kept, loss, torch.zeros_like(loss)).sum() / keep.sum()
-        values = {"divergence": divergence.detach(), **extra}
-        return total.detach(), values, torch.autograd.grad(total, leaves)
-
+    losses, _, statistics = materialised_losses(case64, objective)
     # Both sides keep the tokens that float64 keeps; thresholds lie far from any advantage.
-    active = materialised_losses(case64, objective)[2]
-    exact_loss, exact, exact_grads = reference(case64)
-    torch_loss, torchs, torch_grads = reference(case64.cast(torch.float32))
+    active = keep if gate is None else gate.select(statistics["advantage"], keep)
+
+    def plain(case):
+        loss, divergence, extra = materialised_losses(case, objective)
+        total = torch.where(active, loss, torch.zeros_like(loss)).sum() / keep.sum()
+        values = {"divergence": divergence, **extra}
+        return {"loss": total, **{name: v[keep] for name, v in values.items()}}, total
+
+    def ours(case):
+        out = case.call(
+            fused_linear_distillation, objective=objective, backend="triton", mask=mask, **options
+        )
+        values = {name: getattr(out, name) for name in STATISTICS}
+        assert not any(value[~keep].any() for value in values.values())
+        return {"loss": out.loss, **{name: v[keep] for name, v in values.items()}}, out.loss
+
     case = case64.cast(dtype)
     if mask is not None:  # rows that are no token are never read
         case.student_hidden[~mask] = float("nan")
         case.teacher_hidden[~mask] = float("nan")
-    leaves = case.leaves()
-    out = case.call(
-        fused_linear_distillation, objective=objective, backend="triton", mask=mask, **options
+    assert_results(
+        results(case, ours),
+        *plain_results(case64, plain),
+        loss_size=float(losses.detach()[active].abs().sum() / keep.sum()),
+        roundings=roundings,
     )
-    grads = torch.autograd.grad(out.loss, leaves)
-    assert_no_worse_than_torch("loss", out.loss, torch_loss, exact_loss, floor=1.0)
-    for name in STATISTICS:
-        value = getattr(out, name)
-        assert not value[~keep].any()
-        assert_no_worse_than_torch(
-            name, value[keep], torchs[name][keep], exact[name][keep], floor=1.0
-        )
-    for name, ours, theirs, true in zip(
-        ("student_hidden", "weight", "bias"), grads, torch_grads, exact_grads, strict=False
-    ):
-        assert ours.dtype == dtype
-        assert_no_worse_than_torch(f"d {name}", ours, theirs.to(dtype), true, roundings=roundings)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
@@ -120,18 +118,21 @@ def test_top_k(tail, workspace):
 
 @pytest.mark.parametrize(("in_place", "top_k"), [(False, None), (True, None), (False, 5)], ids=str)
 def test_logits_of_a_caller(in_place, top_k):
-    case = make_case(7, 17, 123, seed=3).cast(torch.float32)
-    found = {}
-    for backend in ("reference", "triton"):
-        student = (case.student_hidden @ case.weight.T).requires_grad_() * 1.0
+    mask = torch.arange(7) != 2
+    objective = Objective("reverse_kl", top_k=top_k)
+
+    def plain(case):
+        loss, divergence, _ = materialised_losses(case, objective)
+        return {"divergence": divergence * mask}, loss[mask].mean()
+
+    def ours(case):
         out = distillation_from_logits(
-            student, case.teacher_hidden @ case.weight.T, case.targets,
-            objective=Objective("reverse_kl", top_k=top_k), mask=torch.arange(7) != 2,
-            in_place=in_place, backend=backend,
+            case.student_hidden @ case.weight.T, case.teacher_hidden @ case.weight.detach().T,
+            case.targets, objective=objective, mask=mask, in_place=in_place, backend="triton",
         )  # fmt: skip
-        found[backend] = (out.divergence, *torch.autograd.grad(out.loss, student))
-    for a, b in zip(found["triton"], found["reference"], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        return {"divergence": out.divergence}, out.loss
+
+    check_against_torch(make_case(7, 17, 123, seed=3), plain, ours)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES[:5], ids=str)
@@ -206,54 +207,85 @@ def test_close_distributions_keep_their_digits(objective):
         fused_linear_distillation, objective=objective, backend="triton"
     )
     assert exact.max() < 1e-4
+    # Plain float32 has no digits here. Logits of order 4 are rounded by 2e-7, the difference of the
+    # two models is of order 4e-3 and the divergence goes with its square: 1e-4, and a sum more.
     torch.testing.assert_close(out.divergence.double(), exact, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_from_logits(objective, reduction):
-    case = make_case(6, 17, 300, seed=2)
-    student, teacher = (h @ case.weight.T for h in (case.student_hidden, case.teacher_hidden))
+    case64 = make_case(6, 17, 300, seed=2, softcap=9.0)
+    # A head that leaves what it gets, so that the hidden states are logits.
+    student, teacher = (
+        (hidden @ case64.weight.T).float().double()
+        for hidden in (case64.student_hidden, case64.teacher_hidden)
+    )
+    head = torch.eye(300, dtype=torch.float64)
+    logits = Case(student, teacher, head, case64.targets, options=case64.options)
     mask = torch.tensor([True, True, False, True, True, False])
-    results = []
-    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
-        leaf = student.to(dtype).requires_grad_()
-        out = distillation_from_logits(
-            leaf, teacher.to(dtype), case.targets, objective=objective, mask=mask,
-            softcap=9.0, reduction=reduction, backend=backend,
-        )  # fmt: skip
-        results.append((out.loss, out.divergence, *torch.autograd.grad(out.loss.sum(), leaf)))
-    for ours, exact in zip(*results, strict=True):
-        assert (ours - exact).abs().max() <= 4e-6 * exact.abs().max().clamp(min=0.1)
+
+    def total(loss):
+        return loss[mask].mean() if reduction == "mean" else loss[mask].sum()
+
+    def plain(case):
+        loss, divergence, _ = materialised_losses(case, objective)
+        return {"loss": total(loss), "divergence": divergence * mask}, total(loss)
+
+    torchs, exact = plain_results(logits, plain)
+    leaf = student.float().requires_grad_()
+    out = distillation_from_logits(
+        leaf, teacher.float(), case64.targets, objective=objective, mask=mask,
+        softcap=9.0, reduction=reduction, backend="triton",
+    )  # fmt: skip
+    found = {"loss": out.loss.sum(), "divergence": out.divergence}
+    (found["d student_hidden"],) = torch.autograd.grad(found["loss"], leaf)
+    size = float(total(materialised_losses(logits, objective)[0].detach().abs()))
+    assert_results(
+        found, *({name: given[name] for name in found} for given in (torchs, exact)),
+        loss_size=size,
+    )  # fmt: skip
 
 
 def test_logprobs():
-    case = make_case(6, 64, 300, seed=2)
-    results = []
-    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
-        hidden = case.student_hidden.to(dtype, copy=True).requires_grad_()
-        weight = case.weight.to(dtype, copy=True).requires_grad_()
-        out = fused_linear_logprobs(hidden, weight, case.targets, backend=backend)
-        total = out.logprobs.sum() + 0.3 * out.entropy.sum()
-        results.append((*out, *torch.autograd.grad(total, (hidden, weight))))
-    for ours, exact in zip(*results, strict=True):
-        assert (ours - exact).abs().max() <= 4e-6 * exact.abs().max()
+    def values(logprobs, entropy):
+        return {"logprobs": logprobs, "entropy": entropy}, logprobs.sum() + 0.3 * entropy.sum()
+
+    def plain(case):
+        logprobs = torch.log_softmax(case.student_hidden @ case.weight.T, -1)
+        own = logprobs.gather(1, case.targets[:, None])[:, 0]
+        return values(own, -(logprobs.exp() * logprobs).sum(-1))
+
+    def ours(case):
+        return values(
+            *fused_linear_logprobs(case.student_hidden, case.weight, case.targets, backend="triton")
+        )
+
+    check_against_torch(make_case(6, 64, 300, seed=2), plain, ours)
 
 
 def test_frozen_head_gets_no_gradient_and_clips_work():
-    case = make_case(8, 16, 90, seed=11)
+    case64 = make_case(8, 16, 90, seed=11)
     objective = Objective("reverse_kl", divergence_clip=0.5, importance_clip=1.2)
-    old = torch.full((8,), -3.0)
-    results = []
-    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
-        cast = case.cast(dtype)
-        hidden = cast.student_hidden.requires_grad_()
-        out = cast.call(
-            fused_linear_distillation, objective=objective, backend=backend, old_logprobs=old
-        )
-        results.append((out.loss, *torch.autograd.grad(out.loss, hidden)))
-    for ours, exact in zip(*results, strict=True):
-        assert (ours - exact).abs().max() <= 1e-5 * exact.abs().max()
+    own = materialised_losses(case64, Objective("reverse_kl"))[2]["student_logprob"]
+    old = (own + torch.linspace(-1, 1, 8, dtype=torch.float64)).float()
+
+    def plain(case):
+        _, divergence, extra = materialised_losses(case, Objective("reverse_kl"))
+        ratio = (extra["student_logprob"] - old).exp()
+        assert (divergence > 0.5).any(), "no divergence is clipped"
+        assert (ratio > 1.2).any(), "no ratio is clipped"
+        loss = (divergence.clamp(max=0.5) * ratio.clamp(max=1.2)).mean()
+        return {"loss": loss}, loss
+
+    torchs, exact = plain_results(case64, plain)
+    case = case64.cast(torch.float32)
+    hidden = case.student_hidden.requires_grad_()
+    out = case.call(
+        fused_linear_distillation, objective=objective, backend="triton", old_logprobs=old
+    )
+    found = {"loss": out.loss, "d student_hidden": torch.autograd.grad(out.loss, hidden)[0]}
+    assert_results(found, *({name: given[name] for name in found} for given in (torchs, exact)))
 
 
 def test_no_tokens():

@@ -9,10 +9,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from padded_step import forward_kl, gradients, make_step, padded_two_pass, step_errors
+from exactness import assert_no_worse_than_torch
+from padded_step import (
+    assert_step_is_exact,
+    forward_kl,
+    gradients,
+    make_step,
+    padded_two_pass,
+)
 from torch.nn.attention import flex_attention
 from transformers import PreTrainedModel
 from varlen import flash_attn_varlen_func
@@ -26,7 +34,6 @@ from selfdistill.scoring import score
 
 ModelFactory = Callable[..., PreTrainedModel]
 CPU = torch.device("cpu")
-TOLERANCE = 5e-6
 
 
 @pytest.fixture
@@ -69,12 +76,14 @@ def attend(
     kv_heads: int = 2,
     value_width: int = 16,
     scaling: float | None = None,
-) -> list[torch.Tensor]:
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, torch.Tensor]:
     """Output of one layer of 4 heads on random states, and the gradients of q, k and v."""
     generator = torch.Generator().manual_seed(0)
 
     def states(heads: int, length: int, width: int) -> torch.Tensor:
-        return torch.randn(1, heads, length, width, generator=generator).requires_grad_()
+        drawn = torch.randn(1, heads, length, width, generator=generator)
+        return drawn.to(dtype).requires_grad_()
 
     length = row.input_ids.shape[1]
     keys = len(row.borrowed_index) + length
@@ -86,7 +95,16 @@ def attend(
     out = BACKENDS[backend](row, CPU).attend(*inputs, scaling=scaling, sliding_window=window)
     assert out.shape == (1, length, 4, value_width)
     loss = (out * torch.randn(out.shape, generator=generator)).sum()
-    return [out.detach(), *torch.autograd.grad(loss, inputs)]
+    found = (out.detach(), *torch.autograd.grad(loss, inputs))
+    return dict(zip(("out", "dq", "dk", "dv"), found, strict=True))
+
+
+def assert_as_exact_as_the_loop(backend: str, row: PackedRow, **options: Any) -> None:
+    """The loop is torch's own attention, prefix by prefix."""
+    exact = attend("loop", row, dtype=torch.float64, **options)
+    torchs = attend("loop", row, **options)
+    for name, got in attend(backend, row, **options).items():
+        assert_no_worse_than_torch(name, got, torchs[name], exact[name])
 
 
 @pytest.mark.parametrize("backend", ["flash", "flex"])
@@ -95,9 +113,7 @@ def attend(
 def test_backends_agree_with_the_loop(
     calls: list[str], rows: dict[str, PackedRow], role: str, window: int | None, backend: str
 ) -> None:
-    expected = attend("loop", rows[role], window=window)
-    for got, reference in zip(attend(backend, rows[role], window=window), expected, strict=True):
-        assert (got - reference).abs().max() < TOLERANCE * reference.abs().max()
+    assert_as_exact_as_the_loop(backend, rows[role], window=window)
     assert calls == [backend]
 
 
@@ -108,9 +124,7 @@ def test_backends_agree_with_the_loop(
 def test_heads_widths_and_scales(
     calls: list[str], rows: dict[str, PackedRow], options: dict[str, float], backend: str
 ) -> None:
-    expected = attend("loop", rows["borrowing"], **options)
-    for got, reference in zip(attend(backend, rows["borrowing"], **options), expected, strict=True):
-        assert (got - reference).abs().max() < TOLERANCE * reference.abs().max()
+    assert_as_exact_as_the_loop(backend, rows["borrowing"], **options)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -130,7 +144,7 @@ def test_every_family_equals_a_padded_two_pass_step(
     student, strategy, reference = make_step(tiny_model, family, teacher)
     if family == "llama":
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    assert max(step_errors(student, strategy, reference, ragged_groups)) < TOLERANCE
+    assert_step_is_exact(student, strategy, reference, ragged_groups)
     assert set(calls) == {backend}
 
 

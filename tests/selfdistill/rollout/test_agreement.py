@@ -34,7 +34,9 @@ def test_fresh_rollouts_agree_and_changed_weights_do_not(
             model, head, PROMPTS, groups, temperature=temperature, tolerance=1e-4
         )
 
-    assert check() < 1e-5
+    # At most the 1e-4 nats that training allows: log-probs of order 5, and two passes of two layers
+    # that each round them by some 1e-6.
+    assert check() <= 1e-4
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.add_(0.05)
     with pytest.raises(EngineMismatchError, match="samples from other weights") as caught:

@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from exactness import assert_no_worse_than_torch
+from padded_step import in_float64
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from selfdistill.rollout import SamplingParams
+from selfdistill.rollout import Rollout, SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
 
 ModelFactory = Callable[..., LlamaForCausalLM]
@@ -23,6 +25,15 @@ def never_ends(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return model
 
 
+@torch.no_grad()
+def own_logprobs(
+    model: LlamaForCausalLM, prompt: list[int], rollout: Rollout, *, temperature: float
+) -> torch.Tensor:
+    logits = model(torch.tensor([prompt + rollout.token_ids])).logits[0, len(prompt) - 1 : -1]
+    logprobs = (logits / temperature).log_softmax(-1)
+    return logprobs.gather(-1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
+
+
 def test_logprobs_equal_an_unpadded_forward(
     make_model: ModelFactory, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -33,14 +44,11 @@ def test_logprobs_equal_an_unpadded_forward(
     for prompt, group in zip(PROMPTS, groups, strict=True):
         assert len(group) == 3
         for rollout in group:
-            ids = torch.tensor([prompt + rollout.token_ids])
-            with torch.no_grad():
-                logits = model(ids).logits[0, len(prompt) - 1 : -1]
-            expected = (logits / 1.3).log_softmax(-1)
-            expected = expected.gather(-1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
-            torch.testing.assert_close(
-                torch.tensor(rollout.logprobs), expected, atol=2e-5, rtol=1e-5
+            torchs, exact = (
+                own_logprobs(own, prompt, rollout, temperature=1.3)
+                for own in (model, in_float64(model))
             )
+            assert_no_worse_than_torch("log-probs", torch.tensor(rollout.logprobs), torchs, exact)
             lengths.add(len(rollout.token_ids))
     assert len(lengths) > 2  # rows did leave the batch at different times
 
@@ -98,12 +106,16 @@ def test_temperature_0_takes_the_likeliest_token(
     (group,) = TransformersEngine(model, tokenizer).generate(
         [PROMPTS[0]], group_size=2, params=params
     )
-    assert group[0] == group[1]
     ids = torch.tensor([PROMPTS[0] + group[0].token_ids])
     with torch.no_grad():
-        scores = model(ids).logits[0, len(PROMPTS[0]) - 1 : -1].log_softmax(-1)
-    assert group[0].token_ids == scores.argmax(-1).tolist()
-    torch.testing.assert_close(torch.tensor(group[0].logprobs), scores.amax(-1))
+        torchs, exact = (
+            own(ids).logits[0, len(PROMPTS[0]) - 1 : -1].log_softmax(-1)
+            for own in (model, in_float64(model))
+        )
+    for rollout in group:
+        assert rollout.token_ids == exact.argmax(-1).tolist()
+        logprobs = torch.tensor(rollout.logprobs)
+        assert_no_worse_than_torch("log-probs", logprobs, torchs.amax(-1), exact.amax(-1))
 
 
 def test_completions_end_with_eos_or_at_the_limit(

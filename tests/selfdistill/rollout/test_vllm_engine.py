@@ -39,6 +39,10 @@ SETTINGS = VLLMEngineConfig(dtype="float32", max_length=256, kv_cache_gib=0.125,
 PROMPTS = [[1, 4, *[9, 10, 11, 12] * 10, 5], [1, 4, 8, 5], [1, 4, 7, 13, 14, 5]]
 PARAMS = SamplingParams(temperature=1.3, max_new_tokens=16, seed=3)
 TOKENIZER = build_tokenizer()
+# What training allows a float32 engine. Log-probs reach 15 or so; each of two layers and the head
+# rounds them by 1e-6, in vLLM's kernels and in torch's, and nothing else may differ. Weights that
+# were not handed over differ by 1e-2 and more.
+NATS = 1e-4
 
 
 def tiny(*, tied: bool, seed: int) -> LlamaForCausalLM:
@@ -108,10 +112,11 @@ def test_token_ids_and_logprobs_are_those_of_the_model(
     state = torch.get_rng_state()
     groups = engine.generate(PROMPTS, group_size=4, params=PARAMS)
     assert torch.equal(torch.get_rng_state(), state)
-    assert disagreement(model, groups) < 2e-5
+    assert disagreement(model, groups) < NATS
+    # Two passes of one model, packed and not.
     assert check_agreement(
-        model, lm_head(model), PROMPTS, groups, temperature=1.3, tolerance=1e-4
-    ) == pytest.approx(disagreement(model, groups), abs=2e-5)
+        model, lm_head(model), PROMPTS, groups, temperature=1.3, tolerance=NATS
+    ) == pytest.approx(disagreement(model, groups), abs=NATS / 5)
     rollouts = [rollout for group in groups for rollout in group]
     assert len({tuple(rollout.token_ids) for rollout in rollouts}) == len(rollouts)
     assert {rollout.finished for rollout in rollouts} == {True, False}
@@ -166,10 +171,10 @@ def test_all_weights_are_handed_over(whole: tuple[LlamaForCausalLM, VLLMEngine])
         stale = engine.generate(PROMPTS, group_size=2, params=PARAMS)
         moved(model, 0.05)
         with pytest.raises(EngineMismatchError, match="other weights"):
-            check_agreement(model, lm_head(model), PROMPTS, stale, temperature=1.3, tolerance=1e-4)
+            check_agreement(model, lm_head(model), PROMPTS, stale, temperature=1.3, tolerance=NATS)
         engine.sync(model)
         fresh = engine.generate(PROMPTS, group_size=2, params=PARAMS)
-        assert disagreement(model, fresh) < 2e-5
+        assert disagreement(model, fresh) < NATS
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["the same tensor twice", "two tensors"])
@@ -187,7 +192,7 @@ def test_a_file_with_a_head_counts_more_than_a_config_that_ties_it(
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == same
     engine = VLLMEngine(str(tmp_path), TOKENIZER, SETTINGS)
     for _ in range(3):
-        assert disagreement(model, engine.generate(PROMPTS, group_size=2, params=PARAMS)) < 2e-5
+        assert disagreement(model, engine.generate(PROMPTS, group_size=2, params=PARAMS)) < NATS
         moved(model, 0.05)
         engine.sync(model)
 
@@ -200,13 +205,13 @@ def test_an_adapter_is_handed_over(tmp_path: Path) -> None:
     )
     model = peft.get_peft_model(base, lora)
     before = engine.generate(PROMPTS, group_size=2, params=PARAMS)
-    assert disagreement(model, before) < 2e-5
+    assert disagreement(model, before) < NATS
     for _ in range(3):
         moved(model, 0.05)
         assert disagreement(model, before) > 1e-2
         engine.sync(model)
         before = engine.generate(PROMPTS, group_size=2, params=PARAMS)
-        assert disagreement(model, before) < 2e-5
+        assert disagreement(model, before) < NATS
     with pytest.raises(ValueError, match="lacks a PEFT adapter"):
         engine.sync(base.__class__(base.config))
 
@@ -284,7 +289,7 @@ def test_a_training_run_checks_its_engine_at_every_step(
     train(config(4, "run"), resume=True)
     lines = JsonLines(tmp_path / "run" / "metrics.jsonl").read()
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert all(line["engine_disagreement"] < 1e-4 for line in lines)
+    assert all(line["engine_disagreement"] < NATS for line in lines)
 
     # The same run without the hand-over: the second step must not learn from stale rollouts.
     monkeypatch.setattr(VLLMEngine, "sync", lambda self, model: None)
