@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from selfdistill.config import Config
 from selfdistill.context import ContextKind, TeacherContext
+from selfdistill.critic.llm import SHORTEST_PROMPT
 from selfdistill.layout import common_prefix_length
 from selfdistill.model_folder import load_config
 from selfdistill.planning import (
@@ -28,6 +29,7 @@ from selfdistill.planning import (
 )
 from selfdistill.solver import build_renderer, load_solver_tokenizer
 from selfdistill.tasks import Problem, build_task, training_problems
+from selfdistill.textgen.local import check_room, load_critic_chat
 
 # Problems whose prompts are measured.
 MEASURED = 64
@@ -110,6 +112,8 @@ def dry_run(config: Config, console: Console) -> None:
         teacher=None if teacher is None else teacher.name,
         checkpointing=config.activation_checkpointing,
     )
+    if note := critic_note(config, problems[0]):
+        show(note)
     console.print(memory_table(model, step, weights))
     if config.shard:
         show(sharding_note(model, weights))
@@ -236,6 +240,34 @@ def critique_cost(config: Config, step: StepShape) -> Sequence[str]:
         return "0 %", "a program writes it"
     read = step.rollouts * (step.prompt + step.completion)
     return "not counted", f"{read:,} to read, {step.completion_tokens:,} or more to write"
+
+
+def critic_note(config: Config, problem: Problem) -> str | None:
+    """Say how long an attempt may be to get a critique; None where no model of ours writes it.
+
+    Raises:
+        ConfigError: not even an empty attempt leaves room for a critique.
+        UnusableModelError: the critic cannot be loaded.
+    """
+    method = config.method
+    if method.name != "stepalign" or method.critic.name != "llm":
+        return None
+    engine = method.critic.engine
+    if engine.name == "server":
+        return None
+    chat, _, positions = load_critic_chat(engine)
+    shortest = len(chat.encode(SHORTEST_PROMPT))
+    check_room(shortest, max_new_tokens=engine.max_new_tokens, max_length=positions)
+    if positions is None:
+        return None
+    question = len(chat.encode(problem.question))
+    room = positions - engine.max_new_tokens - shortest - question
+    longest = config.rollout.max_new_tokens
+    enough = "enough for all" if room >= longest else "longer ones get no critique"
+    return (
+        f"The critic, {engine.model}, has {positions} positions: about {room} tokens are left for "
+        f"an attempt of up to {longest} ({enough}).\n"
+    )
 
 
 def _table(title: str, *columns: str) -> Table:

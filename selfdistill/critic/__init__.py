@@ -50,7 +50,8 @@ def build_critic(config: CriticConfig, task: Task, *, device: str) -> Critic:
         device: where a language model of this process runs.
 
     Raises:
-        ConfigError: the scribe was asked for, and the task is not the arithmetic one.
+        ConfigError: the scribe was asked for, and the task is not the arithmetic one; or a
+            language model has no room for an answer.
         UnusableModelError: a local model cannot be loaded.
         EngineError: its engine cannot start.
     """
@@ -66,11 +67,13 @@ def build_critic(config: CriticConfig, task: Task, *, device: str) -> Critic:
                 )
             return ScribeCritic(task, copying=config.copying)
         case "llm":
-            from selfdistill.critic.llm import LLMCritic
+            from selfdistill.critic.llm import SHORTEST_PROMPT, LLMCritic
             from selfdistill.textgen import build_text_generator
 
+            generator = build_text_generator(config.engine, device=device)
+            generator.check(SHORTEST_PROMPT)
             return LLMCritic(
-                build_text_generator(config.engine, device=device),
+                generator,
                 check=partial(check_all, task) if config.check_answer else None,
                 show_reference=config.show_reference,
             )

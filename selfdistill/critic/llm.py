@@ -60,6 +60,8 @@ REFERENCE = """\
 The solution is for you alone: use it to find errors, but keep to the student's way of solving.
 """
 
+SHORTEST_PROMPT = PROMPT.format(question="", reference="", attempt="")
+
 _FORM = re.compile(
     r"\s*<case>\s*(?P<case>[A-D])\s*</case>"
     r"\s*<first_change>\s*(?P<step>\d{1,4})\s*</first_change>"

@@ -32,6 +32,14 @@ class TextGenerator(Protocol):
 
     identity: str
 
+    def check(self, prompt: str) -> None:
+        """Make sure, before there is anything to ask, that a prompt of this length has an answer.
+
+        Raises:
+            ConfigError: the model has no room for an answer behind it.
+        """
+        ...
+
     def generate(self, prompts: Sequence[str]) -> Iterator[tuple[int, Generation]]:
         """Yield the place of each prompt with its answer, in the order in which they get ready.
 

@@ -28,6 +28,10 @@ class CachedGenerator:
         self._folder = folder
         self.identity = inner.identity
 
+    def check(self, prompt: str) -> None:
+        """See `TextGenerator`."""
+        self._inner.check(prompt)
+
     def generate(self, prompts: Sequence[str]) -> Iterator[tuple[int, Generation]]:
         """Yield what is known, then what the inner generator answers; equal prompts count once.
 

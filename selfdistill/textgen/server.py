@@ -41,6 +41,9 @@ class ServerGenerator:
         deciding = {"name", "base_url", "model", "max_new_tokens", "extra_body"}
         self.identity = json.dumps(config.model_dump(mode="json", include=deciding), sort_keys=True)
 
+    def check(self, prompt: str) -> None:
+        """Do nothing: how much its model reads is the server's own affair."""
+
     def generate(self, prompts: Sequence[str]) -> Iterator[tuple[int, Generation]]:
         """Yield the answers as they come in, several requests at a time.
 

@@ -130,7 +130,9 @@ def test_a_critic_whose_form_is_special_tokens_is_understood(thoughts: str) -> N
     tokenizer.add_special_tokens({"additional_special_tokens": forms})
     answer = f"{thoughts}<case>D</case><first_change>1</first_change><text>{TEXT}</text>"
     engine = Scripted(tokenizer, encode(tokenizer, answer))
-    generator = LocalGenerator(engine, ChatTemplate(tokenizer), max_new_tokens=64, identity="it")
+    generator = LocalGenerator(
+        engine, ChatTemplate(tokenizer), max_new_tokens=64, max_length=None, identity="it"
+    )
     (critique,) = LLMCritic(generator, check=partial(check_all, TASK)).critique(
         [PROBLEM], ["so 56"]
     )
