@@ -10,7 +10,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 # what was skipped, and why.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=10 -n 2 --dist worksteal
 
-.PHONY: demo test test-all test-vllm lint setup clean
+.PHONY: demo test test-all test-portable test-vllm lint setup clean
 
 demo: setup
 	$(BIN)/selfdistill demo
@@ -24,6 +24,10 @@ test test-all: setup
 	$(PYTEST) $(SELECTED) || status=1; \
 	TRITON_INTERPRET=1 $(PYTEST) $(SELECTED) tests/triton || status=1; \
 	exit $$status
+
+# The tests that compare numbers, as on processors with fewer instructions.
+test-portable: setup
+	$(BIN)/python tests/portable.py
 
 lint: setup
 	$(BIN)/ruff format --check .
