@@ -358,6 +358,7 @@ def main() -> None:
         from selfdistill.compare import NotARunError
         from selfdistill.config import ConfigError
         from selfdistill.context import PromptTooLongError
+        from selfdistill.empty_steps import NothingLearnedError
         from selfdistill.filtering import FilterExistsError
         from selfdistill.methods.loss import UnsupportedHeadError
         from selfdistill.model_folder import UnusableModelError
@@ -384,6 +385,7 @@ def main() -> None:
             FilterExistsError,
             LogError,
             NotARunError,
+            NothingLearnedError,
             OSError,
             PlaceTakenError,
             PlanChangedError,
