@@ -1,7 +1,8 @@
 # `make demo` runs the main job on a fresh machine, `make test` the tests that people wait for,
 # `make test-all` every test, `make lint` ruff and mypy, `make clean` removes what these made.
 # All but `clean` set up .venv first. `make test-vllm` tests the vLLM engine with vLLM itself, in an
-# environment of its own.
+# environment of its own, and `make test-matrix` what hangs on versions under others than the pinned
+# ones (hours; it writes docs/compatibility.md).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 # what was skipped, and why.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=10 -n 2 --dist worksteal
 
-.PHONY: demo test test-all test-portable test-vllm lint setup clean
+.PHONY: demo test test-all test-portable test-matrix test-vllm lint setup clean
 
 demo: setup
 	$(BIN)/selfdistill demo
@@ -28,6 +29,9 @@ test test-all: setup
 # The tests that compare numbers, as on processors with fewer instructions.
 test-portable: setup
 	$(BIN)/python tests/portable.py
+
+test-matrix:
+	$(PYTHON) tests/version_matrix.py
 
 lint: setup
 	$(BIN)/ruff format --check .
