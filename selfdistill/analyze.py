@@ -342,7 +342,7 @@ def draw_attempts(
     )
     size = solver.task.size(split)
     count = problems if size is None else min(problems, size)
-    asked = solver.task.problems(split=split, count=count)
+    asked, _ = solver.with_room(solver.task.problems(split=split, count=count))
     groups: list[Attempts] = []
     wrong: list[Place] = []
     while len(wrong) < attempts and samples * len(groups) < PATIENCE * attempts:

@@ -93,8 +93,9 @@ def evaluate(
         solver = load_solver(load_config(Path(model)))
     else:
         solver = load_solver(Config(model=model, output_dir=Path(".")))
+    asked, left_out = solver.with_room(solver.task.problems(split=split, count=problems))
     with progress_bars(console) as bars:
-        bar = bars.add_task("evaluate", total=problems, note=split)
+        bar = bars.add_task("evaluate", total=len(asked), note=split)
         attempts = solver.attempt(
             split=split,
             problems=problems,
@@ -102,7 +103,7 @@ def evaluate(
             seed=derive_seed(seed, "evaluate"),
             progress=lambda count: bars.advance(bar, count),
         )
-    result = summarize(attempts, solver.task, split=split)
+    result = summarize(attempts, solver.task, split=split, too_long=left_out)
     if output is not None:
         write_atomically(output, result.to_json())
     console.print(evaluation_table({model: result}))

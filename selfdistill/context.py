@@ -106,6 +106,11 @@ class ContextRenderer:
         self._teacher_chat = self._student_chat.with_variables(teacher_template)
 
     @property
+    def max_length(self) -> int | None:
+        """Most tokens that a prompt and its completion may have together; None: no limit."""
+        return self._max_length
+
+    @property
     def largest_token(self) -> int:
         """The largest token id that a prompt may have."""
         return max(self._student_chat.largest_token, self._teacher_chat.largest_token)

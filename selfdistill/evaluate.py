@@ -61,6 +61,8 @@ class Evaluation:
         problems: the score of every problem; what paired comparisons are made of.
         strict_means: what `strict_avg_at_k` demands, in the task's words.
         undecided: attempts that count as wrong because the checker ran out of time.
+        too_long: problems that are not among these because their prompts leave no room for an
+            answer (`prompt.too_long` is "drop").
     """
 
     split: str
@@ -74,6 +76,7 @@ class Evaluation:
     problems: tuple[ProblemScore, ...]
     strict_means: str = "every step right"
     undecided: int = 0
+    too_long: int = 0
 
     def to_json(self) -> str:
         """This evaluation as one line of JSON."""
@@ -146,7 +149,9 @@ def judge(
     ]
 
 
-def summarize(attempts: Sequence[Attempts], task: Task, *, split: str, seed: int = 0) -> Evaluation:
+def summarize(
+    attempts: Sequence[Attempts], task: Task, *, split: str, seed: int = 0, too_long: int = 0
+) -> Evaluation:
     """Turn judged attempts into an evaluation.
 
     Args:
@@ -154,6 +159,7 @@ def summarize(attempts: Sequence[Attempts], task: Task, *, split: str, seed: int
         task: says which answers agree.
         split: the name the result carries.
         seed: of the bootstrap.
+        too_long: problems that were left out.
 
     Raises:
         ValueError: no attempts, or an unequal number of them.
@@ -187,6 +193,7 @@ def summarize(attempts: Sequence[Attempts], task: Task, *, split: str, seed: int
         problems=scores,
         strict_means=task.strict_means,
         undecided=sum(v.undecided for a in attempts for v in a.verdicts),
+        too_long=too_long,
     )
 
 

@@ -127,7 +127,12 @@ def filter_problems(
     examined = _resume(journal, _identity(config, settings))
     solver = load_solver(config)
     critic = _critic(config, solver.task)
-    todo = _problems(solver.task, settings)
+    found = _problems(solver.task, settings)
+    with_room, left_out = solver.with_room([problem for _, problem in found])
+    fitting = {*with_room}
+    todo = [(split, problem) for split, problem in found if problem in fitting]
+    if left_out:
+        console.print(f"{left_out} problems leave no room for an answer and are left out.")
     if examined:
         console.print(f"{len(examined)} of {len(todo)} problems are done already.")
     with progress_bars(console) as bars:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from selfdistill.evaluate import Attempts, sample_attempts
 from selfdistill.model_folder import check_vocabulary, load_tokenizer
 from selfdistill.rollout import RolloutEngine, SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
-from selfdistill.tasks import Task, build_task
+from selfdistill.tasks import Problem, Task, TaskError, build_task
 from selfdistill.weights import Student, adapter_rank, load_model
 
 
@@ -43,14 +43,19 @@ class Solver:
         """Sample and judge `samples` attempts at each of the first `problems` of a split.
 
         The problems are the same whatever the seed, which decides the sampled tokens only. With a
-        `part`, only those of them are attempted, with the outcome that they have among all.
+        `part` of those that `with_room` returns, only these are attempted, with the outcome that
+        they have among all.
+
+        Raises:
+            TaskError: see `with_room`.
         """
-        part = part if part is not None else range(problems)
+        asked, _ = self.with_room(self.task.problems(split=split, count=problems))
+        part = part if part is not None else range(len(asked))
         return sample_attempts(
             self.engine,
             self.context.student_prompt,
             self.task,
-            self.task.problems(split=split, count=problems)[part.start : part.stop],
+            asked[part.start : part.stop],
             samples=samples,
             params=SamplingParams(
                 temperature=self.config.rollout.temperature,
@@ -59,6 +64,26 @@ class Solver:
             ),
             progress=progress,
         )
+
+    def with_room(self, problems: Sequence[Problem]) -> tuple[list[Problem], int]:
+        """Return the problems that leave room for a whole answer, and how many do not.
+
+        Raises:
+            TaskError: some do not, and `prompt.too_long` is "error"; or none does.
+        """
+        room = self.config.rollout.max_new_tokens
+        kept = [p for p in problems if self.context.leaves_room(p, max_new_tokens=room)]
+        left_out = len(problems) - len(kept)
+        if left_out and (self.config.prompt.too_long == "error" or not kept):
+            wrong = next(problem for problem in problems if problem not in kept)
+            raise TaskError(
+                f"{left_out} of {len(problems)} problems leave no room for {room} new tokens "
+                f"(rollout.max_new_tokens), such as {wrong.id!r}, whose prompt has "
+                f"{len(self.context.student_prompt(wrong))} tokens of "
+                f"{self.context.max_length}: raise prompt.max_length where the model has the "
+                "positions, lower rollout.max_new_tokens, or leave them out (prompt.too_long: drop)"
+            )
+        return kept, left_out
 
 
 def load_solver(config: Config, checkpoint: Path | None = None) -> Solver:

@@ -70,6 +70,10 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
         (f"Pass@{k}", "pass_at_k"),
     ):
         table.add_row(label, *(percent(getattr(e, metric)) for e in evaluations.values()))
+    if any(e.too_long for e in evaluations.values()):
+        table.add_row(
+            "problems left out, too long", *(str(e.too_long) for e in evaluations.values())
+        )
     return table
 
 

@@ -371,7 +371,8 @@ def evaluate(
     """
     settings = solver.config.evaluation
     clock = Clock()
-    share = ranks.share(settings.problems)
+    asked, left_out = solver.with_room(solver.task.problems(split="dev", count=settings.problems))
+    share = ranks.share(len(asked))
     bar = bars.add_task("evaluate", total=len(share), note=f"step {state.step}, dev")
 
     done = 0
@@ -396,7 +397,7 @@ def evaluate(
     bars.remove_task(bar)
     if ranks.any(attempts is None):
         return state
-    result = summarize(ranks.gather(attempts or []), solver.task, split="dev")
+    result = summarize(ranks.gather(attempts or []), solver.task, split="dev", too_long=left_out)
     if ranks.is_main:
         log.append({"step": state.step, "seconds": clock.seconds, **json.loads(result.to_json())})
     state = replace(state, evaluated_step=state.step)
