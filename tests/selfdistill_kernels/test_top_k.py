@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from exactness import assert_no_worse_than_torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
     DIVERGENCES,
@@ -106,14 +106,16 @@ def test_small_workspaces_and_masks(k, tokens, slack, seed, kept):
         # Of all entries nothing is left for the tail, whose logarithm autograd would make a NaN.
         defined = objective if k < 40 else Objective("reverse_kl")
         loss, divergence, _ = materialised_losses(case, defined)
-        return {"divergence": divergence * mask}, (loss * mask).sum() / max(int(mask.sum()), 1)
+        divergence, loss = (x.where(mask, torch.zeros_like(x)) for x in (divergence, loss))
+        return {"divergence": divergence}, loss.sum() / max(int(mask.sum()), 1)
 
     case = case64.cast(torch.float32)
     case.student_hidden[~mask] = torch.nan
     _, ours = both(objective, "native", mask=mask, workspace=8 * 16 + copied_bytes(5, 2) + slack)
     torchs, exact = plain_results(case64, plain)
     # What is left for the tail may be small: its logarithm then has few digits, in plain torch,
-    # too, whose error is luck on so few numbers.
+    # too, whose error is luck on so few numbers. Once in a while it has no logarithm at all.
+    assume(all(value.isfinite().all() for value in torchs.values()))
     for name, value in results(case, ours).items():
         assert_no_worse_than_torch(name, value, torchs[name], exact[name], floor=1.0, roundings=64)
 
