@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from datetime import date, datetime, time
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,9 @@ from selfdistill.literal import LiteralTokenizer, control_pattern
 from selfdistill.model_folder import UnusableModelError
 
 _MARK = "SELFDISTILLUSERTURN"
+_DATES = "selfdistill_dates"
+_ANOTHER_DAY = date(1987, 6, 5)
+_QUOTED = re.compile(r"'([^'\\]*)'|\"([^\"\\]*)\"")
 # SentencePiece writes a space so; runs of white space and single bytes are parts of any text.
 _PART_OF_ANY_TEXT = re.compile(r"[\s▁]*|<0x[0-9A-F]{2}>")
 
@@ -43,6 +47,10 @@ class ChatTemplate:
             the prompt as it is.
         variables: more variables for the template, such as {"enable_thinking": False}.
         setting: the section of the configuration that says which template, for messages.
+        today: the date that the template is told where it asks for one; None: that of this day.
+
+    Attributes:
+        writes_date: whether a prompt depends on the date.
 
     Raises:
         UnusableModelError: no chat template, one that fails, or one that does not keep the text of
@@ -56,7 +64,9 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         *,
         setting: str = "prompt",
+        today: date | None = None,
     ) -> None:
+        self._today = today or date.today()
         self._tokenizer = tokenizer
         self._setting = setting
         if tokenizer.chat_template is None:
@@ -97,19 +107,14 @@ class ChatTemplate:
 
     def _render(self, variables: Mapping[str, Any] | None) -> None:
         """Find what the template puts before and behind the text of a turn."""
-        try:
-            rendered = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": _MARK}],
-                add_generation_prompt=True,
-                tokenize=False,
-                **(variables or {}),
-            )
-        except Exception as error:  # a template is a program of somebody else
+        rendered = self._rendered(self._today, variables)
+        self.writes_date = rendered != self._rendered(_ANOTHER_DAY, variables)
+        if rendered.count("None") > self._rendered(None, variables).count("None"):
             raise UnusableModelError(
-                f"{self._setting}: the chat template of {self._tokenizer.name_or_path!r} fails on "
-                f"a single user turn ({type(error).__name__}: {error}): give it what it asks for "
-                f"as template variables, or another one as {self._setting}.chat_template"
-            ) from error
+                f"{self._setting}: the chat template of {self._tokenizer.name_or_path!r} asks for "
+                "the date in a form that is not written out in it, so it cannot be kept the same "
+                f"from day to day: write the form out, in another {self._setting}.chat_template"
+            )
         if rendered.count(_MARK) != 1:
             raise UnusableModelError(
                 f"the chat template of {self._tokenizer.name_or_path!r} puts the text of a user "
@@ -123,6 +128,31 @@ class ChatTemplate:
                 "way that depends on the names of its control tokens, so a text that spells one "
                 "could not be told from it: use another tokenizer"
             )
+
+    def _rendered(self, today: date | None, variables: Mapping[str, Any] | None) -> str:
+        """Render a turn on that day; None: by the clock."""
+        try:
+            template = self._tokenizer.get_chat_template()
+            told: dict[str, Any] = {}
+            if today is not None and "strftime_now" in template:
+                # transformers' own looks at the clock, and takes data only as variables.
+                day = datetime.combine(today, time.min)
+                told = {_DATES: {form: day.strftime(form) for form in _forms(template)}}
+                template = f"{{% set strftime_now = {_DATES}.get %}}\n{template}"
+            rendered = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": _MARK}],
+                chat_template=template,
+                add_generation_prompt=True,
+                tokenize=False,
+                **{**told, **(variables or {})},
+            )
+        except Exception as error:  # a template is a program of somebody else
+            raise UnusableModelError(
+                f"{self._setting}: the chat template of {self._tokenizer.name_or_path!r} fails on "
+                f"a single user turn ({type(error).__name__}: {error}): give it what it asks for "
+                f"as template variables, or another one as {self._setting}.chat_template"
+            ) from error
+        return str(rendered)
 
     @property
     def largest_token(self) -> int:
@@ -177,3 +207,9 @@ class ChatTemplate:
 
     def _controls(self, ids: list[int]) -> list[int]:
         return [token for token in ids if token in self._control_ids]
+
+
+def _forms(template: str) -> list[str]:
+    """What a template may want the date written as: every quoted text with a % in it."""
+    quoted = (one or other for one, other in _QUOTED.findall(template))
+    return [text for text in quoted if "%" in text]

@@ -259,6 +259,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return document
 
 
+def recorded_config(path: Path) -> dict[str, Any]:
+    """Return the configuration that a checkpoint records, empty where there is none to be read.
+
+    Nothing is checked: that is for `read_checkpoint`.
+    """
+    try:
+        config = json.loads((path / "state.json").read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
 def fingerprint(model: torch.nn.Module) -> str:
     """SHA-256 over the names, shapes and bytes of a model's weights."""
     digest = hashlib.sha256()

@@ -7,6 +7,7 @@ which means nothing cannot be written down.
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -509,6 +510,9 @@ class PromptConfig(Section):
     chat_template: NearbyName | None = None
     """A file with the Jinja template to use instead of the tokenizer's own, which a base model does
     not have; in a YAML file it may be relative to that file."""
+    date: datetime.date | None = None
+    """The day that chat templates write which write one; by default that of the run's first start,
+    which it keeps, so that its prompts stay the same."""
     student_template: dict[str, Any] = {}
     """More variables for the student's chat template, such as {enable_thinking: false}."""
     teacher_template: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
@@ -83,6 +84,7 @@ class ContextRenderer:
         student_template: more variables for the chat template, such as {"enable_thinking": False}.
         teacher_template: the same for the teacher. The two prompts may then end differently; what
             they share is decided by their tokens.
+        today: the date that the chat template is told; None: that of this day.
 
     Raises:
         ValueError: max_length is not positive.
@@ -97,18 +99,24 @@ class ContextRenderer:
         max_length: int | None = None,
         student_template: Mapping[str, Any] | None = None,
         teacher_template: Mapping[str, Any] | None = None,
+        today: date | None = None,
     ) -> None:
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length is {max_length}, expected at least 1 or None")
         self._instruction = instruction
         self._max_length = max_length
-        self._student_chat = ChatTemplate(tokenizer, student_template)
+        self._student_chat = ChatTemplate(tokenizer, student_template, today=today)
         self._teacher_chat = self._student_chat.with_variables(teacher_template)
 
     @property
     def max_length(self) -> int | None:
         """Most tokens that a prompt and its completion may have together; None: no limit."""
         return self._max_length
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the chat template writes the date into a prompt."""
+        return self._student_chat.writes_date or self._teacher_chat.writes_date
 
     @property
     def largest_token(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from datetime import date
 from functools import partial
 
 from rich.console import Console
@@ -83,6 +84,12 @@ def dry_run(config: Config, console: Console) -> None:
         elif config.method.name != "refsol":
             show("The reference stands for what is written once there are rollouts.")
 
+    if renderer.writes_date:
+        day = (config.prompt.date or date.today()).isoformat()
+        show(
+            f"The chat template writes the date, {day} here. A run keeps that of its first start, "
+            "so that its prompts stay the same; prompt.date sets it."
+        )
     room = config.rollout.max_new_tokens
     too_long = sum(not renderer.leaves_room(p, max_new_tokens=room) for p in problems)
     show(

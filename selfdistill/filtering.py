@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from selfdistill.methods import StepAlign, build_method
 from selfdistill.progress import progress_bars
 from selfdistill.rollout import SamplingParams
 from selfdistill.runlog import JsonLines, write_atomically
-from selfdistill.solver import Solver, load_solver
+from selfdistill.solver import Solver, load_solver, recorded_date, with_date
 from selfdistill.tasks import SPLITS, Problem, Task, TaskError, check_all
 
 # Problems between two writes of the journal: what a kill can cost.
@@ -124,6 +125,9 @@ def filter_problems(
     """
     journal = JsonLines(output.with_name(output.name + ".journal"))
     output.parent.mkdir(parents=True, exist_ok=True)
+    if config.prompt.date is None:  # a filter keeps the day of its first start
+        begun = journal.read()
+        config = with_date(config, recorded_date(begun[0] if begun else {}) or date.today())
     examined = _resume(journal, _identity(config, settings))
     solver = load_solver(config)
     critic = _critic(config, solver.task)

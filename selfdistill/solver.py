@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from selfdistill.config import Config
+from selfdistill.config import Config, LocalTextEngine
 from selfdistill.context import ContextRenderer
 from selfdistill.device import resolve_device
 from selfdistill.evaluate import Attempts, sample_attempts
@@ -110,6 +112,32 @@ def load_solver(config: Config, checkpoint: Path | None = None) -> Solver:
     )
 
 
+def keep_date(solver: Solver, day: date) -> Solver:
+    """Return a solver whose prompts write that day, where chat templates of the run write one.
+
+    Nothing changes where the configuration names a day, or nobody asks for one.
+    """
+    config = solver.config
+    critic = getattr(config.method, "critic", None)
+    local = isinstance(getattr(critic, "engine", None), LocalTextEngine)
+    if config.prompt.date is not None or not (solver.context.writes_date or local):
+        return solver
+    config = with_date(config, day)
+    context = build_renderer(config, solver.tokenizer, solver.task, solver.model.config)
+    return replace(solver, config=config, context=context)
+
+
+def with_date(config: Config, day: date) -> Config:
+    """Return a configuration whose prompts write that day."""
+    return config.model_copy(update={"prompt": config.prompt.model_copy(update={"date": day})})
+
+
+def recorded_date(recorded: Mapping[str, Any]) -> date | None:
+    """Return the day in a configuration as `Config.model_dump(mode="json")` gives it."""
+    day = recorded.get("prompt", {}).get("date")
+    return None if day is None else date.fromisoformat(day)
+
+
 def load_solver_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """Load the configured model's tokenizer, with the configured chat template if there is one."""
     template = config.prompt.chat_template
@@ -134,6 +162,7 @@ def build_renderer(
         or getattr(model_config, "max_position_embeddings", None),
         student_template=config.prompt.student_template,
         teacher_template=config.prompt.teacher_template,
+        today=config.prompt.date,
     )
     rows = model_config.get_text_config().vocab_size
     check_vocabulary(tokenizer, renderer.largest_token, rows=rows)

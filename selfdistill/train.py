@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from types import FrameType
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from selfdistill.attention import enable_prefix_sharing
 from selfdistill.batch import build_batch, context_kinds, leave_out_long_questions
-from selfdistill.checkpoint import CheckpointStore, TrainState, fingerprint
+from selfdistill.checkpoint import CheckpointStore, TrainState, fingerprint, recorded_config
 from selfdistill.config import Config, save_config
 from selfdistill.distributed import Ranks, join_ranks
 from selfdistill.evaluate import Attempts, judge, summarize
@@ -36,7 +37,13 @@ from selfdistill.rollout.agreement import check_engine
 from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
 from selfdistill.seeds import derive_seed
 from selfdistill.sharding import whole
-from selfdistill.solver import Solver, build_engine, load_solver
+from selfdistill.solver import (
+    Solver,
+    build_engine,
+    keep_date,
+    load_solver,
+    recorded_date,
+)
 from selfdistill.tasks import training_problems
 from selfdistill.teacher import build_teacher
 from selfdistill.weights import TrainedWeights
@@ -161,7 +168,10 @@ def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> T
             f"{config.output_dir} already holds a run: resume it (--resume), or choose another "
             "output_dir"
         )
-    solver = load_solver(config)
+    day = recorded_date(recorded_config(store.last)) or date.today()
+    (day, *_) = ranks.gather([day])  # it may be midnight
+    solver = keep_date(load_solver(config), day)
+    config = solver.config
     student = solver.model
     enable_prefix_sharing(student, backend=config.attention)  # refuses a model that cannot share
     base_sha256 = fingerprint(student)

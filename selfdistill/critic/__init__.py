@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from typing import Literal, Protocol
 
@@ -41,13 +42,16 @@ class Critic(Protocol):
         ...
 
 
-def build_critic(config: CriticConfig, task: Task, *, device: str) -> Critic:
+def build_critic(
+    config: CriticConfig, task: Task, *, device: str, today: date | None = None
+) -> Critic:
     """Build the configured critic.
 
     Args:
         config: which critic.
         task: knows right steps (the scribe) and right answers (the language model).
         device: where a language model of this process runs.
+        today: the date that its chat template is told; None: that of this day.
 
     Raises:
         ConfigError: the scribe was asked for, and the task is not the arithmetic one; or a
@@ -70,7 +74,7 @@ def build_critic(config: CriticConfig, task: Task, *, device: str) -> Critic:
             from selfdistill.critic.llm import SHORTEST_PROMPT, LLMCritic
             from selfdistill.textgen import build_text_generator
 
-            generator = build_text_generator(config.engine, device=device)
+            generator = build_text_generator(config.engine, device=device, today=today)
             generator.check(SHORTEST_PROMPT)
             return LLMCritic(
                 generator,

@@ -69,7 +69,9 @@ def build_method(config: Config, task: Task) -> Method:
         case "stepalign":
             critic = settings.critic
             return StepAlign(
-                critic=build_critic(critic, task, device=resolve_device(config.device)),
+                critic=build_critic(
+                    critic, task, device=resolve_device(config.device), today=config.prompt.date
+                ),
                 group_size=settings.group_size,
                 loss=loss,
                 fallback=critic.fallback if critic.name == "llm" else "drop",

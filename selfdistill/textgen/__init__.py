@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -49,12 +50,15 @@ class TextGenerator(Protocol):
         ...
 
 
-def build_text_generator(config: TextEngineConfig, *, device: str) -> TextGenerator:
+def build_text_generator(
+    config: TextEngineConfig, *, device: str, today: date | None = None
+) -> TextGenerator:
     """Build the configured engine, with its cache on disk if it has one.
 
     Args:
         config: which engine.
         device: where a model runs that lives in this process ("cpu", "cuda").
+        today: the date that its chat template is told; None: that of this day.
 
     Raises:
         UnusableModelError: a local model cannot be loaded.
@@ -69,7 +73,7 @@ def build_text_generator(config: TextEngineConfig, *, device: str) -> TextGenera
         case "transformers" | "vllm":
             from selfdistill.textgen.local import load_local_generator
 
-            generator = load_local_generator(config, device=device)
+            generator = load_local_generator(config, device=device, today=today)
     if config.cache is None:
         return generator
     from selfdistill.textgen.cache import CachedGenerator

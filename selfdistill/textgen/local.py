@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -105,7 +106,7 @@ def check_room(prompt: int, *, max_new_tokens: int, max_length: int | None) -> N
 
 
 def load_critic_chat(
-    config: TransformersTextEngine | VLLMTextEngine,
+    config: TransformersTextEngine | VLLMTextEngine, *, today: date | None = None
 ) -> tuple[ChatTemplate, PreTrainedTokenizerBase, int | None]:
     """Load what is needed to know how long a critic's prompt is, and no weights.
 
@@ -122,7 +123,7 @@ def load_critic_chat(
     tokenizer = load_tokenizer(
         config.model, chat_template=Path(template) if template else None, setting=model
     )
-    chat = ChatTemplate(tokenizer, config.template, setting=_SETTING)
+    chat = ChatTemplate(tokenizer, config.template, setting=_SETTING, today=today)
     rows = model_config.get_text_config().vocab_size
     check_vocabulary(tokenizer, chat.largest_token, rows=rows, setting=model)
     positions = getattr(model_config, "max_position_embeddings", None)
@@ -130,14 +131,19 @@ def load_critic_chat(
 
 
 def load_local_generator(
-    config: TransformersTextEngine | VLLMTextEngine, *, device: str
+    config: TransformersTextEngine | VLLMTextEngine, *, device: str, today: date | None = None
 ) -> LocalGenerator:
     """Load a model and its tokenizer.
+
+    Args:
+        config: which model, and how it answers.
+        device: where it runs.
+        today: the date that its chat template is told; None: that of this day.
 
     Raises:
         UnusableModelError: the model or its chat template cannot be used.
     """
-    chat, tokenizer, max_length = load_critic_chat(config)
+    chat, tokenizer, max_length = load_critic_chat(config, today=today)
     engine: RolloutEngine
     if config.name == "vllm":
         from selfdistill.rollout.vllm_engine import VLLMEngine
@@ -150,10 +156,13 @@ def load_local_generator(
             model.to(device).requires_grad_(False), tokenizer, batch_size=config.batch_size
         )
     deciding = {"name", "model", "dtype", "max_new_tokens", "template", "chat_template"}
+    identity = config.model_dump(mode="json", include=deciding)
+    if chat.writes_date:
+        identity["date"] = (today or date.today()).isoformat()
     return LocalGenerator(
         engine,
         chat,
         max_new_tokens=config.max_new_tokens,
         max_length=max_length,
-        identity=json.dumps(config.model_dump(mode="json", include=deciding), sort_keys=True),
+        identity=json.dumps(identity, sort_keys=True),
     )
