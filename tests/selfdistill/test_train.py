@@ -706,5 +706,5 @@ def test_what_is_too_long_stops_the_run_or_is_counted(solver_dir: Path, tmp_path
     assert [line["too_long"] for line in dropped] == [6, 8, 4]
     assert 0 < dropped[0]["tokens"] < free[0]["tokens"]
     assert (dropped[1]["tokens"], dropped[1]["loss"]) == (0, 0)
-    with pytest.raises(TaskError, match="leaves room for 12 new tokens"):
+    with pytest.raises(TaskError, match="1 of 1 problems leave no room for 12 new tokens"):
         run("none", max_length=13, too_long="drop")
