@@ -6,26 +6,15 @@ import os
 from itertools import chain, count
 from pathlib import Path
 
-from selfdistill.checkpoint import CheckpointStore, differing_settings
+from selfdistill.checkpoint import CheckpointStore
 from selfdistill.config import Config, ConfigError, load_config, save_config
 from selfdistill.runlog import JsonLines
+from selfdistill.state_file import MAY_DIFFER, differing_settings
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 CHECKPOINTS = "checkpoints"
-
-# Settings that a continued run may change without becoming another run.
-MAY_DIFFER = (
-    "model",
-    "output_dir",
-    "device",
-    "shard",
-    "attention",
-    "steps",
-    "max_empty_steps",
-    "checkpoint",
-)
 
 
 class RunExistsError(RuntimeError):

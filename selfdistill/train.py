@@ -38,7 +38,6 @@ from selfdistill.rollout.agreement import check_engine
 from selfdistill.run_folder import (
     CHECKPOINTS,
     EVALUATIONS_FILE,
-    MAY_DIFFER,
     METRICS_FILE,
     keep_config,
     refuse_other_run,
@@ -47,6 +46,7 @@ from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
 from selfdistill.seeds import derive_seed
 from selfdistill.sharding import whole
 from selfdistill.solver import Solver, build_engine, load_solver
+from selfdistill.state_file import digest_inputs
 from selfdistill.tasks import training_problems
 from selfdistill.teacher import build_teacher
 from selfdistill.weights import TrainedWeights
@@ -70,7 +70,7 @@ class StepMetrics:
         advantage: log p_teacher(y) - log p_student(y), in nats (GRPO: of the normalised reward).
         entropy: of the student's next-token distribution, in nats.
         active: share of all completion tokens, read or not, that carry a gradient.
-        taught: whether any token carried one, in any of the updates.
+        taught: whether any token carried one in any of the updates, a KL penalty aside.
         reward: share of the rollouts with the right answer.
         undecided: rollouts that count as wrong because the answer checker ran out of time.
         tied: share of the prompts whose rollouts all got the same reward.
@@ -203,6 +203,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
         best_metric=None,
         config=config.model_dump(mode="json"),
         base_sha256=base_sha256,
+        inputs=digest_inputs(solver.task, solver.tokenizer),
     )
     if os.path.lexists(store.last):
         found = store.load(
@@ -212,9 +213,9 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             teacher=teacher,
             config=state.config,
             base_sha256=state.base_sha256,
-            may_differ=MAY_DIFFER,
+            inputs=state.inputs,
         )
-        state = replace(found, config=state.config)
+        state = replace(found, config=state.config, inputs=state.inputs)
         solver.engine.sync(student)
         console.print(f"Resuming after step {state.step} of {config.steps}.")
     metrics_log = JsonLines(config.output_dir / METRICS_FILE)
