@@ -6,12 +6,13 @@ import argparse
 import importlib.util
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from selfdistill.context import ContextRenderer, TeacherContext
 from selfdistill.tasks.arithmetic.corpus import Corpus
@@ -61,14 +62,17 @@ def test_documents_are_laid_out_as_the_trainer_renders_prompts(pretrain: ModuleT
 
 
 def test_training_lowers_the_loss_and_writes_a_folder(
-    pretrain: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pretrain: ModuleType,
+    make_model: Callable[..., LlamaForCausalLM],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    torch.manual_seed(0)
     tokenizer = build_tokenizer()
-    model = pretrain.build_model(tokenizer)
-    assert model.num_parameters() >= 2_000_000
+    assert pretrain.build_model(tokenizer).num_parameters() >= 2_000_000
+    # Training is the same for a smaller one, and some processors only emulate bfloat16.
+    model = make_model(seed=0)
     arguments = argparse.Namespace(
-        steps=25, documents=6, lr=1e-3, compile=False, save_every=1000, output=tmp_path
+        steps=25, documents=6, lr=1e-2, compile=False, save_every=1000, output=tmp_path
     )
     pretrain.train(model, tokenizer, corpus(), arguments)
     shown = capsys.readouterr().out.split()
