@@ -171,6 +171,7 @@ def test_every_loss_is_as_good_as_torch(aarch64: Driver) -> None:
             assert found.rest.isnan().all()
 
 
+@pytest.mark.slow
 def test_fused_multiply_adds_are_all_that_differs_from_this_machine(tmp_path: Path) -> None:
     """Both have vectors of four lanes and add up in one order; elementary.h has no library call.
 

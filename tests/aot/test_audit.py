@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 import triton
 import triton.language as tl
+from slow import slow_but
 
 from selfdistill_kernels import Objective
 from selfdistill_kernels.audit.__main__ import main
@@ -27,10 +28,7 @@ GOOD = Report(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [a if a == "sm_90" else pytest.param(a, marks=pytest.mark.slow) for a in LIMITS],
-)
+@pytest.mark.parametrize("architecture", slow_but(["sm_90"], LIMITS))
 @pytest.mark.parametrize("kernel", ["sweep", "gradient", "product"])
 def test_kernels_of_the_default_objective_pass(architecture, kernel):
     found = [j for j in jobs(architecture, "bf16", [4096], [PLAIN]) if j.name == kernel]
@@ -39,7 +37,8 @@ def test_kernels_of_the_default_objective_pass(architecture, kernel):
         assert refusals(kernel, build(job, architecture), architecture) == []
 
 
-@pytest.mark.parametrize("architecture", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_the_heaviest_sweep_passes(architecture):
     (job,) = [j for j in jobs(architecture, "fp16", [2048], [HEAVY]) if j.name == "sweep"]
     assert refusals("sweep", build(job, architecture), architecture) == []

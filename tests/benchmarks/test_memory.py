@@ -14,6 +14,7 @@ SHAPE = Shape(256, 16, 16384)
 LOGITS = 4 * 256 * 16384  # 16 MiB
 
 
+@pytest.mark.slow
 def test_measure_counts_the_peak_without_what_is_returned():
     # In a process of its own: memory that earlier tests freed may still be resident here.
     program = (
@@ -30,6 +31,7 @@ def test_measure_counts_the_peak_without_what_is_returned():
     assert int(run.stdout) / MEBIBYTE == pytest.approx(48, abs=4)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_sees_the_logits_of_materialised_torch():
     """Whatever the resident set of the process that asks: ru_maxrss would start at that."""
     ballast = torch.ones(512 * MEBIBYTE // 4)

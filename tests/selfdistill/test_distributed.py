@@ -48,6 +48,7 @@ def test_two_ranks_give_the_result_of_one(sharp_solver_dir: Path, tmp_path: Path
     assert any(count < 2 for count in active)  # so one of the two ranks had none
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_run(sharp_solver_dir: Path, tmp_path: Path) -> None:
     config = ranks_settings(sharp_solver_dir, tmp_path / "together", steps=1, prompts_per_step=2)
     save_config(Config.model_validate(config), tmp_path / "config.yaml")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from slow import slow_but
 from tiny_runs import assert_same_run, lines, tensors
 from transformers import LlamaForCausalLM
 
@@ -146,7 +147,7 @@ def test_the_same_seed_gives_the_same_numbers(solver_dir: Path, tmp_path: Path) 
 LORA = {"r": 2, "alpha": 4}
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", slow_but(["float32"], ["float32", "bfloat16"]))
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize(
     "method",

@@ -38,6 +38,7 @@ print(peak_mib() - baseline - gradients)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self; run it on Linux")
 def test_peak_extra_memory_stays_below_300_mib():
     """N=4096, H=576, V=49152, float32, head trained; one materialised [N, V] alone is 768 MiB."""

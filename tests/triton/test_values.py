@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from kernel_cases import (
@@ -14,6 +16,7 @@ from kernel_cases import (
     plain_results,
     results,
 )
+from slow import slow_but
 
 from selfdistill_kernels import (
     AdvantageMask,
@@ -75,9 +78,15 @@ def check(case64, objective, dtype=torch.float32, *, roundings=8, mask=None, **o
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 @pytest.mark.parametrize("teacher_hidden", [None, 29], ids=["shared", "two heads"])
-@pytest.mark.parametrize("selection", ["dense", "masked", "advantage-masked"])
-@pytest.mark.parametrize("options", [{"bias": True}, CAPPED], ids=["bias", "soft cap"])
-def test_values_and_gradients(objective, teacher_hidden, selection, options):
+@pytest.mark.parametrize(
+    ("selection", "transform"),
+    slow_but(
+        [("dense", "bias"), ("advantage-masked", "soft cap")],
+        product(("dense", "masked", "advantage-masked"), ("bias", "soft cap")),
+    ),
+)
+def test_values_and_gradients(objective, teacher_hidden, selection, transform):
+    options = {"bias": {"bias": True}, "soft cap": CAPPED}[transform]
     case = make_case(7, 17, 123, teacher_hidden=teacher_hidden, seed=3, **options)
     chosen = {}
     if selection != "dense":
@@ -98,7 +107,8 @@ def test_16_bit_inputs(dtype, gate, objective):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "hidden", "vocabulary"), [(1, 65, 2), (3, 123, 17), (252, 8, 507), (2, 64, 1031)]
+    ("tokens", "hidden", "vocabulary"),
+    [(1, 65, 2), (3, 123, 17), pytest.param(252, 8, 507, marks=pytest.mark.slow), (2, 64, 1031)],
 )
 @pytest.mark.parametrize("gate", [None, AdvantageMask(0.0)], ids=["store", "recompute"])
 def test_odd_shapes(tokens, hidden, vocabulary, gate):

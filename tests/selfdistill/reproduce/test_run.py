@@ -66,20 +66,20 @@ def write_result(output: Path, job: Training, **fields: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "studies",
+    ("studies", "workers"),
     [
-        pytest.param(("copy",), id="one study"),
-        pytest.param(STUDIES, id="all studies", marks=pytest.mark.slow),
+        pytest.param(("copy",), 1, id="one study"),
+        pytest.param(STUDIES, 2, id="all studies", marks=pytest.mark.slow),
     ],
 )
 def test_everything_runs_and_a_second_call_does_nothing_again(
-    studies: Sequence[str], solver_dir: Path, tmp_path: Path
+    studies: Sequence[str], workers: int, solver_dir: Path, tmp_path: Path
 ):
     output, results = tmp_path / "runs", tmp_path / "results"
     arguments = {
         "output": output,
         "results": results,
-        "workers": 2,
+        "workers": workers,
         "command": "selfdistill reproduce",
         "console": quiet(),
     }
