@@ -369,12 +369,14 @@ class ServerTextEngine(TextEngine):
     """A model behind an OpenAI-compatible server."""
 
     name: Literal["server"] = "server"
-    base_url: str
-    """Up to and with /v1, such as http://localhost:8000/v1."""
+    base_url: str = Field(pattern=r"^https?://[^/]")
+    """Up to and with /v1, such as http://localhost:8000/v1; a redirect is not followed."""
     api_key_variable: str = "OPENAI_API_KEY"
     """The environment variable that holds the key, if the server wants one."""
     timeout: float = Field(default=600.0, gt=0)
     """Seconds without a byte from the server before a request counts as failed."""
+    total_timeout: float = Field(default=3600.0, gt=0)
+    """Seconds that a request may take in all, whatever trickles in."""
     retries: int = Field(default=5, ge=0)
     """How often a request is sent again when the server is busy, away or silent."""
     backoff: float = Field(default=1.0, ge=0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_solvers import tiny_llama, write_solver
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -71,21 +72,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase) -> Callable[..., LlamaForCaus
     """Return a factory of tiny random Llama models over the arithmetic vocabulary."""
 
     def make(*, seed: int = 0) -> LlamaForCausalLM:
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        return LlamaForCausalLM(config).eval()
+        return tiny_llama(tokenizer, seed=seed)
 
     return make
 
@@ -153,13 +140,6 @@ def sharp_solver_dir(
 
 
 @pytest.fixture
-def solver_dir(
-    tmp_path: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    make_model: Callable[..., LlamaForCausalLM],
-) -> Path:
+def solver_dir(tmp_path: Path) -> Path:
     """Return a folder like the shipped solver's, with random weights."""
-    folder = tmp_path / "solver"
-    make_model().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_solver(tmp_path / "solver")
