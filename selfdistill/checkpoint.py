@@ -21,17 +21,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from selfdistill.config import Config
 from selfdistill.sharding import gather, like
 from selfdistill.teacher import Teacher
 from selfdistill.weights import TrainedWeights, copy_tensors
@@ -39,6 +43,8 @@ from selfdistill.weights import TrainedWeights, copy_tensors
 FORMAT = "selfdistill-checkpoint"
 VERSION = 2
 TEACHER_FILE = "teacher.safetensors"
+# What `CheckpointStore` writes. A copy under another name, such as step-000042-good, stays.
+_STEP_FOLDER = re.compile(r"step-\d{6,}(-evaluated)?")
 
 
 class CheckpointError(RuntimeError):
@@ -183,16 +189,8 @@ class CheckpointStore:
         """
         document = read_checkpoint(path)
         state = TrainState(**{name: document[name] for name in TrainState.__dataclass_fields__})
-        ignored = set(may_differ)
-        differing = sorted(
-            name
-            for name in {*config, *state.config} - ignored
-            if config.get(name) != state.config.get(name)
-        )
-        if differing:
-            changes = ", ".join(
-                f"{n} ({state.config.get(n)!r} there, {config.get(n)!r} here)" for n in differing
-            )
+        changes = differing_settings(config, state.config, may_differ=may_differ)
+        if changes is not None:
             raise CheckpointError(f"checkpoint {path} belongs to another configuration: {changes}")
         if state.base_sha256 != base_sha256:
             raise CheckpointError(
@@ -207,6 +205,12 @@ class CheckpointStore:
         )
         _restore_rng(load_file(path / "rng.safetensors"))
         return state
+
+    def saved(self) -> list[str]:
+        """Return the names of the step folders, the oldest first; others are not ours."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(p.name for p in self.directory.iterdir() if _STEP_FOLDER.fullmatch(p.name))
 
     def _free_name(self, step: int) -> str:
         """Return a folder name for this step that no link points at.
@@ -226,9 +230,33 @@ class CheckpointStore:
 
     def _tidy(self) -> None:
         keep = {link.resolve() for link in (self.last, self.best) if link.is_symlink()}
-        for path in self.directory.glob("step-*"):
+        for name in self.saved():
+            path = self.directory / name
             if path.resolve() not in keep:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def differing_settings(
+    config: Mapping[str, Any], recorded: Mapping[str, Any], *, may_differ: Iterable[str] = ()
+) -> str | None:
+    """Say which settings of two configurations differ, and how; None when none does.
+
+    Args:
+        config: the one at hand, as JSON.
+        recorded: the one that was written down. What an older version did not know yet has its
+            default.
+        may_differ: settings that are not compared.
+    """
+    with suppress(ValidationError):  # it has what this version does not know: that will be said
+        recorded = Config.model_validate(recorded).model_dump(mode="json")
+    names = sorted(
+        name
+        for name in {*config, *recorded} - set(may_differ)
+        if config.get(name) != recorded.get(name)
+    )
+    return (
+        ", ".join(f"{n} ({recorded.get(n)!r} there, {config.get(n)!r} here)" for n in names) or None
+    )
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -20,6 +20,8 @@ app = typer.Typer(
 
 EXIT_INTERRUPTED = 130
 
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")]
+
 
 @app.command()
 def train(
@@ -72,17 +74,21 @@ def evaluate(
         Literal["best", "last"], typer.Option(help="Which weights of a run.")
     ] = "best",
     output: Annotated[Path | None, typer.Option(help="Also write the result as JSON.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Measure Pass@k, Maj@k and Avg@k with 95 % intervals."""
     from selfdistill.checkpoint import read_checkpoint
     from selfdistill.config import Config, load_config
     from selfdistill.evaluate import summarize
+    from selfdistill.places import try_files
     from selfdistill.progress import progress_bars
     from selfdistill.runlog import write_atomically
     from selfdistill.seeds import derive_seed
     from selfdistill.solver import load_solver
     from selfdistill.tables import evaluation_table
 
+    if output is not None:
+        try_files([output], overwrite=overwrite)
     console = Console()
     if (Path(model) / "config.yaml").is_file():
         settings = load_config(Path(model) / "config.yaml")
@@ -104,9 +110,9 @@ def evaluate(
             progress=lambda count: bars.advance(bar, count),
         )
     result = summarize(attempts, solver.task, split=split, too_long=left_out)
+    console.print(evaluation_table({model: result}))
     if output is not None:
         write_atomically(output, result.to_json())
-    console.print(evaluation_table({model: result}))
 
 
 @app.command(name="filter")
@@ -173,12 +179,16 @@ def analyze(
     output: Annotated[
         Path | None, typer.Option(help="Where the page goes; by default RUN/analysis-CHECKPOINT.")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Show where the teacher disagrees with attempts, by method, and what masks would keep."""
     from selfdistill.analysis_tables import analysis_tables, missing_note, summary_line
     from selfdistill.analyze import analyze_run
-    from selfdistill.report.analysis import write_analysis
+    from selfdistill.places import try_files
+    from selfdistill.report.analysis import FILES, write_analysis
 
+    folder = output or run / f"analysis-{checkpoint}"
+    try_files([folder / name for name in FILES], overwrite=overwrite)
     console = Console()
     analysis = analyze_run(
         run,
@@ -191,7 +201,7 @@ def analyze(
         seed=seed,
         console=console,
     )
-    page = write_analysis(analysis, output or run / f"analysis-{checkpoint}")
+    page = write_analysis(analysis, folder)
     console.print(summary_line(analysis), highlight=False)
     for table in analysis_tables(analysis):
         console.print(table.rich())
@@ -204,13 +214,16 @@ def analyze(
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of training runs.")],
     output: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("comparison"),
+    overwrite: Overwrite = False,
 ) -> None:
     """Put runs beside each other: curves, final accuracy, paired differences, on one page."""
     from selfdistill.compare import compare as compare_runs
     from selfdistill.compare import read_run_curve
     from selfdistill.comparison_tables import difference_table, final_table
-    from selfdistill.report.compare import write_comparison
+    from selfdistill.places import try_files
+    from selfdistill.report.compare import FILES, write_comparison
 
+    try_files([output / name for name in FILES], overwrite=overwrite)
     console = Console()
     names = [run.resolve().name for run in runs]
     if len(set(names)) < len(names):
@@ -349,14 +362,17 @@ def main() -> None:
         from selfdistill.filtering import FilterExistsError
         from selfdistill.methods.loss import UnsupportedHeadError
         from selfdistill.model_folder import UnusableModelError
+        from selfdistill.places import PlaceTakenError
         from selfdistill.reproduce.jobs import PlanChangedError
         from selfdistill.reproduce.plan import UnknownStudyError
         from selfdistill.reproduce.schedule import WorkerLostError
         from selfdistill.rollout import EngineError
         from selfdistill.rollout.agreement import EngineMismatchError
         from selfdistill.sharding import UnshardableModelError
+        from selfdistill.run_folder import RunExistsError
+        from selfdistill.runlog import LogError
         from selfdistill.tasks import TaskError
-        from selfdistill.train import DivergedError, RunExistsError
+        from selfdistill.train import DivergedError
         from selfdistill.weights import UnsupportedAdapterError
 
         known = (
@@ -367,8 +383,10 @@ def main() -> None:
             EngineError,
             EngineMismatchError,
             FilterExistsError,
+            LogError,
             NotARunError,
             OSError,
+            PlaceTakenError,
             PlanChangedError,
             PromptTooLongError,
             RunExistsError,

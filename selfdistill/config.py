@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from selfdistill.runlog import write_atomically
 from selfdistill.tasks.steps import STEP_INSTRUCTION
 
 
@@ -696,4 +697,4 @@ def load_config(path: Path) -> Config:
 def save_config(config: Config, path: Path) -> None:
     """Write every setting, defaults included, as YAML that `load_config` reads back."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    path.write_text(text, encoding="utf-8")
+    write_atomically(path, text)

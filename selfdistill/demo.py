@@ -33,13 +33,15 @@ from selfdistill.evaluate import Evaluation, Interval, avg_difference, summarize
 from selfdistill.localisation import localise
 from selfdistill.methods import build_method
 from selfdistill.methods.loss import find_heads
+from selfdistill.places import alone_in
 from selfdistill.progress import progress_bars
+from selfdistill.run_folder import RunExistsError
 from selfdistill.runlog import JsonLines, peak_rss_mib, write_atomically
 from selfdistill.seeds import derive_seed
 from selfdistill.solver import Solver, load_solver
 from selfdistill.tables import evaluation_table, percent
 from selfdistill.teacher import build_teacher
-from selfdistill.train import RunExistsError, train
+from selfdistill.train import train
 
 HELD_OUT_PROBLEMS = 200
 HELD_OUT_SAMPLES = 12
@@ -103,10 +105,16 @@ def demo(config: Config, *, fresh: bool = False, console: Console | None = None)
         The summary, or None when an interrupt stopped the training.
 
     Raises:
-        RunExistsError: the folder holds a finished demo of another configuration.
+        RunExistsError: the folder holds a finished demo of another configuration, or a run that
+            is no demo.
+        PlaceTakenError: another process works in the folder.
     """
     transformers_logging.disable_progress_bar()
-    console = console or Console()
+    with alone_in(config.output_dir):
+        return _demo(config, fresh=fresh, console=console or Console())
+
+
+def _demo(config: Config, *, fresh: bool, console: Console) -> Summary | None:
     run = config.output_dir
     if fresh:
         remove_artifacts(run)
@@ -216,7 +224,17 @@ def summary_table(summary: Summary) -> Table:
 
 
 def remove_artifacts(run: Path) -> None:
-    """Remove what a demo wrote, and nothing else."""
+    """Remove what a demo wrote, and nothing else.
+
+    Raises:
+        RunExistsError: the folder holds a training run, but not what a demo writes first.
+    """
+    first, *others = (run / name for name in ARTIFACTS)
+    if not first.exists() and any(path.exists() for path in others):
+        raise RunExistsError(
+            f"{run} holds a run that is no demo (it has no {first.name}), and --fresh would remove "
+            "it: choose another --output"
+        )
     for name in ARTIFACTS:
         path = run / name
         if path.is_dir():

@@ -7,6 +7,7 @@ goes on where it was, with the same result as an undisturbed one.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from selfdistill.config import Config, ConfigError
 from selfdistill.critic import Critic
 from selfdistill.evaluate import Attempts, sample_attempts
 from selfdistill.methods import StepAlign, build_method
+from selfdistill.places import alone_in
 from selfdistill.progress import progress_bars
 from selfdistill.rollout import SamplingParams
 from selfdistill.runlog import JsonLines, write_atomically
@@ -35,7 +37,7 @@ Outcome = Literal["kept", "too_easy", "critic_failed"]
 
 
 class FilterExistsError(RuntimeError):
-    """The journal belongs to a filter with other settings."""
+    """The output or its journal is not this filter's."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +122,23 @@ def filter_problems(
 
     Raises:
         ConfigError: the method has no critic.
-        FilterExistsError: the journal is another filter's.
+        FilterExistsError: the output, or the journal, is not this filter's.
+        PlaceTakenError: another process writes the same file.
         TaskError: the task has no such problems.
     """
+    with alone_in(output.parent, lock=f".{output.name}.lock"):
+        return _filter_problems(config, output, settings, console=console)
+
+
+def _filter_problems(
+    config: Config, output: Path, settings: FilterSettings, *, console: Console
+) -> FilterReport:
     journal = JsonLines(output.with_name(output.name + ".journal"))
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(output) and not journal.path.exists():
+        raise FilterExistsError(
+            f"{output} is there already, and no filter wrote it (it would have left "
+            f"{journal.path.name} beside it): choose another --output"
+        )
     if config.prompt.date is None:  # a filter keeps the day of its first start
         begun = journal.read()
         config = with_date(config, recorded_date(begun[0] if begun else {}) or date.today())
@@ -163,14 +177,18 @@ def filter_problems(
             kept = sum(record.outcome == "kept" for record in examined)
             bars.update(bar, completed=len(examined), note=f"{kept} kept")
     fields = ("id", "question", "answer", "reference", "split", "correct", "samples")
-    write_atomically(
-        output,
-        "".join(
-            json.dumps({field: getattr(record, field) for field in fields}) + "\n"
-            for record in examined
-            if record.outcome == "kept"
-        ),
+    kept_lines = "".join(
+        json.dumps({field: getattr(record, field) for field in fields}) + "\n"
+        for record in examined
+        if record.outcome == "kept"
     )
+    if not os.path.lexists(output):
+        write_atomically(output, kept_lines)
+    elif output.read_bytes() != kept_lines.encode():
+        raise FilterExistsError(
+            f"{output} is not what this filter writes there: somebody changed it. Move it away and "
+            "repeat the command; what was examined is kept in the journal"
+        )
     return FilterReport(settings, tuple(examined))
 
 
@@ -183,10 +201,11 @@ def _identity(config: Config, settings: FilterSettings) -> dict[str, Any]:
 
 def _resume(journal: JsonLines, identity: dict[str, Any]) -> list[Examined]:
     """Return whole portions of the journal, and cut it there; begin it when there is none."""
-    records = journal.read()
-    if not records:
+    if not journal.path.exists():
         write_atomically(journal.path, json.dumps(identity) + "\n")
         return []
+    # Its first line is written in one step, so only a file of somebody else has none.
+    records = journal.read() or [{}]
     differ = [key for key, value in identity.items() if records[0].get(key) != value]
     if differ:
         raise FilterExistsError(

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import resource
+import secrets
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+class LogError(ValueError):
+    """A log that holds something else than records; the message names file and line."""
 
 
 class JsonLines:
@@ -29,21 +34,48 @@ class JsonLines:
             file.write(json.dumps(record) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """Return the records; a torn last line, which a killed process leaves, is left out."""
+        """Return the records; a torn last line, which a killed process leaves, is left out.
+
+        Raises:
+            LogError: another line is not a JSON object: this is no log, or somebody changed it.
+        """
         if not self.path.exists():
             return []
         records = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        # A process writes a line together with its end, so only what has no end may be torn.
+        *lines, rest = self.path.read_bytes().split(b"\n")
+        for number, line in enumerate([*lines, rest], start=1):
+            if not line.strip():
+                continue
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError(f"it is a {type(record).__name__}")
+            except (ValueError, RecursionError) as error:
+                if number > len(lines):
+                    break
+                raise LogError(
+                    f"{self.path}, line {number} is not a JSON object ({error}), and a log has one "
+                    "in each line: mend the file, or move it away"
+                ) from error
+            records.append(record)
         return records
 
     def keep_until(self, step: int) -> None:
-        """Forget what lies after `step`: a resumed run will write it again."""
-        records = [record for record in self.read() if record["step"] <= step]
-        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in records))
+        """Forget what lies after `step`: a resumed run will write it again.
+
+        Raises:
+            LogError: see `read`; or a record has no step.
+        """
+        records = self.read()
+        for record in records:
+            if not isinstance(record.get("step"), int):
+                raise LogError(
+                    f"{self.path} holds a record without a step, so it is not the log of a run: "
+                    "move it away"
+                )
+        kept = [record for record in records if record["step"] <= step]
+        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 class Clock:
@@ -69,11 +101,18 @@ def peak_rss_mib() -> float:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step: a reader sees the old text or the new, whole."""
+    """Replace a text file in one step: a reader sees the old text or the new, whole.
+
+    Processes that write the same file do not disturb each other; the last one counts.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

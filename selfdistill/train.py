@@ -9,7 +9,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -24,16 +24,25 @@ from transformers.utils import logging as transformers_logging
 from selfdistill.attention import enable_prefix_sharing
 from selfdistill.batch import build_batch, context_kinds, leave_out_long_questions
 from selfdistill.checkpoint import CheckpointStore, TrainState, fingerprint, recorded_config
-from selfdistill.config import Config, save_config
+from selfdistill.config import Config
 from selfdistill.distributed import Ranks, join_ranks
 from selfdistill.evaluate import Attempts, judge, summarize
 from selfdistill.gradients import StudentLoss, accumulate_gradients
 from selfdistill.methods import build_method
 from selfdistill.methods.loss import find_heads
+from selfdistill.places import alone_in
 from selfdistill.progress import progress_bars
 from selfdistill.randomness import enable_activation_checkpointing, refuse_random_passes
 from selfdistill.rollout import SamplingParams, sample
 from selfdistill.rollout.agreement import check_engine
+from selfdistill.run_folder import (
+    CHECKPOINTS,
+    EVALUATIONS_FILE,
+    MAY_DIFFER,
+    METRICS_FILE,
+    keep_config,
+    refuse_other_run,
+)
 from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
 from selfdistill.seeds import derive_seed
 from selfdistill.sharding import whole
@@ -47,13 +56,6 @@ from selfdistill.solver import (
 from selfdistill.tasks import training_problems
 from selfdistill.teacher import build_teacher
 from selfdistill.weights import TrainedWeights
-
-# Settings that a continued run may change without becoming another run.
-MAY_DIFFER = ("model", "output_dir", "device", "shard", "attention", "steps", "checkpoint")
-
-
-class RunExistsError(RuntimeError):
-    """The output folder already holds a run that nobody asked to continue."""
 
 
 class DivergedError(RuntimeError):
@@ -143,7 +145,9 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         console: where progress is shown; the standard error stream by default.
 
     Raises:
-        RunExistsError: the folder holds a run and `resume` is False.
+        RunExistsError: the folder holds a run and `resume` is False, or one that cannot go on.
+        PlaceTakenError: another process works in the folder.
+        LogError: the folder holds a log that is none.
         CheckpointError: the last checkpoint is torn, belongs to another run, or cannot be written.
         DivergedError: the loss or gradient is not finite; the last checkpoint is kept.
         EngineError: an engine died, or a critic's server gave no answer; the last checkpoint
@@ -158,16 +162,15 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     with join_ranks() as ranks:
         if console is None or not ranks.is_main:
             console = Console(stderr=True, quiet=not ranks.is_main)
-        return _train(config, ranks, resume=resume, console=console)
+        with ExitStack() as stack:
+            if ranks.is_main:
+                stack.enter_context(alone_in(config.output_dir))
+                refuse_other_run(config, resume=resume)
+            return _train(config, ranks, console=console)
 
 
-def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> TrainResult:
-    store = CheckpointStore(config.output_dir / "checkpoints")
-    if os.path.lexists(store.last) and not resume:
-        raise RunExistsError(
-            f"{config.output_dir} already holds a run: resume it (--resume), or choose another "
-            "output_dir"
-        )
+def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
+    store = CheckpointStore(config.output_dir / CHECKPOINTS)
     day = recorded_date(recorded_config(store.last)) or date.today()
     (day, *_) = ranks.gather([day])  # it may be midnight
     solver = keep_date(load_solver(config), day)
@@ -216,11 +219,10 @@ def _train(config: Config, ranks: Ranks, *, resume: bool, console: Console) -> T
         state = replace(found, config=state.config)
         solver.engine.sync(student)
         console.print(f"Resuming after step {state.step} of {config.steps}.")
-    metrics_log = JsonLines(config.output_dir / "metrics.jsonl")
-    evaluation_log = JsonLines(config.output_dir / "evaluations.jsonl")
+    metrics_log = JsonLines(config.output_dir / METRICS_FILE)
+    evaluation_log = JsonLines(config.output_dir / EVALUATIONS_FILE)
     if ranks.is_main:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, config.output_dir / "config.yaml")
+        keep_config(config, step=state.step)
         metrics_log.keep_until(state.step)
         evaluation_log.keep_until(-1 if state.evaluated_step is None else state.evaluated_step)
     problems = training_problems(

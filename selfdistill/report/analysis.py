@@ -23,11 +23,12 @@ from selfdistill.report.heatmap import FULL_COLOUR, LEGEND, heat_map, verdict
 from selfdistill.runlog import write_atomically
 
 TITLE = "Where the teacher disagrees"
+FILES = ("analysis.md", "analysis.json", "analysis.html")
 CONTEXT_NAMES = {"stepalign": "critique", "refsol": "reference solution"}
 
 
 def write_analysis(analysis: RunAnalysis, folder: Path) -> Path:
-    """Write analysis.json, analysis.md and analysis.html; return the page."""
+    """Write `FILES` into a folder; return the page."""
     tables = [*analysis_tables(analysis), *map(masks_table, analysis.methods)]
     lead = "\n\n".join(filter(None, (summary_line(analysis), missing_note(analysis))))
     write_atomically(

@@ -21,10 +21,11 @@ from selfdistill.report.document import document, html_table
 from selfdistill.runlog import write_atomically
 
 TITLE = "Training runs compared"
+FILES = ("compare.md", "compare.json", "compare.html")
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> Path:
-    """Write compare.json, compare.md and compare.html; return the page."""
+    """Write `FILES` into a folder; return the page."""
     tables = (
         final_table(comparison.finals),
         difference_table(comparison.differences),

@@ -13,7 +13,7 @@ from selfdistill.reproduce.budget import job_seconds, minutes
 from selfdistill.reproduce.findings import collect
 from selfdistill.reproduce.plan import Job, Scale, Study, build_plan
 from selfdistill.reproduce.schedule import run_plan
-from selfdistill.reproduce.write import environment, write_results
+from selfdistill.reproduce.write import environment, refuse_foreign_results, write_results
 
 
 def reproduce(
@@ -43,11 +43,13 @@ def reproduce(
         False when an interrupt stopped it; the same call goes on from there.
 
     Raises:
+        PlaceTakenError: `results` holds something else, or another process works in `output`.
         PlanChangedError: `output` holds jobs of another plan.
         ValueError: fewer than one worker.
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}, expected at least 1")
+    refuse_foreign_results(results)
     console = console or Console()
     plan = build_plan(model, scale, studies)
     console.print(budget_table(plan, workers=workers))

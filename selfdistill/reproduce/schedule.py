@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from selfdistill.places import alone_in
 from selfdistill.progress import progress_bars
 from selfdistill.reproduce.budget import job_seconds
 from selfdistill.reproduce.jobs import is_finished, prepare_worker, run_job
@@ -44,6 +45,7 @@ def run_plan(plan: Sequence[Job], output: Path, *, workers: int, console: Consol
         False when an interrupt stopped it.
 
     Raises:
+        PlaceTakenError: another process works in the folder.
         PlanChangedError: a finished job belongs to another plan.
         WorkerLostError: a worker was killed; the same call goes on from there.
     """
@@ -51,6 +53,7 @@ def run_plan(plan: Sequence[Job], output: Path, *, workers: int, console: Consol
     waiting = [job for job in plan if job.name not in finished]
     running: dict[Future[bool], Job] = {}
     with (
+        alone_in(output),
         _one_thread_each(),
         ProcessPoolExecutor(workers, get_context("spawn"), initializer=prepare_worker) as pool,
         progress_bars(console) as bars,

@@ -17,6 +17,7 @@ import transformers
 
 from selfdistill.evaluate import Interval
 from selfdistill.localisation import Localisation, localisation_table
+from selfdistill.places import PlaceTakenError, try_folder
 from selfdistill.reproduce.claims import (
     Claim,
     Order,
@@ -94,6 +95,22 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def refuse_foreign_results(folder: Path) -> None:
+    """Make sure that the results replace nothing but earlier ones.
+
+    Raises:
+        PlaceTakenError: the folder has a README.md that `write_results` did not write.
+        OSError: the folder cannot be created or written.
+    """
+    path = folder / "README.md"
+    if path.exists() and not path.read_bytes().startswith(_HEAD.splitlines()[0].encode()):
+        raise PlaceTakenError(
+            f"{path} is not the page of an earlier `selfdistill reproduce`, and would be replaced: "
+            "choose another folder (--results)"
+        )
+    try_folder(folder)
 
 
 def write_results(findings: Findings, scale: Scale, where: Environment, folder: Path) -> list[Path]:

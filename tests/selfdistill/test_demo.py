@@ -12,7 +12,7 @@ from rich.console import Console
 import selfdistill.demo
 from selfdistill.config import Config
 from selfdistill.demo import ARTIFACTS, Summary, demo
-from selfdistill.train import RunExistsError
+from selfdistill.run_folder import RunExistsError
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_the_demo_from_start_to_finish_and_again(
     assert any("Avg@3" in line and "%" in line for line in lines)
     assert str(tmp_path / "demo" / "report.html") in lines[-1]
     assert reports == [tmp_path / "demo"]
-    assert {path.name for path in (tmp_path / "demo").iterdir()} == set(ARTIFACTS)
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {*ARTIFACTS, ".lock"}
 
     again, text = run(config)
     assert again == summary

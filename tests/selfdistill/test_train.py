@@ -26,6 +26,7 @@ from selfdistill.context import PromptTooLongError
 from selfdistill.evaluate import Attempts, Evaluation, judge
 from selfdistill.rollout import EngineError, Rollout
 from selfdistill.rollout.transformers_engine import TransformersEngine
+from selfdistill.run_folder import RunExistsError
 from selfdistill.runlog import JsonLines
 from selfdistill.scoring import score
 from selfdistill.seeds import derive_seed
@@ -33,11 +34,7 @@ from selfdistill.solver import Solver, load_solver
 from selfdistill.tasks import TaskError
 from selfdistill.tasks.answers import PlainChecker
 from selfdistill.tasks.arithmetic import ArithmeticTask
-from selfdistill.train import (
-    DivergedError,
-    RunExistsError,
-    train,
-)
+from selfdistill.train import DivergedError, train
 from selfdistill.weights import TrainedWeights
 
 
