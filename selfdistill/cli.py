@@ -359,6 +359,7 @@ def main() -> None:
         from selfdistill.compare import NotARunError
         from selfdistill.config import ConfigError
         from selfdistill.context import PromptTooLongError
+        from selfdistill.empty_steps import NothingLearnedError
         from selfdistill.filtering import FilterExistsError
         from selfdistill.methods.loss import UnsupportedHeadError
         from selfdistill.model_folder import UnusableModelError
@@ -385,6 +386,7 @@ def main() -> None:
             FilterExistsError,
             LogError,
             NotARunError,
+            NothingLearnedError,
             OSError,
             PlaceTakenError,
             PlanChangedError,

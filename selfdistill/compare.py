@@ -22,7 +22,7 @@ from selfdistill.runlog import JsonLines
 Metric: TypeAlias = Literal["avg_at_k", "maj_at_k", "pass_at_k", "mean_tokens"]
 
 # What may differ between the runs of one group: the seed, and what does not change what is learned.
-IGNORED = ("seed", "output_dir", "device", "shard", "checkpoint")
+IGNORED = ("seed", "output_dir", "device", "shard", "checkpoint", "max_empty_steps")
 # Where an evaluation on problems that chose nothing is looked for, in this order.
 HELD_OUT_FILES = ("held_out.json", "held_out_after.json")
 

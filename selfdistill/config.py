@@ -619,6 +619,9 @@ class Config(Section):
     it, the gradient of the step does not. A problem with more of them has a pass of its own."""
     updates_per_step: PositiveInt = 1
     """Optimiser updates on the rollouts of a step; after the first the student has moved on."""
+    max_empty_steps: PositiveInt | None = 10
+    """Stop when so many steps in a row taught nothing, such as those of a critic without a usable
+    answer, or when no step of a run did; null goes on whatever happens."""
     rollout: RolloutConfig = RolloutConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

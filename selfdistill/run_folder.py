@@ -23,6 +23,7 @@ MAY_DIFFER = (
     "shard",
     "attention",
     "steps",
+    "max_empty_steps",
     "checkpoint",
 )
 

@@ -26,9 +26,10 @@ from selfdistill.batch import build_batch, context_kinds, leave_out_long_questio
 from selfdistill.checkpoint import CheckpointStore, TrainState, fingerprint, recorded_config
 from selfdistill.config import Config
 from selfdistill.distributed import Ranks, join_ranks
+from selfdistill.empty_steps import describe, nothing_learned, trailing
 from selfdistill.evaluate import Attempts, judge, summarize
 from selfdistill.gradients import StudentLoss, accumulate_gradients
-from selfdistill.methods import build_method
+from selfdistill.methods import build_method, why_without_context
 from selfdistill.methods.loss import find_heads
 from selfdistill.places import alone_in
 from selfdistill.progress import progress_bars
@@ -76,11 +77,13 @@ class StepMetrics:
         advantage: log p_teacher(y) - log p_student(y), in nats (GRPO: of the normalised reward).
         entropy: of the student's next-token distribution, in nats.
         active: share of all completion tokens, read or not, that carry a gradient.
+        taught: whether any token carried one, in any of the updates.
         reward: share of the rollouts with the right answer.
         undecided: rollouts that count as wrong because the answer checker ran out of time.
         tied: share of the prompts whose rollouts all got the same reward.
         dropped: rollouts that were left out because the method has no context for them.
         too_long: rollouts that were left out because a prompt did not fit (`prompt.too_long`).
+        unusable: how many answers of a language model as the critic were no critique, by reason.
         engine_disagreement: largest difference between the rollout engine's log-prob of a token and
             the trainer's own, in nats; None where nothing was compared.
         contexts: how many rollouts had which kind of context; "none" had none.
@@ -99,11 +102,13 @@ class StepMetrics:
     advantage: float | None
     entropy: float | None
     active: float
+    taught: bool
     reward: float
     undecided: int
     tied: float
     dropped: int
     too_long: int
+    unusable: dict[str, int]
     engine_disagreement: float | None
     contexts: dict[str, int]
     grad_norm: float
@@ -150,6 +155,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         LogError: the folder holds a log that is none.
         CheckpointError: the last checkpoint is torn, belongs to another run, or cannot be written.
         DivergedError: the loss or gradient is not finite; the last checkpoint is kept.
+        NothingLearnedError: too many steps in a row, or all of the run, taught nothing.
         EngineError: an engine died, or a critic's server gave no answer; the last checkpoint
             is kept.
         EngineMismatchError: the rollout engine has other weights than the student; likewise.
@@ -225,6 +231,8 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
         keep_config(config, step=state.step)
         metrics_log.keep_until(state.step)
         evaluation_log.keep_until(-1 if state.evaluated_step is None else state.evaluated_step)
+    warned = False
+    empty = ranks.gather(trailing(metrics_log.read()) if ranks.is_main else [])
     problems = training_problems(
         solver.task, count=config.steps * config.prompts_per_step, seed=config.seed
     )
@@ -274,6 +282,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             with clock("context"):
                 batch = build_batch(solver, method, attempts, contexts)
             rate = settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
+            taught = False
             for _ in range(config.updates_per_step):
                 with clock("score"):
                     optimizer.zero_grad()
@@ -283,6 +292,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                         tokens_per_pass=config.tokens_per_microbatch,
                         ranks=ranks,
                     )
+                taught = taught or totals.active > 0
                 with clock("update"):
                     if not sharded:
                         ranks.sum_gradients(weights.masters.values())
@@ -306,6 +316,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             dropped, too_long, undecided = map(
                 int, ranks.sum(batch.dropped, unasked + batch.too_long, unsure)
             )
+            unusable = Counter(ranks.gather(list(why_without_context(method).elements())))
             state = replace(state, step=step)
             if evaluation_is_due(state, config):
                 with clock("evaluate"):
@@ -317,11 +328,13 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                 advantage=totals.per_token(totals.advantage),
                 entropy=totals.per_token(totals.entropy),
                 active=totals.active / max(1, totals.tokens),
+                taught=taught,
                 reward=ranks.mean(correct(attempts)),
                 undecided=undecided,
                 tied=ranks.mean(tied(attempts)),
                 dropped=dropped,
                 too_long=too_long,
+                unusable=dict(unusable),
                 engine_disagreement=disagreement,
                 contexts=dict(Counter(kinds)),
                 grad_norm=norm.item(),
@@ -332,14 +345,24 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                 seconds=clock.seconds,
                 peak_rss_mib=peak_rss_mib(),
             )
+            record = asdict(metrics)
             if ranks.is_main:
-                metrics_log.append(asdict(metrics))
+                metrics_log.append(record)
+            empty = [] if taught else [*empty, record]
+            if empty and not warned:
+                warned = True
+                console.print(f"Step {step} taught nothing: {describe(config, empty)}.")
             stopping = ranks.any(interrupt.requested)
-            last = stopping or step == config.steps
+            failure = nothing_learned(config, empty, step=step)
+            last = stopping or step == config.steps or failure is not None
             if last or state.best_step == step or step % config.checkpoint.every == 0:
                 save()
+            if failure is not None:
+                raise failure
             kl = "" if metrics.kl is None else f"KL {metrics.kl:.3f}  "
             bars.update(bar, advance=1, note=f"{kl}reward {metrics.reward:.2f}")
+    if not stopping and (failure := nothing_learned(config, empty, step=state.step)) is not None:
+        raise failure  # a finished run was to go on
     return TrainResult(
         step=state.step,
         interrupted=state.step < config.steps,

@@ -7,6 +7,7 @@ something contradictory is no critique. Such a rollout gets none, and is counted
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -119,6 +120,9 @@ class LLMCritic:
         check: judges texts as answers to their problems, all at once; a critique that ends in a
             wrong answer is none. None takes every critique that has the right form.
         show_reference: the critic sees the reference solution where the problem has one.
+
+    Attributes:
+        unusable: how many answers of the last call were no critique, by reason.
     """
 
     def __init__(
@@ -131,6 +135,7 @@ class LLMCritic:
         self._generator = generator
         self._check = check
         self._show_reference = show_reference
+        self.unusable: Counter[str] = Counter()
 
     def critique(
         self, problems: Sequence[Problem], responses: Sequence[str]
@@ -145,6 +150,7 @@ class LLMCritic:
             self.prompt(p, response) for p, response in zip(problems, responses, strict=True)
         ]
         critiques: list[Critique | None] = [None] * len(prompts)
+        self.unusable = Counter()
         for place, generation in self._generator.generate(prompts):
             critiques[place] = self._read(responses[place], generation)
         self._leave_out_wrong(problems, critiques)
@@ -162,7 +168,9 @@ class LLMCritic:
     def _read(self, response: str, generation: Generation) -> Critique | None:
         try:
             return parse_critique(generation.text, response)
-        except CritiqueError:
+        except CritiqueError as error:
+            reason = str(error) if generation.finished else "the length limit cut the answer off"
+            self.unusable[reason] += 1
             return None
 
     def _leave_out_wrong(
@@ -175,4 +183,5 @@ class LLMCritic:
         verdicts = self._check([(problems[place], text) for place, text in usable])
         for (place, _), verdict in zip(usable, verdicts, strict=True):
             if not verdict.correct:
+                self.unusable["the critique's own final answer is wrong"] += 1
                 critiques[place] = None

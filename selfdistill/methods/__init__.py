@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
 from selfdistill.config import Config, LossConfig
 from selfdistill.context import TeacherContext
 from selfdistill.critic import build_critic
+from selfdistill.critic.llm import LLMCritic
 from selfdistill.device import resolve_device
 from selfdistill.evaluate import Attempts
 from selfdistill.methods.environment import Environment
@@ -18,7 +20,16 @@ from selfdistill.methods.refsol import RefSol
 from selfdistill.methods.stepalign import StepAlign
 from selfdistill.tasks import SteppedTask, Task
 
-__all__ = ["GRPO", "Environment", "Method", "Peer", "RefSol", "StepAlign", "build_method"]
+__all__ = [
+    "GRPO",
+    "Environment",
+    "Method",
+    "Peer",
+    "RefSol",
+    "StepAlign",
+    "build_method",
+    "why_without_context",
+]
 
 
 class Method(Protocol):
@@ -84,6 +95,13 @@ def build_method(config: Config, task: Task) -> Method:
             return Environment(
                 task=task, detail=settings.detail, group_size=settings.group_size, loss=loss
             )
+
+
+def why_without_context(method: Method) -> Counter[str]:
+    """Count why rollouts of the last `contexts` call got none, where a critic can tell."""
+    if isinstance(method, StepAlign) and isinstance(method.critic, LLMCritic):
+        return method.critic.unusable
+    return Counter()
 
 
 def _check_steps_known(loss: LossConfig, task: Task) -> None:

@@ -131,12 +131,16 @@ def is_finished(job: Job, output: Path) -> bool:
     return True
 
 
+# Settings of a job that do not change its results: where things lie, and when it gives up.
+NEUTRAL = ("model", "output_dir", "max_empty_steps")
+
+
 def job_fingerprint(job: Job) -> dict[str, Any]:
-    """Return a job as JSON, without the place of the model on this machine."""
+    """Return a job as JSON, without the settings that do not change its results."""
 
     def strip(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if k not in ("model", "output_dir")}
+            return {k: strip(v) for k, v in value.items() if k not in NEUTRAL}
         return [strip(v) for v in value] if isinstance(value, list) else value
 
     return strip(json.loads(TypeAdapter(Job).dump_json(job)))

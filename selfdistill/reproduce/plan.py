@@ -344,6 +344,8 @@ class _Builder:
                 "problems": scale.dev_problems,
                 "samples": scale.dev_samples,
             },
+            # One prompt a step has many steps whose rewards are equal, on hard problems most.
+            "max_empty_steps": None,
             # The best step is saved in any case; this bounds what a kill costs.
             "checkpoint": {"every": scale.evaluate_every},
         }

@@ -23,6 +23,7 @@ from selfdistill.attention import UnavailableBackendError, UnsupportedModelError
 from selfdistill.checkpoint import CheckpointError
 from selfdistill.config import AdapterConfig, Config, load_config
 from selfdistill.context import PromptTooLongError
+from selfdistill.empty_steps import NothingLearnedError
 from selfdistill.evaluate import Attempts, Evaluation, judge
 from selfdistill.rollout import EngineError, Rollout
 from selfdistill.rollout.transformers_engine import TransformersEngine
@@ -169,6 +170,7 @@ def test_stopped_and_resumed_gives_the_same_bits(
         "method": method,
         "adapter": adapter,
         "precision": precision,
+        "max_empty_steps": None,
     }
     torch.manual_seed(0)
     train(make_config(solver_dir, tmp_path / "undisturbed", **common))
@@ -439,6 +441,7 @@ def test_no_setting_does_nothing(solver_dir: Path, tmp_path: Path, change: dict[
     # What belongs to one method is compared with that method's default.
     method = {key: value for key, value in change.get("method", {}).items() if key == "name"}
     default: dict[str, Any] = {"steps": 2, "method": {**refsol(), **method}}
+    default["max_empty_steps"] = None  # GRPO learns nothing from a random model
     if default["method"] == change.get("method"):
         default["method"] = refsol()
     if change.get("adapter"):
@@ -530,7 +533,8 @@ def test_grpo_makes_rewarded_rollouts_more_likely(
 
 def test_a_step_without_contrast_changes_nothing(solver_dir: Path, tmp_path: Path) -> None:
     """A random model is always wrong: all rewards of a group are equal."""
-    train(make_config(solver_dir, tmp_path / "run", steps=2, method=grpo()))
+    with pytest.raises(NothingLearnedError, match=r"2 of 2 steps .*all rewards of a prompt"):
+        train(make_config(solver_dir, tmp_path / "run", steps=2, method=grpo()))
     for line in JsonLines(tmp_path / "run" / "metrics.jsonl").read():
         assert (line["tied"], line["loss"], line["active"], line["grad_norm"]) == (1, 0, 0, 0)
         assert (line["advantage"], line["entropy"], line["packed_tokens"]) == (None, None, 0)
@@ -545,7 +549,8 @@ def test_a_step_whose_rollouts_have_no_context_changes_nothing(
 ) -> None:
     """No rollout of a random model succeeds, so none has a successful peer."""
     method = {"name": "peer", "group_size": 3}
-    train(make_config(solver_dir, tmp_path / "run", steps=2, method=method))
+    with pytest.raises(NothingLearnedError, match=r"of 12 rollouts 12 had nothing to show"):
+        train(make_config(solver_dir, tmp_path / "run", steps=2, method=method))
     for line in JsonLines(tmp_path / "run" / "metrics.jsonl").read():
         assert (line["dropped"], line["tokens"], line["loss"], line["active"]) == (6, 0, 0, 0)
         assert (line["kl"], line["advantage"], line["entropy"]) == (None, None, None)
