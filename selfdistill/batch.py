@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from selfdistill.config import MethodConfig
 from selfdistill.context import TeacherContext
+from selfdistill.distributed import ALONE, Ranks
 from selfdistill.evaluate import Attempts
 from selfdistill.layout import PromptGroup
 from selfdistill.methods import Method
@@ -59,14 +60,28 @@ def context_kinds(contexts: Contexts) -> list[str]:
     return ["none" if context is None else context.kind for group in contexts for context in group]
 
 
-def leave_out_long_questions(solver: Solver, problems: Sequence[Problem]) -> list[Problem]:
-    """Return the problems that leave room for a whole completion.
+def leave_out_long_questions(
+    solver: Solver, problems: Sequence[Problem], ranks: Ranks = ALONE
+) -> list[Problem]:
+    """Return the problems that leave room for a whole completion, the same ones on every rank.
+
+    Args:
+        solver: knows the prompts and how long they may be.
+        problems: all of a step; every rank measures its share of them.
+        ranks: the processes that share the step.
 
     Raises:
         TaskError: none does, so a step has nothing to train on.
     """
     room = solver.config.rollout.max_new_tokens
-    kept = [p for p in problems if solver.context.leaves_room(p, max_new_tokens=room)]
+    share = ranks.share(len(problems))
+    fits = ranks.gather(
+        [
+            solver.context.leaves_room(problem, max_new_tokens=room)
+            for problem in problems[share.start : share.stop]
+        ]
+    )
+    kept = [problem for problem, fit in zip(problems, fits, strict=True) if fit]
     if problems and not kept:
         raise TaskError(
             f"none of the {len(problems)} problems of a step leaves room for {room} new tokens, so "

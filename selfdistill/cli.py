@@ -359,6 +359,7 @@ def main() -> None:
         from selfdistill.compare import NotARunError
         from selfdistill.config import ConfigError
         from selfdistill.context import PromptTooLongError
+        from selfdistill.distributed import RankFailedError
         from selfdistill.empty_steps import NothingLearnedError
         from selfdistill.filtering import FilterExistsError
         from selfdistill.methods.loss import UnsupportedHeadError
@@ -391,6 +392,7 @@ def main() -> None:
             PlaceTakenError,
             PlanChangedError,
             PromptTooLongError,
+            RankFailedError,
             RunExistsError,
             TaskError,
             UnavailableBackendError,

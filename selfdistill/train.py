@@ -156,6 +156,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         CheckpointError: the last checkpoint is torn, belongs to another run, or cannot be written.
         DivergedError: the loss or gradient is not finite; the last checkpoint is kept.
         NothingLearnedError: too many steps in a row, or all of the run, taught nothing.
+        RankFailedError: another rank failed; the message names it.
         EngineError: an engine died, or a critic's server gave no answer; the last checkpoint
             is kept.
         EngineMismatchError: the rollout engine has other weights than the student; likewise.
@@ -172,6 +173,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             if ranks.is_main:
                 stack.enter_context(alone_in(config.output_dir))
                 refuse_other_run(config, resume=resume)
+            ranks.any(False)  # the others hear of a refusal here, before they load anything
             return _train(config, ranks, console=console)
 
 
@@ -252,11 +254,13 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             step = state.step + 1
             clock = Clock()
             first = state.step * config.prompts_per_step
-            share = ranks.share(config.prompts_per_step)
-            drawn = problems[first + share.start : first + share.stop]
-            asked = drawn
+            drawn = problems[first : first + config.prompts_per_step]
+            # What is left out is left out on all ranks, before they share the rest.
+            left = drawn
             if config.prompt.too_long == "drop":
-                asked = leave_out_long_questions(solver, drawn)
+                left = leave_out_long_questions(solver, drawn, ranks)
+            share = ranks.share(len(left))
+            asked = left[share.start : share.stop]
 
             with clock("rollout"):
                 prompts = [solver.context.student_prompt(problem) for problem in asked]
@@ -311,10 +315,10 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             with clock("sync"):
                 solver.engine.sync(student)
 
-            unasked = (len(drawn) - len(asked)) * method.group_size
+            unasked = (len(drawn) - len(left)) * method.group_size
             unsure = sum(verdict.undecided for a in attempts for verdict in a.verdicts)
             dropped, too_long, undecided = map(
-                int, ranks.sum(batch.dropped, unasked + batch.too_long, unsure)
+                int, ranks.sum(batch.dropped, batch.too_long, unsure)
             )
             unusable = Counter(ranks.gather(list(why_without_context(method).elements())))
             state = replace(state, step=step)
@@ -333,7 +337,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                 undecided=undecided,
                 tied=ranks.mean(tied(attempts)),
                 dropped=dropped,
-                too_long=too_long,
+                too_long=unasked + too_long,
                 unusable=dict(unusable),
                 engine_disagreement=disagreement,
                 contexts=dict(Counter(kinds)),

@@ -48,6 +48,73 @@ def test_two_ranks_give_the_result_of_one(sharp_solver_dir: Path, tmp_path: Path
     assert any(count < 2 for count in active)  # so one of the two ranks had none
 
 
+def test_what_is_left_out_does_not_depend_on_the_ranks(
+    sharp_solver_dir: Path, tmp_path: Path
+) -> None:
+    """Questions of nine operations leave no room; of some steps one rank's share has no others."""
+    config = ranks_settings(
+        sharp_solver_dir,
+        tmp_path / "drop",
+        task={"step_counts": [1, 9]},
+        method={"name": "refsol", "group_size": 2},
+        prompt={"max_length": 32, "too_long": "drop"},
+        rollout={"max_new_tokens": 6},
+        prompts_per_step=4,
+        steps=4,
+        evaluation={"every": 9, "problems": 1, "samples": 1},
+        seed=2,
+    )
+    answer = forked_runs("ranks", {"cases": {"drop": config}}, tmp_path)
+    assert answer["drop"]["ranks_agree"]
+    assert_close_runs(tmp_path / "drop" / "1", tmp_path / "drop" / "2")
+
+
+def test_the_rank_that_failed_is_named_by_the_others(solver_dir: Path, tmp_path: Path) -> None:
+    cases = {
+        f"{does} {rank} of {size}": {
+            "config": ranks_settings(solver_dir, tmp_path / f"{does}-{rank}-{size}"),
+            "does": does,
+            "rank": rank,
+            "size": size,
+        }
+        for does, rank, size in [
+            ("raise", 1, 2),
+            ("raise", 0, 2),
+            ("raise", 1, 3),
+            ("kill", 1, 2),
+            ("kill", 0, 2),
+            ("kill", 2, 3),
+        ]
+    }
+    for name, said in forked_runs("failures", {"cases": cases}, tmp_path).items():
+        does, failed, _, size = name.split()
+        assert len(said) == int(size)
+        own = said.pop(failed)
+        assert own == (None if does == "kill" else "EngineError: the critic is gone"), name
+        why = {
+            "raise": f"rank {failed} failed with EngineError: the critic is gone.",
+            "kill": f"rank {failed} does not answer (killed,",
+        }[does]
+        for rank, text in said.items():
+            assert text is not None
+            assert text.startswith(f"RankFailedError: {why}"), (name, rank, text)
+            assert f"Rank {rank} of {size} cannot go on without it" in text
+            assert "--resume" in text
+
+
+def test_a_refusal_of_the_first_rank_is_heard_by_all(solver_dir: Path, tmp_path: Path) -> None:
+    config = ranks_settings(solver_dir, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 4}\n')
+    said = forked_runs(
+        "failures",
+        {"cases": {"taken": {"config": config, "does": "raise", "rank": 5, "size": 2}}},
+        tmp_path,
+    )["taken"]
+    assert said["0"].startswith("RunExistsError: ")
+    assert "rank 0 failed with RunExistsError: " in said["1"]
+
+
 @pytest.mark.slow
 def test_torchrun_starts_a_run(sharp_solver_dir: Path, tmp_path: Path) -> None:
     config = ranks_settings(sharp_solver_dir, tmp_path / "together", steps=1, prompts_per_step=2)

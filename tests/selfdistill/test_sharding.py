@@ -103,29 +103,35 @@ def test_sharded_half_precision_has_the_gradient_of_one_process(
         assert masters == {torch.float32}
 
 
-def test_a_run_goes_on_with_sharded_weights_and_without(
+def test_a_run_goes_on_with_other_ranks_sharded_or_not(
     sharp_solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ema = {"name": "stepalign", "group_size": 2, "teacher": {"name": "ema"}}
-
-    def case(steps: int) -> dict[str, Any]:
-        return ranks_settings(
-            sharp_solver_dir, tmp_path / "run", shard=True, method=ema, steps=steps
-        )
-
-    forked_runs("ranks", {"cases": {"run": case(2)}}, tmp_path)
-    alone, together = tmp_path / "run" / "1", tmp_path / "run" / "2"
-    # What one process has begun, two go on with, and the other way round.
-    alone.rename(tmp_path / "begun alone")
-    together.rename(alone)
-    (tmp_path / "begun alone").rename(together)
-    forked_runs("ranks", {"cases": {"run": case(3)}}, tmp_path)
-    assert lines(together, "metrics.jsonl")[-1]["step"] == 3
-    undisturbed = tmp_path / "undisturbed"
+    config = ranks_settings(sharp_solver_dir, tmp_path / "undisturbed", method=ema)
+    # (processes, sharded) of the first two steps and of the third one.
+    changes = {
+        "sharded 2 to 1": [(2, True), (1, False)],
+        "1 to sharded 2": [(1, False), (2, True)],
+        "sharded 2 to whole 2": [(2, True), (2, False)],
+        "whole 2 to sharded 2": [(2, False), (2, True)],
+        "sharded 3 to sharded 2": [(3, True), (2, True)],
+    }
+    cases = {
+        name: {
+            "config": {**config, "output_dir": str(tmp_path / name)},
+            "stages": [
+                (size, {"shard": shard, "steps": steps})
+                for (size, shard), steps in zip(stages, (2, 3), strict=True)
+            ],
+        }
+        for name, stages in changes.items()
+    }
+    forked_runs("stages", {"cases": cases}, tmp_path)
     monkeypatch.setattr(torch.optim, "AdamW", SmoothAdamW)
-    train(Config.model_validate({**case(3), "output_dir": undisturbed}))
-    for run in (alone, together):
-        assert_close_runs(undisturbed, run)
+    train(Config.model_validate(config))
+    for name in changes:
+        assert lines(tmp_path / name, "metrics.jsonl")[-1]["step"] == 3
+        assert_close_runs(tmp_path / "undisturbed", tmp_path / name)
 
 
 def test_a_model_without_named_layers_is_refused(

@@ -1,6 +1,6 @@
 """Training runs in processes that may be killed, or that share the work of one run.
 
-    python forked_runs.py kill REQUEST.json      python forked_runs.py ranks REQUEST.json
+    python forked_runs.py kill|ranks|stages|failures REQUEST.json
 
 Importing torch and transformers takes seconds; here one process does it and forks its runs, which
 is safe because it computes nothing itself and has one thread. The answer is one line of JSON.
@@ -9,6 +9,7 @@ is safe because it computes nothing itself and has one thread. The answer is one
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -35,6 +36,7 @@ import selfdistill.train
 from selfdistill.config import Config
 from selfdistill.distributed import join_ranks
 from selfdistill.gradients import StudentLoss
+from selfdistill.rollout import EngineError
 from selfdistill.sharding import gather
 from selfdistill.weights import TrainedWeights
 
@@ -171,6 +173,45 @@ def remember(kind: type) -> list[Any]:
     return made
 
 
+_ports = itertools.count(20000 + os.getpid() % 20000)
+
+
+def together(size: int, task: Callable[[int], object], log: Path, *, failing: bool = False) -> None:
+    """Run a task in so many processes, the ranks of one group; each gets its rank.
+
+    Args:
+        size: how many.
+        task: what each of them does.
+        log: takes what they print.
+        failing: they may end in any way; else the first one that fails ends them all.
+    """
+    port = str(next(_ports))
+
+    def join(rank: int) -> None:
+        if size > 1:
+            os.environ |= {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "GLOO_SOCKET_IFNAME": "lo",
+            }
+        task(rank)
+
+    processes = [fork(lambda rank=rank: join(rank), log) for rank in range(size)]
+    try:
+        while processes:
+            if failing:
+                os.waitpid(processes[0], 0)
+            else:
+                wait(processes[0], log)
+            processes.pop(0)
+    finally:
+        for pid in processes[1:]:  # the others would wait for one that failed
+            os.kill(pid, signal.SIGKILL)
+
+
 def ranks(request: dict[str, Any]) -> dict[str, Any]:
     """Run each configuration with as many processes as asked, and alone; compare the ranks."""
     torch.optim.AdamW = SmoothAdamW  # type: ignore[misc]
@@ -180,21 +221,8 @@ def ranks(request: dict[str, Any]) -> dict[str, Any]:
         folder = config.output_dir
         folder.mkdir(parents=True, exist_ok=True)
         for size in (1, 2):
-            log = folder / f"log-{size}"
-            port = str(20000 + os.getpid() % 20000 + len(answers) * 2 + size)
 
-            def task(
-                rank: int, size: int = size, port: str = port, config: Config = config
-            ) -> None:
-                if size > 1:
-                    os.environ |= {
-                        "RANK": str(rank),
-                        "WORLD_SIZE": str(size),
-                        "LOCAL_RANK": str(rank),
-                        "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": port,
-                        "GLOO_SOCKET_IFNAME": "lo",
-                    }
+            def task(rank: int, size: int = size, config: Config = config) -> None:
                 weights: list[TrainedWeights] = remember(TrainedWeights)
                 objectives: list[StudentLoss] = remember(StudentLoss)
                 with join_ranks():
@@ -209,14 +237,7 @@ def ranks(request: dict[str, Any]) -> dict[str, Any]:
                     json.dumps({"digest": digest, "held": held})
                 )
 
-            processes = [fork(lambda rank=rank: task(rank), log) for rank in range(size)]
-            try:
-                while processes:
-                    wait(processes[0], log)
-                    processes.pop(0)
-            finally:
-                for pid in processes[1:]:  # the others would wait for one that failed
-                    os.kill(pid, signal.SIGKILL)
+            together(size, task, folder / f"log-{size}")
         found = [json.loads((folder / f"rank-2-{rank}").read_text()) for rank in range(2)]
         answers[name] = {
             "ranks_agree": found[0]["digest"] == found[1]["digest"],
@@ -225,7 +246,54 @@ def ranks(request: dict[str, Any]) -> dict[str, Any]:
     return answers
 
 
+def stages(request: dict[str, Any]) -> dict[str, Any]:
+    """Run each case one stage after the other, each going on where the one before ended.
+
+    A stage is (number of processes, settings that differ).
+    """
+    torch.optim.AdamW = SmoothAdamW  # type: ignore[misc]
+    for case in request["cases"].values():
+        folder = Path(case["config"]["output_dir"])
+        for number, (size, changes) in enumerate(case["stages"]):
+            config = Config.model_validate({**case["config"], **changes})
+            log = folder.with_name(f"{folder.name}-log-{number}")
+            together(size, lambda rank, config=config: run(config), log)
+    return {}
+
+
+def failures(request: dict[str, Any]) -> dict[str, Any]:
+    """Let one of the ranks fail when it judges rollouts; return what each of them said.
+
+    A case names the `rank`, what it `does` (raise, kill) and the number of ranks, its `size`.
+    """
+    answers = {}
+    for name, case in request["cases"].items():
+        config = Config.model_validate(case["config"])
+        folder = config.output_dir
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def task(rank: int, case: dict[str, Any] = case, config: Config = config) -> None:
+            def fail(*args: Any) -> None:
+                if case["does"] == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise EngineError("the critic is gone")
+
+            if rank == case["rank"]:
+                selfdistill.train.judge = fail
+            try:
+                run(config)
+            except Exception as error:
+                said = f"{type(error).__name__}: {error}"
+                (config.output_dir / f"said-{rank}").write_text(said)
+
+        together(case["size"], task, folder / "log", failing=True)
+        paths = {rank: folder / f"said-{rank}" for rank in range(case["size"])}
+        answers[name] = {r: p.read_text() if p.exists() else None for r, p in paths.items()}
+    return answers
+
+
 if __name__ == "__main__":
     action, path = sys.argv[1:]
-    answer = {"kill": kill, "ranks": ranks}[action](json.loads(Path(path).read_text()))
+    actions = {"kill": kill, "ranks": ranks, "stages": stages, "failures": failures}
+    answer = actions[action](json.loads(Path(path).read_text()))
     print(json.dumps(answer))
