@@ -21,7 +21,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from selfdistill.analysis import Place, TokenAnalysis, analyze, erroneous_attempts
-from selfdistill.checkpoint import CheckpointStore, read_checkpoint, restore_teacher
+from selfdistill.checkpoint import CheckpointStore, fingerprint, restore_teacher
 from selfdistill.compare import flatten
 from selfdistill.config import Config, ConfigError, Distillation, MethodConfig, load_config
 from selfdistill.evaluate import Attempts, Interval, sample_attempts
@@ -46,6 +46,7 @@ from selfdistill.resampling import ratio_intervals
 from selfdistill.rollout import SamplingParams
 from selfdistill.seeds import derive_seed
 from selfdistill.solver import Solver, load_solver
+from selfdistill.state_file import digest_inputs, read_state, refuse_other
 from selfdistill.teacher import build_teacher
 
 Checkpoint = Literal["best", "last", "base"]
@@ -183,7 +184,8 @@ def analyze_run(
         console: where progress is shown; the standard error stream by default.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it is torn.
+        CheckpointError: there is no such checkpoint, it is torn, or it is another run's than
+            config.yaml says: see `load_solver`.
         ConfigError: `methods` asks for something that does not exist, or a method has no teacher.
         OSError: the run has no config.yaml.
     """
@@ -197,8 +199,16 @@ def analyze_run(
     if checkpoint != "base":
         store = CheckpointStore(run / "checkpoints")
         weights = store.best if checkpoint == "best" else store.last
-        step = read_checkpoint(weights)["step"]
+        step = read_state(weights).step
     solver = load_solver(config, weights)
+    if weights is None and (last := CheckpointStore(run / "checkpoints").last).exists():
+        refuse_other(
+            last,
+            read_state(last),
+            config=config.model_dump(mode="json"),
+            base_sha256=fingerprint(solver.model),
+            inputs=digest_inputs(solver.task, solver.tokenizer),
+        )
     with progress_bars(console) as bars:
         bar = bars.add_task("attempt", total=attempts, note="that went wrong")
         draw = draw_attempts(
@@ -393,12 +403,14 @@ def score_method(
         progress: called with the number of attempts just scored.
 
     Raises:
-        CheckpointError: the teacher has a state, and the checkpoint has none.
+        CheckpointError: the teacher has a state, and the checkpoint has none; or the run started
+            from other base weights.
     """
     base = load_solver(config).model
     teacher = build_teacher(config.method.teacher, solver.model, base=base)
     assert teacher is not None  # every Distillation has one
     if checkpoint is not None:
+        refuse_other(checkpoint, read_state(checkpoint), base_sha256=fingerprint(base))
         restore_teacher(checkpoint, teacher)
     return analyze(
         solver,

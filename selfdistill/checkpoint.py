@@ -24,31 +24,34 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from selfdistill.config import Config
 from selfdistill.sharding import gather, like
+from selfdistill.state_file import (
+    FORMAT,
+    MAY_DIFFER,
+    OPTIMIZER_FILE,
+    RNG_FILE,
+    STATE_FILE,
+    VERSION,
+    CheckpointError,
+    read_checkpoint,
+    refuse_other,
+    sha256_of,
+)
 from selfdistill.teacher import Teacher
 from selfdistill.weights import TrainedWeights, copy_tensors
 
-FORMAT = "selfdistill-checkpoint"
-VERSION = 2
 TEACHER_FILE = "teacher.safetensors"
 # What `CheckpointStore` writes. A copy under another name, such as step-000042-good, stays.
 _STEP_FOLDER = re.compile(r"step-\d{6,}(-evaluated)?")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used; the message names it and says why."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class TrainState:
         best_metric: that Avg@k, or None.
         config: the run's configuration (`Config.model_dump(mode="json")`).
         base_sha256: fingerprint of the weights that the run started from.
+        inputs: `digest_inputs` of the run.
     """
 
     step: int
@@ -70,6 +74,7 @@ class TrainState:
     best_metric: float | None
     config: dict[str, Any]
     base_sha256: str
+    inputs: dict[str, str] = field(default_factory=dict)
 
 
 class CheckpointStore:
@@ -134,16 +139,16 @@ class CheckpointStore:
                 tokenizer.save_pretrained(temporary)
             if averages:
                 save_file(averages, temporary / TEACHER_FILE)
-            save_file(tensors, temporary / "optimizer.safetensors")
-            save_file(_rng_states(), temporary / "rng.safetensors")
+            save_file(tensors, temporary / OPTIMIZER_FILE)
+            save_file(_rng_states(), temporary / RNG_FILE)
             document = {
                 "format": FORMAT,
                 "version": VERSION,
                 **asdict(state),
                 "optimizer_groups": groups,
-                "sha256": {p.name: _sha256(p) for p in sorted(temporary.iterdir())},
+                "sha256": {p.name: sha256_of(p) for p in sorted(temporary.iterdir())},
             }
-            (temporary / "state.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+            (temporary / STATE_FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
             for path in [*temporary.iterdir(), temporary]:
                 _flush(path)
             shutil.rmtree(self.directory / name, ignore_errors=True)
@@ -169,8 +174,9 @@ class CheckpointStore:
         optimizer: torch.optim.Optimizer,
         config: dict[str, Any],
         base_sha256: str,
+        inputs: Mapping[str, str] | None = None,
         teacher: Teacher | None = None,
-        may_differ: Iterable[str] = (),
+        may_differ: Iterable[str] = MAY_DIFFER,
     ) -> TrainState:
         """Put the weights, the optimiser's, teacher's and random numbers' states back in place.
 
@@ -181,30 +187,37 @@ class CheckpointStore:
             teacher: gets its state, if it has one.
             config: the configuration of the run that wants to continue.
             base_sha256: fingerprint of the weights that this run starts from.
+            inputs: `digest_inputs` of this run; None: whatever they were.
             may_differ: settings of `config` that may differ from the checkpoint's.
 
         Raises:
             CheckpointError: the checkpoint is missing, torn, damaged, from another program, of
-                another configuration or of another model.
+                another configuration, of other inputs or of another model.
         """
-        document = read_checkpoint(path)
-        state = TrainState(**{name: document[name] for name in TrainState.__dataclass_fields__})
-        changes = differing_settings(config, state.config, may_differ=may_differ)
-        if changes is not None:
-            raise CheckpointError(f"checkpoint {path} belongs to another configuration: {changes}")
-        if state.base_sha256 != base_sha256:
-            raise CheckpointError(
-                f"checkpoint {path} started from other weights than {config.get('model')!r} holds"
-            )
+        found = read_checkpoint(path)
+        refuse_other(
+            path,
+            found,
+            config=config,
+            base_sha256=base_sha256,
+            inputs=inputs,
+            may_differ=may_differ,
+        )
         _restore(path, weights.read(path), weights.masters, "another model")
         weights.publish()
         if teacher is not None:
             restore_teacher(path, teacher)
-        _restore_optimizer(
-            optimizer, load_file(path / "optimizer.safetensors"), document["optimizer_groups"]
+        try:
+            _restore_optimizer(optimizer, load_file(path / OPTIMIZER_FILE), found.optimizer_groups)
+            _restore_rng(load_file(path / RNG_FILE))
+        except (SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"checkpoint {path} is of another optimiser or random generator: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        return TrainState(
+            **{name: getattr(found, name) for name in TrainState.__dataclass_fields__}
         )
-        _restore_rng(load_file(path / "rng.safetensors"))
-        return state
 
     def saved(self) -> list[str]:
         """Return the names of the step folders, the oldest first; others are not ours."""
@@ -234,69 +247,6 @@ class CheckpointStore:
             path = self.directory / name
             if path.resolve() not in keep:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def differing_settings(
-    config: Mapping[str, Any], recorded: Mapping[str, Any], *, may_differ: Iterable[str] = ()
-) -> str | None:
-    """Say which settings of two configurations differ, and how; None when none does.
-
-    Args:
-        config: the one at hand, as JSON.
-        recorded: the one that was written down. What an older version did not know yet has its
-            default.
-        may_differ: settings that are not compared.
-    """
-    with suppress(ValidationError):  # it has what this version does not know: that will be said
-        recorded = Config.model_validate(recorded).model_dump(mode="json")
-    names = sorted(
-        name
-        for name in {*config, *recorded} - set(may_differ)
-        if config.get(name) != recorded.get(name)
-    )
-    return (
-        ", ".join(f"{n} ({recorded.get(n)!r} there, {config.get(n)!r} here)" for n in names) or None
-    )
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's state.json after checking every file against its SHA-256.
-
-    Raises:
-        CheckpointError: missing, torn, damaged, or not a checkpoint of this program.
-    """
-    if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint at {path}")
-    try:
-        document = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is not a checkpoint: it has no state.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"checkpoint {path} is torn: state.json: {error}") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of selfdistill (state.json says so)")
-    if document.get("version") != VERSION:
-        raise CheckpointError(
-            f"checkpoint {path} has version {document.get('version')}, this program reads {VERSION}"
-        )
-    for name, digest in document["sha256"].items():
-        if not (path / name).is_file():
-            raise CheckpointError(f"checkpoint {path} is torn: {name} is missing")
-        if _sha256(path / name) != digest:
-            raise CheckpointError(f"checkpoint {path} is damaged: {name} has other bytes")
-    return document
-
-
-def recorded_config(path: Path) -> dict[str, Any]:
-    """Return the configuration that a checkpoint records, empty where there is none to be read.
-
-    Nothing is checked: that is for `read_checkpoint`.
-    """
-    try:
-        config = json.loads((path / "state.json").read_text(encoding="utf-8"))["config"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -375,14 +325,6 @@ def _restore_rng(states: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -77,7 +77,6 @@ def evaluate(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure Pass@k, Maj@k and Avg@k with 95 % intervals."""
-    from selfdistill.checkpoint import read_checkpoint
     from selfdistill.config import Config, load_config
     from selfdistill.evaluate import summarize
     from selfdistill.places import try_files
@@ -92,9 +91,7 @@ def evaluate(
     console = Console()
     if (Path(model) / "config.yaml").is_file():
         settings = load_config(Path(model) / "config.yaml")
-        weights = Path(model) / "checkpoints" / checkpoint
-        read_checkpoint(weights)
-        solver = load_solver(settings, weights)
+        solver = load_solver(settings, Path(model) / "checkpoints" / checkpoint)
     elif model.endswith((".yaml", ".yml")):
         solver = load_solver(load_config(Path(model)))
     else:
@@ -355,7 +352,6 @@ def main() -> None:
         # Imported late, so that --help need not wait for torch.
         from selfdistill.attention import UnavailableBackendError, UnsupportedModelError
         from selfdistill.chat import ControlTokenError
-        from selfdistill.checkpoint import CheckpointError
         from selfdistill.compare import NotARunError
         from selfdistill.config import ConfigError
         from selfdistill.context import PromptTooLongError
@@ -373,6 +369,7 @@ def main() -> None:
         from selfdistill.sharding import UnshardableModelError
         from selfdistill.run_folder import RunExistsError
         from selfdistill.runlog import LogError
+        from selfdistill.state_file import CheckpointError
         from selfdistill.tasks import TaskError
         from selfdistill.train import DivergedError
         from selfdistill.weights import UnsupportedAdapterError

@@ -12,12 +12,14 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import yaml
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
+from selfdistill.checkpoint import CheckpointStore
+from selfdistill.config import load_config
 from selfdistill.evaluate import Evaluation, Interval, ProblemScore
 from selfdistill.resampling import crossed_difference, crossed_mean
 from selfdistill.runlog import JsonLines
+from selfdistill.state_file import read_state, refuse_other
 
 Metric: TypeAlias = Literal["avg_at_k", "maj_at_k", "pass_at_k", "mean_tokens"]
 
@@ -158,7 +160,10 @@ def read_run_curve(folder: Path, *, name: str | None = None) -> RunCurve:
         name: how to call it; the folder's name by default.
 
     Raises:
-        NotARunError: config.yaml or evaluations.jsonl is missing or empty.
+        NotARunError: config.yaml or evaluations.jsonl is missing, empty, or something else.
+        ConfigError: config.yaml is no configuration.
+        LogError: evaluations.jsonl is no log.
+        CheckpointError: config.yaml is not what the last checkpoint was trained with.
     """
     config_file = folder / "config.yaml"
     lines = JsonLines(folder / "evaluations.jsonl").read()
@@ -167,14 +172,26 @@ def read_run_curve(folder: Path, *, name: str | None = None) -> RunCurve:
             f"{folder} holds no evaluated run: expected config.yaml and evaluations.jsonl with at "
             "least one line, as `selfdistill train` writes them"
         )
-    config = yaml.safe_load(config_file.read_text("utf-8"))
-    evaluation = TypeAdapter(Evaluation)
+    config = load_config(config_file)
+    settings = config.model_dump(mode="json")
+    last = CheckpointStore(folder / "checkpoints").last
+    if last.exists():
+        refuse_other(last, read_state(last), config=settings)
+    try:
+        evaluations = TypeAdapter(tuple[Evaluation, ...]).validate_python(lines)
+        steps = TypeAdapter(tuple[int, ...]).validate_python([line.get("step") for line in lines])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise NotARunError(
+            f"{folder / 'evaluations.jsonl'} holds a record that is no evaluation: "
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r:.80}"
+        ) from error
     return RunCurve(
         name=name or folder.name,
-        config=flatten(config),
-        rollouts_per_step=config["prompts_per_step"] * config["method"]["group_size"],
-        steps=tuple(line["step"] for line in lines),
-        evaluations=tuple(evaluation.validate_python(line) for line in lines),
+        config=flatten(settings),
+        rollouts_per_step=config.prompts_per_step * config.method.group_size,
+        steps=steps,
+        evaluations=evaluations,
         held_out=_read_held_out(folder),
     )
 

@@ -39,6 +39,7 @@ from selfdistill.run_folder import RunExistsError
 from selfdistill.runlog import JsonLines, peak_rss_mib, write_atomically
 from selfdistill.seeds import derive_seed
 from selfdistill.solver import Solver, load_solver
+from selfdistill.state_file import read_state
 from selfdistill.tables import evaluation_table, percent
 from selfdistill.teacher import build_teacher
 from selfdistill.train import train
@@ -194,15 +195,14 @@ def summarise(config: Config, before: HeldOut, after: HeldOut) -> Summary:
     )
     packed = sum(line["packed_tokens"] for line in metrics)
     unshared = sum(line["unshared_tokens"] for line in metrics)
-    state = json.loads(
-        (CheckpointStore(config.output_dir / "checkpoints").last / "state.json").read_text("utf-8")
-    )
+    best_step = read_state(CheckpointStore(config.output_dir / "checkpoints").last).best_step
+    assert best_step is not None  # training has evaluated at least once
     return Summary(
         config=config.model_dump(mode="json"),
         before=before.evaluation,
         after=after.evaluation,
         difference=avg_difference(before.evaluation, after.evaluation),
-        best_step=state["best_step"],
+        best_step=best_step,
         tokens_saved=1 - packed / unshared,
         minutes=(before.seconds + training + after.seconds) / 60,
         peak_rss_mib=max(peak_rss_mib(), *(line["peak_rss_mib"] for line in metrics)),

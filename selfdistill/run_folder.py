@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from datetime import date
 from itertools import chain, count
 from pathlib import Path
 
-from selfdistill.checkpoint import CheckpointStore, differing_settings
+from selfdistill.checkpoint import CheckpointStore
 from selfdistill.config import Config, ConfigError, load_config, save_config
 from selfdistill.runlog import JsonLines
+from selfdistill.solver import recorded_date, with_date
+from selfdistill.state_file import MAY_DIFFER, CheckpointError, differing_settings, read_state
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 CHECKPOINTS = "checkpoints"
-
-# Settings that a continued run may change without becoming another run.
-MAY_DIFFER = (
-    "model",
-    "output_dir",
-    "device",
-    "shard",
-    "attention",
-    "steps",
-    "max_empty_steps",
-    "checkpoint",
-)
 
 
 class RunExistsError(RuntimeError):
@@ -75,6 +67,18 @@ def refuse_other_run(config: Config, *, resume: bool) -> None:
         raise RunExistsError(go_on)
 
 
+def first_day(config: Config) -> date | None:
+    """Return the day that the run in the folder writes in its prompts; None where it writes none.
+
+    A run that goes on after midnight keeps the day of its first start.
+    """
+    folder = config.output_dir
+    with suppress(CheckpointError):  # one that is damaged is refused when it is loaded
+        return recorded_date(read_state(folder / CHECKPOINTS / "last").config)
+    found = _loaded(folder / CONFIG_FILE)
+    return None if found is None else found.prompt.date
+
+
 def keep_config(config: Config, *, step: int) -> None:
     """Write down the configuration; one that says something else keeps a name of its own.
 
@@ -102,6 +106,8 @@ def _differing_config(config: Config) -> str | None:
     found = _loaded(path)
     if found is None:
         return "this version cannot read it"
+    if config.prompt.date is None and found.prompt.date is not None:
+        config = with_date(config, found.prompt.date)  # as `first_day` will tell
     return differing_settings(
         config.model_dump(mode="json"), found.model_dump(mode="json"), may_differ=MAY_DIFFER
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from selfdistill.checkpoint import fingerprint
 from selfdistill.config import Config, LocalTextEngine
 from selfdistill.context import ContextRenderer
 from selfdistill.device import resolve_device
@@ -17,8 +18,9 @@ from selfdistill.evaluate import Attempts, sample_attempts
 from selfdistill.model_folder import check_vocabulary, load_tokenizer
 from selfdistill.rollout import RolloutEngine, SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
+from selfdistill.state_file import digest_inputs, read_checkpoint, refuse_other
 from selfdistill.tasks import Problem, Task, TaskError, build_task
-from selfdistill.weights import Student, adapter_rank, load_model
+from selfdistill.weights import Student, adapter_rank, load_adapter, load_model
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,19 @@ def load_solver(config: Config, checkpoint: Path | None = None) -> Solver:
     """Load the configured task and model, with the weights of a checkpoint if one is given.
 
     Raises:
+        CheckpointError: the checkpoint is torn, or that of another configuration, of other base
+            weights (where the adapters stand on them), problems, or of another tokenizer.
         UnusableModelError: there is no such model, or it cannot be loaded whole.
         TaskError: the task's problems cannot be read.
         UnsupportedAdapterError: the adapter names layers that cannot be adapted.
     """
     tokenizer = load_solver_tokenizer(config)
-    model = load_model(config, checkpoint).to(resolve_device(config.device))
     task = build_task(config.task)
+    if checkpoint is None:
+        model = load_model(config)
+    else:
+        model = _load_checkpoint(config, checkpoint, digest_inputs(task, tokenizer))
+    model = model.to(resolve_device(config.device))
     engine = build_engine(config, model, tokenizer)
     if checkpoint is not None:
         engine.sync(model)
@@ -134,14 +142,28 @@ def with_date(config: Config, day: date) -> Config:
 
 def recorded_date(recorded: Mapping[str, Any]) -> date | None:
     """Return the day in a configuration as `Config.model_dump(mode="json")` gives it."""
-    day = recorded.get("prompt", {}).get("date")
-    return None if day is None else date.fromisoformat(day)
+    try:
+        return date.fromisoformat(recorded["prompt"]["date"])
+    except (LookupError, TypeError, ValueError):  # none, or somebody else wrote the document
+        return None
 
 
 def load_solver_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """Load the configured model's tokenizer, with the configured chat template if there is one."""
     template = config.prompt.chat_template
     return load_tokenizer(config.model, chat_template=Path(template) if template else None)
+
+
+def _load_checkpoint(config: Config, checkpoint: Path, inputs: dict[str, str]) -> Student:
+    """Load a checkpoint of this configuration, and of no other."""
+    state = read_checkpoint(checkpoint)
+    refuse_other(checkpoint, state, config=config.model_dump(mode="json"), inputs=inputs)
+    if config.adapter is None:
+        return load_model(config, checkpoint)
+    model = load_model(config)
+    refuse_other(checkpoint, state, base_sha256=fingerprint(model))
+    load_adapter(model, checkpoint)
+    return model
 
 
 def build_renderer(

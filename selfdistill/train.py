@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from selfdistill.attention import enable_prefix_sharing
 from selfdistill.batch import build_batch, context_kinds, leave_out_long_questions
-from selfdistill.checkpoint import CheckpointStore, TrainState, fingerprint, recorded_config
+from selfdistill.checkpoint import CheckpointStore, TrainState, fingerprint
 from selfdistill.config import Config
 from selfdistill.distributed import Ranks, join_ranks
 from selfdistill.empty_steps import describe, nothing_learned, trailing
@@ -39,21 +39,16 @@ from selfdistill.rollout.agreement import check_engine
 from selfdistill.run_folder import (
     CHECKPOINTS,
     EVALUATIONS_FILE,
-    MAY_DIFFER,
     METRICS_FILE,
+    first_day,
     keep_config,
     refuse_other_run,
 )
 from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
 from selfdistill.seeds import derive_seed
 from selfdistill.sharding import whole
-from selfdistill.solver import (
-    Solver,
-    build_engine,
-    keep_date,
-    load_solver,
-    recorded_date,
-)
+from selfdistill.solver import Solver, build_engine, keep_date, load_solver
+from selfdistill.state_file import digest_inputs
 from selfdistill.tasks import training_problems
 from selfdistill.teacher import build_teacher
 from selfdistill.weights import TrainedWeights
@@ -77,7 +72,7 @@ class StepMetrics:
         advantage: log p_teacher(y) - log p_student(y), in nats (GRPO: of the normalised reward).
         entropy: of the student's next-token distribution, in nats.
         active: share of all completion tokens, read or not, that carry a gradient.
-        taught: whether any token carried one, in any of the updates.
+        taught: whether any token carried one in any of the updates, a KL penalty aside.
         reward: share of the rollouts with the right answer.
         undecided: rollouts that count as wrong because the answer checker ran out of time.
         tied: share of the prompts whose rollouts all got the same reward.
@@ -179,7 +174,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
 
 def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
     store = CheckpointStore(config.output_dir / CHECKPOINTS)
-    day = recorded_date(recorded_config(store.last)) or date.today()
+    day = first_day(config) or date.today()
     (day, *_) = ranks.gather([day])  # it may be midnight
     solver = keep_date(load_solver(config), day)
     config = solver.config
@@ -213,6 +208,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
         best_metric=None,
         config=config.model_dump(mode="json"),
         base_sha256=base_sha256,
+        inputs=digest_inputs(solver.task, solver.tokenizer),
     )
     if os.path.lexists(store.last):
         found = store.load(
@@ -222,9 +218,9 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             teacher=teacher,
             config=state.config,
             base_sha256=state.base_sha256,
-            may_differ=MAY_DIFFER,
+            inputs=state.inputs,
         )
-        state = replace(found, config=state.config)
+        state = replace(found, config=state.config, inputs=state.inputs)
         solver.engine.sync(student)
         console.print(f"Resuming after step {state.step} of {config.steps}.")
     metrics_log = JsonLines(config.output_dir / METRICS_FILE)

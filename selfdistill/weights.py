@@ -59,10 +59,15 @@ def load_model(config: Config, folder: Path | None = None) -> Student:
     if config.adapter is not None:
         model = attach_adapter(model, config.adapter, seed=derive_seed(config.seed, "adapter"))
         if folder is not None:
-            weights = _adapter_weights(model)
-            for name, saved in load_file(folder / ADAPTER_FILE).items():
-                weights[name].data.copy_(saved)
+            load_adapter(model, folder)
     return model.eval()
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Give a model's adapters the weights of a checkpoint."""
+    weights = _adapter_weights(model)
+    for name, saved in load_file(folder / ADAPTER_FILE).items():
+        weights[name].data.copy_(saved)
 
 
 def attach_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, seed: int) -> PeftModel:

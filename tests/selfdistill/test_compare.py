@@ -51,10 +51,15 @@ def evaluation(
 
 
 def config(
-    *, name: str = "stepalign", group_size: int = 1, seed: int = 0, rate: float = 1e-4
+    *,
+    name: str = "stepalign",
+    group_size: int = 1,
+    seed: int = 0,
+    rate: float = 1e-4,
+    model: str = "m",
 ) -> dict[str, object]:
     return {
-        "model": "m",
+        "model": model,
         "output_dir": f"runs/{name}{seed}",
         "method": {"name": name, "group_size": group_size},
         "optimizer": {"learning_rate": rate},
@@ -195,10 +200,11 @@ def write_run(folder: Path, settings: dict[str, object], correct: dict[int, list
 
 def test_the_command_writes_page_markdown_and_json(tmp_path: Path) -> None:
     curve = {0: [0, 1, 2, 1], 5: [2, 3, 2, 1]}
+    last = {0: [0, 1, 2, 1]}
     folders = [
         write_run(tmp_path / "one", config(), curve),
         write_run(tmp_path / "two", config(seed=1), curve),
-        write_run(tmp_path / "three", config(name="<grpo>", group_size=8), {0: [0, 1, 2, 1]}),
+        write_run(tmp_path / "three", config(name="grpo", group_size=8, model="<grpo>"), last),
     ]
     held_out = evaluation([4, 3, 4, 1], split="test")
     for folder in folders[:2]:
@@ -212,12 +218,13 @@ def test_the_command_writes_page_markdown_and_json(tmp_path: Path) -> None:
     assert "Final accuracy" in result.output
 
     document = json.loads((output / "compare.json").read_text())
-    assert [group["label"] for group in document["groups"]] == ["stepalign", "<grpo>"]
+    assert [group["label"] for group in document["groups"]] == ["stepalign", "grpo"]
     assert document["finals"][0]["metrics"]["avg_at_k"]["value"] == pytest.approx(12 / 16)
-    assert document["settings"]["method.group_size"] == {"stepalign": 1, "<grpo>": 8}
+    assert document["settings"]["method.group_size"] == {"stepalign": 1, "grpo": 8}
+    assert document["settings"]["model"] == {"stepalign": "m", "grpo": "<grpo>"}
     markdown = (output / "compare.md").read_text()
     assert "| stepalign | test, 4 x 4 | 2 | 75.0 % [" in markdown
-    assert "| <grpo> minus stepalign | test | +0.0 [+0.0, +0.0] |" in markdown
+    assert "| grpo minus stepalign | test | +0.0 [+0.0, +0.0] |" in markdown
 
     page = read(output / "compare.html")
     assert page.sections == ["curves", "result", "differences", "reproduction"]
