@@ -16,6 +16,7 @@ from selfdistill.rollout import completion_text
 from selfdistill.scoring import score
 from selfdistill.solver import Solver
 from selfdistill.spans import token_span
+from selfdistill.tasks import SteppedTask
 from selfdistill.teacher import Teacher
 
 Place: TypeAlias = tuple[int, int]
@@ -38,6 +39,8 @@ class TokenAnalysis:
         kl: the divergence of the method's objective, in nats.
         entropy: of the student's next-token distribution, in nats.
         student_logprob, teacher_logprob: of the sampled token, in nats.
+        steps_judged: whether the task's checker judges steps, so that those without a mark are
+            right; False where older files did not record it.
     """
 
     problem_id: str
@@ -55,6 +58,7 @@ class TokenAnalysis:
     entropy: list[float]
     student_logprob: list[float]
     teacher_logprob: list[float]
+    steps_judged: bool = False
 
 
 @torch.no_grad()
@@ -138,6 +142,7 @@ def analyze(
                     entropy=entropy,
                     student_logprob=student_logprob,
                     teacher_logprob=teacher_logprob,
+                    steps_judged=isinstance(solver.task, SteppedTask),
                 )
             )
         if progress is not None:

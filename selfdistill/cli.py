@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
+
+from selfdistill.visible import say, visible
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,11 +51,12 @@ def train(
 
     result = run_training(settings, resume=resume, console=console)
     if result.interrupted:
-        console.print(f"Stopped after step {result.step}; go on with --resume.")
+        say(console, f"Stopped after step {result.step}; go on with --resume.")
         raise typer.Exit(EXIT_INTERRUPTED)
-    console.print(
+    say(
+        console,
         f"Best held-out Avg@{settings.evaluation.samples}: {result.best_metric:.3f} at step "
-        f"{result.best_step}, in {settings.output_dir / 'checkpoints' / 'best'}"
+        f"{result.best_step}, in {settings.output_dir / 'checkpoints' / 'best'}",
     )
 
 
@@ -143,7 +146,7 @@ def filter_(
     console = Console()
     report = filter_problems(load_config(config), output, settings, console=console)
     console.print(report.table())
-    console.print(f"{report.count('kept')} problems are in {output}.")
+    say(console, f"{report.count('kept')} problems are in {output}.")
 
 
 @app.command()
@@ -199,12 +202,12 @@ def analyze(
         console=console,
     )
     page = write_analysis(analysis, folder)
-    console.print(summary_line(analysis), highlight=False)
+    say(console, summary_line(analysis))
     for table in analysis_tables(analysis):
         console.print(table.rich())
     if note := missing_note(analysis):
-        console.print(note)
-    console.print(f"Page: {page.resolve()}", soft_wrap=True)
+        say(console, note)
+    say(console, f"Page: {page.resolve()}")
 
 
 @app.command()
@@ -232,7 +235,7 @@ def compare(
     console.print(final_table(comparison.finals).rich())
     if comparison.differences:
         console.print(difference_table(comparison.differences).rich())
-    console.print(f"Page: {page.resolve()}", soft_wrap=True)
+    say(console, f"Page: {page.resolve()}")
 
 
 @app.command()
@@ -403,5 +406,6 @@ def main() -> None:
         )
         if not isinstance(error, known):
             raise
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        line = Text.assemble(("error:", "red"), f" {visible(str(error))}")
+        Console(stderr=True).print(line, soft_wrap=True)
         sys.exit(1)

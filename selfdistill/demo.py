@@ -43,6 +43,7 @@ from selfdistill.state_file import read_state
 from selfdistill.tables import evaluation_table, percent
 from selfdistill.teacher import build_teacher
 from selfdistill.train import train
+from selfdistill.visible import say
 
 HELD_OUT_PROBLEMS = 200
 HELD_OUT_SAMPLES = 12
@@ -125,7 +126,7 @@ def _demo(config: Config, *, fresh: bool, console: Console) -> Summary | None:
             raise RunExistsError(
                 f"{run} holds a finished demo of another configuration; start over with --fresh"
             )
-        console.print(f"The demo in {run} is finished; --fresh starts over.")
+        say(console, f"The demo in {run} is finished; --fresh starts over.")
     else:
         before = held_out("before", config, load_solver(config), console)
         result = train(config, resume=True, console=console)
@@ -143,7 +144,7 @@ def _demo(config: Config, *, fresh: bool, console: Console) -> Summary | None:
 
         write_report(run)
     console.print(summary_table(summary))
-    console.print(f"Report: {(run / 'report.html').resolve()}", soft_wrap=True)
+    say(console, f"Report: {(run / 'report.html').resolve()}")
     return summary
 
 

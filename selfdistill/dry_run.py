@@ -31,6 +31,7 @@ from selfdistill.planning import (
 from selfdistill.solver import build_renderer, load_solver_tokenizer
 from selfdistill.tasks import Problem, build_task, training_problems
 from selfdistill.textgen.local import check_room, load_critic_chat
+from selfdistill.visible import say, visible
 
 # Problems whose prompts are measured.
 MEASURED = 64
@@ -65,7 +66,7 @@ def dry_run(config: Config, console: Console) -> None:
         for student, problem, context in zip(students, problems, contexts, strict=True)
     ]
 
-    show = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    show = partial(say, console)
     show(
         f"{config.model}: {config.method.name} on the {task.name} task"
         + (f", {size} training problems" if size is not None else "")
@@ -74,11 +75,11 @@ def dry_run(config: Config, console: Console) -> None:
         + ("" if size is None else f", {count / size:.1f} epochs")
     )
     student_text, teacher_text = show_prompts(tokenizer, students[0], teachers[0])
-    show(student_text)
+    console.print(student_text, soft_wrap=True)
     if contexts[0] is None:
         show(f"{config.method.name} shows nobody more than the student sees.")
     else:
-        show(teacher_text)
+        console.print(teacher_text, soft_wrap=True)
         if not problems[0].reference:
             show("The data has no reference solutions: a line in brackets stands for them.")
         elif config.method.name != "refsol":
@@ -148,9 +149,9 @@ def show_prompts(
         text = Text()
         text.append(f"\n{role} prompt, {len(prompt)} tokens\n", style="bold")
         text.append(f"[shared prefix, {shared} tokens]", style="bold green")
-        text.append(str(tokenizer.decode(prompt[:shared])), style="green")
+        text.append(visible(str(tokenizer.decode(prompt[:shared]))), style="green")
         text.append(f"[{role} only, {len(prompt) - shared} tokens]", style="bold yellow")
-        text.append(str(tokenizer.decode(prompt[shared:])))
+        text.append(visible(str(tokenizer.decode(prompt[shared:]))))
         text.append("[completion]", style="bold")
         texts.append(text)
     return texts

@@ -14,6 +14,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from selfdistill.visible import visible
+
 
 class RateColumn(ProgressColumn):
     """How fast it goes, in the unit that reads best."""
@@ -26,6 +28,14 @@ class RateColumn(ProgressColumn):
         return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
 
 
+class NoteColumn(ProgressColumn):
+    """A free text, the task's field `note`."""
+
+    def render(self, task: Task) -> Text:
+        """Return it as it is."""
+        return Text(visible(task.fields["note"]))
+
+
 def progress_bars(console: Console) -> Progress:
     """Return a context manager for bars; tasks carry a free text in the field `note`."""
     return Progress(
@@ -34,6 +44,6 @@ def progress_bars(console: Console) -> Progress:
         MofNCompleteColumn(),
         RateColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        NoteColumn(),
         console=console,
     )

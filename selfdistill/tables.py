@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selfdistill.evaluate import Evaluation, Interval
+from selfdistill.visible import visible
 
 MISSING = "\N{EN DASH}"
 
@@ -32,12 +33,15 @@ class TextTable:
     def rich(self) -> Table:
         """Return the table for a terminal."""
         table = Table(
-            title=self.title, title_justify="left", caption=self.note, caption_justify="left"
+            title=_text(self.title),
+            title_justify="left",
+            caption=_text(self.note),
+            caption_justify="left",
         )
         for i, name in enumerate(self.head):
-            table.add_column(Text(name), justify="right" if i else "left")
+            table.add_column(_text(name), justify="right" if i else "left")
         for row in self.rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*map(_text, row))
         return table
 
     def markdown(self) -> str:
@@ -45,6 +49,11 @@ class TextTable:
         lines = [self.head, ["---", *["---:"] * (len(self.head) - 1)], *self.rows]
         table = "\n".join(f"| {' | '.join(map(_escape_cell, line))} |" for line in lines)
         return "\n\n".join(filter(None, (f"**{self.title}**", table, self.note))) + "\n"
+
+
+def _text(text: str) -> Text:
+    """Text that a terminal shows as it is, brackets and all."""
+    return Text(visible(text))
 
 
 def _escape_cell(text: str) -> str:
@@ -62,7 +71,7 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
     )
     table.add_column("")
     for name in evaluations:
-        table.add_column(name, justify="right")
+        table.add_column(_text(name), justify="right")
     for label, metric in (
         (f"Avg@{k}", "avg_at_k"),
         (f"Avg@{k}, {first.strict_means}", "strict_avg_at_k"),

@@ -51,6 +51,7 @@ from selfdistill.solver import Solver, build_engine, keep_date, load_solver
 from selfdistill.state_file import digest_inputs
 from selfdistill.tasks import training_problems
 from selfdistill.teacher import build_teacher
+from selfdistill.visible import say
 from selfdistill.weights import TrainedWeights
 
 
@@ -351,7 +352,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             empty = [] if taught else [*empty, record]
             if empty and not warned:
                 warned = True
-                console.print(f"Step {step} taught nothing: {describe(config, empty)}.")
+                say(console, f"Step {step} taught nothing: {describe(config, empty)}.")
             stopping = ranks.any(interrupt.requested)
             failure = nothing_learned(config, empty, step=step)
             last = stopping or step == config.steps or failure is not None

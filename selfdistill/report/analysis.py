@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -20,6 +19,7 @@ from selfdistill.localisation import ProfilePoint
 from selfdistill.report.charts import STYLES, Series, interval_rows, line_chart
 from selfdistill.report.document import document, html_table
 from selfdistill.report.heatmap import FULL_COLOUR, LEGEND, heat_map, verdict
+from selfdistill.report.text import isolated
 from selfdistill.runlog import write_atomically
 
 TITLE = "Where the teacher disagrees"
@@ -46,8 +46,8 @@ def write_analysis(analysis: RunAnalysis, folder: Path) -> Path:
 def analysis_page(analysis: RunAnalysis) -> str:
     """Return one self-contained HTML page."""
     note = missing_note(analysis)
-    lead = f'<p class="lead">{escape(summary_line(analysis))}</p>'
-    lead += f"<p><b>{escape(note)}</b></p>" if note else ""
+    lead = f'<p class="lead">{isolated(summary_line(analysis))}</p>'
+    lead += f"<p><b>{isolated(note)}</b></p>" if note else ""
     tables = "".join(
         map(html_table, [*analysis_tables(analysis), *map(masks_table, analysis.methods)])
     )
@@ -101,8 +101,9 @@ def charts(analysis: RunAnalysis) -> str:
 def profiles(methods: Sequence[MethodAnalysis]) -> str:
     """The mean advantage around the start of the wrong step, a strip for each method."""
     strips = "".join(
-        f'<div class="bar-row"><span>{escape(m.label)}</span>{_strip(m.profile)}<span></span></div>'
-        for m in methods
+        f'<div class="bar-row"><span>{isolated(method.label)}</span>{_strip(method.profile)}'
+        "<span></span></div>"
+        for method in methods
     )
     return (
         "<h3>Mean advantage around the start of the wrong step</h3>"
@@ -127,13 +128,13 @@ def example(example: Example, methods: Sequence[MethodAnalysis]) -> str:
     """One attempt."""
     record = example.records[0]
     maps = "".join(
-        f"<h4>{escape(method.label)}</h4>{verdict(record) if i == 0 else ''}"
+        f"<h4>{isolated(method.label)}</h4>{verdict(record) if i == 0 else ''}"
         f"{heat_map(record, context_name=CONTEXT_NAMES.get(method.settings['name'], 'context'))}"
         for i, (method, record) in enumerate(zip(methods, example.records, strict=True))
     )
     return (
-        f"<article><h3>Question <code>{escape(record.question)}</code>, right answer "
-        f"<code>{escape(record.answer)}</code></h3>{maps}</article>"
+        f"<article><h3>Question <code>{isolated(record.question)}</code>, right answer "
+        f"<code>{isolated(record.answer)}</code></h3>{maps}</article>"
     )
 
 

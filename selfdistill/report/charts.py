@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 from selfdistill.evaluate import Interval
+from selfdistill.report.text import isolated, plain
 
 # Colours that differ for the colour-blind, too, in the order in which they are used up.
 STYLES = ("one", "two", "three", "four", "five", "six")
@@ -85,9 +85,9 @@ class Axes:
         middle = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
         return (
             f"{horizontal}{vertical}"
-            f'<text class="x" x="{middle[0]}" y="{HEIGHT - 6}">{escape(self.x_label)}</text>'
+            f'<text class="x" x="{middle[0]}" y="{HEIGHT - 6}">{plain(self.x_label)}</text>'
             f'<text class="x" transform="translate(12 {middle[1]}) rotate(-90)">'
-            f"{escape(self.y_label)}</text>"
+            f"{plain(self.y_label)}</text>"
         )
 
 
@@ -97,7 +97,9 @@ def line_chart(
     """Return a figure; with `percent`, y lies in [0, 1] and the axis shows 100 y."""
     series = [s for s in series if s.points]
     if not series:
-        return f'<figure><h3>{escape(title)}</h3><p class="missing">Not measured yet.</p></figure>'
+        return (
+            f'<figure><h3>{isolated(title)}</h3><p class="missing">Not measured yet.</p></figure>'
+        )
     axes = Axes(
         x_label=x_label,
         y_label=y_label,
@@ -108,13 +110,13 @@ def line_chart(
         scale=100 if percent else 1,
     )
     legend = "".join(
-        f'<span class="key {s.style}"><i></i>{escape(s.name)}</span>'
+        f'<span class="key {s.style}"><i></i>{isolated(s.name)}</span>'
         for s in series
         if not s.is_thin
     )
     return (
-        f"<figure><h3>{escape(title)}</h3><figcaption>{legend}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f"<figure><h3>{isolated(title)}</h3><figcaption>{legend}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{plain(title)}">'
         f"{axes.svg()}{''.join(_curve(s, axes) for s in series)}</svg></figure>"
     )
 
@@ -144,8 +146,8 @@ def _curve(series: Series, axes: Axes) -> str:
         parts.append(
             f'<g transform="translate({across:.1f} {down:.1f})"><rect x="{-size}" y="{-size}" '
             f'width="{2 * size}" height="{2 * size}" rx="{corner}"{turn}/><title>'
-            f"{escape(series.name)}&#10;{escape(axes.x_label)} {x:g}: {axes.shown(y)}{interval} "
-            f"{escape(axes.y_label)}</title></g>"
+            f"{plain(series.name)}&#10;{plain(axes.x_label)} {x:g}: {axes.shown(y)}{interval} "
+            f"{plain(axes.y_label)}</title></g>"
         )
     return f'<g class="{series.style}">{"".join(parts)}</g>'
 
@@ -154,9 +156,9 @@ def bars(rows: Sequence[tuple[str, float, str]], *, style: str = "one") -> str:
     """Return horizontal bars from (label, size, text beside the bar)."""
     largest = max((size for _, size, _ in rows), default=0.0) or 1.0
     return "".join(
-        f'<div class="bar-row"><span>{escape(label)}</span><span class="track">'
+        f'<div class="bar-row"><span>{isolated(label)}</span><span class="track">'
         f'<i class="{style}" style="width:{100 * size / largest:.1f}%"></i></span>'
-        f"<span>{escape(text)}</span></div>"
+        f"<span>{isolated(text)}</span></div>"
         for label, size, text in rows
     )
 
@@ -193,7 +195,7 @@ def interval_rows(
         return format(scale * value, form).replace("-", "&minus;")
 
     return "".join(
-        f'<div class="bar-row"><span>{escape(label)}</span><span class="track range">'
+        f'<div class="bar-row"><span>{isolated(label)}</span><span class="track range">'
         f'<u style="left:{place(0.0)}"></u><i class="{"one" if interval.value >= 0 else "two"}" '
         f'style="left:{place(interval.low)};right:calc(100% - {place(interval.high)})"></i>'
         f'<b style="left:{place(interval.value)}"></b></span>'

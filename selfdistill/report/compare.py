@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -18,6 +17,7 @@ from selfdistill.comparison_tables import (
 from selfdistill.report.charts import interval_rows
 from selfdistill.report.curves import learning_curves
 from selfdistill.report.document import document, html_table
+from selfdistill.report.text import isolated
 from selfdistill.runlog import write_atomically
 
 TITLE = "Training runs compared"
@@ -57,7 +57,7 @@ def comparison_page(comparison: Comparison) -> str:
         TITLE,
         f"<header><h1>{TITLE}</h1>"
         f'<p class="lead">{_count(runs, "run")} in {_count(len(comparison.groups), "group")} '
-        f"(one configuration each, with one or more seeds): {escape(names)}.</p></header>"
+        f"(one configuration each, with one or more seeds): {isolated(names)}.</p></header>"
         '<section id="curves"><h2>While training</h2><p>Evaluated on the dev split. Vertical bars '
         "are 95&nbsp;% bootstrap intervals over problems and seeds; thin curves are single seeds, "
         "thick ones their mean. Methods that draw more rollouts a step see more data at the same "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from html import escape
 
 from selfdistill.report.style import STYLE
+from selfdistill.report.text import isolated, plain
 from selfdistill.tables import TextTable
 
 
@@ -19,7 +19,7 @@ def document(title: str, body: str) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
+        f"<title>{plain(title)}</title><style>{STYLE}</style></head>"
         f"<body><main>{body}</main></body></html>\n"
     )
 
@@ -31,20 +31,20 @@ def html_table(table: TextTable, *, figures: bool = True) -> str:
         table: what to show.
         figures: cells after the first are numbers: intervals become smaller, hyphens minus signs.
     """
-    cell = _figure if figures else escape
-    head = "".join(f"<th>{escape(name)}</th>" for name in table.head)
+    cell = _figure if figures else isolated
+    head = "".join(f"<th>{isolated(name)}</th>" for name in table.head)
     rows = "".join(
-        f"<tr><th>{escape(row[0])}</th>{''.join(f'<td>{cell(text)}</td>' for text in row[1:])}</tr>"
-        for row in table.rows
+        f"<tr><th>{isolated(name)}</th>{''.join(f'<td>{cell(text)}</td>' for text in texts)}</tr>"
+        for name, *texts in table.rows
     )
-    note = f"<p>{escape(table.note)}</p>" if table.note else ""
+    note = f"<p>{plain(table.note)}</p>" if table.note else ""
     return (
-        f'<h3>{escape(table.title)}</h3>{note}<div class="scroll"><table><thead><tr>{head}</tr>'
+        f'<h3>{isolated(table.title)}</h3>{note}<div class="scroll"><table><thead><tr>{head}</tr>'
         f"</thead><tbody>{rows}</tbody></table></div>"
     )
 
 
 def _figure(text: str) -> str:
     """Escape "-8.1 [-9.1, -7.2]" and set its interval apart."""
-    shown = re.sub(r"-(?=[\d.])", "&minus;", escape(text)).replace(" %", "&nbsp;%")
+    shown = re.sub(r"-(?=[\d.])", "&minus;", plain(text)).replace(" %", "&nbsp;%")
     return re.sub(r" (\[[^]]*\])$", r" <i>\1</i>", shown)

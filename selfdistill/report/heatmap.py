@@ -6,11 +6,11 @@ import math
 import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
-from html import escape
 from itertools import accumulate, pairwise, zip_longest
 from typing import TypeAlias, TypeVar
 
 from selfdistill.analysis import TokenAnalysis
+from selfdistill.report.text import isolated, plain
 
 # Nats of advantage from which on a cell has its full colour, and shows its number.
 FULL_COLOUR = 2.0
@@ -59,7 +59,7 @@ def verdict(record: TokenAnalysis) -> str:
     token = min(tokens, key=record.advantage.__getitem__)
     return (
         f'<p class="verdict">The student {said} <q class="good">{_body(critique)}</q>. '
-        f"Chance of token <b>{escape(record.tokens[token].strip())}</b>: "
+        f"Chance of token <b>{isolated(record.tokens[token].strip())}</b>: "
         f"<b>{probability(record.student_logprob[token])}</b> for the student, "
         f"<b>{probability(record.teacher_logprob[token])}</b> for the teacher.</p>"
     )
@@ -68,24 +68,32 @@ def verdict(record: TokenAnalysis) -> str:
 def heat_map(record: TokenAnalysis, *, context_name: str) -> str:
     """Return the attempt's rows, each beside the critique's step of the same tag.
 
+    Steps are called right, wrong or missing only where the task's checker has judged them.
+
     Args:
         record: the attempt.
         context_name: what the teacher saw beside the question, such as "critique".
     """
     rows = align(record)
     wrong = _wrong_row(record, rows)
+    # From here on nothing is known: behind an error, or where an attempt broke off.
+    unjudged = len(rows) if wrong is None else wrong
+    if wrong is None and not record.correct:
+        unjudged = max((i for i, (tokens, *_) in enumerate(rows) if tokens), default=0)
     glued = _glued(record.tokens, record.response)
     html = [
         '<div class="row head"><span></span><span>The student&rsquo;s attempt</span>'
-        f"<span>The {escape(context_name)}, seen by the teacher only</span></div>"
+        f"<span>The {plain(context_name)}, seen by the teacher only</span></div>"
     ]
     for i, (tokens, attempt, critique) in enumerate(rows):
         label, kind = "", ""
         if i == wrong:
             label, kind = '<b class="flag">first error</b>', " wrong"
+        elif wrong is None and not record.steps_judged:
+            pass  # nobody has judged this step
         elif tokens is None:
             label = '<span class="note">missing</span>'
-        elif wrong is None or i < wrong:
+        elif i < unjudged and _tag(attempt):
             label = '<span class="note">right</span>'
         cells = "".join(_cell(record, t, glued[t]) for t in tokens or ())
         html.append(
@@ -164,7 +172,8 @@ def _tag(step: str) -> str:
 
 
 def _body(step: str) -> str:
-    return escape(_TAG.sub("", step).strip()) or "nothing"
+    body = _TAG.sub("", step).strip()
+    return isolated(body) if body else "nothing"
 
 
 def _glued(tokens: Sequence[str], response: str) -> list[bool]:
@@ -187,7 +196,7 @@ def _cell(record: TokenAnalysis, i: int, glued: bool) -> str:
     classes = ["t", "neg" if advantage < 0 else "pos"]
     classes += ["glued"] * glued + ["strong"] * (strength > 0.6)
     title = (
-        f"{escape(record.tokens[i])}&#10;advantage {advantage:+.3f} nats&#10;"
+        f"{plain(record.tokens[i])}&#10;advantage {advantage:+.3f} nats&#10;"
         f"student {probability(record.student_logprob[i])}, "
         f"teacher {probability(record.teacher_logprob[i])}&#10;"
         f"KL {record.kl[i]:.3f} nats&#10;entropy {record.entropy[i]:.3f} nats"
@@ -195,7 +204,7 @@ def _cell(record: TokenAnalysis, i: int, glued: bool) -> str:
     number = f"<small>{advantage:+.1f}</small>" if abs(advantage) >= NUMBERED else ""
     return (
         f'<span class="{" ".join(classes)}" style="--a:{strength:.2f}" title="{title}">'
-        f"{escape(record.tokens[i].strip())}{number}</span>"
+        f"{isolated(record.tokens[i].strip())}{number}</span>"
     )
 
 
@@ -205,12 +214,12 @@ def _critique(attempt: str, critique: str) -> str:
         return '<span class="critique copied"><em>left out</em></span>'
     old, new = attempt.split(), critique.split()
     if old == new:
-        return f'<span class="critique copied">{escape(critique)}<em>copied</em></span>'
+        return f'<span class="critique copied">{isolated(critique)}<em>copied</em></span>'
     words = []
     matcher = SequenceMatcher(a=old, b=new, autojunk=False)
     for kind, _, _, start, stop in matcher.get_opcodes():
-        text = escape(" ".join(new[start:stop]))
+        text = plain(" ".join(new[start:stop]))
         if text:
             words.append(text if kind == "equal" else f"<mark>{text}</mark>")
     done = "rewritten" if attempt else "added"
-    return f'<span class="critique rewritten">{" ".join(words)}<em>{done}</em></span>'
+    return f'<span class="critique rewritten"><bdi>{" ".join(words)}</bdi><em>{done}</em></span>'

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from selfdistill.report.charts import Series, bars, line_chart
 from selfdistill.report.document import document, html_table
 from selfdistill.report.heatmap import LEGEND, clear_examples, heat_map, spread, verdict
 from selfdistill.report.run import Run, read_run
+from selfdistill.report.text import isolated
 from selfdistill.runlog import write_atomically
 
 EXAMPLES = 5
@@ -134,7 +134,7 @@ def facts(run: Run) -> str:
             f"Python {platform.python_version()}",
         ]
     )
-    return f"<dl>{''.join(f'<dt>{k}</dt><dd>{escape(v)}</dd>' for k, v in rows.items())}</dl>"
+    return f"<dl>{''.join(f'<dt>{k}</dt><dd>{isolated(v)}</dd>' for k, v in rows.items())}</dl>"
 
 
 def examples(run: Run) -> str:
@@ -177,8 +177,8 @@ def example(run: Run, record: TokenAnalysis) -> str:
         else ""
     )
     return (
-        f"<article><h3>Question <code>{escape(record.question)}</code>, right answer "
-        f"<code>{escape(record.answer)}</code></h3>{verdict(record)}"
+        f"<article><h3>Question <code>{isolated(record.question)}</code>, right answer "
+        f"<code>{isolated(record.answer)}</code></h3>{verdict(record)}"
         f'{heat_map(record, context_name=name)}<p class="about">{fate}</p>{again}</article>'
     )
 
@@ -302,7 +302,7 @@ def costs(run: Run) -> str:
 
 def reproduction(run: Run) -> str:
     """The command, the configuration, and what is built in by construction."""
-    config = f"<pre>{escape(run.config_yaml)}</pre>" if run.config_yaml else MISSING
+    config = f"<pre>{isolated(run.config_yaml)}</pre>" if run.config_yaml else MISSING
     return (
         '<section id="reproduction"><h2>How to reproduce it</h2>'
         "<p>In a clone of the repository: <code>make demo</code>, or "

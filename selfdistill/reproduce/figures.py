@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 from selfdistill.evaluate import Interval
 from selfdistill.report.charts import ticks
+from selfdistill.report.text import plain
 
 # Told apart by the colour-blind, too (Okabe and Ito).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -75,7 +75,7 @@ def line_chart(
     middle = (top + height - bottom) / 2
     parts.append(
         f'<text transform="translate(18 {middle}) rotate(-90)" text-anchor="middle">'
-        f"{escape(y_label)}</text>"
+        f"{plain(y_label)}</text>"
     )
     for i, line in enumerate(lines):
         shift = 5.0 * (i - (len(lines) - 1) / 2)
@@ -167,15 +167,14 @@ def _levels(values: Sequence[float]) -> list[float]:
 def _start(title: str, note: str, height: float) -> str:
     head = _HEAD.format(width=_WIDTH, height=height, ink=_INK)
     return (
-        f'{head}<title>{escape(title)}</title><text x="20" y="24" font-size="16" '
-        f'font-weight="bold">{escape(title)}</text>{_text(20, 42, note, colour=_MUTED)}'
+        f'{head}<title>{plain(title)}</title><text x="20" y="24" font-size="16" '
+        f'font-weight="bold">{plain(title)}</text>{_text(20, 42, note, colour=_MUTED)}'
     )
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", colour: str = _INK) -> str:
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">'
-        f"{escape(text)}</text>"
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{plain(text)}</text>'
     )
 
 

@@ -14,6 +14,7 @@ from selfdistill.reproduce.findings import collect
 from selfdistill.reproduce.plan import Job, Scale, Study, build_plan
 from selfdistill.reproduce.schedule import run_plan
 from selfdistill.reproduce.write import environment, refuse_foreign_results, write_results
+from selfdistill.visible import say
 
 
 def reproduce(
@@ -59,7 +60,7 @@ def reproduce(
     findings = collect(output, scale)
     where = environment(command=command, workers=workers, seconds=findings.seconds)
     write_results(findings, scale, where, results)
-    console.print(f"Results: {(results / 'README.md').resolve()}", soft_wrap=True)
+    say(console, f"Results: {(results / 'README.md').resolve()}")
     return True
 
 
