@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
@@ -48,6 +47,7 @@ from selfdistill.seeds import derive_seed
 from selfdistill.solver import Solver, load_solver
 from selfdistill.state_file import digest_inputs, read_state, refuse_other
 from selfdistill.teacher import build_teacher
+from selfdistill.yaml_text import YAMLTextError, read_yaml
 
 Checkpoint = Literal["best", "last", "base"]
 
@@ -273,8 +273,8 @@ def parse_methods(text: str | None, config: Config) -> list[Distillation]:
     if isinstance(config.method, Distillation):
         shared = {"teacher": own["teacher"], "loss": own["loss"]}
     try:
-        asked = [own] if text is None else yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError as error:
+        asked = [own] if text is None else read_yaml(f"[{text}]").data
+    except YAMLTextError as error:
         raise ConfigError(f"methods: {text!r} is not a list of names or YAML: {error}") from error
     if not asked:
         raise ConfigError("methods: got none, expected names or mappings with commas between them")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeAlias, TypeVar
 
 import yaml
 from pydantic import (
@@ -18,14 +18,16 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PositiveInt,
+    JsonValue,
     ValidationError,
     ValidationInfo,
     model_validator,
 )
 
+from selfdistill.config_errors import describe_error
 from selfdistill.runlog import write_atomically
 from selfdistill.tasks.steps import STEP_INSTRUCTION
+from selfdistill.yaml_text import YAMLTextError, read_yaml
 
 
 class ConfigError(ValueError):
@@ -36,11 +38,26 @@ class Section(BaseModel):
     """A frozen group of settings; the string under a field says what the field does."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 
-Rate = Annotated[float, Field(ge=0, le=1)]
+def _no_boolean(value: Any) -> Any:
+    """YAML reads yes, no, on and off as booleans, and Python counts with them."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number; yes, no, on and off are true and false")
+    return value
+
+
+# Every number of a configuration is one of these.
+Int = Annotated[int, BeforeValidator(_no_boolean)]
+Float = Annotated[float, BeforeValidator(_no_boolean)]
+PositiveInt = Annotated[Int, Field(gt=0)]
+Rate = Annotated[Float, Field(ge=0, le=1)]
 
 
 def _next_to_file(name: str, info: ValidationInfo) -> str:
@@ -51,18 +68,29 @@ def _next_to_file(name: str, info: ValidationInfo) -> str:
     return str((folder / name).resolve())
 
 
-NearbyName = Annotated[str, AfterValidator(_next_to_file)]
+def _a_path(name: str) -> str:
+    if not name.strip() or "\0" in name:
+        raise ValueError("expected a name or a path")
+    return name
+
+
+NearbyName = Annotated[str, AfterValidator(_a_path), AfterValidator(_next_to_file)]
+OutputPath = Annotated[
+    Path, BeforeValidator(lambda path: _a_path(path) if isinstance(path, str) else path)
+]
+# What a server and a chat template can be told; a date, say, would come back as a text.
+JsonObject: TypeAlias = dict[str, JsonValue]
 
 
 class ArithmeticTaskConfig(Section):
     """Chained arithmetic with an exact checker (embedded, needs no download)."""
 
     name: Literal["arithmetic"] = "arithmetic"
-    step_counts: tuple[Annotated[int, Field(ge=1, le=9)], ...] = Field(
+    step_counts: tuple[Annotated[Int, Field(ge=1, le=9)], ...] = Field(
         default=(4, 5, 6), min_length=1
     )
     """The numbers of operations that a question may have."""
-    reference_dialect: int = Field(default=0, ge=0, le=5)
+    reference_dialect: Int = Field(default=0, ge=0, le=5)
     """The wording of the reference solutions; 0 is the shipped solver's usual one."""
     reference_order: Literal["question", "reversed"] = "question"
     """The order in which the reference solutions apply the operations; reversed is another path to
@@ -74,11 +102,11 @@ class ArithmeticTaskConfig(Section):
 class Shares(Section):
     """How large the splits are; a hash of its id decides where a problem belongs."""
 
-    train: float = Field(default=0.8, ge=0, le=1)
+    train: Float = Field(default=0.8, ge=0, le=1)
     """Share of the problems that are trained on."""
-    dev: float = Field(default=0.1, ge=0, le=1)
+    dev: Float = Field(default=0.1, ge=0, le=1)
     """Share that chooses the checkpoint."""
-    test: float = Field(default=0.1, ge=0, le=1)
+    test: Float = Field(default=0.1, ge=0, le=1)
     """Share that is only looked at in the end."""
 
     @model_validator(mode="after")
@@ -136,7 +164,7 @@ class DatasetTaskConfig(Section):
     """Said after each question, to student and teacher alike: how to write steps and answer."""
     checker: Literal["auto", "math-verify", "plain"] = "auto"
     """Compares answers: math-verify, or plain numbers and strings; auto takes what is there."""
-    checker_seconds: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    checker_seconds: Float = Field(default=60.0, gt=0, allow_inf_nan=False)
     """Most time for comparing the answers of one step, or of 16 problems of an evaluation. What is
     not decided by then counts as wrong (`undecided` in the metrics)."""
 
@@ -196,7 +224,7 @@ class GeneralizedJSD(Section):
     """
 
     name: Literal["jsd"] = "jsd"
-    beta: float = Field(default=0.5, ge=0, le=1)
+    beta: Float = Field(default=0.5, ge=0, le=1)
     """The teacher's share of the mixture m; 0 is defined as forward KL and 1 as reverse KL."""
 
 
@@ -207,7 +235,7 @@ class SkewKL(Section):
     """
 
     name: Literal["skew_kl"] = "skew_kl"
-    beta: float = Field(default=0.1, gt=0, lt=1)
+    beta: Float = Field(default=0.1, gt=0, lt=1)
     """The teacher's share of the mixture m."""
 
 
@@ -215,7 +243,7 @@ class SkewReverseKL(Section):
     """KL(student || m), m = beta teacher + (1 - beta) student."""
 
     name: Literal["skew_reverse_kl"] = "skew_reverse_kl"
-    beta: float = Field(default=0.9, gt=0, lt=1)
+    beta: Float = Field(default=0.9, gt=0, lt=1)
     """The teacher's share of the mixture m."""
 
 
@@ -238,11 +266,11 @@ class TopKConfig(Section):
 class AdvantageMaskConfig(Section):
     """Which tokens learn, chosen by their advantage A = log p_teacher(y) - log p_student(y)."""
 
-    threshold: float = Field(default=0.0, ge=0)
+    threshold: Float = Field(default=0.0, ge=0)
     """Tokens with |A| at or below it get no gradient."""
     sign: Literal["any", "positive", "negative"] = "any"
     """Keep both signs, only tokens the teacher prefers, or only tokens the teacher rejects."""
-    top_fraction: float | None = Field(default=None, gt=0, le=1)
+    top_fraction: Float | None = Field(default=None, gt=0, le=1)
     """Of the tokens left, keep those with the largest |A|: this share of each rollout's tokens."""
     per_step: bool = False
     """Judge whole steps by their mean A; tokens of no step are dropped. Needs a task with steps."""
@@ -255,15 +283,15 @@ class LossConfig(Section):
     """Which divergence between the teacher's and the student's next-token distributions."""
     advantage_mask: AdvantageMaskConfig | None = None
     """Restricts the gradient to some tokens; the dropped ones stay in the denominator."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: Float = Field(default=1.0, gt=0)
     """Divides both models' logits before the divergence."""
     reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
     """Every token counts the same, or every rollout (the mean of its tokens) does."""
     top_k: TopKConfig | None = None
     """Restricts the divergence to the most likely tokens; null compares the whole vocabulary."""
-    token_clip: float | None = Field(default=None, gt=0)
+    token_clip: Float | None = Field(default=None, gt=0)
     """A token's divergence counts at most this much (nats); beyond it has no gradient."""
-    importance_clip: float | None = Field(default=None, gt=0)
+    importance_clip: Float | None = Field(default=None, gt=0)
     """Weighs each token by how much likelier it has become since it was sampled, at most by this.
 
     Matters from the second update on (`updates_per_step`) or with an engine that samples from other
@@ -292,7 +320,7 @@ class EmaTeacherConfig(Section):
     """The exponential moving average of the trained weights, moved after every optimiser step."""
 
     name: Literal["ema"] = "ema"
-    decay: float = Field(default=0.99, gt=0, lt=1)
+    decay: Float = Field(default=0.99, gt=0, lt=1)
     """How much of the average stays in one step."""
 
 
@@ -321,9 +349,9 @@ class VLLMSettings(Section):
     max_length: PositiveInt | None = None
     """Most tokens of a prompt and its completion, which must fit into the cache; by default what
     the model has positions for."""
-    kv_cache_gib: float = Field(default=4.0, gt=0)
+    kv_cache_gib: Float = Field(default=4.0, gt=0)
     """Memory for keys and values, shared by all sequences that are sampled at once."""
-    block_size: int = Field(default=32, gt=0, multiple_of=32)
+    block_size: Int = Field(default=32, gt=0, multiple_of=32)
     """Tokens of a cache block, a multiple of 32 (smaller ones run on GPUs only): only whole blocks
     of a prompt are shared between its rollouts."""
     enforce_eager: bool = False
@@ -346,7 +374,7 @@ class LocalTextEngine(TextEngine):
 
     chat_template: NearbyName | None = None
     """A file with the Jinja template to use instead of the tokenizer's own."""
-    template: dict[str, Any] = {}
+    template: JsonObject = {}
     """More variables for the chat template, such as {enable_thinking: true}."""
 
 
@@ -374,17 +402,17 @@ class ServerTextEngine(TextEngine):
     """Up to and with /v1, such as http://localhost:8000/v1; a redirect is not followed."""
     api_key_variable: str = "OPENAI_API_KEY"
     """The environment variable that holds the key, if the server wants one."""
-    timeout: float = Field(default=600.0, gt=0)
+    timeout: Float = Field(default=600.0, gt=0)
     """Seconds without a byte from the server before a request counts as failed."""
-    total_timeout: float = Field(default=3600.0, gt=0)
+    total_timeout: Float = Field(default=3600.0, gt=0)
     """Seconds that a request may take in all, whatever trickles in."""
-    retries: int = Field(default=5, ge=0)
+    retries: Int = Field(default=5, ge=0)
     """How often a request is sent again when the server is busy, away or silent."""
-    backoff: float = Field(default=1.0, ge=0)
+    backoff: Float = Field(default=1.0, ge=0)
     """Seconds before the first retry; each further one waits twice as long, at most a minute."""
     concurrency: PositiveInt = 16
     """Requests under way at once."""
-    extra_body: dict[str, Any] = {}
+    extra_body: JsonObject = {}
     """More fields of the request, such as {chat_template_kwargs: {enable_thinking: true}}, or for
     vLLM {skip_special_tokens: false}, where the tags of its answer are special tokens."""
 
@@ -440,7 +468,7 @@ class PeerMethod(Distillation):
     """The teacher sees another rollout of the same prompt that got the answer right."""
 
     name: Literal["peer"] = "peer"
-    group_size: int = Field(default=8, ge=2)
+    group_size: Int = Field(default=8, ge=2)
     """Rollouts drawn for each prompt."""
 
 
@@ -455,7 +483,7 @@ class EnvironmentMethod(Distillation):
 class KLPenaltyConfig(Section):
     """Keeps the student near the model as it was before training."""
 
-    coefficient: float = Field(default=0.04, gt=0)
+    coefficient: Float = Field(default=0.04, gt=0)
     """Weight of the penalty; the default is that of arXiv 2402.03300."""
 
 
@@ -463,13 +491,13 @@ class GRPOMethod(Section):
     """GRPO: no teacher; the binary rewards of a prompt's rollouts are compared with each other."""
 
     name: Literal["grpo"] = "grpo"
-    group_size: int = Field(default=8, ge=2)
+    group_size: Int = Field(default=8, ge=2)
     """Rollouts drawn for each prompt."""
     normalize_std: bool = True
     """Divide the advantage r - mean(r) by the group's standard deviation; false: Dr. GRPO."""
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_low: Float = Field(default=0.2, gt=0, lt=1)
     """A token's probability may fall to (1 - clip_low) of what it was when it was sampled."""
-    clip_high: float = Field(default=0.2, gt=0)
+    clip_high: Float = Field(default=0.2, gt=0)
     """It may rise to (1 + clip_high) of it. Both matter from the second update on."""
     kl: KLPenaltyConfig | None = None
     """A penalty for leaving the base model; null reads no second model."""
@@ -500,7 +528,7 @@ class VLLMEngineConfig(VLLMSettings):
     name: Literal["vllm"] = "vllm"
     check_every: PositiveInt = 1
     """Compare the engine's log-probs with the trainer's own float32 ones every so many steps."""
-    tolerance: float | None = Field(default=None, gt=0)
+    tolerance: Float | None = Field(default=None, gt=0)
     """Largest difference that is allowed, in nats; by default 1e-4 in float32, 1 in bfloat16."""
 
 
@@ -516,9 +544,9 @@ class PromptConfig(Section):
     date: datetime.date | None = None
     """The day that chat templates write which write one; by default that of the run's first start,
     which it keeps, so that its prompts stay the same."""
-    student_template: dict[str, Any] = {}
+    student_template: JsonObject = {}
     """More variables for the student's chat template, such as {enable_thinking: false}."""
-    teacher_template: dict[str, Any] = {}
+    teacher_template: JsonObject = {}
     """The same for the teacher."""
     max_length: PositiveInt | None = None
     """Most tokens of a prompt and its completion; by default what the model has positions for."""
@@ -529,7 +557,7 @@ class PromptConfig(Section):
 class RolloutConfig(Section):
     """How the student's attempts are sampled, in training and in evaluation alike."""
 
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: Float = Field(default=1.0, gt=0)
     """Softmax temperature of sampling."""
     max_new_tokens: PositiveInt = 128
     """Completions are cut off at this length."""
@@ -550,18 +578,21 @@ class AdapterConfig(Section):
     """Names of the layers; by default every linear one but the lm_head, which stays frozen."""
 
 
+Decay = Annotated[Float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Section):
     """AdamW with a linear warm-up to a constant learning rate."""
 
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: Float = Field(default=1e-4, gt=0)
     """The rate after warm-up."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
     """Decay of AdamW's running means of the gradient and of its square."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: Float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
-    warmup_steps: int = Field(default=10, ge=0)
+    warmup_steps: Int = Field(default=10, ge=0)
     """Step i of the warm-up runs at i / warmup_steps of the rate."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: Float = Field(default=1.0, gt=0)
     """The global gradient norm is clipped to this."""
 
 
@@ -588,7 +619,7 @@ class Config(Section):
 
     model: NearbyName
     """The solver: a folder or a Hub name. In a YAML file a folder may be relative to that file."""
-    output_dir: Path
+    output_dir: OutputPath
     """Where metrics, checkpoints and the report go; relative to the working directory."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in; the trained weights and the optimiser are float32 anyway."""
@@ -608,7 +639,7 @@ class Config(Section):
     keeping all of them on each; one process alone has nobody to share with."""
     attention: Literal["auto", "loop", "flash", "flex"] = "auto"
     """Who computes it over shared prefixes; `selfdistill doctor` says what `auto` takes."""
-    seed: int = Field(default=0, ge=0)
+    seed: Int = Field(default=0, ge=0)
     """Chooses the training problems and every sampled token."""
     steps: PositiveInt = 60
     """Training steps: each draws new rollouts."""
@@ -677,24 +708,27 @@ def load_config(path: Path) -> Config:
     Raises:
         FileNotFoundError: there is no such file.
         ConfigError: the file is not a YAML mapping, or asks for something that does not exist; the
-            message names the file and every field that is wrong.
+            message has a line for every setting that is wrong, which names file and line.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold a mapping of settings, got {type(data).__name__}")
-    try:
-        return Config.model_validate(data, context={"folder": path.parent})
-    except ValidationError as error:
-        wrong = "\n".join(
-            f"  {'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}"
-            if e["loc"]
-            else f"  {e['msg']}"  # of several settings together: all of them say nothing
-            for e in error.errors()
+        document = read_yaml(path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+    except YAMLTextError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(document.data, dict):
+        raise ConfigError(
+            f"{path} must hold a mapping of settings, got {type(document.data).__name__}"
         )
-        raise ConfigError(f"{path} is not a configuration:\n{wrong}") from error
+    try:
+        return Config.model_validate(document.data, context={"folder": path.parent})
+    except ValidationError as error:
+        wrong = []
+        for each in error.errors():
+            line = document.line(each["loc"])
+            place = f"{path}, line {line}" if line else f"{path}"
+            wrong.append(f"{place}: {describe_error(each, Config)}")
+        raise ConfigError("\n".join(wrong)) from error
 
 
 def save_config(config: Config, path: Path) -> None:
