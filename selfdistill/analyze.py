@@ -41,7 +41,7 @@ from selfdistill.methods import build_method
 from selfdistill.methods.loss import find_heads
 from selfdistill.progress import progress_bars
 from selfdistill.report.heatmap import clear_examples, spread
-from selfdistill.resampling import ratio_intervals
+from selfdistill.resampling import share_interval
 from selfdistill.rollout import SamplingParams
 from selfdistill.seeds import derive_seed
 from selfdistill.solver import Solver, load_solver
@@ -379,10 +379,7 @@ def share_solved(attempts: Sequence[Attempts]) -> Interval:
         total = right.setdefault(group.problem.id, [0.0, 0.0])
         total[0] += sum(verdict.correct for verdict in group.verdicts)
         total[1] += len(group.verdicts)
-    sums = list(right.values())
-    (share,) = ratio_intervals([[s[0]] for s in sums], [[s[1]] for s in sums])
-    assert share is not None  # there are attempts
-    return share
+    return share_interval(*zip(*right.values(), strict=True))
 
 
 def score_method(

@@ -16,7 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from selfdistill.checkpoint import CheckpointStore
 from selfdistill.config import load_config
-from selfdistill.evaluate import Evaluation, Interval, ProblemScore
+from selfdistill.evaluate import Evaluation, ProblemScore
+from selfdistill.intervals import SHARES, Bounds, Interval
 from selfdistill.resampling import crossed_difference, crossed_mean
 from selfdistill.runlog import JsonLines
 from selfdistill.state_file import read_state, refuse_other
@@ -271,7 +272,7 @@ def run_curve(run: RunCurve, metric: Metric) -> tuple[Point, ...]:
 def mean_score(evaluations: Sequence[Evaluation], metric: Metric) -> Interval | None:
     """Return a metric's mean over seeds and problems; None without values of the problems."""
     scores = problem_scores(evaluations, metric)
-    return None if scores is None else crossed_mean(scores)
+    return None if scores is None else crossed_mean(scores, bounds=_BOUNDS[metric])
 
 
 def problem_scores(evaluations: Sequence[Evaluation], metric: Metric) -> list[list[float]] | None:
@@ -296,6 +297,15 @@ _SCORES: dict[Metric, Callable[[ProblemScore, int], float | None]] = {
     "maj_at_k": lambda problem, samples: float(problem.majority),
     "pass_at_k": lambda problem, samples: float(problem.correct > 0),
     "mean_tokens": lambda problem, samples: problem.mean_tokens,
+}
+
+
+# Between which a problem's score lies; lengths have no end.
+_BOUNDS: dict[Metric, Bounds | None] = {
+    "avg_at_k": SHARES,
+    "maj_at_k": SHARES,
+    "pass_at_k": SHARES,
+    "mean_tokens": None,
 }
 
 
@@ -324,7 +334,8 @@ def paired_difference(first: Group, second: Group) -> Difference | None:
     metrics: dict[Metric, Interval | None] = {}
     for metric in METRICS:
         x, y = problem_scores(a, metric), problem_scores(b, metric)
-        metrics[metric] = crossed_difference(x, y) if x and y else None
+        bounds = _BOUNDS[metric]
+        metrics[metric] = crossed_difference(x, y, bounds=bounds) if x and y else None
     return Difference(first.label, second.label, a[0].split, metrics)
 
 

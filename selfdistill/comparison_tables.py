@@ -27,8 +27,7 @@ def final_table(finals: Sequence[Final]) -> TextTable:
         "Final accuracy",
         ["", "problems x k", "seeds", "Avg@k", "Maj@k", "Pass@k", "tokens an answer"],
         rows,
-        "95 % bootstrap intervals over problems and seeds."
-        + chosen * any(f.split == "dev" for f in finals),
+        "95 % intervals over problems and seeds." + chosen * any(f.split == "dev" for f in finals),
     )
 
 

@@ -1,4 +1,4 @@
-"""How good a solver is: Pass@k, Maj@k and Avg@k with bootstrap intervals over problems."""
+"""How good a solver is: Pass@k, Maj@k and Avg@k with intervals over problems."""
 
 from __future__ import annotations
 
@@ -7,23 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
+from selfdistill.intervals import Interval, bootstrap
 from selfdistill.rollout import Rollout, RolloutEngine, SamplingParams, sample
 from selfdistill.tasks import Problem, Task, Verdict, check_all
-
-BOOTSTRAP_RESAMPLES = 10_000
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over problems and its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -219,20 +207,6 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def bootstrap(values: Sequence[float], *, seed: int = 0) -> Interval:
-    """The mean and its 95 % percentile interval, problems resampled with replacement.
-
-    Raises:
-        ValueError: no values.
-    """
-    if not len(values):
-        raise ValueError("values must hold at least one problem's score, got none")
-    data: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(0, len(data), (BOOTSTRAP_RESAMPLES, len(data)))
-    low, high = np.quantile(data[picks].mean(axis=1), [0.025, 0.975])
-    return Interval(float(data.mean()), float(low), float(high))
-
-
 def avg_difference(before: Evaluation, after: Evaluation, *, seed: int = 0) -> Interval:
     """How much Avg@k rose, paired by problem: an interval above 0 is a rise beyond chance.
 
@@ -251,5 +225,6 @@ def avg_difference(before: Evaluation, after: Evaluation, *, seed: int = 0) -> I
             new.correct / after.samples - old.correct / before.samples
             for old, new in zip(before.problems, after.problems, strict=True)
         ],
+        bounds=(-1.0, 1.0),
         seed=seed,
     )

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from selfdistill.evaluate import BOOTSTRAP_RESAMPLES, Interval
+from selfdistill.intervals import (
+    BOOTSTRAP_RESAMPLES,
+    SHARES,
+    Bounds,
+    Interval,
+    standard_error,
+    widen,
+)
 
 _LEVELS = (0.025, 0.975)
 
@@ -91,10 +98,33 @@ def quotient_interval(
     return Interval(second.value / first.value, float(low), float(high))
 
 
-def crossed_mean(scores: ArrayLike, *, seed: int = 0) -> Interval:
+def share_interval(numerators: ArrayLike, denominators: ArrayLike, *, seed: int = 0) -> Interval:
+    """Return sum / sum of what is part of something, such as right attempts of all attempts.
+
+    Args:
+        numerators, denominators: [problems]; the first are at most the second.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: the denominators add up to 0.
+    """
+    part, whole = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
+    (found,) = ratio_intervals(part[:, None], whole[:, None], seed=seed)
+    if found is None:
+        raise ValueError("denominators must not add up to 0")
+    deviations = (part - found.value * whole) / whole.mean()
+    return widen(found, error=standard_error(deviations), count=len(part), bounds=SHARES)
+
+
+def crossed_mean(scores: ArrayLike, *, bounds: Bounds | None = SHARES, seed: int = 0) -> Interval:
     """Return the mean of scores [seeds, problems], both resampled with replacement.
 
-    With one seed this is `evaluate.bootstrap` over the problems.
+    With one seed this is `intervals.bootstrap` over the problems.
+
+    Args:
+        scores: [seeds, problems].
+        bounds: between which they lie; see `intervals.widen`.
+        seed: of the bootstrap.
 
     Raises:
         ValueError: no scores, or not [seeds, problems].
@@ -104,15 +134,20 @@ def crossed_mean(scores: ArrayLike, *, seed: int = 0) -> Interval:
     problems = _weights(data.shape[1], rng)
     means = ((_weights(data.shape[0], rng) @ data) * problems).sum(1) / data.size
     low, high = np.quantile(means, _LEVELS)
-    return Interval(float(data.mean()), float(low), float(high))
+    drawn = Interval(float(data.mean()), float(low), float(high))
+    error = standard_error(data.mean(0))
+    return widen(drawn, error=error, count=data.shape[1], bounds=bounds)
 
 
-def crossed_difference(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Interval:
+def crossed_difference(
+    first: ArrayLike, second: ArrayLike, *, bounds: Bounds | None = SHARES, seed: int = 0
+) -> Interval:
     """Return mean(second) - mean(first), paired by problem, with its 95 % interval.
 
     Args:
         first, second: scores [seeds, problems] of the same problems in the same order; the number
             of seeds may differ. Problems are resampled together, the seeds of each side alone.
+        bounds: between which the scores lie; see `intervals.widen`.
         seed: of the bootstrap.
 
     Raises:
@@ -130,7 +165,14 @@ def crossed_difference(first: ArrayLike, second: ArrayLike, *, seed: int = 0) ->
         a
     )  # [resamples, problems]
     low, high = np.quantile((per_problem * problems).sum(1) / a.shape[1], _LEVELS)
-    return Interval(float(b.mean() - a.mean()), float(low), float(high))
+    differences = b.mean(0) - a.mean(0)
+    width = None if bounds is None else bounds[1] - bounds[0]
+    return widen(
+        Interval(float(differences.mean()), float(low), float(high)),
+        error=standard_error(differences),
+        count=len(differences),
+        bounds=None if width is None else (-width, width),
+    )
 
 
 def _resampled_ratios(

@@ -65,8 +65,7 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
     first = next(iter(evaluations.values()))
     k = first.samples
     table = Table(
-        title=f"{len(first.problems)} {first.split} problems, {k} attempts each, "
-        "95 % bootstrap intervals",
+        title=f"{len(first.problems)} {first.split} problems, {k} attempts each, 95 % intervals",
         title_justify="left",
     )
     table.add_column("")

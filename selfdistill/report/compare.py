@@ -59,7 +59,7 @@ def comparison_page(comparison: Comparison) -> str:
         f'<p class="lead">{_count(runs, "run")} in {_count(len(comparison.groups), "group")} '
         f"(one configuration each, with one or more seeds): {isolated(names)}.</p></header>"
         '<section id="curves"><h2>While training</h2><p>Evaluated on the dev split. Vertical bars '
-        "are 95&nbsp;% bootstrap intervals over problems and seeds; thin curves are single seeds, "
+        "are 95&nbsp;% intervals over problems and seeds; thin curves are single seeds, "
         "thick ones their mean. Methods that draw more rollouts a step see more data at the same "
         "step: compare them over rollouts. Hover over a point for its value.</p>"
         f"{learning_curves(comparison.groups)}</section>"

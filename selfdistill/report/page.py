@@ -268,7 +268,7 @@ def curves(run: Run) -> str:
         charts.insert(1, line_chart(title, loss, x_label=step, y_label="nats per token"))
     return (
         '<section id="curves"><h2>Over the training steps</h2>'
-        "<p>Vertical bars are 95&nbsp;% bootstrap intervals over problems. "
+        "<p>Vertical bars are 95&nbsp;% intervals over problems. "
         "Hover over a point for its value.</p>"
         f'<div class="charts">{"".join(charts)}</div></section>'
     )

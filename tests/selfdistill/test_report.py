@@ -16,7 +16,8 @@ import selfdistill.demo
 from selfdistill.analysis import TokenAnalysis
 from selfdistill.config import Config, save_config
 from selfdistill.demo import demo
-from selfdistill.evaluate import Evaluation, ProblemScore, avg_difference, bootstrap
+from selfdistill.evaluate import Evaluation, ProblemScore, avg_difference
+from selfdistill.intervals import bootstrap
 from selfdistill.localisation import localise
 from selfdistill.report import write_report
 from selfdistill.report.charts import ticks
@@ -150,7 +151,8 @@ def test_the_page_needs_nothing_from_elsewhere(finished: Path) -> None:
 
 
 def test_the_numbers_are_those_of_the_files(finished: Path) -> None:
-    text = read(write_report(finished)).within().replace("\N{NO-BREAK SPACE}", " ")
+    page = read(write_report(finished)).within()
+    text = page.replace("\N{NO-BREAK SPACE}", " ").replace("\N{MINUS SIGN}", "-")
     before, after = make_evaluation([0, 1, 2, 1]), make_evaluation([3, 3, 2, 4])
     assert "Avg@4 on 4 held-out problems: 25.0 % → 75.0 % +50.0 points (95 % interval" in text
     rise = avg_difference(before, after)
@@ -171,7 +173,7 @@ def test_the_numbers_are_those_of_the_files(finished: Path) -> None:
     assert "Right answers to this question: 1 of 4 attempts before training, 3 of 4 after" in text
     localisation = localise([make_record()])
     assert localisation.mean_at is not None
-    assert f"{localisation.mean_at.value:+.3f}".replace("-", "\N{MINUS SIGN}") in text
+    assert f"{localisation.mean_at.value:+.3f}" in text
     assert "training step 2: 0.1 nats per token" in text.replace("\n", " ")
     for line in (finished / "evaluations.jsonl").read_text().splitlines():
         dev = json.loads(line)

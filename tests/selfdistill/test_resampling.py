@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from selfdistill.evaluate import bootstrap
+from selfdistill.intervals import bootstrap
 from selfdistill.resampling import (
     crossed_difference,
     crossed_mean,
@@ -13,8 +13,8 @@ from selfdistill.resampling import (
 
 
 def test_a_ratio_of_means_over_equal_rows_is_the_plain_bootstrap() -> None:
-    values = [0.0, 1.0, 1.0, 0.25, 0.5]
-    (found,) = ratio_intervals([[v] for v in values], [[1.0]] * 5)
+    values = [0.0, 1.0, 1.0, 0.25, 0.5] * 6
+    (found,) = ratio_intervals([[v] for v in values], [[1.0]] * 30)
     expected = bootstrap(values)
     assert found is not None
     assert (found.value, found.low, found.high) == pytest.approx(

@@ -17,7 +17,8 @@ from selfdistill.rollout import Rollout
 from selfdistill.tasks import Verdict
 from selfdistill.tasks.arithmetic import ArithmeticTask
 
-SMALL = replace(FULL, problems=20, side_problems=20, dev_problems=8)
+# Enough problems for intervals of no width where all of them have the same score.
+SMALL = replace(FULL, problems=60, side_problems=60, dev_problems=8)
 
 TASK = ArithmeticTask()
 
