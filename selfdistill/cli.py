@@ -369,9 +369,9 @@ def main() -> None:
         from selfdistill.reproduce.schedule import WorkerLostError
         from selfdistill.rollout import EngineError
         from selfdistill.rollout.agreement import EngineMismatchError
-        from selfdistill.sharding import UnshardableModelError
         from selfdistill.run_folder import RunExistsError
         from selfdistill.runlog import LogError
+        from selfdistill.sharding import UnshardableModelError
         from selfdistill.state_file import CheckpointError
         from selfdistill.tasks import TaskError
         from selfdistill.train import DivergedError

@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
-import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from datetime import date
-from types import FrameType
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,6 +25,7 @@ from selfdistill.distributed import Ranks, join_ranks
 from selfdistill.empty_steps import describe, nothing_learned, trailing
 from selfdistill.evaluate import Attempts, judge, summarize
 from selfdistill.gradients import StudentLoss, accumulate_gradients
+from selfdistill.interrupt import Interrupt, deferred_interrupt
 from selfdistill.methods import build_method, why_without_context
 from selfdistill.methods.loss import find_heads
 from selfdistill.places import alone_in
@@ -239,16 +236,22 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
     def save() -> None:
         store.save(state, weights, solver.tokenizer, optimizer, teacher, writes=ranks.is_main)
 
-    with deferred_interrupt(console) as interrupt, progress_bars(console) as bars:
+    with (
+        deferred_interrupt(console, launched=ranks.size > 1) as interrupt,
+        progress_bars(console) as bars,
+    ):
+        interrupt.saved = state.step if os.path.lexists(store.last) else None
         bar = bars.add_task("train", total=config.steps, completed=state.step, note="")
         if evaluation_is_due(state, config):
             state = evaluate(solver, state, ranks, interrupt, evaluation_log, bars)
             if state.evaluated_step == state.step:
                 save()
+                interrupt.saved = state.step
         stopping = ranks.any(interrupt.requested)
 
         while state.step < config.steps and not stopping:
             step = state.step + 1
+            interrupt.doing, interrupt.step = "step", step
             clock = Clock()
             first = state.step * config.prompts_per_step
             drawn = problems[first : first + config.prompts_per_step]
@@ -358,6 +361,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             last = stopping or step == config.steps or failure is not None
             if last or state.best_step == step or step % config.checkpoint.every == 0:
                 save()
+                interrupt.saved = step
             if failure is not None:
                 raise failure
             kl = "" if metrics.kl is None else f"KL {metrics.kl:.3f}  "
@@ -406,6 +410,7 @@ def evaluate(
     the state comes back as it was, not evaluated.
     """
     settings = solver.config.evaluation
+    interrupt.doing, interrupt.step = "evaluation", state.step
     clock = Clock()
     asked, left_out = solver.with_room(solver.task.problems(split="dev", count=settings.problems))
     share = ranks.share(len(asked))
@@ -456,34 +461,3 @@ def refuse_divergence(step: int, loss: float, grad_norm: float, store: Checkpoin
         f"numbers. The step was not taken; the last good state is {store.last}. Lower "
         "optimizer.learning_rate, or look at the rollouts of this step."
     )
-
-
-@dataclass
-class Interrupt:
-    """Whether somebody asked the run to stop."""
-
-    requested: bool = False
-
-
-@contextmanager
-def deferred_interrupt(console: Console) -> Iterator[Interrupt]:
-    """Turn the first Ctrl-C or SIGTERM into a request; the second one acts as usual."""
-    interrupt = Interrupt()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupt  # only the main thread may set signal handlers
-        return
-    previous: dict[int, Any] = {}
-
-    def request(signum: int, frame: FrameType | None) -> None:
-        interrupt.requested = True
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        console.print("Finishing and saving this step; once more to stop at once.")
-
-    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-        previous[number] = signal.signal(number, request)
-    try:
-        yield interrupt
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -76,6 +76,7 @@ def ranks_settings(solver_dir: Path, output_dir: Path, **changes: Any) -> dict[s
         "rollout": {"max_new_tokens": 6},
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0},
         "evaluation": {"every": 2, "problems": 3, "samples": 2},
+        "max_empty_steps": None,  # a random model earns no reward
         **changes,
     }
 
