@@ -123,7 +123,7 @@ def is_finished(job: Job, output: Path) -> bool:
     result = read_result(output, job.name)
     if result is None:
         return False
-    if result.job != job_fingerprint(job):
+    if not _is_same(result.job, job_fingerprint(job), job_fingerprint(job, changed_only=True)):
         raise PlanChangedError(
             f"{output / job.name} holds a finished job of another plan (--quick, or another "
             "version): choose another --output, or remove that folder"
@@ -135,15 +135,39 @@ def is_finished(job: Job, output: Path) -> bool:
 NEUTRAL = ("model", "output_dir", "max_empty_steps")
 
 
-def job_fingerprint(job: Job) -> dict[str, Any]:
-    """Return a job as JSON, without the settings that do not change its results."""
+def job_fingerprint(job: Job, *, changed_only: bool = False) -> dict[str, Any]:
+    """Return a job as JSON, without the settings that do not change its results.
+
+    Args:
+        job: what is asked for.
+        changed_only: without those that have their default value, either.
+    """
 
     def strip(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: strip(v) for k, v in value.items() if k not in NEUTRAL}
         return [strip(v) for v in value] if isinstance(value, list) else value
 
-    return strip(json.loads(TypeAdapter(Job).dump_json(job)))
+    return strip(json.loads(TypeAdapter(Job).dump_json(job, exclude_defaults=changed_only)))
+
+
+def _is_same(recorded: Any, asked: Any, changed: Any) -> bool:
+    """Compare a recorded job with one that is asked for.
+
+    A setting that the record does not know is newer than the record: it must have its default.
+
+    Args:
+        recorded: the fingerprint that was written down.
+        asked: the fingerprint of the job.
+        changed: the same without what has its default value.
+    """
+    if not isinstance(recorded, dict) or not isinstance(asked, dict):
+        return bool(recorded == asked)
+    known = changed if isinstance(changed, dict) else {}
+    return recorded.keys() <= asked.keys() and all(
+        _is_same(recorded[name], value, known.get(name)) if name in recorded else name not in known
+        for name, value in asked.items()
+    )
 
 
 def run_job(job: Job, output: Path) -> bool:

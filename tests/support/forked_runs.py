@@ -45,7 +45,7 @@ torch.set_num_threads(1)
 # Where a process is killed, beside random moments: (module, function, most calls before it).
 MOMENTS = [
     (selfdistill.checkpoint, "save_file", 6),
-    (selfdistill.checkpoint, "_sha256", 20),
+    (selfdistill.checkpoint, "sha256_of", 20),
     (selfdistill.checkpoint, "_flush", 24),
     (selfdistill.checkpoint.os, "rename", 3),
     (selfdistill.checkpoint.os, "replace", 8),

@@ -56,7 +56,7 @@ def forked_runs(action: str, request: dict[str, Any], folder: Path) -> dict[str,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
-        timeout=240,
+        timeout=800,  # hangs; a busy machine is slow
     )
     assert result.returncode == 0, result.stderr
     answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])

@@ -18,6 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from selfdistill.cli import EXIT_INTERRUPTED, app
+from selfdistill.config import PromptConfig
 from selfdistill.evaluate import Evaluation
 from selfdistill.reproduce import reproduce
 from selfdistill.reproduce.findings import collect
@@ -189,6 +190,34 @@ def test_a_job_of_another_plan_is_refused_by_name(solver_dir: Path, tmp_path: Pa
     assert other.name == job.name
     with pytest.raises(PlanChangedError, match=job.name):
         run_plan([other], tmp_path, workers=1, console=quiet())
+
+
+def test_a_setting_that_is_newer_than_a_job_must_have_its_default(solver_dir: Path, tmp_path: Path):
+    job = build_plan(str(solver_dir), TINY, ["main"])[0]
+    assert isinstance(job, Training)
+    write_result(tmp_path, job)
+    path = tmp_path / job.name / "result.json"
+    result = json.loads(path.read_text())
+    del result["job"]["config"]["prompt"], result["job"]["config"]["updates_per_step"]
+    del result["job"]["config"]["method"]["clip_low"]
+    path.write_text(json.dumps(result))
+    assert is_finished(job, tmp_path)
+    for change in ({"updates_per_step": 2}, {"prompt": PromptConfig(max_length=9)}):
+        other = replace(job, config=job.config.model_copy(update=change))
+        with pytest.raises(PlanChangedError):
+            is_finished(other, tmp_path)
+    result["job"]["config"]["no_longer_there"] = 1
+    path.write_text(json.dumps(result))
+    with pytest.raises(PlanChangedError):
+        is_finished(job, tmp_path)
+
+
+def test_giving_up_later_is_no_other_job(solver_dir: Path):
+    job = build_plan(str(solver_dir), TINY, ["main"])[0]
+    assert isinstance(job, Training)
+    assert job.config.max_empty_steps is None
+    patient = replace(job, config=job.config.model_copy(update={"max_empty_steps": 10}))
+    assert job_fingerprint(patient) == job_fingerprint(job)
 
 
 def test_the_model_may_lie_elsewhere(tmp_path: Path):
