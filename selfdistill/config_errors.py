@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
@@ -63,11 +63,12 @@ def _sections_at(place: Place, root: type[BaseModel]) -> list[type[BaseModel]]:
 
 def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """Yield the sections that a type allows."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    # In Python 3.10 dict[str, int] passes for a class.
+    if get_origin(annotation) is not None or not isinstance(annotation, type):
+        for argument in get_args(annotation):
+            yield from _sections_in(argument)
+    elif issubclass(annotation, BaseModel):
         yield annotation
-        return
-    for argument in get_args(annotation):
-        yield from _sections_in(argument)
 
 
 def _tag(section: type[BaseModel]) -> str | None:

@@ -47,9 +47,9 @@ ROWS = {
     "lowest": Row(
         "3.10",
         (
-            "torch==2.9.1", "triton==3.5.1", "numpy==1.26.4", "transformers==5.16.0",
-            "tokenizers==0.23.1", "safetensors==0.8.0", "peft==0.20.0", "pydantic==2.7.0",
-            "pyyaml==6.0.1", "typer==0.15.1", "rich==13.9.4", "datasets==3.0.0",
+            "torch==2.9.1", "triton==3.5.1", "numpy==1.26.4", "filelock==4.1.0",
+            "transformers==5.16.0", "tokenizers==0.23.1", "safetensors==0.8.0", "peft==0.20.0",
+            "pydantic==2.7.0", "pyyaml==6.0.1", "typer==0.15.1", "rich==13.9.4", "datasets==3.0.0",
             "math-verify[antlr4_13_2]==0.8.0", "pytest==8.0.0",
         ),
         "the lower ends of pyproject.toml",
@@ -94,8 +94,8 @@ PARTS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "trainer": ((*(f"tests/selfdistill/{name}" for name in TRAINER), "-m", "not slow"), {}),
 }  # fmt: skip
 SHOWN = (
-    "torch", "triton", "numpy", "transformers", "tokenizers", "safetensors", "peft", "pydantic",
-    "pyyaml", "typer", "rich", "datasets", "math-verify",
+    "torch", "triton", "numpy", "filelock", "transformers", "tokenizers", "safetensors", "peft",
+    "pydantic", "pyyaml", "typer", "rich", "datasets", "math-verify",
     "latex2sympy2-extended", "sympy",
 )  # fmt: skip
 

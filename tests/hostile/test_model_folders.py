@@ -33,6 +33,7 @@ from selfdistill.rollout.vllm_engine import VLLMEngine
 from selfdistill.solver import load_solver
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
 from selfdistill.textgen.local import load_local_generator
+from selfdistill.weights import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "model.safetensors"
@@ -286,7 +287,7 @@ def test_vllm_is_not_asked_for_what_cannot_be_used(folder: Path) -> None:
 
 def test_a_checkpoint_that_lacks_tensors_is_refused(folder: Path) -> None:
     change_tensors(folder, lambda tensors: tensors.pop(UP))
-    assert UP in message(lambda: load_solver(settings(folder), folder))
+    assert UP in message(lambda: load_model(settings(folder), folder))
 
 
 def test_tied_heads_and_added_tokens_out_of_reach_are_fine(good: Path, tmp_path: Path) -> None:

@@ -108,12 +108,11 @@ def sections(model: type[BaseModel]) -> set[type[BaseModel]]:
     found = {model}
 
     def look(annotation: Any) -> None:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            if annotation not in found:
-                found.update(sections(annotation))
-            return
         for argument in typing.get_args(annotation):
             look(argument)
+        is_class = typing.get_origin(annotation) is None and isinstance(annotation, type)
+        if is_class and issubclass(annotation, BaseModel) and annotation not in found:
+            found.update(sections(annotation))
 
     for field in model.model_fields.values():
         look(field.annotation)
