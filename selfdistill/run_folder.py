@@ -75,7 +75,8 @@ def first_day(config: Config) -> date | None:
     folder = config.output_dir
     with suppress(CheckpointError):  # one that is damaged is refused when it is loaded
         return recorded_date(read_state(folder / CHECKPOINTS / "last").config)
-    found = _loaded(folder / CONFIG_FILE)
+    path = folder / CONFIG_FILE
+    found = _loaded(path) if path.exists() else None
     return None if found is None else found.prompt.date
 
 

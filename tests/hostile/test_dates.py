@@ -15,6 +15,7 @@ from tiny_tokenizers import byte_level
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdistill.chat import ChatTemplate
+from selfdistill.checkpoint import CheckpointStore
 from selfdistill.config import Config, load_config
 from selfdistill.dry_run import dry_run
 from selfdistill.filtering import FilterSettings, filter_problems
@@ -155,6 +156,25 @@ def test_a_run_that_goes_on_another_day_has_the_prompts_of_its_first(
     # A new run has the new day.
     train(settings(model, tmp_path / "new", steps=1))
     assert load_config(tmp_path / "new" / "config.yaml").prompt.date == date(2026, 11, 29)
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_keeps_its_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(save_model(tmp_path / "model"), tmp_path / "run", steps=1)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise InterruptedError
+
+    with monkeypatch.context() as patched:
+        become(patched, date(2026, 11, 28))
+        patched.setattr(CheckpointStore, "save", stop)
+        with pytest.raises(InterruptedError):
+            train(config)
+    become(monkeypatch, date(2026, 11, 29))
+    train(config, resume=True)
+    assert load_config(tmp_path / "run" / "config.yaml").prompt.date == date(2026, 11, 28)
+    assert [path.name for path in (tmp_path / "run").glob("config*")] == ["config.yaml"]
 
 
 def test_the_day_may_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
