@@ -1,24 +1,24 @@
-"""Opt-in: times tiles on the GPU at hand and keeps the fastest in a file.
+"""Times tiles on the GPU at hand and keeps the fastest in a file.
 
     python -m selfdistill_kernels.backends.triton.autotune --hidden 4096 --vocabulary 128256
-    SELFDISTILL_AUTOTUNE=1 python train.py      # uses what the file says, the shipped tiles else
+    SELFDISTILL_AUTOTUNE=1 python train.py
 
-    SELFDISTILL_AUTOTUNE=1 python train.py     # uses what the file says, else the shipped tiles
-times anything itself: results stay the same from step to step.
+The second command is yours: with that variable it runs with the tiles that the file names, and with
+the shipped ones where the file names none. The file is ~/.cache/selfdistill/triton.json, or the one
+that SELFDISTILL_AUTOTUNE_FILE names. Training never times anything itself, so that its results stay
+the same from step to step.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
-from functools import cache
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
+from selfdistill_kernels.backends.base import LinearInputs, Needs
+from selfdistill_kernels.backends.triton.backend import TritonBackend
 from selfdistill_kernels.backends.triton.plan import (
     HEAVY,
     SHIPPED,
@@ -27,30 +27,9 @@ from selfdistill_kernels.backends.triton.plan import (
     Machine,
     key_of,
 )
-
-
-def cache_file() -> Path:
-    """Where tuned tiles are kept."""
-    named = os.environ.get("SELFDISTILL_AUTOTUNE_FILE")
-    return Path(named) if named else Path.home() / ".cache" / "selfdistill" / "triton.json"
-
-
-@cache
-def read_tuned(path: Path) -> dict[str, Configuration]:
-    """Tuned tiles by plan.key_of; empty without a file.
-
-    Raises:
-        ValueError: the file is no such table.
-    """
-    if not path.exists():
-        return {}
-    try:
-        entries = json.loads(path.read_text())
-        return {key: Configuration(**entry) for key, entry in entries.items()}
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: not a table of tuned tiles ({error}); delete it and tune again"
-        ) from error
+from selfdistill_kernels.backends.triton.tuned_tiles import Tiles, cache_file, save_tuned
+from selfdistill_kernels.logits import LogitTransform
+from selfdistill_kernels.objective import Objective
 
 
 def candidates() -> list[Configuration]:
@@ -61,7 +40,7 @@ def candidates() -> list[Configuration]:
     found: dict[Configuration, None] = {}
     for tile in shipped:
         for stages in (tile.stages - 1, tile.stages, tile.stages + 1):
-            found[Configuration(**{**asdict(tile), "stages": max(stages, 1)})] = None
+            found[replace(tile, stages=max(stages, 1))] = None
     return list(found)
 
 
@@ -86,24 +65,11 @@ def fastest(
     return best[1], best[0]
 
 
-def save_tuned(path: Path, key: str, tile: Configuration) -> None:
-    """Add or replace one entry."""
-    entries = {k: asdict(v) for k, v in read_tuned(path).items()} | {key: asdict(tile)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".part")
-    scratch.write_text(json.dumps(entries, indent=1) + "\n")
-    scratch.replace(path)
-    read_tuned.cache_clear()
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Tune the sweep and the gradient of the plain forward KL for one shape."""
-    from selfdistill_kernels.backends.base import LinearInputs, Needs
-    from selfdistill_kernels.backends.triton.backend import TritonBackend
-    from selfdistill_kernels.logits import LogitTransform
-    from selfdistill_kernels.objective import Objective
-
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--hidden", type=int, required=True)
     parser.add_argument("--vocabulary", type=int, required=True)
@@ -128,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     for kind in kinds:
 
         def seconds(tile: Configuration, kind: Kind = kind) -> float:
-            backend = TritonBackend(tiles={kind: tile})
+            backend = TritonBackend(tiles=Tiles(fixed={kind: tile}))
             if kind == "sweep":
                 return do_bench(lambda: backend.statistics(inputs, objective, 0))
             needs = Needs(hidden=True, weight=False, bias=False)

@@ -10,7 +10,6 @@ the count there, and what lies past it is left out or zero.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -30,21 +29,13 @@ from selfdistill_kernels.backends.recompute import sweep_top_k
 from selfdistill_kernels.backends.triton.gather import gather_rows
 from selfdistill_kernels.backends.triton.gradient import slab_gradient
 from selfdistill_kernels.backends.triton.launch import Launch, run
-from selfdistill_kernels.backends.triton.merge import merge
-from selfdistill_kernels.backends.triton.merge_mixture import merge_mixture
-from selfdistill_kernels.backends.triton.mixture import sweep_mixture
-from selfdistill_kernels.backends.triton.plan import (
-    Configuration,
-    Kind,
-    Machine,
-    SlabPlan,
-    store_rows,
-)
+from selfdistill_kernels.backends.triton.merge import merge, merge_mixture
+from selfdistill_kernels.backends.triton.plan import Machine, SlabPlan, store_rows
 from selfdistill_kernels.backends.triton.problem import Problem, RowTile, Selection
 from selfdistill_kernels.backends.triton.product import hidden_product, weight_product
-from selfdistill_kernels.backends.triton.row_gradient import row_gradient
-from selfdistill_kernels.backends.triton.row_statistics import row_statistics
-from selfdistill_kernels.backends.triton.sweep import sweep
+from selfdistill_kernels.backends.triton.rows import row_gradient, row_statistics
+from selfdistill_kernels.backends.triton.sweep import sweep, sweep_mixture
+from selfdistill_kernels.backends.triton.tuned_tiles import Tiles, tiles_in_use
 from selfdistill_kernels.objective import DIVERGENCES, Objective
 from selfdistill_kernels.statistics import Column
 
@@ -58,18 +49,18 @@ class TritonBackend:
     Args:
         machine: what to plan for; None asks the inputs' device.
         launch: how kernels are started.
-        tiles: in place of the shipped ones, for tuning.
+        tiles: what the GEMM kernels run with; None takes what the environment asks for, once.
     """
 
     def __init__(
         self,
         machine: Machine | None = None,
         launch: Launch = run,
-        tiles: Mapping[Kind, Configuration] | None = None,
+        tiles: Tiles | None = None,
     ) -> None:
         self._machine = machine
         self._launch = launch
-        self._tiles = tiles or {}
+        self._tiles = tiles_in_use() if tiles is None else tiles
 
     def statistics(self, inputs: LinearInputs, objective: Objective, workspace: int) -> Tensor:
         problem = self._problem(inputs, objective)

@@ -20,6 +20,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from selfdistill_kernels.backends.triton.columns import (
+    ROW_DIVERGENCE,
+    STUDENT_ENTROPY,
+    STUDENT_LOGPROB,
+    STUDENT_LOGSUM,
+    STUDENT_REFERENCE,
+    TEACHER_ENTROPY,
+    TEACHER_LOGPROB,
+    TEACHER_LOGSUM,
+    TEACHER_REFERENCE,
+)
+
 # selfdistill_kernels.objective.DIVERGENCES
 NONE = tl.constexpr(0)
 FORWARD_KL = tl.constexpr(1)
@@ -286,24 +298,24 @@ def finish_first(
     reference_s, low_s = rounded(max_s, log_s)
     reference_t = reference_s
     low_t = low_s
-    tl.store(to, reference_s, mask=inside)
-    tl.store(to + 1, low_s, mask=inside)
-    tl.store(to + 6, (log_s - moment_s / sum_s).to(tl.float32), mask=inside)
+    tl.store(to + STUDENT_REFERENCE, reference_s, mask=inside)
+    tl.store(to + STUDENT_LOGSUM, low_s, mask=inside)
+    tl.store(to + STUDENT_ENTROPY, (log_s - moment_s / sum_s).to(tl.float32), mask=inside)
     if HAS_TARGETS:
-        tl.store(to + 4, logprob_of(target_s, max_s, log_s), mask=inside)
+        tl.store(to + STUDENT_LOGPROB, logprob_of(target_s, max_s, log_s), mask=inside)
     if HAS_TEACHER:
         excess = tl.where(sum_t == 0.0, NAN, excess)
         sum_t = tl.where(sum_t == 0.0, NAN, sum_t)
         log_t = log_s + log_sums_ratio(sum_s, sum_t, excess, DIVERGENCE)[0]
         reference_t, low_t = rounded(max_t, log_t)
-        tl.store(to + 2, reference_t, mask=inside)
-        tl.store(to + 3, low_t, mask=inside)
-        tl.store(to + 7, (log_t - moment_t / sum_t).to(tl.float32), mask=inside)
+        tl.store(to + TEACHER_REFERENCE, reference_t, mask=inside)
+        tl.store(to + TEACHER_LOGSUM, low_t, mask=inside)
+        tl.store(to + TEACHER_ENTROPY, (log_t - moment_t / sum_t).to(tl.float32), mask=inside)
         if HAS_TARGETS:
-            tl.store(to + 5, logprob_of(target_t, max_t, log_t), mask=inside)
+            tl.store(to + TEACHER_LOGPROB, logprob_of(target_t, max_t, log_t), mask=inside)
         if DIVERGENCE == FORWARD_KL or DIVERGENCE == REVERSE_KL:
             kl = kl_of(sum_s, sum_t, excess, moment, curvature, DIVERGENCE)
-            tl.store(to + 8, kl.to(tl.float32), mask=inside)
+            tl.store(to + ROW_DIVERGENCE, kl.to(tl.float32), mask=inside)
     return reference_s, low_s, reference_t, low_t
 
 
@@ -321,27 +333,27 @@ def probability_difference(p_s, p_t, x):
     return tl.where(tl.abs(x) < NEAR, p_s * tl.fma(x * x, exponential_tail(x), x), p_t - p_s)
 
 
-# ---- second sweep: the mixture m = alpha T + (1 - alpha) S ---------------------------------------
+# ---- second sweep: the mixture m = beta T + (1 - beta) S ---------------------------------------
 
 
 @triton.jit
-def mixture(x, alpha):
+def mixture(x, beta):
     """log(m/p_s), log(m/p_t), 1 - p_s/m, the teacher's share, and two deficits.
 
     The share is 1 - p_t/m where |x| < NEAR and -p_t/m elsewhere: no digits lost in either. Deficits
     v - log(1 + v) for v = m/p_s - 1 and m/p_t - 1 hold where |x| < NEAR. Far from 0 everything
     comes from n = e^-|x| <= 1, so that nothing overflows.
     """
-    rest = 1.0 - alpha
+    rest = 1.0 - beta
     size = tl.abs(x)
     near = size < NEAR
     up = x > 0.0
     small = tl.where(near, x, 0.0)
     xx = small * small
-    v = alpha * tl.fma(xx, exponential_tail(small), small)
+    v = beta * tl.fma(xx, exponential_tail(small), small)
     y = rest * tl.fma(xx, exponential_tail(-small), -small)
     n = tl.exp(-size)
-    m = tl.where(up, alpha + rest * n, rest + alpha * n)  # m / max(p_s, p_t)
+    m = tl.where(up, beta + rest * n, rest + beta * n)  # m / max(p_s, p_t)
     log_m = tl.log(m)
     deficit_s = logarithm_deficit(v)
     deficit_t = logarithm_deficit(y)
@@ -354,7 +366,7 @@ def mixture(x, alpha):
 
 @triton.jit
 def mixture_sums(
-    z_s, z_t, reference_s, low_s, reference_t, low_t, alpha,
+    z_s, z_t, reference_s, low_s, reference_t, low_t, beta,
     DIVERGENCE: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """KL(S||m), KL(T||m), pivot and kappa summed over a tile (zeros where nobody needs them)."""
@@ -363,7 +375,7 @@ def mixture_sums(
     p_s = probability(z_s, reference_s, low_s)
     p_t = probability(z_t, reference_t, low_t)
     difference = probability_difference(p_s, p_t, x)
-    log_s, log_t, share_s, share_t, deficit_s, deficit_t = mixture(x, alpha)
+    log_s, log_t, share_s, share_t, deficit_s, deficit_t = mixture(x, beta)
     near = tl.abs(x) < NEAR
     student = tl.sum(tl.zeros_like(x), AXIS)
     teacher = student
@@ -371,23 +383,23 @@ def mixture_sums(
     kappa = student
     # KL(S||m) = sum p_s (v - log(1 + v)), v = m/p_s - 1, because sum p_s v = 0; all terms >= 0.
     if DIVERGENCE != SKEW_KL:
-        student = tl.sum(tl.where(near, p_s * deficit_s, alpha * difference - p_s * log_s), AXIS)
+        student = tl.sum(tl.where(near, p_s * deficit_s, beta * difference - p_s * log_s), AXIS)
     if DIVERGENCE != SKEW_REVERSE_KL:
-        distant = (alpha - 1.0) * difference - p_t * log_t
+        distant = (beta - 1.0) * difference - p_t * log_t
         teacher = tl.sum(tl.where(near, p_t * deficit_t, distant), AXIS)
     if DIVERGENCE == SKEW_KL:
         pivot = -tl.sum(p_s * tl.where(near, share_t, 1.0 + share_t), AXIS)
         kappa = tl.sum(p_s * tl.where(near, 1.0 - share_t, -share_t), AXIS)
     if DIVERGENCE == SKEW_REVERSE_KL:
-        pivot = tl.sum(p_s * ((1.0 - alpha) * share_s - log_s), AXIS)
+        pivot = tl.sum(p_s * ((1.0 - beta) * share_s - log_s), AXIS)
     return student, teacher, pivot, kappa
 
 
 @triton.jit
-def finish_mixture(student, teacher, pivot, kappa, alpha, DIVERGENCE: tl.constexpr):
+def finish_mixture(student, teacher, pivot, kappa, beta, DIVERGENCE: tl.constexpr):
     """Divergence and pivot, float32, from the sums over the whole vocabulary."""
     if DIVERGENCE == JSD:
-        return (alpha * teacher + (1.0 - alpha) * student).to(tl.float32), student.to(tl.float32)
+        return (beta * teacher + (1.0 - beta) * student).to(tl.float32), student.to(tl.float32)
     elif DIVERGENCE == SKEW_KL:
         return teacher.to(tl.float32), skew_pivot(pivot, kappa)
     else:
@@ -408,7 +420,7 @@ def target_factor(logprob):
 @triton.jit
 def gradient_tile(
     z_s, z_t, is_target, logprob, reference_s, low_s, reference_t, low_t, entropy, divergence,
-    pivot, divergence_weight, token_weight, entropy_weight, alpha,
+    pivot, divergence_weight, token_weight, entropy_weight, beta,
     DIVERGENCE: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """d loss / d z_s of a tile; row values broadcast against it. z_t: only with a divergence.
@@ -429,8 +441,8 @@ def gradient_tile(
             if DIVERGENCE == REVERSE_KL:
                 g = -(x + divergence)
             else:
-                share = 1.0 - alpha
-                log_s, _, share_s, share_t, _, _ = mixture(x, alpha)
+                share = 1.0 - beta
+                log_s, _, share_s, share_t, _, _ = mixture(x, beta)
                 if DIVERGENCE == JSD:
                     g = -share * (log_s + pivot)
                 elif DIVERGENCE == SKEW_KL:

@@ -6,6 +6,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from selfdistill_kernels.backends.triton.columns import (
+    DIVERGENCE_WEIGHT,
+    ENTROPY_WEIGHT,
+    PIVOT,
+    ROW_DIVERGENCE,
+    STATISTICS,
+    STUDENT_ENTROPY,
+    STUDENT_LOGPROB,
+    STUDENT_LOGSUM,
+    STUDENT_REFERENCE,
+    TEACHER_LOGSUM,
+    TEACHER_REFERENCE,
+    TERMS,
+    TOKEN_WEIGHT,
+)
 from selfdistill_kernels.backends.triton.divergence import cap_derivative, gradient_tile
 from selfdistill_kernels.backends.triton.problem import Problem, Selection
 from selfdistill_kernels.backends.triton.tiles import (
@@ -23,7 +38,7 @@ def gradient_kernel(
     student, teacher, head, teacher_head, bias, teacher_bias, targets, tokens, count, statistics,
     term_weights, loss_scale, to,
     capacity, vocabulary, size, teacher_size, start, width, group_rows,
-    slope, rest, ceiling, alpha, chain,
+    slope, rest, ceiling, beta, chain,
     DIVERGENCE: tl.constexpr, ENTROPY: tl.constexpr, HAS_TEACHER: tl.constexpr,
     SHARED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr,
     HAS_TARGETS: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
@@ -68,22 +83,25 @@ def gradient_kernel(
         target = tl.full((BLOCK_ROWS,), -1, dtype=tl.int32)
         if HAS_TARGETS:
             target = tl.load(targets + token, mask=inside, other=-1).to(tl.int32) - start
-        of_row = statistics + token * 10
-        reference_s = tl.load(of_row, mask=inside, other=0.0)[:, None]
-        low_s = tl.load(of_row + 1, mask=inside, other=0.0)[:, None]
-        reference_t = tl.load(of_row + 2, mask=inside, other=0.0)[:, None]
-        low_t = tl.load(of_row + 3, mask=inside, other=0.0)[:, None]
-        logprob = tl.load(of_row + 4, mask=inside, other=0.0)[:, None]
-        entropy = tl.load(of_row + 6, mask=inside, other=0.0)[:, None]
-        divergence = tl.load(of_row + 8, mask=inside, other=0.0)[:, None]
-        pivot = tl.load(of_row + 9, mask=inside, other=0.0)[:, None]
+        of_row = statistics + token * STATISTICS
+        reference_s = tl.load(of_row + STUDENT_REFERENCE, mask=inside, other=0.0)[:, None]
+        low_s = tl.load(of_row + STUDENT_LOGSUM, mask=inside, other=0.0)[:, None]
+        reference_t = tl.load(of_row + TEACHER_REFERENCE, mask=inside, other=0.0)[:, None]
+        low_t = tl.load(of_row + TEACHER_LOGSUM, mask=inside, other=0.0)[:, None]
+        logprob = tl.load(of_row + STUDENT_LOGPROB, mask=inside, other=0.0)[:, None]
+        entropy = tl.load(of_row + STUDENT_ENTROPY, mask=inside, other=0.0)[:, None]
+        divergence = tl.load(of_row + ROW_DIVERGENCE, mask=inside, other=0.0)[:, None]
+        pivot = tl.load(of_row + PIVOT, mask=inside, other=0.0)[:, None]
         factor = chain
         if loss_scale is not None:
             factor = chain * tl.load(loss_scale)
-        weights = term_weights + token * 3
-        divergence_weight = (factor * tl.load(weights, mask=inside, other=0.0))[:, None]
-        token_weight = (factor * tl.load(weights + 1, mask=inside, other=0.0))[:, None]
-        entropy_weight = (factor * tl.load(weights + 2, mask=inside, other=0.0))[:, None]
+        weights = term_weights + token * TERMS
+        divergence_weight = tl.load(weights + DIVERGENCE_WEIGHT, mask=inside, other=0.0)
+        divergence_weight = (factor * divergence_weight)[:, None]
+        token_weight = tl.load(weights + TOKEN_WEIGHT, mask=inside, other=0.0)
+        token_weight = (factor * token_weight)[:, None]
+        entropy_weight = tl.load(weights + ENTROPY_WEIGHT, mask=inside, other=0.0)
+        entropy_weight = (factor * entropy_weight)[:, None]
 
         for part in tl.static_range(PARTS):
             column = first_column + part * WIDTH + tl.arange(0, WIDTH)
@@ -109,7 +127,7 @@ def gradient_kernel(
             is_target = column[None, :] == target[:, None]
             dz = gradient_tile(
                 z_s, z_t, is_target, logprob, reference_s, low_s, reference_t, low_t, entropy,
-                divergence, pivot, divergence_weight, token_weight, entropy_weight, alpha,
+                divergence, pivot, divergence_weight, token_weight, entropy_weight, beta,
                 DIVERGENCE, ENTROPY,
             )  # fmt: skip
             if CAPPED:
@@ -157,7 +175,7 @@ def slab_gradient(
             "start": start,
             "width": to.stride(0),
             "group_rows": plan.group_rows,
-            "alpha": problem.objective.beta,
+            "beta": problem.objective.beta,
             "chain": problem.chain,
         },
         {

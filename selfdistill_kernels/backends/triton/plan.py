@@ -264,12 +264,10 @@ class Traffic:
     Attributes:
         predicted: in the grouped order.
         minimum: each hidden state once, each head element once a group of rows.
-        ideal: the same if hidden states could fill the whole cache.
     """
 
     predicted: int
     minimum: int
-    ideal: int
 
 
 def sweep_traffic(
@@ -285,7 +283,6 @@ def sweep_traffic(
 
     predicted = hidden + groups * head + 2 * states: states are written and read once.
     minimum = hidden + groups * head with groups = ceil(row blocks / group_rows).
-    ideal = hidden + ceil(rows / R) * head with R = cache_bytes // row_bytes.
     """
     plan = SweepPlan.choose(
         machine, tile, rows=rows, vocabulary=vocabulary, row_bytes=row_bytes,
@@ -296,8 +293,7 @@ def sweep_traffic(
     groups = -(-row_blocks // plan.group_rows)
     minimum = hidden + groups * head
     states = 44 * rows * plan.pieces
-    most_rows = max(1, machine.cache_bytes // row_bytes)
-    return Traffic(minimum + 2 * states, minimum, hidden + -(-rows // most_rows) * head)
+    return Traffic(minimum + 2 * states, minimum)
 
 
 @dataclass(frozen=True)
@@ -314,7 +310,7 @@ class SlabPlan:
     def choose(
         cls, tile: Configuration, *, rows: int, vocabulary: int, itemsize: int, workspace: int
     ) -> SlabPlan:
-        """Choose; `workspace` bytes for dz, 0 to choose.
+        """The widest slab that `workspace` bytes of dz hold; with 0, the width that suits a GPU.
 
         Raises:
             ValueError: the workspace cannot hold one tile's columns for all rows.

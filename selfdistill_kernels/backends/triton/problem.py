@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,17 +10,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from selfdistill_kernels.backends.base import LinearInputs
-from selfdistill_kernels.backends.triton.autotune import cache_file, read_tuned
 from selfdistill_kernels.backends.triton.gather import gather_rows
 from selfdistill_kernels.backends.triton.launch import Launch, run
-from selfdistill_kernels.backends.triton.plan import (
-    Configuration,
-    Kind,
-    Machine,
-    SweepPlan,
-    configuration,
-    key_of,
-)
+from selfdistill_kernels.backends.triton.plan import Configuration, Kind, Machine, SweepPlan
+from selfdistill_kernels.backends.triton.tuned_tiles import Tiles
 from selfdistill_kernels.objective import DIVERGENCES, Objective
 
 # The widest tile of plan.py; vocabularies that are no multiple of it need masks.
@@ -70,14 +61,14 @@ class Problem:
         objective: the loss of a token.
         machine: where it runs.
         launch: starts kernels.
-        tiles: in place of the shipped ones.
+        tiles: what the GEMM kernels run with.
     """
 
     inputs: LinearInputs
     objective: Objective
     machine: Machine
     launch: Launch = run
-    tiles: Mapping[Kind, Configuration] = field(default_factory=dict)
+    tiles: Tiles = field(default_factory=Tiles)
 
     @property
     def divergence(self) -> int:
@@ -113,10 +104,7 @@ class Problem:
             or self.vocabulary % TILE_COLUMNS != 0
         )
         itemsize = inputs.student_hidden.element_size()
-        tile = self.tiles.get(kind)
-        if tile is None and os.environ.get("SELFDISTILL_AUTOTUNE") == "1":
-            tile = read_tuned(cache_file()).get(key_of(self.machine, kind, itemsize, heavy=heavy))
-        return tile or configuration(self.machine, kind, itemsize, heavy=heavy)
+        return self.tiles.of(self.machine, kind, itemsize, heavy=heavy)
 
     def compact(self, hidden: Tensor, selection: Selection) -> Tensor:
         """[capacity, columns] the rows of a selection; zeros past the count."""
@@ -245,7 +233,7 @@ class RowTile:
             "tokens": self.tokens,
             "vocabulary": problem.vocabulary,
             "stride": self.student.stride(0),
-            "alpha": problem.objective.beta,
+            "beta": problem.objective.beta,
             **problem.transform(),
         }
 

@@ -1,4 +1,8 @@
-"""First sweep: both GEMMs and the online statistics, no logit leaves the registers."""
+"""Both sweeps over the vocabulary: GEMMs and sums of rows, no logit leaves the registers.
+
+The first keeps the online statistics; the second runs for the divergences over the mixture m, once
+the first has given both normalisers.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from selfdistill_kernels.backends.triton.columns import (
+    CURVATURE,
+    EXCESS,
+    KAPPA_SUM,
+    MIXTURE_STATE,
+    MOMENT,
+    PIVOT_SUM,
+    STATE,
+    STATISTICS,
+    STUDENT_LOGSUM,
+    STUDENT_MAX,
+    STUDENT_MIXTURE,
+    STUDENT_MOMENT,
+    STUDENT_REFERENCE,
+    STUDENT_SUM,
+    STUDENT_TARGET,
+    TEACHER_LOGSUM,
+    TEACHER_MAX,
+    TEACHER_MIXTURE,
+    TEACHER_MOMENT,
+    TEACHER_REFERENCE,
+    TEACHER_SUM,
+    TEACHER_TARGET,
+)
 from selfdistill_kernels.backends.triton.divergence import (
     LOWEST_MAXIMUM,
     NONE,
+    mixture_sums,
     moved,
     moved_student,
     pair_sums,
@@ -23,9 +52,6 @@ from selfdistill_kernels.backends.triton.tiles import (
     score_tiles,
     work_item,
 )
-
-# Columns of a partial state: maxima, sums, excess, moment, curvature, moments, target's logits.
-PARTIAL_COLUMNS = 11
 
 
 # Sizes that no address depends on: one compilation serves all of them.
@@ -139,18 +165,18 @@ def sweep_kernel(
                 sum_s += add_s
                 moment_s += add_moment_s
 
-        to = partial + piece.to(tl.int64) * 11 * capacity + row
-        tl.store(to, max_s, mask=inside)
-        tl.store(to + 1 * capacity, max_t, mask=inside)
-        tl.store(to + 2 * capacity, sum_s, mask=inside)
-        tl.store(to + 3 * capacity, sum_t, mask=inside)
-        tl.store(to + 4 * capacity, excess, mask=inside)
-        tl.store(to + 5 * capacity, moment, mask=inside)
-        tl.store(to + 6 * capacity, curvature, mask=inside)
-        tl.store(to + 7 * capacity, moment_s, mask=inside)
-        tl.store(to + 8 * capacity, moment_t, mask=inside)
-        tl.store(to + 9 * capacity, target_s, mask=inside)
-        tl.store(to + 10 * capacity, target_t, mask=inside)
+        to = partial + piece.to(tl.int64) * STATE * capacity + row
+        tl.store(to + STUDENT_MAX * capacity, max_s, mask=inside)
+        tl.store(to + TEACHER_MAX * capacity, max_t, mask=inside)
+        tl.store(to + STUDENT_SUM * capacity, sum_s, mask=inside)
+        tl.store(to + TEACHER_SUM * capacity, sum_t, mask=inside)
+        tl.store(to + EXCESS * capacity, excess, mask=inside)
+        tl.store(to + MOMENT * capacity, moment, mask=inside)
+        tl.store(to + CURVATURE * capacity, curvature, mask=inside)
+        tl.store(to + STUDENT_MOMENT * capacity, moment_s, mask=inside)
+        tl.store(to + TEACHER_MOMENT * capacity, moment_t, mask=inside)
+        tl.store(to + STUDENT_TARGET * capacity, target_s, mask=inside)
+        tl.store(to + TEACHER_TARGET * capacity, target_t, mask=inside)
 
 
 def sweep(
@@ -160,7 +186,7 @@ def sweep(
     tile = problem.configuration("sweep")
     plan = problem.sweep_plan(tile, student, teacher)
     partial = torch.empty(
-        (plan.pieces, PARTIAL_COLUMNS, selection.capacity),
+        (plan.pieces, STATE.value, selection.capacity),
         dtype=torch.float32,
         device=student.device,
     )
@@ -185,5 +211,127 @@ def sweep(
             "DIVERGENCE": problem.first_divergence,
             "HAS_TARGETS": targets is not None,
         },
+    )
+    return partial
+
+
+# ---- second sweep --------------------------------------------------------------------------------
+
+
+# Sizes that no address depends on: one compilation serves all of them.
+@triton.jit(do_not_specialize=["capacity", "vocabulary", "pieces", "piece_tiles", "group_rows"])
+def mixture_kernel(
+    student, teacher, head, teacher_head, bias, teacher_bias, tokens, count, statistics, partial,
+    capacity, vocabulary, size, teacher_size, pieces, piece_tiles, group_rows,
+    slope, rest, ceiling, beta,
+    DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, SHARED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """The walk of sweep_kernel; shapes and invariants as there.
+
+    statistics [N, 10] holds the normalisers. Writes partial [pieces, 4, capacity] float32: sums for
+    KL(S||m), KL(T||m), the pivot and kappa.
+    """
+    WIDTH: tl.constexpr = BLOCK_COLUMNS // PARTS
+    rows = tl.load(count).to(tl.int32)
+    row_blocks = tl.cdiv(rows, BLOCK_ROWS)
+    tiles = tl.cdiv(vocabulary, BLOCK_COLUMNS)
+    for item in range(tl.program_id(0), row_blocks * pieces, tl.num_programs(0)):
+        row_block, piece = work_item(item, row_blocks, pieces, group_rows)
+        first_row = row_block * BLOCK_ROWS
+        row = first_row + tl.arange(0, BLOCK_ROWS)
+        inside = row < rows
+        token = tl.load(tokens + row, mask=inside, other=0)
+        of_row = statistics + token * STATISTICS
+        reference_s = tl.load(of_row + STUDENT_REFERENCE, mask=inside, other=0.0)[:, None]
+        low_s = tl.load(of_row + STUDENT_LOGSUM, mask=inside, other=0.0)[:, None]
+        reference_t = tl.load(of_row + TEACHER_REFERENCE, mask=inside, other=0.0)[:, None]
+        low_t = tl.load(of_row + TEACHER_LOGSUM, mask=inside, other=0.0)[:, None]
+
+        sum_student = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+        sum_teacher = sum_student
+        sum_pivot = sum_student
+        sum_kappa = sum_student
+        first_tile = piece * piece_tiles
+        for tile in range(first_tile, tl.minimum(first_tile + piece_tiles, tiles)):
+            first_column = tile * BLOCK_COLUMNS
+            score_s, score_t = score_tiles(
+                student, teacher, head, teacher_head, first_row, first_column, capacity,
+                vocabulary, size, teacher_size, SHARED, BLOCK_ROWS, BLOCK_COLUMNS,
+                BLOCK_HIDDEN, DESCRIPTORS, EVEN, PRECISION,
+            )  # fmt: skip
+            parts_s = parts(score_s, PARTS)
+            parts_t = parts(score_t, PARTS)
+            for part in tl.static_range(PARTS):
+                columns = first_column + part * WIDTH + tl.arange(0, WIDTH)
+                z_s = logits_of(
+                    parts_s[part],
+                    bias,
+                    columns,
+                    vocabulary,
+                    slope,
+                    rest,
+                    ceiling,
+                    HAS_BIAS,
+                    SCALED,
+                    CAPPED,
+                    MASKED,
+                )
+                z_t = logits_of(
+                    parts_t[part], teacher_bias, columns, vocabulary, slope, rest, ceiling,
+                    HAS_TEACHER_BIAS, SCALED, CAPPED, MASKED,
+                )  # fmt: skip
+                add_student, add_teacher, add_pivot, add_kappa = mixture_sums(
+                    z_s, z_t, reference_s, low_s, reference_t, low_t, beta, DIVERGENCE, 1
+                )
+                sum_student += add_student
+                sum_teacher += add_teacher
+                sum_pivot += add_pivot
+                sum_kappa += add_kappa
+
+        to = partial + piece.to(tl.int64) * MIXTURE_STATE * capacity + row
+        tl.store(to + STUDENT_MIXTURE * capacity, sum_student, mask=inside)
+        tl.store(to + TEACHER_MIXTURE * capacity, sum_teacher, mask=inside)
+        tl.store(to + PIVOT_SUM * capacity, sum_pivot, mask=inside)
+        tl.store(to + KAPPA_SUM * capacity, sum_kappa, mask=inside)
+
+
+def sweep_mixture(
+    problem: Problem,
+    selection: Selection,
+    student: Tensor,
+    teacher: Tensor,
+    statistics: Tensor,
+) -> Tensor:
+    """Partial sums [pieces, 4, capacity] for rows whose normalisers are in statistics [N, 10]."""
+    tile = problem.configuration("mixture")
+    plan = problem.sweep_plan(tile, student, teacher)
+    partial = torch.empty(
+        (plan.pieces, MIXTURE_STATE.value, selection.capacity),
+        dtype=torch.float32,
+        device=student.device,
+    )
+    arguments, constants = problem.scores(student, teacher, tile)
+    problem.launch(
+        mixture_kernel,
+        plan.programs,
+        tile,
+        {
+            **arguments,
+            "tokens": selection.tokens,
+            "count": selection.count,
+            "statistics": statistics,
+            "partial": partial,
+            "pieces": plan.pieces,
+            "piece_tiles": plan.piece_tiles,
+            "group_rows": plan.group_rows,
+            "beta": problem.objective.beta,
+        },
+        {**constants, "DIVERGENCE": problem.divergence},
     )
     return partial

@@ -1,4 +1,4 @@
-"""Statistics of rows of logits that exist already: a `store` tile, or the caller's own."""
+"""Statistics and gradient of rows of logits in memory: a `store` tile, or the caller's own."""
 
 from __future__ import annotations
 
@@ -6,12 +6,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from selfdistill_kernels.backends.triton.columns import (
+    DIVERGENCE_WEIGHT,
+    ENTROPY_WEIGHT,
+    PIVOT,
+    ROW_DIVERGENCE,
+    STATISTICS,
+    STUDENT_ENTROPY,
+    STUDENT_LOGPROB,
+    STUDENT_LOGSUM,
+    STUDENT_REFERENCE,
+    TEACHER_LOGSUM,
+    TEACHER_REFERENCE,
+    TERMS,
+    TOKEN_WEIGHT,
+)
 from selfdistill_kernels.backends.triton.divergence import (
     JSD,
     LOWEST_MAXIMUM,
     NONE,
+    cap_derivative,
     finish_first,
     finish_mixture,
+    gradient_tile,
     mixture_sums,
     moved,
     moved_student,
@@ -22,9 +39,11 @@ from selfdistill_kernels.backends.triton.launch import Warps
 from selfdistill_kernels.backends.triton.problem import Problem, RowTile
 from selfdistill_kernels.backends.triton.tiles import logits_of
 
-BLOCK = 2048
+STATISTICS_BLOCK = 2048
 # The bound keeps the assembler from spilling a register or two to fit one block more.
-WARPS = Warps(8, max_registers=255)
+STATISTICS_WARPS = Warps(8, max_registers=255)
+GRADIENT_BLOCK = 1024
+GRADIENT_WARPS = Warps(8)
 
 
 @triton.jit
@@ -55,7 +74,7 @@ def load_logits(
 @triton.jit(do_not_specialize=["vocabulary"])
 def row_statistics_kernel(
     student, teacher, bias, teacher_bias, targets, tokens, statistics,
-    vocabulary, stride, slope, rest, ceiling, alpha,
+    vocabulary, stride, slope, rest, ceiling, beta,
     DIVERGENCE: tl.constexpr, FIRST: tl.constexpr, HAS_TEACHER: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, HAS_TARGETS: tl.constexpr,
     SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
@@ -159,7 +178,7 @@ def row_statistics_kernel(
                 ),
                 1,
             )  # fmt: skip
-    to = statistics + token * 10 + tl.zeros((1,), dtype=tl.int32)
+    to = statistics + token * STATISTICS + tl.zeros((1,), dtype=tl.int32)
     always = tl.full((1,), True, dtype=tl.int1)
     reference_s, low_s, reference_t, low_t = finish_first(
         to, always, max_s.to(tl.float64), max_t.to(tl.float64), sum_s.to(tl.float64),
@@ -195,7 +214,7 @@ def row_statistics_kernel(
             )  # fmt: skip
             add_student, add_teacher, add_pivot, add_kappa = mixture_sums(
                 z_s, z_t, reference_s[:, None], low_s[:, None], reference_t[:, None],
-                low_t[:, None], alpha, DIVERGENCE, 1,
+                low_t[:, None], beta, DIVERGENCE, 1,
             )  # fmt: skip
             student_sum += add_student
             teacher_sum += add_teacher
@@ -203,23 +222,145 @@ def row_statistics_kernel(
             kappa += add_kappa
         divergence, pivot_column = finish_mixture(
             student_sum.to(tl.float64), teacher_sum.to(tl.float64), pivot.to(tl.float64),
-            kappa.to(tl.float64), alpha, DIVERGENCE,
+            kappa.to(tl.float64), beta, DIVERGENCE,
         )  # fmt: skip
-        tl.store(to + 8, divergence)
-        tl.store(to + 9, pivot_column)
+        tl.store(to + ROW_DIVERGENCE, divergence)
+        tl.store(to + PIVOT, pivot_column)
 
 
 def row_statistics(problem: Problem, tile: RowTile, statistics: Tensor) -> None:
     """Fill statistics [N, 10] of the tokens of a tile."""
-    block = min(BLOCK, triton.next_power_of_2(problem.vocabulary))
+    block = min(STATISTICS_BLOCK, triton.next_power_of_2(problem.vocabulary))
     problem.launch(
         row_statistics_kernel,
         tile.tokens.numel(),
-        WARPS,
+        STATISTICS_WARPS,
         {**tile.arguments(problem), "statistics": statistics},
         {
             **tile.constants(problem),
             "FIRST": problem.first_divergence,
+            "MASKED": problem.vocabulary % block != 0,
+            "BLOCK": block,
+        },
+    )
+
+
+# ---- gradient ------------------------------------------------------------------------------------
+
+
+# Sizes that no address depends on: one compilation serves all of them.
+@triton.jit(do_not_specialize=["vocabulary"])
+def row_gradient_kernel(
+    student, teacher, bias, teacher_bias, targets, tokens, statistics, term_weights, loss_scale,
+    to, vocabulary, stride, to_stride, slope, rest, ceiling, beta, chain,
+    DIVERGENCE: tl.constexpr, ENTROPY: tl.constexpr, HAS_TEACHER: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, HAS_TARGETS: tl.constexpr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a row. Rows without a token or a weight are not read and get zeros.
+
+    student, teacher [r, vocabulary] raw scores; to [r, vocabulary], which may be `student` itself:
+    a thread writes only what it has read. tokens [r] (-1 for none); statistics [N, 10];
+    term_weights [N, 3]; loss_scale [1] or None.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(tokens + row)
+    raw_s = student + row * stride
+    raw_t = raw_s
+    if HAS_TEACHER:
+        raw_t = teacher + row * stride
+    weights = term_weights + token * TERMS
+    divergence_weight = tl.load(weights + DIVERGENCE_WEIGHT, mask=token >= 0, other=0.0)
+    token_weight = tl.load(weights + TOKEN_WEIGHT, mask=token >= 0, other=0.0)
+    entropy_weight = tl.load(weights + ENTROPY_WEIGHT, mask=token >= 0, other=0.0)
+    out = to + row * to_stride
+    if (divergence_weight == 0.0) & (token_weight == 0.0) & (entropy_weight == 0.0):
+        for first in range(0, vocabulary, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            zero = tl.zeros((BLOCK,), dtype=to.dtype.element_ty)
+            tl.store(out + column, zero, mask=column < vocabulary)
+        return
+    factor = chain
+    if loss_scale is not None:
+        factor = chain * tl.load(loss_scale)
+    of_row = statistics + token * STATISTICS
+    reference_s = tl.load(of_row + STUDENT_REFERENCE)
+    low_s = tl.load(of_row + STUDENT_LOGSUM)
+    reference_t = tl.load(of_row + TEACHER_REFERENCE)
+    low_t = tl.load(of_row + TEACHER_LOGSUM)
+    logprob = tl.load(of_row + STUDENT_LOGPROB)
+    entropy = tl.load(of_row + STUDENT_ENTROPY)
+    divergence = tl.load(of_row + ROW_DIVERGENCE)
+    pivot = tl.load(of_row + PIVOT)
+    target = -1
+    if HAS_TARGETS:
+        target = tl.load(targets + token).to(tl.int32)
+    for first in range(0, vocabulary, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        z_s = load_logits(
+            raw_s,
+            bias,
+            first,
+            vocabulary,
+            slope,
+            rest,
+            ceiling,
+            HAS_BIAS,
+            SCALED,
+            CAPPED,
+            MASKED,
+            BLOCK,
+        )
+        z_t = z_s
+        if HAS_TEACHER:
+            z_t = load_logits(
+                raw_t, teacher_bias, first, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS,
+                SCALED,
+                CAPPED, MASKED, BLOCK,
+            )  # fmt: skip
+        dz = gradient_tile(
+            z_s, z_t, (column == target)[None, :], logprob, reference_s, low_s, reference_t,
+            low_t, entropy, divergence, pivot, factor * divergence_weight, factor * token_weight,
+            factor * entropy_weight, beta, DIVERGENCE, ENTROPY,
+        )  # fmt: skip
+        if CAPPED:
+            dz *= cap_derivative(z_s, ceiling)
+        tl.store(
+            out + column[None, :],
+            dz.to(to.dtype.element_ty),
+            mask=column[None, :] < vocabulary,
+        )
+
+
+def row_gradient(
+    problem: Problem,
+    tile: RowTile,
+    statistics: Tensor,
+    term_weights: Tensor,
+    loss_scale: Tensor | None,
+    to: Tensor,
+) -> None:
+    """Write the gradient of a tile's rows into to [r, V].
+
+    statistics [N, 10]; term_weights [N, 3] float32; loss_scale [1], a power of two for float16.
+    """
+    block = min(GRADIENT_BLOCK, triton.next_power_of_2(problem.vocabulary))
+    problem.launch(
+        row_gradient_kernel,
+        tile.tokens.numel(),
+        GRADIENT_WARPS,
+        {
+            **tile.arguments(problem),
+            "statistics": statistics,
+            "term_weights": term_weights,
+            "loss_scale": loss_scale,
+            "to": to,
+            "to_stride": to.stride(0),
+            "chain": problem.chain,
+        },
+        {
+            **tile.constants(problem),
+            "ENTROPY": problem.objective.entropy != 0.0,
             "MASKED": problem.vocabulary % block != 0,
             "BLOCK": block,
         },
