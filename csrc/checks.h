@@ -84,7 +84,7 @@ inline Problem make_problem(const at::Tensor& student, const OptionalTensor& tea
   p.divergence = static_cast<Divergence>(divergence);
   TORCH_CHECK(!needs_mixture(p.divergence) || (beta > 0 && beta < 1), "beta: got ", beta,
               ", expected a value between 0 and 1, both excluded, for divergence ", divergence);
-  p.alpha = beta;
+  p.beta = beta;
   return p;
 }
 

@@ -1,11 +1,12 @@
-// One definition of the mathematics of a row: statistics of two distributions over the vocabulary, the merge of partial
-// statistics, and the gradient of every loss with respect to the student's logits.
+// The mathematics of a row for the CPU's and CUDA's row kernels: statistics of two distributions over the vocabulary, the
+// merge of partial statistics, and the gradient of every loss with respect to the student's logits. Triton has the same in
+// backends/triton/divergence.py and the oracle in plain torch; tests hold the three equal.
 //
 // Written for a "real" R that is a float or a vector of floats. The including file first supplies SELFDISTILL_FN and the
 // functions of csrc/elementary.h for its R (csrc/cpu/vector.h, csrc/cuda/device.h).
 //
 // Notation. z: logits, z = cap(scale * (raw + bias)) / temperature, cap(u) = softcap * tanh(u / softcap). S, p_s: student;
-// T, p_t: teacher; m = alpha T + (1 - alpha) S; L: log-sum-exp; x = log-ratio of teacher to student.
+// T, p_t: teacher; m = beta T + (1 - beta) S; L: log-sum-exp; x = log-ratio of teacher to student.
 //
 // Why so many digits survive. KL of nearly equal distributions is of second order in x, and so are all sums kept for it:
 // sum e_s (x e^x - expm1(x)) instead of sum e_t x, and the excess sum (e_t - e_s) = sum e_s expm1(x) instead of the
@@ -26,7 +27,7 @@ enum class Divergence : int {
   kNone = 0,
   kForwardKL = 1,      // KL(T || S)
   kReverseKL = 2,      // KL(S || T)
-  kJSD = 3,            // alpha KL(T || m) + (1 - alpha) KL(S || m)
+  kJSD = 3,            // beta KL(T || m) + (1 - beta) KL(S || m)
   kSkewKL = 4,         // KL(T || m)
   kSkewReverseKL = 5,  // KL(S || m)
 };
@@ -46,7 +47,7 @@ enum Statistic : int {
   kEntropy = 6,
   kTeacherEntropy = 7,
   kDivergence = 8,
-  kPivot = 9,  // JSD: KL(S || m); skew KL: see skew_pivot(); skew reverse KL: sum p_s r + 1 - alpha
+  kPivot = 9,  // JSD: KL(S || m); skew KL: see skew_pivot(); skew reverse KL: sum p_s r + 1 - beta
   kStatistics = 10,
 };
 
@@ -252,7 +253,7 @@ SELFDISTILL_FN float logprob(double z, double max, double log_sum) {
   return z <= kLowest ? inside - INFINITY : inside;
 }
 
-SELFDISTILL_FN void finish(RowState s, bool has_teacher, bool has_targets, Divergence divergence, double alpha,
+SELFDISTILL_FN void finish(RowState s, bool has_teacher, bool has_targets, Divergence divergence, double beta,
                            float* statistics) {
   // A model that rules out everything has no distribution.
   if (s.student_sum == 0.0) s.student_sum = NAN;
@@ -280,7 +281,7 @@ SELFDISTILL_FN void finish(RowState s, bool has_teacher, bool has_targets, Diver
       break;
     }
     case Divergence::kJSD:
-      statistics[kDivergence] = (float)(alpha * s.teacher_mixture + (1.0 - alpha) * s.student_mixture);
+      statistics[kDivergence] = (float)(beta * s.teacher_mixture + (1.0 - beta) * s.student_mixture);
       statistics[kPivot] = (float)s.student_mixture;
       break;
     case Divergence::kSkewKL:
@@ -332,7 +333,7 @@ SELFDISTILL_FN R probability_difference(R p_s, R p_t, R x) {
   return select(xx < kNear * kNear, p_s * (xx * exponential_tail(x) + x), p_t - p_s);
 }
 
-// ---- second sweep: the mixture m = alpha T + (1 - alpha) S ------------------------------------------------------------
+// ---- second sweep: the mixture m = beta T + (1 - beta) S ------------------------------------------------------------
 
 template <class R>
 struct Mixture {
@@ -344,16 +345,16 @@ struct Mixture {
 
 // Far from 0 everything comes from n = e^-|x| <= 1, so that nothing overflows.
 template <class R>
-SELFDISTILL_FN Mixture<R> mixture(R x, float alpha) {
-  const float rest = 1.0f - alpha;
+SELFDISTILL_FN Mixture<R> mixture(R x, float beta) {
+  const float rest = 1.0f - beta;
   const R size = absolute(x);
   const auto near = size < kNear;
   const auto up = x > 0.0f;
-  const R v = alpha * ((x * x) * exponential_tail(x) + x);
+  const R v = beta * ((x * x) * exponential_tail(x) + x);
   const R y = rest * ((x * x) * exponential_tail(-x) - x);
   const R n = exponential(-size);
   const R one = splat<R>(1.0f);
-  const R m = select(up, alpha + rest * n, rest + alpha * n);  // m / max(p_s, p_t)
+  const R m = select(up, beta + rest * n, rest + beta * n);  // m / max(p_s, p_t)
   const R log_m = logarithm(m);
   Mixture<R> r;
   r.deficit_student = logarithm_deficit(v);
@@ -371,26 +372,26 @@ struct SecondSums {
 };
 
 template <Divergence kDivergence, class R>
-SELFDISTILL_FN void second_element(R student, R teacher, const Normalised& n, float alpha, SecondSums<R>& sums) {
+SELFDISTILL_FN void second_element(R student, R teacher, const Normalised& n, float beta, SecondSums<R>& sums) {
   const R x = log_ratio(student, teacher, n.ratio);
   const R p_s = student_probability(student, n);
   const R p_t = teacher_probability(teacher, n);
   const R difference = probability_difference(p_s, p_t, x);
-  const Mixture<R> m = mixture(x, alpha);
+  const Mixture<R> m = mixture(x, beta);
   const auto near = absolute(x) < kNear;
   // KL(S || m) = sum p_s (v - log(1 + v)), v = m/p_s - 1, because sum p_s v = 0. Every term is >= 0.
   if constexpr (kDivergence != Divergence::kSkewKL) {
-    sums.student += select(near, p_s * m.deficit_student, alpha * difference - p_s * m.log_student);
+    sums.student += select(near, p_s * m.deficit_student, beta * difference - p_s * m.log_student);
   }
   if constexpr (kDivergence != Divergence::kSkewReverseKL) {
-    sums.teacher += select(near, p_t * m.deficit_teacher, (alpha - 1.0f) * difference - p_t * m.log_teacher);
+    sums.teacher += select(near, p_t * m.deficit_teacher, (beta - 1.0f) * difference - p_t * m.log_teacher);
   }
   if constexpr (kDivergence == Divergence::kSkewKL) {
     sums.pivot -= p_s * select(near, m.share_teacher, 1.0f + m.share_teacher);
     sums.kappa += p_s * select(near, 1.0f - m.share_teacher, -m.share_teacher);
   }
   if constexpr (kDivergence == Divergence::kSkewReverseKL) {
-    sums.pivot += p_s * ((1.0f - alpha) * m.share_student - m.log_student);
+    sums.pivot += p_s * ((1.0f - beta) * m.share_student - m.log_student);
   }
 }
 
@@ -398,7 +399,7 @@ SELFDISTILL_FN void second_element(R student, R teacher, const Normalised& n, fl
 
 struct GradientTerms {
   Normalised n;
-  float alpha, entropy, divergence, pivot;               // the row's values
+  float beta, entropy, divergence, pivot;               // the row's values
   float divergence_weight, token_weight, entropy_weight;  // of the divergence, of -log p_s(y), of the entropy
 };
 
@@ -417,8 +418,8 @@ SELFDISTILL_FN R gradient_element(R student, R teacher, const GradientTerms& t) 
   R g = x;
   if constexpr (kDivergence == Divergence::kReverseKL) g = -(x + t.divergence);
   if constexpr (needs_mixture(kDivergence)) {
-    const Mixture<R> m = mixture(x, t.alpha);
-    const float rest = 1.0f - t.alpha;
+    const Mixture<R> m = mixture(x, t.beta);
+    const float rest = 1.0f - t.beta;
     if constexpr (kDivergence == Divergence::kJSD) g = -rest * (m.log_student + t.pivot);
     if constexpr (kDivergence == Divergence::kSkewKL) {
       const float kappa = t.pivot > 0.0f ? t.pivot : 1.0f + t.pivot;
@@ -426,7 +427,7 @@ SELFDISTILL_FN R gradient_element(R student, R teacher, const GradientTerms& t) 
       const auto near = absolute(x) < kNear;
       g = rest * (m.share_teacher + select(near, splat<R>(kappa_less_1), splat<R>(kappa)));
     }
-    // r = log(p_s/m) - (1 - alpha) p_s/m, here plus the constant 1 - alpha, which its mean takes away again.
+    // r = log(p_s/m) - (1 - beta) p_s/m, here plus the constant 1 - beta, which its mean takes away again.
     if constexpr (kDivergence == Divergence::kSkewReverseKL) g = (rest * m.share_student - m.log_student) - t.pivot;
   }
   return p_s * (slope + t.divergence_weight * g);

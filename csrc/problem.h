@@ -23,7 +23,7 @@ struct Problem {
   int64_t column_offset = 0;  // the first column's place in the vocabulary
   double logit_scale = 1.0, softcap = 0.0, temperature = 1.0;
   Divergence divergence = Divergence::kNone;
-  double alpha = 0.5;
+  double beta = 0.5;
   bool gradient_in_bfloat16 = false;
 };
 

@@ -59,15 +59,15 @@ FirstBlock first_block_of(bool has_teacher, Divergence divergence) {
 }
 
 template <Divergence kDivergence>
-void second_block(const float* student, const float* teacher, int64_t n, const Normalised& normal, float alpha,
+void second_block(const float* student, const float* teacher, int64_t n, const Normalised& normal, float beta,
                   RowState& state) {
   SecondSums<Vector> lanes{};
   SecondSums<float> tail{};
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) {
-    second_element<kDivergence>(load(student + j), load(teacher + j), normal, alpha, lanes);
+    second_element<kDivergence>(load(student + j), load(teacher + j), normal, beta, lanes);
   }
-  for (; j < n; ++j) second_element<kDivergence>(student[j], teacher[j], normal, alpha, tail);
+  for (; j < n; ++j) second_element<kDivergence>(student[j], teacher[j], normal, beta, tail);
   state.student_mixture += sum_lanes(lanes.student) + tail.student;
   state.teacher_mixture += sum_lanes(lanes.teacher) + tail.teacher;
   state.pivot += sum_lanes(lanes.pivot) + tail.pivot;
@@ -259,13 +259,13 @@ RowState first_sweep(const Problem& p, const Row& student, const Row& teacher, b
 
 void second_sweep(const Problem& p, const Row& student, const Row& teacher, RowState& state) {
   float statistics[kStatistics];
-  finish(state, true, false, p.divergence, p.alpha, statistics);
+  finish(state, true, false, p.divergence, p.beta, statistics);
   const Normalised normal = normalised(statistics);
   const SecondBlock add = second_block_of(p.divergence);
   float student_buffer[kBlock], teacher_buffer[kBlock];
   for (int64_t j = 0; j < p.columns; j += kBlock) {
     const int64_t n = p.columns - j < kBlock ? p.columns - j : kBlock;
-    add(student.logits(j, n, student_buffer), teacher.logits(j, n, teacher_buffer), n, normal, (float)p.alpha, state);
+    add(student.logits(j, n, student_buffer), teacher.logits(j, n, teacher_buffer), n, normal, (float)p.beta, state);
   }
 }
 
@@ -287,7 +287,7 @@ void gradient_row(const Problem& p, const Row& student, const Row& teacher, int6
   }
   GradientTerms terms;
   terms.n = normalised(statistics);
-  terms.alpha = (float)p.alpha;
+  terms.beta = (float)p.beta;
   terms.entropy = statistics[kEntropy];
   terms.divergence = statistics[kDivergence];
   terms.pivot = statistics[kPivot];
@@ -331,7 +331,7 @@ void visit(const Problem& p, const VisitTerms& v, int64_t begin, int64_t end) {
     }
     if (needs_mixture(p.divergence)) second_sweep(p, student, teacher, state);
     float* statistics = v.statistics + r * kStatistics;
-    finish(state, has_teacher, target >= 0, p.divergence, p.alpha, statistics);
+    finish(state, has_teacher, target >= 0, p.divergence, p.beta, statistics);
 
     const float advantage = statistics[kTeacherLogprob] - statistics[kStudentLogprob];
     const float weight = v.loss_weight ? v.loss_weight[r] : 1.0f;

@@ -15,7 +15,7 @@ __device__ __forceinline__ void gradient_row(const Call& call, const Row<T>& stu
   if (threadIdx.x == 0) {
     const int target = (int)target_column(p, row);
     shared.target = target;
-    shared.terms = make_terms(statistics, p.alpha, student.transform, weights[0], weights[1], weights[2]);
+    shared.terms = make_terms(statistics, p.beta, student.transform, weights[0], weights[1], weights[2]);
     if (target >= 0) shared.at_target = gradient_at_target<kDivergence>(student, teacher, target, shared.terms);
   }
   __syncthreads();

@@ -296,7 +296,7 @@ __device__ __forceinline__ void first_sweep(const Row<T>& student, const Row<T>&
 // holds what the first sweep read last.
 template <Divergence kDivergence, class T>
 __device__ __forceinline__ void second_sweep(const Row<T>& student, const Row<T>& teacher, int columns,
-                                             const Normalised& normal, float alpha, RowState& state, Shared& shared) {
+                                             const Normalised& normal, float beta, RowState& state, Shared& shared) {
   SecondSums<float> sums{};
 #pragma unroll 1
   for (int begin = (columns - 1) / kStep * kStep; begin >= 0; begin -= kStep) {
@@ -304,7 +304,7 @@ __device__ __forceinline__ void second_sweep(const Row<T>& student, const Row<T>
     load_step<true>(student, teacher, begin, columns, s, t);
     SecondSums<float> step{};
 #pragma unroll
-    for (int i = 0; i < 4 * kQuads; ++i) second_element<kDivergence>(s[i], t[i], normal, alpha, step);
+    for (int i = 0; i < 4 * kQuads; ++i) second_element<kDivergence>(s[i], t[i], normal, beta, step);
     sums.student += step.student;
     sums.teacher += step.teacher;
     sums.pivot += step.pivot;
@@ -323,12 +323,12 @@ __device__ __forceinline__ void second_sweep(const Row<T>& student, const Row<T>
 
 // ---- gradient ---------------------------------------------------------------------------------------------------------
 
-SELFDISTILL_FN GradientTerms make_terms(const float* statistics, double alpha, const Transform& transform,
+SELFDISTILL_FN GradientTerms make_terms(const float* statistics, double beta, const Transform& transform,
                                         double divergence_weight, double token_weight, double entropy_weight) {
   const double slope = transform_slope(transform);
   GradientTerms terms;
   terms.n = normalised(statistics);
-  terms.alpha = (float)alpha;
+  terms.beta = (float)beta;
   terms.entropy = statistics[kEntropy];
   terms.divergence = statistics[kDivergence];
   terms.pivot = statistics[kPivot];

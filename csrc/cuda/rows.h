@@ -24,7 +24,7 @@ const char* statistics(const Problem& p, bool first, double* state, int64_t rows
 
 const char* mixture(const Problem& p, double* state, int64_t rows, Stream stream);
 
-const char* finish(const double* state, bool has_teacher, bool has_targets, Divergence divergence, double alpha,
+const char* finish(const double* state, bool has_teacher, bool has_targets, Divergence divergence, double beta,
                    float* statistics, int64_t rows, Stream stream);
 
 const char* gradient(const Problem& p, const float* statistics, const float* term_weights, int64_t rows, Stream stream);

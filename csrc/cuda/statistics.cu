@@ -49,20 +49,20 @@ __global__ void __launch_bounds__(kThreads, kBlocks) mixture_kernel(const Call c
   const Row<T> student(p.student, call.student, row), teacher(p.teacher, call.teacher, row);
   if (threadIdx.x == 0) {
     shared.row = load_state(state, row);
-    finish(shared.row, true, false, kDivergence, p.alpha, shared.statistics);
+    finish(shared.row, true, false, kDivergence, p.beta, shared.statistics);
     shared.terms.n = normalised(shared.statistics);
   }
   __syncthreads();
   const Normalised normal = shared.terms.n;
-  second_sweep<kDivergence>(student, teacher, call.columns, normal, (float)p.alpha, shared.row, shared);
+  second_sweep<kDivergence>(student, teacher, call.columns, normal, (float)p.beta, shared.row, shared);
   if (threadIdx.x == 0) store_state(state, row, shared.row);
 }
 
 __global__ void finish_kernel(const double* state, bool has_teacher, bool has_targets, Divergence divergence,
-                              double alpha, float* statistics, int64_t rows) {
+                              double beta, float* statistics, int64_t rows) {
   const int64_t row = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (row >= rows) return;
-  finish(load_state(state, row), has_teacher, has_targets, divergence, alpha, statistics + row * kStatistics);
+  finish(load_state(state, row), has_teacher, has_targets, divergence, beta, statistics + row * kStatistics);
 }
 
 using StatisticsKernel = void (*)(Call, bool, double*);
@@ -110,11 +110,11 @@ const char* mixture(const Problem& p, double* state, int64_t rows, Stream stream
   return launch(kernel, rows, kThreads, stream, Call(p), state);
 }
 
-const char* finish(const double* state, bool has_teacher, bool has_targets, Divergence divergence, double alpha,
+const char* finish(const double* state, bool has_teacher, bool has_targets, Divergence divergence, double beta,
                    float* statistics, int64_t rows, Stream stream) {
   constexpr int kRows = 128;
   return launch(finish_kernel, (rows + kRows - 1) / kRows, kRows, stream, state, has_teacher, has_targets, divergence,
-                alpha, statistics, rows);
+                beta, statistics, rows);
 }
 
 }  // namespace cuda

@@ -19,7 +19,7 @@ __device__ __forceinline__ void finish_row(const Call& call, const VisitTerms& v
                                            const Row<T>& teacher, int64_t row, Shared& shared) {
   const Problem& p = call.p;
   const bool has_teacher = teacher.raw != nullptr;
-  finish(shared.row, has_teacher, p.targets != nullptr, kDivergence, p.alpha, shared.statistics);
+  finish(shared.row, has_teacher, p.targets != nullptr, kDivergence, p.beta, shared.statistics);
   float* const to = v.statistics + row * kStatistics;
   for (int i = 0; i < kStatistics; ++i) to[i] = shared.statistics[i];
   const float advantage = shared.statistics[kTeacherLogprob] - shared.statistics[kStudentLogprob];
@@ -29,7 +29,7 @@ __device__ __forceinline__ void finish_row(const Call& call, const VisitTerms& v
   shared.has_gradient = active && v.loss_weight;
   if (!shared.has_gradient) return;
   const double token = v.cross_entropy + (v.policy_gradient != 0.0 ? v.policy_gradient * advantage : 0.0);
-  shared.terms = make_terms(shared.statistics, p.alpha, student.transform, weight, weight * token, weight * v.entropy);
+  shared.terms = make_terms(shared.statistics, p.beta, student.transform, weight, weight * token, weight * v.entropy);
   if (shared.target < 0) return;
   shared.at_target = gradient_at_target<kDivergence>(student, teacher, shared.target, shared.terms);
 }
@@ -52,12 +52,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks) visit_kernel(const Call cal
   }
   if constexpr (needs_mixture(kDivergence)) {
     if (threadIdx.x == 0) {
-      finish(shared.row, true, false, kDivergence, p.alpha, shared.statistics);
+      finish(shared.row, true, false, kDivergence, p.beta, shared.statistics);
       shared.terms.n = normalised(shared.statistics);
     }
     __syncthreads();
     const Normalised normal = shared.terms.n;
-    second_sweep<kDivergence>(student, teacher, call.columns, normal, (float)p.alpha, shared.row, shared);
+    second_sweep<kDivergence>(student, teacher, call.columns, normal, (float)p.beta, shared.row, shared);
   }
   if (threadIdx.x == 0) finish_row<kDivergence>(call, v, student, teacher, row, shared);
   __syncthreads();

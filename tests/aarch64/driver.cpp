@@ -20,7 +20,7 @@ struct Head {
   int64_t rows, columns, stride;
   int64_t divergence, has_bias, bfloat16;
   int64_t split;  // columns of the first of two slabs
-  double scale, softcap, temperature, alpha;
+  double scale, softcap, temperature, beta;
   double policy_gradient, cross_entropy, entropy;
 };
 
@@ -72,7 +72,7 @@ void solve(FILE* from, FILE* to, const Head& head) {
   p.softcap = head.softcap;
   p.temperature = head.temperature;
   p.divergence = static_cast<Divergence>(head.divergence);
-  p.alpha = head.alpha;
+  p.beta = head.beta;
   p.gradient_in_bfloat16 = head.bfloat16;
 
   std::vector<float> statistics(head.rows * kStatistics);
@@ -103,7 +103,7 @@ void solve(FILE* from, FILE* to, const Head& head) {
     RowState row;
     memcpy(&row, state.data() + r * kStateColumns, sizeof row);
     float* s = statistics.data() + r * kStatistics;
-    finish(row, true, true, p.divergence, p.alpha, s);
+    finish(row, true, true, p.divergence, p.beta, s);
     const double advantage = s[kTeacherLogprob] - s[kStudentLogprob];
     term_weights[3 * r] = weight[r];
     term_weights[3 * r + 1] = (float)(weight[r] * (head.cross_entropy + head.policy_gradient * advantage));

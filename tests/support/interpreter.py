@@ -9,8 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
+
+# A hidden size that fills no whole number of inner tiles, with rows that suit a tensor descriptor.
+# The interpreter of Triton 3.5 takes the distance of rows, in elements, for bytes and refuses 24 of
+# float32 (96 bytes), although compiled kernels take them.
+RAGGED_HIDDEN = 32 if triton.__version__.startswith("3.5.") else 24
 
 
 def _widened(bits: np.ndarray) -> np.ndarray:
@@ -124,10 +130,10 @@ def guarded() -> Iterator[Guard]:
         guard.check(pointers.data, mask.data, size)
         return load(self, pointers, mask, *rest, **options)
 
-    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, policy: Any) -> Any:
+    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         size = pointers.get_element_ty().primitive_bitwidth // 8
         guard.check(pointers.data, mask.data, size)
-        return store(self, pointers, value, mask, policy)
+        return store(self, pointers, value, mask, *rest)
 
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
     executor._init_args_hst = init_args

@@ -27,7 +27,7 @@ def everything(case, objective, **options):
 def test_order_of_programs_does_not_change_a_bit(divergence, gate):
     objective = Objective(divergence, 0.3)
     # Every kernel has several programs, most of them one for each token.
-    case = make_case(21, 24, 140, bias=True, seed=1, dtype=torch.float32)
+    case = make_case(21, interpreter.RAGGED_HIDDEN, 140, bias=True, seed=1, dtype=torch.float32)
     expected = everything(case, objective, advantage_mask=gate)
     for seed in range(2):
         with interpreter.shuffled(seed):

@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from interpreter import RAGGED_HIDDEN
 from kernel_cases import (
     DIVERGENCES,
     Case,
@@ -148,7 +149,7 @@ def test_logits_of_a_caller(in_place, top_k):
 @pytest.mark.parametrize("objective", OBJECTIVES[:5], ids=str)
 def test_dense_slabs(objective):
     """Without a gate and in little memory: slabs of the vocabulary through the library GEMMs."""
-    check(make_case(11, 24, 300, bias=True, seed=9), objective, workspace=11 * 4 * 64)
+    check(make_case(11, RAGGED_HIDDEN, 300, bias=True, seed=9), objective, workspace=11 * 4 * 64)
 
 
 def test_store_in_several_tiles(monkeypatch):

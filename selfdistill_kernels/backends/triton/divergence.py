@@ -1,4 +1,7 @@
-"""The mathematics of a row for Triton: csrc/divergence.h, in the same names and the same order.
+"""The mathematics of a row for Triton, in the order of csrc/divergence.h, whose twin it is.
+
+Functions of the same name compute the same. Others take a whole tile where the twin takes an
+element, or a row's values one by one where it takes a struct; these name their twin.
 
 Helpers take float32 tiles [rows, columns] in registers, or row values of any shape. Products that
 shall be fused are written as tl.fma and kernels are compiled without automatic fusion: student and
@@ -139,6 +142,8 @@ def log_ratio_centres(student, student_low, teacher, teacher_low):
 
     Where the centres are close, so are the logits that matter, and z_t - z_s is exact: then the
     difference comes first (c = 0). Otherwise each logit goes to its own centre first.
+
+    Twin: make_log_ratio.
     """
     low = teacher_low - student_low
     offset = teacher - student
@@ -167,7 +172,10 @@ def weighed_by(weight, factor):
 
 @triton.jit
 def student_sums(z, maximum, AXIS: tl.constexpr):
-    """sum e and sum e (z - max) of a tile around `maximum`, which broadcasts against it."""
+    """sum e and sum e (z - max) of a tile around `maximum`, which broadcasts against it.
+
+    Twin: first_element.
+    """
     a = z - maximum
     e = tl.exp(a)
     return tl.sum(e, AXIS), tl.sum(e * a, AXIS)
@@ -175,7 +183,10 @@ def student_sums(z, maximum, AXIS: tl.constexpr):
 
 @triton.jit
 def pair_sums(z_s, z_t, max_s, max_t, DIVERGENCE: tl.constexpr, AXIS: tl.constexpr):
-    """excess, moment and curvature of a tile around the maxima (zeros where nobody needs them)."""
+    """excess, moment and curvature of a tile around the maxima (zeros where nobody needs them).
+
+    Twin: first_element.
+    """
     e_s = tl.exp(z_s - max_s)
     e_t = tl.exp(z_t - max_t)
     centre_s, centre_t, rest = log_ratio_centres(max_s, 0.0, max_t, 0.0)
@@ -206,7 +217,10 @@ def moved(
     by_s, by_t, sum_s, sum_t, excess, moment, curvature, moment_s, moment_t,
     DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a partial state around other maxima; by = old maximum - new maximum <= 0."""
+    """The sums of a partial state around other maxima; by = old maximum - new maximum <= 0.
+
+    Twin: move_maxima.
+    """
     a_s = tl.exp(by_s)
     a_t = tl.exp(by_t)
     c = by_t - by_s
@@ -230,7 +244,7 @@ def moved(
 
 @triton.jit
 def moved_student(by, total, moment):
-    """`moved` where there is no teacher."""
+    """`moved` where there is no teacher. Twin: move_maxima."""
     a = tl.exp(by)
     return a * total, a * (moment + by * total)
 
@@ -247,14 +261,17 @@ def rounded(maximum, log_sum):
 
 @triton.jit
 def logprob_of(z, maximum, log_sum):
-    """float32 log-probability, -inf for an entry that is ruled out."""
+    """float32 log-probability, -inf for an entry that is ruled out. Twin: logprob."""
     inside = ((z - maximum) - log_sum).to(tl.float32)
     return tl.where(z <= LOWEST, inside - INFINITY, inside)
 
 
 @triton.jit
 def log_sums_ratio(sum_s, sum_t, excess, DIVERGENCE: tl.constexpr):
-    """log(sum_t / sum_s), from the excess where that is the accurate way, and that excess."""
+    """log(sum_t / sum_s), from the excess where that is the accurate way, and that excess.
+
+    Twin: lse_difference.
+    """
     u = excess / sum_s
     near = tl.abs(u) < 0.5
     difference = tl.log(sum_t) - tl.log(sum_s)
@@ -265,7 +282,7 @@ def log_sums_ratio(sum_s, sum_t, excess, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def kl_of(sum_s, sum_t, excess, moment, curvature, DIVERGENCE: tl.constexpr):
-    """Forward or reverse KL of a finished row."""
+    """Forward or reverse KL of a finished row. Twin: finish_kl."""
     log_sums, u, near = log_sums_ratio(sum_s, sum_t, excess, DIVERGENCE)
     if DIVERGENCE == FORWARD_KL:
         close = curvature / sum_t + (u / (1.0 + u) - log_sums)
@@ -291,6 +308,8 @@ def finish_first(
     """Write columns 0 to 8 of the statistics (all that the first sweep knows) at `to`.
 
     Returns reference and rest of both log-sum-exps.
+
+    Twin: finish.
     """
     # A model that rules out everything has no distribution.
     sum_s = tl.where(sum_s == 0.0, NAN, sum_s)
@@ -324,6 +343,10 @@ def finish_first(
 
 @triton.jit
 def probability(z, reference, low):
+    """p of logits z whose log-sum-exp is reference + low.
+
+    Twin: student_probability, and teacher_probability.
+    """
     return tl.exp((z - reference) - low)
 
 
@@ -369,7 +392,10 @@ def mixture_sums(
     z_s, z_t, reference_s, low_s, reference_t, low_t, beta,
     DIVERGENCE: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """KL(S||m), KL(T||m), pivot and kappa summed over a tile (zeros where nobody needs them)."""
+    """KL(S||m), KL(T||m), pivot and kappa summed over a tile (zeros where nobody needs them).
+
+    Twin: second_element.
+    """
     centre_s, centre_t, rest = log_ratio_centres(reference_s, low_s, reference_t, low_t)
     x = log_ratio(z_s, z_t, centre_s, centre_t, rest)
     p_s = probability(z_s, reference_s, low_s)
@@ -397,7 +423,7 @@ def mixture_sums(
 
 @triton.jit
 def finish_mixture(student, teacher, pivot, kappa, beta, DIVERGENCE: tl.constexpr):
-    """Divergence and pivot, float32, from the sums over the whole vocabulary."""
+    """Divergence and pivot, float32, from the sums over the whole vocabulary. Twin: finish."""
     if DIVERGENCE == JSD:
         return (beta * teacher + (1.0 - beta) * student).to(tl.float32), student.to(tl.float32)
     elif DIVERGENCE == SKEW_KL:
@@ -411,7 +437,10 @@ def finish_mixture(student, teacher, pivot, kappa, beta, DIVERGENCE: tl.constexp
 
 @triton.jit
 def target_factor(logprob):
-    """expm1(log p_s(y)) = p_s(y) - 1 for logprob <= 0, without cancellation."""
+    """expm1(log p_s(y)) = p_s(y) - 1 for logprob <= 0, without cancellation.
+
+    Twin: target_gradient.
+    """
     near = tl.abs(logprob) < NEAR
     small = tl.where(near, logprob, 0.0)
     return tl.where(near, small + expm1_rest(small), tl.exp(logprob) - 1.0)
@@ -426,6 +455,8 @@ def gradient_tile(
     """d loss / d z_s of a tile; row values broadcast against it. z_t: only with a divergence.
 
     The term -log p_s(y) gives token_weight (p_s - 1[y]).
+
+    Twin: gradient_element.
     """
     p_s = probability(z_s, reference_s, low_s)
     gradient = token_weight * tl.where(is_target, target_factor(logprob), p_s)
