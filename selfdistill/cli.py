@@ -43,11 +43,11 @@ def train(
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     settings = load_config(config)
     if dry_run:
-        from selfdistill.dry_run import dry_run as show_plan
+        from selfdistill.planning.dry_run import dry_run as show_plan
 
         show_plan(settings, console)
         return
-    from selfdistill.train import train as run_training
+    from selfdistill.training.loop import train as run_training
 
     result = run_training(settings, resume=resume, console=console)
     if result.interrupted:
@@ -81,13 +81,13 @@ def evaluate(
 ) -> None:
     """Measure Pass@k, Maj@k and Avg@k with 95 % intervals."""
     from selfdistill.config import Config, load_config
-    from selfdistill.evaluate import summarize
+    from selfdistill.evaluation.scores import summarize
+    from selfdistill.evaluation.tables import evaluation_table
     from selfdistill.places import try_files
     from selfdistill.progress import progress_bars
     from selfdistill.runlog import write_atomically
     from selfdistill.seeds import derive_seed
-    from selfdistill.solver import load_solver
-    from selfdistill.tables import evaluation_table
+    from selfdistill.training.solver import load_solver
 
     if output is not None:
         try_files([output], overwrite=overwrite)
@@ -182,10 +182,14 @@ def analyze(
     overwrite: Overwrite = False,
 ) -> None:
     """Show where the teacher disagrees with attempts, by method, and what masks would keep."""
-    from selfdistill.analysis_tables import analysis_tables, missing_note, summary_line
-    from selfdistill.analyze import analyze_run
+    from selfdistill.analysis.report.analysis_page import FILES, write_analysis
+    from selfdistill.analysis.report.analysis_tables import (
+        analysis_tables,
+        missing_note,
+        summary_line,
+    )
+    from selfdistill.analysis.run import analyze_run
     from selfdistill.places import try_files
-    from selfdistill.report.analysis import FILES, write_analysis
 
     folder = output or run / f"analysis-{checkpoint}"
     try_files([folder / name for name in FILES], overwrite=overwrite)
@@ -217,11 +221,11 @@ def compare(
     overwrite: Overwrite = False,
 ) -> None:
     """Put runs beside each other: curves, final accuracy, paired differences, on one page."""
-    from selfdistill.compare import compare as compare_runs
-    from selfdistill.compare import read_run_curve
-    from selfdistill.comparison_tables import difference_table, final_table
+    from selfdistill.analysis.comparison import compare as compare_runs
+    from selfdistill.analysis.comparison import read_run_curve
+    from selfdistill.analysis.report.comparison_page import FILES, write_comparison
+    from selfdistill.analysis.report.comparison_tables import difference_table, final_table
     from selfdistill.places import try_files
-    from selfdistill.report.compare import FILES, write_comparison
 
     try_files([output / name for name in FILES], overwrite=overwrite)
     console = Console()
@@ -310,7 +314,7 @@ def doctor(
     """Say what is installed, what is missing and what would run for a shape."""
     import torch
 
-    from selfdistill.attention.backend import describe
+    from selfdistill.model.attention.backend import describe
     from selfdistill_kernels.doctor import DTYPES, run
 
     status = run(
@@ -353,29 +357,29 @@ def main() -> None:
         app()
     except Exception as error:
         # Imported late, so that --help need not wait for torch.
-        from selfdistill.attention import UnavailableBackendError, UnsupportedModelError
-        from selfdistill.chat import ControlTokenError
-        from selfdistill.compare import NotARunError
+        from selfdistill.analysis.comparison import NotARunError
         from selfdistill.config import ConfigError
-        from selfdistill.context import PromptTooLongError
-        from selfdistill.distributed import RankFailedError
-        from selfdistill.empty_steps import NothingLearnedError
         from selfdistill.filtering import FilterExistsError
         from selfdistill.methods.loss import UnsupportedHeadError
-        from selfdistill.model_folder import UnusableModelError
+        from selfdistill.model.attention import UnavailableBackendError, UnsupportedModelError
+        from selfdistill.model.folder import UnusableModelError
+        from selfdistill.model.sharding import UnshardableModelError
+        from selfdistill.model.weights import UnsupportedAdapterError
         from selfdistill.places import PlaceTakenError
+        from selfdistill.prompts.chat import ControlTokenError
+        from selfdistill.prompts.context import PromptTooLongError
         from selfdistill.reproduce.jobs import PlanChangedError
         from selfdistill.reproduce.plan import UnknownStudyError
         from selfdistill.reproduce.schedule import WorkerLostError
         from selfdistill.rollout import EngineError
-        from selfdistill.rollout.agreement import EngineMismatchError
-        from selfdistill.run_folder import RunExistsError
         from selfdistill.runlog import LogError
-        from selfdistill.sharding import UnshardableModelError
-        from selfdistill.state_file import CheckpointError
         from selfdistill.tasks import TaskError
-        from selfdistill.train import DivergedError
-        from selfdistill.weights import UnsupportedAdapterError
+        from selfdistill.training.agreement import EngineMismatchError
+        from selfdistill.training.distributed import RankFailedError
+        from selfdistill.training.empty_steps import NothingLearnedError
+        from selfdistill.training.loop import DivergedError
+        from selfdistill.training.run_folder import RunExistsError
+        from selfdistill.training.state_file import CheckpointError
 
         known = (
             CheckpointError,

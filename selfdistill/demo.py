@@ -5,7 +5,7 @@ interrupted demo goes on where it was.
 
     held_out_before.json    accuracy on the test split before training
     analysis_before.json    per-token advantage of wrong attempts
-    metrics.jsonl ...       the training run (selfdistill.train)
+    metrics.jsonl ...       the training run (selfdistill.training.loop)
     held_out_after.json     the same test problems, best checkpoint by the dev split
     analysis_after.json
     summary.json            what the table shows
@@ -26,23 +26,23 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from selfdistill.analysis import analyze, erroneous_attempts
-from selfdistill.checkpoint import CheckpointStore
+from selfdistill.analysis.localisation import localise
+from selfdistill.analysis.tokens import analyze, erroneous_attempts
 from selfdistill.config import Config
-from selfdistill.evaluate import Evaluation, Interval, avg_difference, summarize
-from selfdistill.localisation import localise
+from selfdistill.evaluation.scores import Evaluation, Interval, avg_difference, summarize
+from selfdistill.evaluation.tables import evaluation_table, percent
 from selfdistill.methods import build_method
 from selfdistill.methods.loss import find_heads
+from selfdistill.model.teacher import build_teacher
 from selfdistill.places import alone_in
 from selfdistill.progress import progress_bars
-from selfdistill.run_folder import RunExistsError
 from selfdistill.runlog import JsonLines, peak_rss_mib, write_atomically
 from selfdistill.seeds import derive_seed
-from selfdistill.solver import Solver, load_solver
-from selfdistill.state_file import read_state
-from selfdistill.tables import evaluation_table, percent
-from selfdistill.teacher import build_teacher
-from selfdistill.train import train
+from selfdistill.training.checkpoint import CheckpointStore
+from selfdistill.training.loop import train
+from selfdistill.training.run_folder import RunExistsError
+from selfdistill.training.solver import Solver, load_solver
+from selfdistill.training.state_file import read_state
 from selfdistill.visible import say
 
 HELD_OUT_PROBLEMS = 200
@@ -140,7 +140,7 @@ def _demo(config: Config, *, fresh: bool, console: Console) -> Summary | None:
             run / "summary.json", TypeAdapter(Summary).dump_json(summary, indent=1).decode()
         )
     if not (run / "report.html").exists():
-        from selfdistill.report import write_report
+        from selfdistill.analysis.report import write_report
 
         write_report(run)
     console.print(summary_table(summary))

@@ -23,8 +23,8 @@ import transformers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from selfdistill.context import ContextRenderer, TeacherContext
 from selfdistill.critic.scribe import ScribeCritic
+from selfdistill.prompts.context import ContextRenderer, TeacherContext
 from selfdistill.rollout import completion_text
 from selfdistill.tasks import Problem
 from selfdistill.tasks.arithmetic import ArithmeticTask

@@ -72,7 +72,7 @@ def build_critic(
             return ScribeCritic(task, copying=config.copying)
         case "llm":
             from selfdistill.critic.llm import SHORTEST_PROMPT, LLMCritic
-            from selfdistill.textgen import build_text_generator
+            from selfdistill.critic.textgen import build_text_generator
 
             generator = build_text_generator(config.engine, device=device, today=today)
             generator.check(SHORTEST_PROMPT)

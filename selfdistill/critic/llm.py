@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from selfdistill.critic import Critique, CritiqueCase
+from selfdistill.critic.textgen import Generation, TextGenerator
 from selfdistill.tasks import Problem, Verdict
-from selfdistill.textgen import Generation, TextGenerator
 
 PROMPT = """\
 You are a scribe. You will get a question and a student's attempt at it. Write the attempt out \

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from selfdistill.config import Config, LossConfig
-from selfdistill.context import TeacherContext
 from selfdistill.critic import build_critic
 from selfdistill.critic.llm import LLMCritic
-from selfdistill.device import resolve_device
-from selfdistill.evaluate import Attempts
+from selfdistill.evaluation.scores import Attempts
 from selfdistill.methods.environment import Environment
 from selfdistill.methods.grpo import GRPO, GRPOLoss
 from selfdistill.methods.loss import DistillationLoss, Loss
 from selfdistill.methods.peer import Peer
 from selfdistill.methods.refsol import RefSol
 from selfdistill.methods.stepalign import StepAlign
+from selfdistill.model.device import resolve_device
+from selfdistill.prompts.context import TeacherContext
 from selfdistill.tasks import SteppedTask, Task
 
 __all__ = [

@@ -8,11 +8,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from selfdistill.context import TeacherContext
-from selfdistill.evaluate import Attempts
-from selfdistill.layout import PromptGroup
+from selfdistill.evaluation.scores import Attempts
 from selfdistill.methods.loss import Head, Loss
-from selfdistill.scoring import ScoredTokens
+from selfdistill.model.layout import PromptGroup
+from selfdistill.model.scoring import ScoredTokens
+from selfdistill.prompts.context import TeacherContext
 from selfdistill_kernels import DistillationOutput, fused_linear_logprobs
 
 

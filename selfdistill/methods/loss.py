@@ -9,11 +9,11 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from selfdistill.attention import base_causal_lm
 from selfdistill.config import LossConfig
-from selfdistill.layout import PromptGroup
-from selfdistill.scoring import ScoredTokens
-from selfdistill.teacher import Teacher
+from selfdistill.model.attention import base_causal_lm
+from selfdistill.model.layout import PromptGroup
+from selfdistill.model.scoring import ScoredTokens
+from selfdistill.model.teacher import Teacher
 from selfdistill_kernels import (
     AdvantageMask,
     DistillationOutput,

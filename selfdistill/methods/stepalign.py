@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from selfdistill.context import TeacherContext
 from selfdistill.critic import Critic, Critique
-from selfdistill.evaluate import Attempts
+from selfdistill.evaluation.scores import Attempts
 from selfdistill.methods.loss import Loss
+from selfdistill.prompts.context import TeacherContext
 from selfdistill.tasks import Problem
 
 

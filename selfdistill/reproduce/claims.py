@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal, TypeAlias
 
-from selfdistill.evaluate import Interval
-from selfdistill.localisation import Localisation
+from selfdistill.analysis.localisation import Localisation
+from selfdistill.evaluation.scores import Interval
+from selfdistill.evaluation.tables import number, percent
 from selfdistill.reproduce.findings import Copying, Findings, Gap
 from selfdistill.reproduce.jobs import TokenFigures
 from selfdistill.reproduce.plan import COPYING, OTHER_PATH, REGIMES
-from selfdistill.tables import number, percent
 
 Answer: TypeAlias = Literal["yes", "no", "not separated"]
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter
 
-from selfdistill.compare import (
+from selfdistill.analysis.comparison import (
     METRICS,
     Metric,
     mean_curve,
@@ -21,7 +21,8 @@ from selfdistill.compare import (
     problem_scores,
     read_run_curve,
 )
-from selfdistill.evaluate import Evaluation, Interval
+from selfdistill.evaluation.resampling import crossed_difference
+from selfdistill.evaluation.scores import Evaluation, Interval
 from selfdistill.reproduce.jobs import (
     Result,
     TokenFigures,
@@ -45,7 +46,6 @@ from selfdistill.reproduce.plan import (
     folder_of,
     rate_names,
 )
-from selfdistill.resampling import crossed_difference
 from selfdistill.runlog import JsonLines
 from selfdistill.tasks.arithmetic.corpus import DIALECT_SHARES
 

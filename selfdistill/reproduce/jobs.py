@@ -26,20 +26,20 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from selfdistill.analysis import TokenAnalysis, analyze, erroneous_attempts
-from selfdistill.checkpoint import CheckpointStore
+from selfdistill.analysis.localisation import Localisation, first_step_wrong, localise, share_times
+from selfdistill.analysis.tokens import TokenAnalysis, analyze, erroneous_attempts
 from selfdistill.config import Config
-from selfdistill.evaluate import Attempts, Evaluation, Interval, judge, summarize
-from selfdistill.localisation import Localisation, first_step_wrong, localise, share_times
+from selfdistill.evaluation.scores import Attempts, Evaluation, Interval, judge, summarize
 from selfdistill.methods import build_method
 from selfdistill.methods.loss import find_heads
+from selfdistill.model.teacher import build_teacher
 from selfdistill.reproduce.plan import BaseEvaluation, Job, TestSet, TokenScores, Training
 from selfdistill.rollout import SamplingParams
 from selfdistill.runlog import JsonLines, write_atomically
 from selfdistill.seeds import derive_seed
-from selfdistill.solver import Solver, load_solver
-from selfdistill.teacher import build_teacher
-from selfdistill.train import DivergedError, train
+from selfdistill.training.checkpoint import CheckpointStore
+from selfdistill.training.loop import DivergedError, train
+from selfdistill.training.solver import Solver, load_solver
 
 # Attempts at each problem that the base solver repeats with a critique of them.
 TEACHER_SAMPLES = 4

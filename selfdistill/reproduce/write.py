@@ -15,27 +15,16 @@ import numpy
 import torch
 import transformers
 
-from selfdistill.evaluate import Interval
-from selfdistill.localisation import Localisation, localisation_table
+from selfdistill.analysis.localisation import Localisation, localisation_table
+from selfdistill.evaluation.scores import Interval
+from selfdistill.evaluation.tables import MISSING, TextTable, number, percent
 from selfdistill.places import PlaceTakenError, try_folder
-from selfdistill.reproduce.claims import (
-    Claim,
-    Order,
-    difference,
-    localisation_claims,
-    orders,
-)
+from selfdistill.reproduce.claims import Claim, Order, difference, localisation_claims, orders
 from selfdistill.reproduce.figures import COLOURS, Dots, Line, dot_plot, line_chart
 from selfdistill.reproduce.findings import Copying, Dose, Findings, Main, Row, Stratum
 from selfdistill.reproduce.jobs import TEACHER_SAMPLES
-from selfdistill.reproduce.plan import (
-    GRPO,
-    RATES_SEED,
-    SIDE_ARMS,
-    Scale,
-)
+from selfdistill.reproduce.plan import GRPO, RATES_SEED, SIDE_ARMS, Scale
 from selfdistill.runlog import write_atomically
-from selfdistill.tables import MISSING, TextTable, number, percent
 
 _ARM_COLOURS = dict(zip((arm.label for arm in SIDE_ARMS), COLOURS, strict=False))
 

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from selfdistill.config import VLLM_ADAPTER_RANKS, VLLMSettings
-from selfdistill.model_folder import load_config, load_generation_config
+from selfdistill.model.folder import load_config, load_generation_config
 from selfdistill.rollout import (
     EngineError,
     NotANumberError,

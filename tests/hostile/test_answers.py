@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from slow_workers import SLOW, answering_pool
 
-from selfdistill.evaluate import judge, majority_is_correct, summarize
+from selfdistill.evaluation.scores import judge, majority_is_correct, summarize
 from selfdistill.rollout import Rollout
 from selfdistill.tasks import Problem, Verdict
 from selfdistill.tasks.answers import AnswerChecker, MathVerifyChecker, PlainChecker

@@ -17,21 +17,21 @@ import pytest
 from rich.console import Console
 
 from selfdistill import cli
-from selfdistill.analysis import TokenAnalysis, analyze
+from selfdistill.analysis.report.document import document, html_table
+from selfdistill.analysis.report.heatmap import heat_map, verdict
+from selfdistill.analysis.report.text import isolated, plain
+from selfdistill.analysis.tokens import TokenAnalysis, analyze
 from selfdistill.config import Config
-from selfdistill.dry_run import dry_run
-from selfdistill.evaluate import sample_attempts
+from selfdistill.evaluation.scores import sample_attempts
+from selfdistill.evaluation.tables import TextTable
 from selfdistill.methods import build_method
 from selfdistill.methods.loss import find_heads
+from selfdistill.model.teacher import build_teacher
+from selfdistill.planning.dry_run import dry_run
 from selfdistill.progress import progress_bars
-from selfdistill.report.document import document, html_table
-from selfdistill.report.heatmap import heat_map, verdict
-from selfdistill.report.text import isolated, plain
 from selfdistill.rollout import EngineError, SamplingParams
-from selfdistill.solver import load_solver
-from selfdistill.tables import TextTable
 from selfdistill.tasks.arithmetic import ArithmeticTask
-from selfdistill.teacher import build_teacher
+from selfdistill.training.solver import load_solver
 from selfdistill.visible import visible
 
 # Turns what follows to the left; closes an isolate that others opened; a terminal's title; colours.

@@ -24,23 +24,23 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from selfdistill.attention import UnsupportedModelError
 from selfdistill.config import Config, LossConfig
-from selfdistill.gradients import StudentLoss, accumulate_gradients
-from selfdistill.layout import PromptGroup
 from selfdistill.methods.loss import DistillationLoss, find_heads
-from selfdistill.randomness import (
+from selfdistill.model.attention import UnsupportedModelError
+from selfdistill.model.layout import PromptGroup
+from selfdistill.model.randomness import (
     RandomModelError,
     check_not_random,
     enable_activation_checkpointing,
     refuse_random_passes,
 )
+from selfdistill.model.scoring import score
+from selfdistill.model.teacher import LiveTeacher
 from selfdistill.rollout import SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
-from selfdistill.scoring import score
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
-from selfdistill.teacher import LiveTeacher
-from selfdistill.train import train
+from selfdistill.training.gradients import StudentLoss, accumulate_gradients
+from selfdistill.training.loop import train
 
 TINY = {
     "vocab_size": 64,

@@ -15,8 +15,8 @@ from tiny_tokenizers import byte_level, gemma, legacy_llama, new_llama, sentence
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from selfdistill.chat import ChatTemplate, ControlTokenError
-from selfdistill.layout import common_prefix_length
+from selfdistill.model.layout import common_prefix_length
+from selfdistill.prompts.chat import ChatTemplate, ControlTokenError
 
 TEXTS = [
     "What is 1 + 2?",

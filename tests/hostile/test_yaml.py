@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from selfdistill import cli
-from selfdistill.analyze import parse_methods
+from selfdistill.analysis.run import parse_methods
 from selfdistill.config import Config, ConfigError, load_config, save_config
 from selfdistill.yaml_text import YAMLTextError, read_yaml
 

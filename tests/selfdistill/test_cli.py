@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 import selfdistill.demo
-import selfdistill.train
+import selfdistill.training.loop
 from selfdistill import cli
 from selfdistill.config import load_config
-from selfdistill.evaluate import Attempts, Evaluation
-from selfdistill.solver import Solver
+from selfdistill.evaluation.scores import Attempts, Evaluation
 from selfdistill.tasks.arithmetic import ArithmeticTask
-from selfdistill.train import TrainResult
+from selfdistill.training.loop import TrainResult
+from selfdistill.training.solver import Solver
 
 YAML = """
 model: {model}
@@ -125,7 +125,7 @@ def test_a_programming_error_keeps_its_traceback(
     def broken(*args: object, **kwargs: object) -> None:
         raise KeyError("bug")
 
-    monkeypatch.setattr(selfdistill.train, "train", broken)
+    monkeypatch.setattr(selfdistill.training.loop, "train", broken)
     monkeypatch.setattr(
         sys, "argv", ["selfdistill", "train", str(write_config(tmp_path, solver_dir))]
     )
@@ -140,7 +140,7 @@ def test_an_interrupted_run_has_a_status_of_its_own(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     stopped = TrainResult(step=1, interrupted=True, best_step=0, best_metric=0.0)
-    monkeypatch.setattr(selfdistill.train, "train", lambda *args, **kwargs: stopped)
+    monkeypatch.setattr(selfdistill.training.loop, "train", lambda *args, **kwargs: stopped)
     assert run(monkeypatch, "train", write_config(tmp_path, solver_dir)) == 130
     assert "go on with --resume" in capsys.readouterr().out
     monkeypatch.setattr(selfdistill.demo, "demo", lambda *args, **kwargs: None)

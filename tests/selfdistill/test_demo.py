@@ -12,7 +12,7 @@ from rich.console import Console
 import selfdistill.demo
 from selfdistill.config import Config
 from selfdistill.demo import ARTIFACTS, Summary, demo
-from selfdistill.run_folder import RunExistsError
+from selfdistill.training.run_folder import RunExistsError
 
 
 @pytest.fixture
@@ -25,9 +25,9 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         (run / "report.html").write_text("<html>")
         return run / "report.html"
 
-    module = types.ModuleType("selfdistill.report")
+    module = types.ModuleType("selfdistill.analysis.report")
     module.write_report = write_report
-    monkeypatch.setitem(sys.modules, "selfdistill.report", module)
+    monkeypatch.setitem(sys.modules, "selfdistill.analysis.report", module)
     monkeypatch.setattr(selfdistill.demo, "HELD_OUT_PROBLEMS", 6)
     monkeypatch.setattr(selfdistill.demo, "HELD_OUT_SAMPLES", 3)
     return written

@@ -13,12 +13,8 @@ from rich.console import Console
 import selfdistill.filtering
 from selfdistill.config import Config, ConfigError
 from selfdistill.critic import Critique
-from selfdistill.evaluate import Attempts
-from selfdistill.filtering import (
-    FilterExistsError,
-    FilterSettings,
-    filter_problems,
-)
+from selfdistill.evaluation.scores import Attempts
+from selfdistill.filtering import FilterExistsError, FilterSettings, filter_problems
 from selfdistill.rollout import Rollout
 from selfdistill.tasks import Problem, TaskError, Verdict, build_task
 

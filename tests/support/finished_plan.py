@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
+from selfdistill.analysis.localisation import Localisation
 from selfdistill.config import save_config
-from selfdistill.evaluate import Attempts, Evaluation, Interval, summarize
-from selfdistill.localisation import Localisation
+from selfdistill.evaluation.scores import Attempts, Evaluation, Interval, summarize
 from selfdistill.reproduce.jobs import TokenFigures, job_fingerprint
 from selfdistill.reproduce.plan import FULL, BaseEvaluation, Job, TokenScores, Training
 from selfdistill.rollout import Rollout

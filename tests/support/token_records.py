@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from selfdistill.analysis import TokenAnalysis
+from selfdistill.analysis.tokens import TokenAnalysis
 
 
 def record(

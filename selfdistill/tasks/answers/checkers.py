@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 from selfdistill.tasks import TaskError
-from selfdistill.tasks.answers.compare import compare
+from selfdistill.tasks.answers.equality import compare
 from selfdistill.tasks.answers.pool import Question, WorkerPool, usable_cpus
 
 CheckerName = Literal["auto", "math-verify", "plain"]

@@ -7,9 +7,9 @@ import pytest
 
 from selfdistill.critic import Critique
 from selfdistill.critic.llm import CritiqueError, LLMCritic, parse_critique, strip_thinking
+from selfdistill.critic.textgen import Generation
 from selfdistill.tasks import Problem, Verdict, check_all
 from selfdistill.tasks.arithmetic import ArithmeticTask
-from selfdistill.textgen import Generation
 
 TASK = ArithmeticTask(step_counts=(3,))
 (PROBLEM,) = TASK.problems(split="dev", count=1)

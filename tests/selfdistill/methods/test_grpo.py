@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-import selfdistill.batch
-import selfdistill.gradients
-from selfdistill.gradients import StudentLoss, accumulate_gradients
-from selfdistill.layout import PromptGroup
+import selfdistill.training.batch
+import selfdistill.training.gradients
 from selfdistill.methods.grpo import GRPOLoss, group_advantages
 from selfdistill.methods.loss import lm_head
-from selfdistill.scoring import score
-from selfdistill.teacher import BaseTeacher
+from selfdistill.model.layout import PromptGroup
+from selfdistill.model.scoring import score
+from selfdistill.model.teacher import BaseTeacher
+from selfdistill.training.gradients import StudentLoss, accumulate_gradients
 
 ModelFactory = Callable[..., PreTrainedModel]
 TEMPERATURE = 1.3
@@ -308,7 +308,7 @@ def test_a_group_of_equal_rewards_is_not_read_but_counts(
         read.extend(groups)
         return score(model, teacher, groups, **options)
 
-    monkeypatch.setattr(selfdistill.gradients, "score", watched)
+    monkeypatch.setattr(selfdistill.training.gradients, "score", watched)
     informative, tied = stale(judged(ragged_groups, [[1.0, 0.0, 0.0], [1.0, 1.0]]), student)
     totals, both = step_gradient(student, [informative, tied])
     assert read == [informative]
@@ -362,10 +362,10 @@ def test_sampling_and_scoring_agree_on_the_log_probs(
 ) -> None:
     """On-policy the ratio is 1: the engine's log-probs are those that the loss compares with."""
     from selfdistill.config import Config
-    from selfdistill.evaluate import judge
+    from selfdistill.evaluation.scores import judge
     from selfdistill.methods import build_method
     from selfdistill.rollout import SamplingParams
-    from selfdistill.solver import load_solver
+    from selfdistill.training.solver import load_solver
 
     config = Config.model_validate(
         {
@@ -385,7 +385,7 @@ def test_sampling_and_scoring_agree_on_the_log_probs(
     )
     attempts = judge(solver.task, problems, rollouts)
     method = build_method(config, solver.task)
-    groups = selfdistill.batch.render_groups(solver, attempts, method.contexts(attempts))
+    groups = selfdistill.training.batch.render_groups(solver, attempts, method.contexts(attempts))
     scored = score(solver.model, None, groups)
     head = lm_head(solver.model)
     output = method.loss(scored, head, head, normalizer=1.0)

@@ -12,10 +12,10 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import CohereConfig, CohereForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from selfdistill.config import LossConfig
-from selfdistill.layout import PromptGroup
 from selfdistill.methods.loss import DistillationLoss, Head, UnsupportedHeadError, lm_head
-from selfdistill.scoring import ScoredTokens, score
-from selfdistill.teacher import BaseTeacher, LiveTeacher
+from selfdistill.model.layout import PromptGroup
+from selfdistill.model.scoring import ScoredTokens, score
+from selfdistill.model.teacher import BaseTeacher, LiveTeacher
 
 ModelFactory = Callable[..., PreTrainedModel]
 

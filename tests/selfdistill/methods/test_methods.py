@@ -6,19 +6,19 @@ from typing import Any, cast
 
 import pytest
 
-from selfdistill.batch import leave_out
 from selfdistill.config import Config, ConfigError, LossConfig, ScribeCriticConfig
-from selfdistill.context import TeacherContext
 from selfdistill.critic import Critique, build_critic
 from selfdistill.critic.llm import LLMCritic
-from selfdistill.evaluate import Attempts, judge
+from selfdistill.evaluation.scores import Attempts, judge
 from selfdistill.methods import GRPO, Environment, Peer, RefSol, StepAlign, build_method
 from selfdistill.methods.loss import DistillationLoss
+from selfdistill.prompts.context import TeacherContext
 from selfdistill.rollout import Rollout
 from selfdistill.tasks import FeedbackDetail, Problem, Task, Verdict
 from selfdistill.tasks.answers import PlainChecker
 from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.tasks.dataset import DatasetTask
+from selfdistill.training.batch import leave_out
 
 PROBLEMS = [Problem("p", "1 + 2", "3", "reference of p"), Problem("q", "2 + 2", "4", "that of q")]
 

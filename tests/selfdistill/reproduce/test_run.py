@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from selfdistill.cli import EXIT_INTERRUPTED, app
 from selfdistill.config import PromptConfig
-from selfdistill.evaluate import Evaluation
+from selfdistill.evaluation.scores import Evaluation
 from selfdistill.reproduce import reproduce
 from selfdistill.reproduce.findings import collect
 from selfdistill.reproduce.jobs import (
@@ -33,8 +33,8 @@ from selfdistill.reproduce.jobs import (
 )
 from selfdistill.reproduce.plan import FULL, QUICK, STUDIES, Scale, Training, build_plan
 from selfdistill.reproduce.schedule import run_plan
-from selfdistill.solver import load_solver
-from selfdistill.train import DivergedError
+from selfdistill.training.loop import DivergedError
+from selfdistill.training.solver import load_solver
 
 TINY = Scale(
     milestones=(1, 2),

@@ -13,19 +13,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from selfdistill.config import (
-    Config,
-    TransformersTextEngine,
-    VLLMEngineConfig,
-    VLLMTextEngine,
-)
+from selfdistill.config import Config, TransformersTextEngine, VLLMEngineConfig, VLLMTextEngine
+from selfdistill.critic.textgen import build_text_generator
 from selfdistill.methods.loss import lm_head
 from selfdistill.rollout import EngineError, Rollout, SamplingParams
-from selfdistill.rollout.agreement import EngineMismatchError, check_agreement
 from selfdistill.rollout.vllm_engine import VLLMEngine
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
-from selfdistill.textgen import build_text_generator
-from selfdistill.train import train
+from selfdistill.training.agreement import EngineMismatchError, check_agreement
+from selfdistill.training.loop import train
 
 # `make test-vllm` is for these tests: there a vLLM that cannot be imported fails them.
 if os.environ.get("SELFDISTILL_REQUIRE_VLLM") != "1":

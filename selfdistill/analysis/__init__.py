@@ -1,0 +1,1 @@
+"""What is looked at after training: attempts token by token, runs beside each other, and pages."""

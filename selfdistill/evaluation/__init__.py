@@ -1,0 +1,1 @@
+"""How good a solver is: scores, their intervals, and tables of them."""

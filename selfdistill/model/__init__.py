@@ -1,0 +1,1 @@
+"""Models as the trainer uses them: weights, packed rows, attention over them, scoring, teachers."""

@@ -1,0 +1,1 @@
+"""Questions and contexts as prompts, through the tokenizer's chat template."""
