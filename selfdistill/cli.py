@@ -360,9 +360,9 @@ def main() -> None:
         from selfdistill.analysis.comparison import NotARunError
         from selfdistill.config import ConfigError
         from selfdistill.filtering import FilterExistsError
-        from selfdistill.methods.loss import UnsupportedHeadError
         from selfdistill.model.attention import UnavailableBackendError, UnsupportedModelError
         from selfdistill.model.folder import UnusableModelError
+        from selfdistill.model.heads import UnsupportedHeadError
         from selfdistill.model.sharding import UnshardableModelError
         from selfdistill.model.weights import UnsupportedAdapterError
         from selfdistill.places import PlaceTakenError
@@ -371,9 +371,9 @@ def main() -> None:
         from selfdistill.reproduce.jobs import PlanChangedError
         from selfdistill.reproduce.plan import UnknownStudyError
         from selfdistill.reproduce.schedule import WorkerLostError
-        from selfdistill.rollout import EngineError
+        from selfdistill.rollout.engine import EngineError
         from selfdistill.runlog import LogError
-        from selfdistill.tasks import TaskError
+        from selfdistill.tasks.interface import TaskError
         from selfdistill.training.agreement import EngineMismatchError
         from selfdistill.training.distributed import RankFailedError
         from selfdistill.training.empty_steps import NothingLearnedError

@@ -29,10 +29,11 @@ from transformers.utils import logging as transformers_logging
 from selfdistill.analysis.localisation import localise
 from selfdistill.analysis.tokens import analyze, erroneous_attempts
 from selfdistill.config import Config
-from selfdistill.evaluation.scores import Evaluation, Interval, avg_difference, summarize
+from selfdistill.evaluation.intervals import Interval
+from selfdistill.evaluation.scores import Evaluation, avg_difference, summarize
 from selfdistill.evaluation.tables import evaluation_table, percent
-from selfdistill.methods import build_method
-from selfdistill.methods.loss import find_heads
+from selfdistill.methods.build import build_method
+from selfdistill.model.heads import find_heads
 from selfdistill.model.teacher import build_teacher
 from selfdistill.places import alone_in
 from selfdistill.progress import progress_bars

@@ -20,14 +20,15 @@ from rich.console import Console
 from rich.table import Table
 
 from selfdistill.config import Config, ConfigError
-from selfdistill.critic import Critic
-from selfdistill.evaluation.scores import Attempts, sample_attempts
-from selfdistill.methods import StepAlign, build_method
+from selfdistill.critic.interface import Critic
+from selfdistill.methods.build import build_method
+from selfdistill.methods.stepalign import StepAlign
 from selfdistill.places import alone_in
 from selfdistill.progress import progress_bars
-from selfdistill.rollout import SamplingParams
+from selfdistill.rollout.attempts import Attempts, sample_attempts
+from selfdistill.rollout.engine import SamplingParams
 from selfdistill.runlog import JsonLines, write_atomically
-from selfdistill.tasks import SPLITS, Problem, Task, TaskError, check_all
+from selfdistill.tasks.interface import SPLITS, Problem, Task, TaskError, check_all
 from selfdistill.training.solver import Solver, load_solver, recorded_date, with_date
 
 # Problems between two writes of the journal: what a kill can cost.

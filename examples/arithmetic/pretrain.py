@@ -25,12 +25,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selfdistill.critic.scribe import ScribeCritic
 from selfdistill.prompts.context import ContextRenderer, TeacherContext
-from selfdistill.rollout import completion_text
-from selfdistill.tasks import Problem
+from selfdistill.rollout.engine import completion_text
 from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.tasks.arithmetic.corpus import ContextTag, Corpus, Document
 from selfdistill.tasks.arithmetic.noise import SolverNoise
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
+from selfdistill.tasks.interface import Problem
 
 IGNORE = -100
 

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 
 from selfdistill.analysis.tokens import TokenAnalysis
+from selfdistill.evaluation.intervals import Interval
 from selfdistill.evaluation.resampling import quotient_interval, ratio_intervals
-from selfdistill.evaluation.scores import Interval
 from selfdistill.evaluation.tables import MISSING, TextTable, number, percent
 from selfdistill_kernels import AdvantageMask
 

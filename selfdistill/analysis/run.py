@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from selfdistill.analysis.comparison import flatten
+from selfdistill.analysis.alignment import clear_examples, spread
+from selfdistill.analysis.draw import Draw, draw_attempts, share_solved
 from selfdistill.analysis.localisation import (
     Localisation,
     MaskEffect,
@@ -33,28 +33,21 @@ from selfdistill.analysis.localisation import (
     share_times,
     suggest,
 )
-from selfdistill.analysis.report.heatmap import clear_examples, spread
-from selfdistill.analysis.tokens import Place, TokenAnalysis, analyze, erroneous_attempts
-from selfdistill.config import Config, ConfigError, Distillation, MethodConfig, load_config
-from selfdistill.evaluation.resampling import share_interval
-from selfdistill.evaluation.scores import Attempts, Interval, sample_attempts
-from selfdistill.methods import build_method
-from selfdistill.methods.loss import find_heads
+from selfdistill.analysis.sections import method_labels, parse_methods
+from selfdistill.analysis.tokens import TokenAnalysis, analyze
+from selfdistill.config import Config, load_config
+from selfdistill.evaluation.intervals import Interval
+from selfdistill.methods.build import build_method
+from selfdistill.model.heads import find_heads
 from selfdistill.model.teacher import build_teacher
 from selfdistill.progress import progress_bars
-from selfdistill.rollout import SamplingParams
 from selfdistill.seeds import derive_seed
 from selfdistill.training.checkpoint import CheckpointStore, fingerprint, restore_teacher
 from selfdistill.training.solver import Solver, load_solver
 from selfdistill.training.state_file import digest_inputs, read_state, refuse_other
-from selfdistill.yaml_text import YAMLTextError, read_yaml
 
 Checkpoint = Literal["best", "last", "base"]
 
-# Groups drawn and judged at once.
-PORTION = 16
-# Draw at most so many times the attempts that were asked for: a good solver errs seldom.
-PATIENCE = 10
 EXAMPLES = 4
 
 
@@ -134,26 +127,6 @@ class RunAnalysis:
     methods: tuple[MethodAnalysis, ...]
     examples: tuple[Example, ...]
     seconds: float
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Attempts and which of them to look at.
-
-    Attributes:
-        attempts: whole groups.
-        wrong: places of those that went wrong.
-        as_they_come: places of the first ones drawn, whatever became of them.
-    """
-
-    attempts: list[Attempts]
-    wrong: list[Place]
-    as_they_come: list[Place]
-
-    @property
-    def chosen(self) -> list[Place]:
-        """Each place once, in the order of drawing."""
-        return sorted({*self.wrong, *self.as_they_come})
 
 
 def analyze_run(
@@ -254,132 +227,6 @@ def analyze_run(
         examples=pick_examples(draw, records, count=EXAMPLES),
         seconds=time.perf_counter() - start,
     )
-
-
-def parse_methods(text: str | None, config: Config) -> list[Distillation]:
-    """Return the method sections that a text names, the run's teacher and loss in each.
-
-    Args:
-        text: names or YAML mappings with commas between them, such as
-            "stepalign, {name: refsol}"; what a mapping leaves out is the default. None: the run's
-            own method.
-        config: of the run; a name that is its own method's means exactly that.
-
-    Raises:
-        ConfigError: not YAML, not a method, or a method without a teacher.
-    """
-    own = config.method.model_dump(mode="json")
-    shared = {}
-    if isinstance(config.method, Distillation):
-        shared = {"teacher": own["teacher"], "loss": own["loss"]}
-    try:
-        asked = [own] if text is None else read_yaml(f"[{text}]").data
-    except YAMLTextError as error:
-        raise ConfigError(f"methods: {text!r} is not a list of names or YAML: {error}") from error
-    if not asked:
-        raise ConfigError("methods: got none, expected names or mappings with commas between them")
-    methods = TypeAdapter(MethodConfig)
-    sections: list[Distillation] = []
-    for entry in asked:
-        section = {"name": entry} if isinstance(entry, str) else entry
-        if section == {"name": own["name"]}:
-            section = own
-        try:
-            found = methods.validate_python(section)
-            if isinstance(found, Distillation):
-                found = methods.validate_python({**shared, **section})
-        except ValidationError as error:
-            wrong = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or 'name'}: {e['msg']}" for e in error.errors()
-            )
-            raise ConfigError(
-                f"methods: {entry!r} is not a method: {wrong}. Give names or mappings as under "
-                "`method:` in a configuration, with commas between them"
-            ) from error
-        if not isinstance(found, Distillation):
-            raise ConfigError(
-                f"methods: {found.name} has no teacher, so its advantage is one number for "
-                "a whole attempt and there is nothing to locate. Name a method with a teacher, "
-                "such as --methods stepalign,refsol: it is scored on this run's attempts"
-            )
-        sections.append(found)
-    return sections
-
-
-def method_labels(sections: Sequence[Distillation]) -> list[str]:
-    """Return a short unique name for each section: the method's, and what it changes."""
-    names = []
-    for section in sections:
-        found = flatten(section.model_dump(mode="json"))
-        usual = flatten(type(section)().model_dump(mode="json"))
-        changed = [
-            f"{key.rsplit('.', 1)[-1]}={value}"
-            for key, value in found.items()
-            if value != usual.get(key) and key.split(".")[0] not in Distillation.model_fields
-        ]
-        name = found["name"]
-        names.append(f"{name} ({', '.join(changed)})" if changed else name)
-    return [
-        name if names.count(name) == 1 else f"{name} #{names[: i + 1].count(name)}"
-        for i, name in enumerate(names)
-    ]
-
-
-def draw_attempts(
-    solver: Solver,
-    *,
-    split: str,
-    attempts: int,
-    problems: int,
-    samples: int,
-    seed: int,
-    progress: Callable[[int], None] | None = None,
-) -> Draw:
-    """Draw groups, portion by portion, until enough attempts went wrong or too many were drawn.
-
-    Args:
-        solver: writes the attempts.
-        split: which problems.
-        attempts: how many wrong ones, and how many as they come, to choose.
-        problems: gone through as often as it takes.
-        samples: attempts at each problem at a time.
-        seed: of the sampled tokens.
-        progress: called with the number of wrong attempts so far.
-    """
-    params = SamplingParams(
-        temperature=solver.config.rollout.temperature,
-        max_new_tokens=solver.config.rollout.max_new_tokens,
-    )
-    size = solver.task.size(split)
-    count = problems if size is None else min(problems, size)
-    asked, _ = solver.with_room(solver.task.problems(split=split, count=count))
-    groups: list[Attempts] = []
-    wrong: list[Place] = []
-    while len(wrong) < attempts and samples * len(groups) < PATIENCE * attempts:
-        start = len(groups) % len(asked)
-        groups += sample_attempts(
-            solver.engine,
-            solver.context.student_prompt,
-            solver.task,
-            asked[start : start + PORTION],
-            samples=samples,
-            params=replace(params, seed=seed + len(groups)),
-        )
-        wrong = erroneous_attempts(groups, limit=attempts)
-        if progress is not None:
-            progress(len(wrong))
-    drawn = [(i, j) for i, group in enumerate(groups) for j in range(len(group.rollouts))]
-    return Draw(groups, wrong, drawn[:attempts])
-
-
-def share_solved(attempts: Sequence[Attempts]) -> Interval:
-    """Return the share of attempts with the right answer, problems resampled."""
-    right: dict[str, list[float]] = {}
-    for group in attempts:
-        total = right.setdefault(group.problem.id, [0.0, 0.0])
-        total[0] += sum(verdict.correct for verdict in group.verdicts)
-        total[1] += len(group.verdicts)
-    return share_interval(*zip(*right.values(), strict=True))
 
 
 def score_method(

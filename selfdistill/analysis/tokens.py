@@ -8,14 +8,14 @@ from typing import TypeAlias
 
 import torch
 
-from selfdistill.evaluation.scores import Attempts
-from selfdistill.methods import Method
-from selfdistill.methods.loss import Head
+from selfdistill.methods.method import Method
+from selfdistill.model.heads import Head
 from selfdistill.model.scoring import score
 from selfdistill.model.teacher import Teacher
-from selfdistill.rollout import completion_text
+from selfdistill.rollout.attempts import Attempts
+from selfdistill.rollout.engine import completion_text
 from selfdistill.rollout.spans import token_span
-from selfdistill.tasks import SteppedTask
+from selfdistill.tasks.interface import SteppedTask
 from selfdistill.training.batch import render_groups
 from selfdistill.training.solver import Solver
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
-from selfdistill.critic import Critique, CritiqueCase
-from selfdistill.tasks import Problem, Task, Verdict
+from selfdistill.critic.interface import Critique, CritiqueCase
+from selfdistill.tasks.interface import Problem, Task, Verdict
 
 Copying = Literal["partial_repetition", "full_repetition", "omission"]
 
@@ -28,7 +28,7 @@ class StepTask(Task, Protocol):
 
 
 class ScribeCritic:
-    """Rewrites an attempt and changes only what is wrong (implements `selfdistill.critic.Critic`).
+    """Rewrites an attempt and changes only what is wrong (implements `Critic`).
 
     - A, fully correct: the attempt, verbatim.
     - B, right answer but a step missing or unjustified: the missing step inserted, the rest

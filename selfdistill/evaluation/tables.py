@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
-from selfdistill.evaluation.scores import Evaluation, Interval
+from selfdistill.evaluation.intervals import Interval
+from selfdistill.evaluation.scores import Evaluation
 from selfdistill.visible import visible
 
 MISSING = "\N{EN DASH}"

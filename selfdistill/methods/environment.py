@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from selfdistill.evaluation.scores import Attempts
 from selfdistill.methods.loss import Loss
 from selfdistill.prompts.context import TeacherContext
-from selfdistill.tasks import FeedbackDetail, FeedbackTask, Problem, Task, Verdict
+from selfdistill.rollout.attempts import Attempts
+from selfdistill.tasks.interface import FeedbackDetail, FeedbackTask, Problem, Task, Verdict
 
 
 class Environment:

@@ -8,11 +8,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from selfdistill.evaluation.scores import Attempts
-from selfdistill.methods.loss import Head, Loss
+from selfdistill.methods.loss import Loss
+from selfdistill.model.heads import Head
 from selfdistill.model.layout import PromptGroup
 from selfdistill.model.scoring import ScoredTokens
 from selfdistill.prompts.context import TeacherContext
+from selfdistill.rollout.attempts import Attempts
 from selfdistill_kernels import DistillationOutput, fused_linear_logprobs
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from selfdistill.evaluation.scores import Attempts
 from selfdistill.methods.loss import Loss
 from selfdistill.prompts.context import TeacherContext
+from selfdistill.rollout.attempts import Attempts
 
 
 class RefSol:

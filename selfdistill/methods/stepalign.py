@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from selfdistill.critic import Critic, Critique
-from selfdistill.evaluation.scores import Attempts
+from selfdistill.critic.interface import Critic, Critique
 from selfdistill.methods.loss import Loss
 from selfdistill.prompts.context import TeacherContext
-from selfdistill.tasks import Problem
+from selfdistill.rollout.attempts import Attempts
+from selfdistill.tasks.interface import Problem
 
 
 class StepAlign:

@@ -29,7 +29,8 @@ from selfdistill.planning.estimates import (
     time_shares,
 )
 from selfdistill.prompts.context import ContextKind, TeacherContext
-from selfdistill.tasks import Problem, build_task, training_problems
+from selfdistill.tasks.build import build_task, training_problems
+from selfdistill.tasks.interface import Problem
 from selfdistill.training.solver import build_renderer, load_solver_tokenizer
 from selfdistill.visible import say, visible
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from selfdistill.model.layout import PromptGroup
 from selfdistill.prompts.chat import ChatTemplate
-from selfdistill.tasks import Problem
+from selfdistill.tasks.interface import Problem
 
 ContextKind = Literal["critique", "reference", "feedback"]
 
@@ -79,7 +79,7 @@ class ContextRenderer:
 
     Args:
         tokenizer: with a chat template.
-        instruction: said after each question, see `selfdistill.tasks.Task`.
+        instruction: said after each question, see `selfdistill.tasks.interface.Task`.
         max_length: most tokens that a prompt and its completion may have together; None: no limit.
         student_template: more variables for the chat template, such as {"enable_thinking": False}.
         teacher_template: the same for the teacher. The two prompts may then end differently; what

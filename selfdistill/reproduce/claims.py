@@ -8,7 +8,7 @@ from itertools import product
 from typing import Literal, TypeAlias
 
 from selfdistill.analysis.localisation import Localisation
-from selfdistill.evaluation.scores import Interval
+from selfdistill.evaluation.intervals import Interval
 from selfdistill.evaluation.tables import number, percent
 from selfdistill.reproduce.findings import Copying, Findings, Gap
 from selfdistill.reproduce.jobs import TokenFigures

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from selfdistill.analysis.report.charts import ticks
 from selfdistill.analysis.report.text import plain
-from selfdistill.evaluation.scores import Interval
+from selfdistill.evaluation.intervals import Interval
 
 # Told apart by the colour-blind, too (Okabe and Ito).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")

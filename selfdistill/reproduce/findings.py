@@ -21,8 +21,9 @@ from selfdistill.analysis.comparison import (
     problem_scores,
     read_run_curve,
 )
+from selfdistill.evaluation.intervals import Interval
 from selfdistill.evaluation.resampling import crossed_difference
-from selfdistill.evaluation.scores import Evaluation, Interval
+from selfdistill.evaluation.scores import Evaluation
 from selfdistill.reproduce.jobs import (
     Result,
     TokenFigures,

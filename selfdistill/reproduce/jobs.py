@@ -29,12 +29,14 @@ from transformers.utils import logging as transformers_logging
 from selfdistill.analysis.localisation import Localisation, first_step_wrong, localise, share_times
 from selfdistill.analysis.tokens import TokenAnalysis, analyze, erroneous_attempts
 from selfdistill.config import Config
-from selfdistill.evaluation.scores import Attempts, Evaluation, Interval, judge, summarize
-from selfdistill.methods import build_method
-from selfdistill.methods.loss import find_heads
+from selfdistill.evaluation.intervals import Interval
+from selfdistill.evaluation.scores import Evaluation, summarize
+from selfdistill.methods.build import build_method
+from selfdistill.model.heads import find_heads
 from selfdistill.model.teacher import build_teacher
 from selfdistill.reproduce.plan import BaseEvaluation, Job, TestSet, TokenScores, Training
-from selfdistill.rollout import SamplingParams
+from selfdistill.rollout.attempts import Attempts, judge
+from selfdistill.rollout.engine import SamplingParams
 from selfdistill.runlog import JsonLines, write_atomically
 from selfdistill.seeds import derive_seed
 from selfdistill.training.checkpoint import CheckpointStore

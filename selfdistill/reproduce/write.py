@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from selfdistill.analysis.localisation import Localisation, localisation_table
-from selfdistill.evaluation.scores import Interval
+from selfdistill.evaluation.intervals import Interval
 from selfdistill.evaluation.tables import MISSING, TextTable, number, percent
 from selfdistill.places import PlaceTakenError, try_folder
 from selfdistill.reproduce.claims import Claim, Order, difference, localisation_claims, orders

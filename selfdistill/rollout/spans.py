@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from selfdistill.rollout import Rollout, completion_text
+from selfdistill.rollout.engine import Rollout, completion_text
 
 
 def token_span(

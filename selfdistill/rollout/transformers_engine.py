@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfdistill.model.randomness import evaluation_mode
 from selfdistill.model.sharding import whole
-from selfdistill.rollout import (
+from selfdistill.rollout.engine import (
     NotANumberError,
     Rollout,
     SamplingParams,

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from selfdistill.config import Config
-from selfdistill.methods.loss import Head
 from selfdistill.model.attention import enable_prefix_sharing, run_packed_row
+from selfdistill.model.heads import Head
 from selfdistill.model.layout import PromptGroup, pack_groups
 from selfdistill.model.weights import Student
-from selfdistill.rollout import Rollout
+from selfdistill.rollout.engine import Rollout
 from selfdistill_kernels import fused_linear_logprobs
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from selfdistill.config import MethodConfig
-from selfdistill.evaluation.scores import Attempts
-from selfdistill.methods import Method
+from selfdistill.methods.method import Method
 from selfdistill.model.layout import PromptGroup
 from selfdistill.prompts.context import TeacherContext
-from selfdistill.rollout import Rollout
+from selfdistill.rollout.attempts import Attempts
+from selfdistill.rollout.engine import Rollout
 from selfdistill.rollout.spans import token_span, token_steps
-from selfdistill.tasks import Problem, SteppedTask, TaskError, Verdict
+from selfdistill.tasks.interface import Problem, SteppedTask, TaskError, Verdict
 from selfdistill.training.distributed import ALONE, Ranks
 from selfdistill.training.solver import Solver
 

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from selfdistill.methods.loss import Head, Loss
+from selfdistill.methods.loss import Loss
+from selfdistill.model.heads import Head
 from selfdistill.model.layout import PromptGroup
 from selfdistill.model.scoring import ScoredTokens, score
 from selfdistill.model.sharding import is_sharded, shard

@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from transformers.utils import logging as transformers_logging
 
 from selfdistill.config import Config
-from selfdistill.evaluation.scores import Attempts, judge, summarize
-from selfdistill.methods import build_method, why_without_context
-from selfdistill.methods.loss import find_heads
+from selfdistill.methods.build import build_method, why_without_context
 from selfdistill.model.attention import enable_prefix_sharing
+from selfdistill.model.heads import find_heads
 from selfdistill.model.randomness import enable_activation_checkpointing, refuse_random_passes
 from selfdistill.model.sharding import whole
 from selfdistill.model.teacher import build_teacher
 from selfdistill.model.weights import TrainedWeights
 from selfdistill.places import alone_in
 from selfdistill.progress import progress_bars
-from selfdistill.rollout import SamplingParams, sample
+from selfdistill.rollout.attempts import judge
+from selfdistill.rollout.engine import SamplingParams, sample
 from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
 from selfdistill.seeds import derive_seed
-from selfdistill.tasks import training_problems
+from selfdistill.tasks.build import training_problems
 from selfdistill.training.agreement import check_engine
 from selfdistill.training.batch import build_batch, context_kinds, leave_out_long_questions
 from selfdistill.training.checkpoint import CheckpointStore, TrainState, fingerprint
 from selfdistill.training.distributed import Ranks, join_ranks
 from selfdistill.training.empty_steps import describe, nothing_learned, trailing
 from selfdistill.training.gradients import StudentLoss, accumulate_gradients
-from selfdistill.training.interrupt import Interrupt, deferred_interrupt
+from selfdistill.training.held_out import evaluate, evaluation_is_due
+from selfdistill.training.interrupt import deferred_interrupt
+from selfdistill.training.metrics import StepMetrics, correct, tied
 from selfdistill.training.run_folder import (
     CHECKPOINTS,
     EVALUATIONS_FILE,
@@ -47,70 +46,13 @@ from selfdistill.training.run_folder import (
     keep_config,
     refuse_other_run,
 )
-from selfdistill.training.solver import Solver, build_engine, keep_date, load_solver
+from selfdistill.training.solver import build_engine, keep_date, load_solver
 from selfdistill.training.state_file import digest_inputs
 from selfdistill.visible import say
 
 
 class DivergedError(RuntimeError):
     """The loss or the gradient is no longer a finite number."""
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """One line of metrics.jsonl; per-token figures are means over the completion tokens read.
-
-    None stands for what the step does not have: no teacher, or no token that was read. With several
-    updates a step, the figures of the loss are those of the last one.
-
-    Attributes:
-        step: the training step, from 1.
-        loss: the minimised loss (tokens that the advantage mask drops count as 0).
-        kl: the divergence of the objective, in nats (GRPO: from the reference model).
-        advantage: log p_teacher(y) - log p_student(y), in nats (GRPO: of the normalised reward).
-        entropy: of the student's next-token distribution, in nats.
-        active: share of all completion tokens, read or not, that carry a gradient.
-        taught: whether any token carried one in any of the updates, a KL penalty aside.
-        reward: share of the rollouts with the right answer.
-        undecided: rollouts that count as wrong because the answer checker ran out of time.
-        tied: share of the prompts whose rollouts all got the same reward.
-        dropped: rollouts that were left out because the method has no context for them.
-        too_long: rollouts that were left out because a prompt did not fit (`prompt.too_long`).
-        unusable: how many answers of a language model as the critic were no critique, by reason.
-        engine_disagreement: largest difference between the rollout engine's log-prob of a token and
-            the trainer's own, in nats; None where nothing was compared.
-        contexts: how many rollouts had which kind of context; "none" had none.
-        grad_norm: before clipping.
-        learning_rate: of this step.
-        tokens: completion tokens of the rollouts that were not left out.
-        packed_tokens: tokens that student and teacher read.
-        unshared_tokens: what they would have read without prefix sharing.
-        seconds: wall time of each phase.
-        peak_rss_mib: highest resident memory of the process so far.
-    """
-
-    step: int
-    loss: float
-    kl: float | None
-    advantage: float | None
-    entropy: float | None
-    active: float
-    taught: bool
-    reward: float
-    undecided: int
-    tied: float
-    dropped: int
-    too_long: int
-    unusable: dict[str, int]
-    engine_disagreement: float | None
-    contexts: dict[str, int]
-    grad_norm: float
-    learning_rate: float
-    tokens: int
-    packed_tokens: int
-    unshared_tokens: int
-    seconds: dict[str, float]
-    peak_rss_mib: float
 
 
 @dataclass(frozen=True)
@@ -374,78 +316,6 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
         best_step=state.best_step,
         best_metric=state.best_metric,
     )
-
-
-def correct(attempts: Sequence[Attempts]) -> list[bool]:
-    """Return for every rollout whether its answer is right."""
-    return [verdict.correct for attempt in attempts for verdict in attempt.verdicts]
-
-
-def tied(attempts: Sequence[Attempts]) -> list[bool]:
-    """Return for every prompt whether its rollouts got one reward, which teaches GRPO nothing."""
-    return [len({verdict.correct for verdict in attempt.verdicts}) == 1 for attempt in attempts]
-
-
-def evaluation_is_due(state: TrainState, config: Config) -> bool:
-    """Return whether the state ends a step that is to be evaluated and was not."""
-    wanted = state.step % config.evaluation.every == 0 or state.step == config.steps
-    return wanted and state.evaluated_step != state.step
-
-
-class _EvaluationStopped(Exception):
-    """Somebody asked the run to stop in the middle of an evaluation."""
-
-
-def evaluate(
-    solver: Solver,
-    state: TrainState,
-    ranks: Ranks,
-    interrupt: Interrupt,
-    log: JsonLines,
-    bars: Progress,
-) -> TrainState:
-    """Evaluate on the dev split, log it, and return the state with the best step so far.
-
-    The ranks share the problems. An interrupt on a rank that is not done yet ends it for all; then
-    the state comes back as it was, not evaluated.
-    """
-    settings = solver.config.evaluation
-    interrupt.doing, interrupt.step = "evaluation", state.step
-    clock = Clock()
-    asked, left_out = solver.with_room(solver.task.problems(split="dev", count=settings.problems))
-    share = ranks.share(len(asked))
-    bar = bars.add_task("evaluate", total=len(share), note=f"step {state.step}, dev")
-
-    done = 0
-
-    def progress(count: int) -> None:
-        nonlocal done
-        done += count
-        bars.advance(bar, count)
-        if interrupt.requested and done < len(share):
-            raise _EvaluationStopped
-
-    attempts: list[Attempts] | None = None
-    with clock("evaluate"), suppress(_EvaluationStopped):
-        attempts = solver.attempt(
-            split="dev",
-            problems=settings.problems,
-            part=share,
-            samples=settings.samples,
-            seed=derive_seed(solver.config.seed, "evaluate", state.step),
-            progress=progress,
-        )
-    bars.remove_task(bar)
-    if ranks.any(attempts is None):
-        return state
-    result = summarize(ranks.gather(attempts or []), solver.task, split="dev", too_long=left_out)
-    if ranks.is_main:
-        log.append({"step": state.step, "seconds": clock.seconds, **json.loads(result.to_json())})
-    state = replace(state, evaluated_step=state.step)
-    value = result.avg_at_k.value
-    if state.best_metric is not None and value <= state.best_metric:
-        return state
-    return replace(state, best_step=state.step, best_metric=value)
 
 
 def refuse_divergence(step: int, loss: float, grad_norm: float, store: CheckpointStore) -> None:

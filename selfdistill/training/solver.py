@@ -11,14 +11,15 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from selfdistill.config import Config, LocalTextEngine
-from selfdistill.evaluation.scores import Attempts, sample_attempts
 from selfdistill.model.device import resolve_device
 from selfdistill.model.folder import check_vocabulary, load_tokenizer
 from selfdistill.model.weights import Student, adapter_rank, load_adapter, load_model
 from selfdistill.prompts.context import ContextRenderer
-from selfdistill.rollout import RolloutEngine, SamplingParams
+from selfdistill.rollout.attempts import Attempts, sample_attempts
+from selfdistill.rollout.engine import RolloutEngine, SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
-from selfdistill.tasks import Problem, Task, TaskError, build_task
+from selfdistill.tasks.build import build_task
+from selfdistill.tasks.interface import Problem, Task, TaskError
 from selfdistill.training.checkpoint import fingerprint
 from selfdistill.training.state_file import digest_inputs, read_checkpoint, refuse_other
 

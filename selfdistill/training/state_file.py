@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from selfdistill.config import Config
-from selfdistill.tasks import Task
+from selfdistill.tasks.interface import Task
 
 FORMAT = "selfdistill-checkpoint"
 VERSION = 2

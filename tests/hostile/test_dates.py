@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdistill.config import Config, load_config
 from selfdistill.filtering import FilterSettings, filter_problems
-from selfdistill.methods import build_method
+from selfdistill.methods.build import build_method
 from selfdistill.model.folder import UnusableModelError
 from selfdistill.planning.dry_run import dry_run
 from selfdistill.prompts.chat import ChatTemplate

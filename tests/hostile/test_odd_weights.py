@@ -34,7 +34,7 @@ from selfdistill.model.weights import (
     load_model,
 )
 from selfdistill.planning.estimates import ModelShape
-from selfdistill.rollout import EngineError, NotANumberError, SamplingParams, sample
+from selfdistill.rollout.engine import EngineError, NotANumberError, SamplingParams, sample
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.rollout.vllm_engine import VLLMEngine
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer

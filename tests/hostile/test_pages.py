@@ -22,14 +22,14 @@ from selfdistill.analysis.report.heatmap import heat_map, verdict
 from selfdistill.analysis.report.text import isolated, plain
 from selfdistill.analysis.tokens import TokenAnalysis, analyze
 from selfdistill.config import Config
-from selfdistill.evaluation.scores import sample_attempts
 from selfdistill.evaluation.tables import TextTable
-from selfdistill.methods import build_method
-from selfdistill.methods.loss import find_heads
+from selfdistill.methods.build import build_method
+from selfdistill.model.heads import find_heads
 from selfdistill.model.teacher import build_teacher
 from selfdistill.planning.dry_run import dry_run
 from selfdistill.progress import progress_bars
-from selfdistill.rollout import EngineError, SamplingParams
+from selfdistill.rollout.attempts import sample_attempts
+from selfdistill.rollout.engine import EngineError, SamplingParams
 from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.training.solver import load_solver
 from selfdistill.visible import visible

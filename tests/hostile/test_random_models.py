@@ -25,8 +25,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from selfdistill.config import Config, LossConfig
-from selfdistill.methods.loss import DistillationLoss, find_heads
+from selfdistill.methods.distillation import DistillationLoss
 from selfdistill.model.attention import UnsupportedModelError
+from selfdistill.model.heads import find_heads
 from selfdistill.model.layout import PromptGroup
 from selfdistill.model.randomness import (
     RandomModelError,
@@ -36,7 +37,7 @@ from selfdistill.model.randomness import (
 )
 from selfdistill.model.scoring import score
 from selfdistill.model.teacher import LiveTeacher
-from selfdistill.rollout import SamplingParams
+from selfdistill.rollout.engine import SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
 from selfdistill.training.gradients import StudentLoss, accumulate_gradients

@@ -21,9 +21,9 @@ from tiny_runs import ROOT
 
 import selfdistill.critic.textgen.server
 from selfdistill.config import Config, ServerTextEngine, save_config
-from selfdistill.critic.textgen import Generation
+from selfdistill.critic.textgen.interface import Generation
 from selfdistill.critic.textgen.server import ServerGenerator
-from selfdistill.rollout import EngineError
+from selfdistill.rollout.engine import EngineError
 
 Open = Callable[[Callable[[socket.socket], None]], RawServer]
 

@@ -11,9 +11,9 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from selfdistill import cli
-from selfdistill.analysis.run import parse_methods
+from selfdistill.analysis.sections import parse_methods
 from selfdistill.config import Config, ConfigError, load_config, save_config
-from selfdistill.yaml_text import YAMLTextError, read_yaml
+from selfdistill.config.yaml_text import YAMLTextError, read_yaml
 
 START = "model: m\noutput_dir: o\n"
 ENGINE = "{name: server, base_url: 'http://h/v1', model: m, "

@@ -11,7 +11,8 @@ import selfdistill.demo
 import selfdistill.training.loop
 from selfdistill import cli
 from selfdistill.config import load_config
-from selfdistill.evaluation.scores import Attempts, Evaluation
+from selfdistill.evaluation.scores import Evaluation
+from selfdistill.rollout.attempts import Attempts
 from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.training.loop import TrainResult
 from selfdistill.training.solver import Solver

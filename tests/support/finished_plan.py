@@ -10,12 +10,14 @@ from pathlib import Path
 
 from selfdistill.analysis.localisation import Localisation
 from selfdistill.config import save_config
-from selfdistill.evaluation.scores import Attempts, Evaluation, Interval, summarize
+from selfdistill.evaluation.intervals import Interval
+from selfdistill.evaluation.scores import Evaluation, summarize
 from selfdistill.reproduce.jobs import TokenFigures, job_fingerprint
 from selfdistill.reproduce.plan import FULL, BaseEvaluation, Job, TokenScores, Training
-from selfdistill.rollout import Rollout
-from selfdistill.tasks import Verdict
+from selfdistill.rollout.attempts import Attempts
+from selfdistill.rollout.engine import Rollout
 from selfdistill.tasks.arithmetic import ArithmeticTask
+from selfdistill.tasks.interface import Verdict
 
 # Enough problems for intervals of no width where all of them have the same score.
 SMALL = replace(FULL, problems=60, side_problems=60, dev_problems=8)

@@ -36,7 +36,7 @@ import selfdistill.training.loop
 from selfdistill.config import Config
 from selfdistill.model.sharding import gather
 from selfdistill.model.weights import TrainedWeights
-from selfdistill.rollout import EngineError
+from selfdistill.rollout.engine import EngineError
 from selfdistill.training.distributed import join_ranks
 from selfdistill.training.gradients import StudentLoss
 

@@ -19,7 +19,7 @@ from selfdistill.analysis.report.document import document, html_table
 from selfdistill.analysis.report.heatmap import FULL_COLOUR, LEGEND, heat_map, verdict
 from selfdistill.analysis.report.text import isolated
 from selfdistill.analysis.run import Example, MethodAnalysis, RunAnalysis
-from selfdistill.evaluation.scores import Interval
+from selfdistill.evaluation.intervals import Interval
 from selfdistill.runlog import write_atomically
 
 TITLE = "Where the teacher disagrees"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from selfdistill.analysis.report.text import isolated, plain
-from selfdistill.evaluation.scores import Interval
+from selfdistill.evaluation.intervals import Interval
 
 # Colours that differ for the colour-blind, too, in the order in which they are used up.
 STYLES = ("one", "two", "three", "four", "five", "six")

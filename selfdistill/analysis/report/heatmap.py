@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
-from itertools import accumulate, pairwise, zip_longest
-from typing import TypeAlias, TypeVar
 
+from selfdistill.analysis.alignment import STEP_TAG, align, is_missing, tag_of, wrong_row
 from selfdistill.analysis.report.text import isolated, plain
 from selfdistill.analysis.tokens import TokenAnalysis
 
 # Nats of advantage from which on a cell has its full colour, and shows its number.
 FULL_COLOUR = 2.0
 NUMBERED = 0.5
-_TAG = re.compile(r"<(?:step_\d+|answer)>")
 
 LEGEND = f"""<div class="legend">
 <span>teacher <b>disagrees</b></span>
@@ -25,36 +22,16 @@ LEGEND = f"""<div class="legend">
 <span>teacher <b>agrees more</b></span></div>"""
 
 
-T = TypeVar("T")
-Row: TypeAlias = tuple[range | None, str, str]
-"""One step: the attempt's tokens and text, and the critique's text; None and "" where absent."""
-
-
-def clear_examples(attempts: Sequence[TokenAnalysis]) -> list[TokenAnalysis]:
-    """Return the attempts whose first error follows a right step, sharpest disagreement first.
-
-    They show best what a critique keeps and what it changes; steps that were left out do not.
-    """
-    return sorted(filter(_follows_a_right_step, attempts), key=_lowest_advantage)
-
-
-def spread(items: Sequence[T], *, count: int) -> list[T]:
-    """Return `count` items at even distances, the first and the last included."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
-
-
 def verdict(record: TokenAnalysis) -> str:
     """Say in words what went wrong in an attempt and what the teacher thinks of it."""
     rows = align(record)
-    wrong = _wrong_row(record, rows)
+    wrong = wrong_row(record, rows)
     if wrong is None:
         return ""
     tokens, attempt, critique = rows[wrong]
     assert tokens is not None  # the wrong row holds the wrong tokens
     said = f'wrote <q class="bad">{_body(attempt)}</q>, the critique'
-    if _is_missing(rows, wrong - 1):
+    if is_missing(rows, wrong - 1):
         said, critique = "left out", rows[wrong - 1][2]
     token = min(tokens, key=record.advantage.__getitem__)
     return (
@@ -75,7 +52,7 @@ def heat_map(record: TokenAnalysis, *, context_name: str) -> str:
         context_name: what the teacher saw beside the question, such as "critique".
     """
     rows = align(record)
-    wrong = _wrong_row(record, rows)
+    wrong = wrong_row(record, rows)
     # From here on nothing is known: behind an error, or where an attempt broke off.
     unjudged = len(rows) if wrong is None else wrong
     if wrong is None and not record.correct:
@@ -93,7 +70,7 @@ def heat_map(record: TokenAnalysis, *, context_name: str) -> str:
             pass  # nobody has judged this step
         elif tokens is None:
             label = '<span class="note">missing</span>'
-        elif i < unjudged and _tag(attempt):
+        elif i < unjudged and tag_of(attempt):
             label = '<span class="note">right</span>'
         cells = "".join(_cell(record, t, glued[t]) for t in tokens or ())
         html.append(
@@ -101,39 +78,6 @@ def heat_map(record: TokenAnalysis, *, context_name: str) -> str:
             f'<span class="attempt">{cells}</span>{_critique(attempt, critique)}</div>'
         )
     return f'<div class="heat">{"".join(html)}</div>'
-
-
-def align(record: TokenAnalysis) -> list[Row]:
-    """Pair the steps of attempt and critique by their tags; what only one has stands alone."""
-    attempts = list(zip_longest(step_tokens(record.tokens), split_steps(record.response)))
-    critiques = split_steps(record.context)
-    matcher = SequenceMatcher(
-        a=[_tag(text or "") for _, text in attempts],
-        b=[_tag(text) for text in critiques],
-        autojunk=False,
-    )
-    rows = []
-    for _, a0, a1, b0, b1 in matcher.get_opcodes():
-        for attempt, critique in zip_longest(attempts[a0:a1], critiques[b0:b1]):
-            tokens, text = attempt or (None, None)
-            rows.append((tokens, text or "", critique or ""))
-    return rows
-
-
-def step_tokens(tokens: Sequence[str]) -> list[range]:
-    """Cut tokens into steps; a tag may be spread over several tokens."""
-    text = "".join(tokens)
-    ends = list(accumulate(map(len, tokens)))
-    begins = {next(i for i, end in enumerate(ends) if end > m.start()) for m in _TAG.finditer(text)}
-    cuts = sorted({0, len(tokens)} | begins)
-    return [range(start, stop) for start, stop in pairwise(cuts)]
-
-
-def split_steps(text: str) -> list[str]:
-    """Cut a text at its step tags."""
-    cuts = [0, *(match.start() for match in _TAG.finditer(text)), len(text)]
-    steps = (text[start:stop].strip() for start, stop in pairwise(cuts))
-    return [step for step in steps if step]
 
 
 def probability(logprob: float) -> str:
@@ -144,35 +88,8 @@ def probability(logprob: float) -> str:
     return f"{percent:.1f}&nbsp;%" if percent >= 10 else f"{percent:.2g}&nbsp;%"
 
 
-def _lowest_advantage(record: TokenAnalysis) -> float:
-    start, stop = record.wrong_tokens or (0, len(record.tokens))
-    return min(record.advantage[start:stop])
-
-
-def _wrong_row(record: TokenAnalysis, rows: Sequence[Row]) -> int | None:
-    if record.wrong_tokens is None:
-        return None
-    start = record.wrong_tokens[0]
-    return next(i for i, (tokens, _, _) in enumerate(rows) if tokens and start in tokens)
-
-
-def _is_missing(rows: Sequence[Row], i: int) -> bool:
-    return i >= 0 and rows[i][0] is None
-
-
-def _follows_a_right_step(record: TokenAnalysis) -> bool:
-    rows = align(record)
-    wrong = _wrong_row(record, rows)
-    return wrong is not None and wrong > 0 and not _is_missing(rows, wrong - 1)
-
-
-def _tag(step: str) -> str:
-    match = _TAG.match(step)
-    return match[0] if match else ""
-
-
 def _body(step: str) -> str:
-    body = _TAG.sub("", step).strip()
+    body = STEP_TAG.sub("", step).strip()
     return isolated(body) if body else "nothing"
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from selfdistill import __version__
+from selfdistill.analysis.alignment import clear_examples, spread
 from selfdistill.analysis.localisation import localisation_table
 from selfdistill.analysis.report.charts import Series, bars, line_chart
 from selfdistill.analysis.report.document import document, html_table
-from selfdistill.analysis.report.heatmap import LEGEND, clear_examples, heat_map, spread, verdict
+from selfdistill.analysis.report.heatmap import LEGEND, heat_map, verdict
 from selfdistill.analysis.report.run import Run, read_run
 from selfdistill.analysis.report.text import isolated
 from selfdistill.analysis.tokens import TokenAnalysis

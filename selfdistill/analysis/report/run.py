@@ -12,7 +12,8 @@ from pydantic import TypeAdapter
 
 from selfdistill.analysis.localisation import Localisation, localise
 from selfdistill.analysis.tokens import TokenAnalysis
-from selfdistill.evaluation.scores import Evaluation, Interval, avg_difference
+from selfdistill.evaluation.intervals import Interval
+from selfdistill.evaluation.scores import Evaluation, avg_difference
 from selfdistill.runlog import JsonLines
 
 

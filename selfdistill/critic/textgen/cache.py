@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from selfdistill.critic.textgen import Generation, TextGenerator
+from selfdistill.critic.textgen.interface import Generation, TextGenerator
 from selfdistill.runlog import write_atomically
 
 

@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from selfdistill.config import ConfigError, TransformersTextEngine, VLLMTextEngine
-from selfdistill.critic.textgen import Generation
+from selfdistill.critic.textgen.interface import Generation
 from selfdistill.model.folder import check_vocabulary, load_causal_lm, load_config, load_tokenizer
 from selfdistill.prompts.chat import ChatTemplate
-from selfdistill.rollout import RolloutEngine, SamplingParams, sample
+from selfdistill.rollout.engine import RolloutEngine, SamplingParams, sample
 from selfdistill.rollout.transformers_engine import TransformersEngine
 
 _SETTING = "method.critic.engine"

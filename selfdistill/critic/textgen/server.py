@@ -22,8 +22,8 @@ from email.message import Message
 from typing import Any
 
 from selfdistill.config import ServerTextEngine
-from selfdistill.critic.textgen import Generation
-from selfdistill.rollout import EngineError
+from selfdistill.critic.textgen.interface import Generation
+from selfdistill.rollout.engine import EngineError
 
 _TRY_AGAIN = {408, 409, 425, 429}  # and 500 and above: busy, starting, or restarting
 _LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the server asks for
@@ -32,7 +32,7 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class ServerGenerator:
-    """Answers prompts over HTTP (implements `selfdistill.critic.textgen.TextGenerator`).
+    """Answers prompts over HTTP (implements `selfdistill.critic.textgen.interface.TextGenerator`).
 
     Redirects are not followed: the key would travel along, and whatever is found there would be
     taken for an answer.

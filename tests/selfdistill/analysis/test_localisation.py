@@ -14,7 +14,7 @@ from selfdistill.analysis.localisation import (
     share_times,
     suggest,
 )
-from selfdistill.evaluation.scores import Interval
+from selfdistill.evaluation.intervals import Interval
 from selfdistill_kernels import AdvantageMask
 
 

@@ -13,17 +13,17 @@ from html_page import read
 from rich.console import Console
 
 import selfdistill.demo
+from selfdistill.analysis.alignment import align, clear_examples, spread
 from selfdistill.analysis.localisation import localise
 from selfdistill.analysis.report import write_report
 from selfdistill.analysis.report.charts import ticks
-from selfdistill.analysis.report.heatmap import align, clear_examples, spread
 from selfdistill.analysis.tokens import TokenAnalysis
 from selfdistill.config import Config, save_config
 from selfdistill.demo import demo
 from selfdistill.evaluation.intervals import bootstrap
 from selfdistill.evaluation.scores import Evaluation, ProblemScore, avg_difference
 from selfdistill.runlog import JsonLines
-from selfdistill.training.loop import StepMetrics
+from selfdistill.training.metrics import StepMetrics
 
 SECTIONS = ["result", "examples", "curves", "costs", "reproduction"]
 

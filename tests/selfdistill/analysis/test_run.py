@@ -14,28 +14,21 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
 import selfdistill.analysis.run
+from selfdistill.analysis.draw import Draw, draw_attempts
 from selfdistill.analysis.localisation import localise
 from selfdistill.analysis.report.analysis_page import write_analysis
 from selfdistill.analysis.report.analysis_tables import analysis_tables, missing_note
-from selfdistill.analysis.run import (
-    Draw,
-    RunAnalysis,
-    analyze_run,
-    draw_attempts,
-    method_figures,
-    method_labels,
-    parse_methods,
-    score_method,
-)
+from selfdistill.analysis.run import RunAnalysis, analyze_run, method_figures, score_method
+from selfdistill.analysis.sections import method_labels, parse_methods
 from selfdistill.analysis.tokens import TokenAnalysis
 from selfdistill.cli import app
 from selfdistill.config import Config, ConfigError, OptimizerConfig, RefSolMethod, StepAlignMethod
-from selfdistill.evaluation.scores import Interval
+from selfdistill.evaluation.intervals import Interval
 from selfdistill.prompts.context import ContextRenderer
-from selfdistill.rollout import Rollout, SamplingParams
+from selfdistill.rollout.engine import Rollout, SamplingParams
 from selfdistill.seeds import derive_seed
-from selfdistill.tasks import Problem, Verdict
 from selfdistill.tasks.arithmetic import ArithmeticTask
+from selfdistill.tasks.interface import Problem, Verdict
 from selfdistill.training.loop import train
 from selfdistill.training.solver import Solver, load_solver
 

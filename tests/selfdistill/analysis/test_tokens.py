@@ -10,12 +10,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from selfdistill.analysis.tokens import analyze, erroneous_attempts
 from selfdistill.config import Config
-from selfdistill.evaluation.scores import Attempts, judge
-from selfdistill.methods import build_method
-from selfdistill.methods.loss import Loss, find_heads
+from selfdistill.methods.build import build_method
+from selfdistill.methods.loss import Loss
+from selfdistill.model.heads import find_heads
 from selfdistill.model.teacher import LiveTeacher, build_teacher
 from selfdistill.prompts.context import ContextRenderer, TeacherContext
-from selfdistill.rollout import Rollout
+from selfdistill.rollout.attempts import Attempts, judge
+from selfdistill.rollout.engine import Rollout
 from selfdistill.rollout.spans import token_span
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.tasks.arithmetic import ArithmeticTask

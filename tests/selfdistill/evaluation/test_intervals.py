@@ -133,10 +133,10 @@ def test_students_distribution() -> None:
 
 
 def test_summaries_and_paired_differences_use_it() -> None:
-    from selfdistill.evaluation.scores import Attempts
-    from selfdistill.rollout import Rollout
-    from selfdistill.tasks import Verdict
+    from selfdistill.rollout.attempts import Attempts
+    from selfdistill.rollout.engine import Rollout
     from selfdistill.tasks.arithmetic import ArithmeticTask
+    from selfdistill.tasks.interface import Verdict
 
     task = ArithmeticTask(step_counts=(1,))
     wrong = Verdict("1", False, False, None, None, True)

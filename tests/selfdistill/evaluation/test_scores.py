@@ -8,17 +8,16 @@ import pytest
 
 from selfdistill.evaluation.intervals import bootstrap
 from selfdistill.evaluation.scores import (
-    Attempts,
     Evaluation,
     avg_difference,
     majority_is_correct,
     pass_at_k,
-    sample_attempts,
     summarize,
 )
-from selfdistill.rollout import Rollout, SamplingParams
-from selfdistill.tasks import Problem, Verdict
+from selfdistill.rollout.attempts import Attempts, sample_attempts
+from selfdistill.rollout.engine import Rollout, SamplingParams
 from selfdistill.tasks.arithmetic import ArithmeticTask
+from selfdistill.tasks.interface import Problem, Verdict
 
 TASK = ArithmeticTask()
 

@@ -4,7 +4,8 @@ import io
 
 from rich.console import Console
 
-from selfdistill.evaluation.scores import Evaluation, Interval, ProblemScore
+from selfdistill.evaluation.intervals import Interval
+from selfdistill.evaluation.scores import Evaluation, ProblemScore
 from selfdistill.evaluation.tables import evaluation_table, percent
 
 

@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 import selfdistill.training.batch
 import selfdistill.training.gradients
 from selfdistill.methods.grpo import GRPOLoss, group_advantages
-from selfdistill.methods.loss import lm_head
+from selfdistill.model.heads import lm_head
 from selfdistill.model.layout import PromptGroup
 from selfdistill.model.scoring import score
 from selfdistill.model.teacher import BaseTeacher
@@ -362,9 +362,9 @@ def test_sampling_and_scoring_agree_on_the_log_probs(
 ) -> None:
     """On-policy the ratio is 1: the engine's log-probs are those that the loss compares with."""
     from selfdistill.config import Config
-    from selfdistill.evaluation.scores import judge
-    from selfdistill.methods import build_method
-    from selfdistill.rollout import SamplingParams
+    from selfdistill.methods.build import build_method
+    from selfdistill.rollout.attempts import judge
+    from selfdistill.rollout.engine import SamplingParams
     from selfdistill.training.solver import load_solver
 
     config = Config.model_validate(

@@ -12,7 +12,8 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import CohereConfig, CohereForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from selfdistill.config import LossConfig
-from selfdistill.methods.loss import DistillationLoss, Head, UnsupportedHeadError, lm_head
+from selfdistill.methods.distillation import DistillationLoss
+from selfdistill.model.heads import Head, UnsupportedHeadError, lm_head
 from selfdistill.model.layout import PromptGroup
 from selfdistill.model.scoring import ScoredTokens, score
 from selfdistill.model.teacher import BaseTeacher, LiveTeacher

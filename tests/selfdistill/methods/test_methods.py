@@ -7,17 +7,23 @@ from typing import Any, cast
 import pytest
 
 from selfdistill.config import Config, ConfigError, LossConfig, ScribeCriticConfig
-from selfdistill.critic import Critique, build_critic
+from selfdistill.critic.build import build_critic
+from selfdistill.critic.interface import Critique
 from selfdistill.critic.llm import LLMCritic
-from selfdistill.evaluation.scores import Attempts, judge
-from selfdistill.methods import GRPO, Environment, Peer, RefSol, StepAlign, build_method
-from selfdistill.methods.loss import DistillationLoss
+from selfdistill.methods.build import build_method
+from selfdistill.methods.distillation import DistillationLoss
+from selfdistill.methods.environment import Environment
+from selfdistill.methods.grpo import GRPO
+from selfdistill.methods.peer import Peer
+from selfdistill.methods.refsol import RefSol
+from selfdistill.methods.stepalign import StepAlign
 from selfdistill.prompts.context import TeacherContext
-from selfdistill.rollout import Rollout
-from selfdistill.tasks import FeedbackDetail, Problem, Task, Verdict
+from selfdistill.rollout.attempts import Attempts, judge
+from selfdistill.rollout.engine import Rollout
 from selfdistill.tasks.answers import PlainChecker
 from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.tasks.dataset import DatasetTask
+from selfdistill.tasks.interface import FeedbackDetail, Problem, Task, Verdict
 from selfdistill.training.batch import leave_out
 
 PROBLEMS = [Problem("p", "1 + 2", "3", "reference of p"), Problem("q", "2 + 2", "4", "that of q")]

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from selfdistill.config import LossConfig
-from selfdistill.methods.loss import DistillationLoss, find_heads
+from selfdistill.methods.distillation import DistillationLoss
 from selfdistill.model.float32_sum import select_rows, sum_embedding_gradients_in_float32
+from selfdistill.model.heads import find_heads
 from selfdistill.model.layout import PromptGroup
 from selfdistill.model.teacher import BaseTeacher
 from selfdistill.model.weights import TrainedWeights

@@ -13,7 +13,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from selfdistill.config import AdapterConfig, Config, LossConfig
-from selfdistill.methods.loss import DistillationLoss, find_heads
+from selfdistill.methods.distillation import DistillationLoss
+from selfdistill.model.heads import find_heads
 from selfdistill.model.layout import PromptGroup
 from selfdistill.model.randomness import enable_activation_checkpointing
 from selfdistill.model.scoring import score

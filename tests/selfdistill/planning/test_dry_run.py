@@ -11,8 +11,8 @@ from selfdistill.config import Config
 from selfdistill.model.folder import UnusableModelError
 from selfdistill.planning.dry_run import dry_run, show_prompts, stand_in, step_shape
 from selfdistill.planning.estimates import ModelShape
-from selfdistill.tasks import Problem
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
+from selfdistill.tasks.interface import Problem
 
 
 def shown(config: Config, *, color: bool = False) -> str:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from selfdistill.model.layout import common_prefix_length, pack_groups
 from selfdistill.prompts.context import ContextRenderer, PromptTooLongError, TeacherContext
-from selfdistill.tasks import Problem
+from selfdistill.tasks.interface import Problem
 
 PROBLEM = Problem(id="p", question="one plus two", answer="3", reference="one plus two is 3")
 TAGS = ["critique", "/critique", "reference", "/reference", "think", "/think"]

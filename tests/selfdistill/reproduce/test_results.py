@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from finished_plan import SMALL
 
-from selfdistill.evaluation.scores import Interval
+from selfdistill.evaluation.intervals import Interval
 from selfdistill.reproduce.claims import all_above, localisation_claims, orders
 from selfdistill.reproduce.figures import Dots, Line, dot_plot, line_chart
 from selfdistill.reproduce.findings import Findings, Gap, collect

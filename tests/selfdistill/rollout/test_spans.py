@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from selfdistill.rollout import Rollout
+from selfdistill.rollout.engine import Rollout
 from selfdistill.rollout.spans import token_span, token_steps
 from selfdistill.tasks.arithmetic import ArithmeticTask
 

@@ -14,9 +14,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdistill.config import Config, TransformersTextEngine, VLLMEngineConfig, VLLMTextEngine
-from selfdistill.critic.textgen import build_text_generator
-from selfdistill.methods.loss import lm_head
-from selfdistill.rollout import EngineError, Rollout, SamplingParams
+from selfdistill.critic.textgen.build import build_text_generator
+from selfdistill.model.heads import lm_head
+from selfdistill.rollout.engine import EngineError, Rollout, SamplingParams
 from selfdistill.rollout.vllm_engine import VLLMEngine
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
 from selfdistill.training.agreement import EngineMismatchError, check_agreement

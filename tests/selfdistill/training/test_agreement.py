@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from selfdistill.methods.loss import lm_head
-from selfdistill.rollout import SamplingParams
+from selfdistill.model.heads import lm_head
+from selfdistill.rollout.engine import SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.training.agreement import EngineMismatchError, check_agreement
 

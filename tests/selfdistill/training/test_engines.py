@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from selfdistill.cli import main
 from selfdistill.config import Config, save_config
-from selfdistill.rollout import EngineError
+from selfdistill.rollout.engine import EngineError
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.runlog import JsonLines
 from selfdistill.training.loop import train

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from selfdistill.config import LossConfig
-from selfdistill.methods.loss import DistillationLoss, find_heads
+from selfdistill.methods.distillation import DistillationLoss
+from selfdistill.model.heads import find_heads
 from selfdistill.model.layout import PromptGroup
 from selfdistill.model.teacher import BaseTeacher
 from selfdistill.training.gradients import StudentLoss, Totals, accumulate_gradients

@@ -20,18 +20,19 @@ import selfdistill.training.batch
 import selfdistill.training.gradients
 import selfdistill.training.loop
 from selfdistill.config import AdapterConfig, Config, load_config
-from selfdistill.evaluation.scores import Attempts, Evaluation, judge
+from selfdistill.evaluation.scores import Evaluation
 from selfdistill.model.attention import UnavailableBackendError, UnsupportedModelError
 from selfdistill.model.scoring import score
 from selfdistill.model.weights import TrainedWeights
 from selfdistill.prompts.context import PromptTooLongError
-from selfdistill.rollout import EngineError, Rollout
+from selfdistill.rollout.attempts import Attempts, judge
+from selfdistill.rollout.engine import EngineError, Rollout
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.runlog import JsonLines
 from selfdistill.seeds import derive_seed
-from selfdistill.tasks import TaskError
 from selfdistill.tasks.answers import PlainChecker
 from selfdistill.tasks.arithmetic import ArithmeticTask
+from selfdistill.tasks.interface import TaskError
 from selfdistill.training.checkpoint import CheckpointError
 from selfdistill.training.empty_steps import NothingLearnedError
 from selfdistill.training.loop import DivergedError, train

@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from selfdistill.config import LossConfig
-from selfdistill.methods.loss import DistillationLoss, find_heads
+from selfdistill.methods.distillation import DistillationLoss
+from selfdistill.model.heads import find_heads
 from selfdistill.model.layout import PromptGroup, pack_groups
 from selfdistill.model.teacher import LiveTeacher
 from selfdistill.training.gradients import StudentLoss, accumulate_gradients

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from selfdistill.critic.textgen import Generation
 from selfdistill.critic.textgen.cache import CachedGenerator
-from selfdistill.rollout import EngineError
+from selfdistill.critic.textgen.interface import Generation
+from selfdistill.rollout.engine import EngineError
 
 
 class Counting:

@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from selfdistill.config import TransformersTextEngine
-from selfdistill.critic.textgen import build_text_generator
+from selfdistill.critic.textgen.build import build_text_generator
 
 
 def test_a_frozen_model_answers_greedily(

@@ -10,9 +10,10 @@ import pytest
 from completion_server import Answer, Server, completion
 
 from selfdistill.config import ServerTextEngine
-from selfdistill.critic.textgen import Generation, build_text_generator
+from selfdistill.critic.textgen.build import build_text_generator
+from selfdistill.critic.textgen.interface import Generation
 from selfdistill.critic.textgen.server import ServerGenerator
-from selfdistill.rollout import EngineError
+from selfdistill.rollout.engine import EngineError
 
 
 @pytest.fixture
