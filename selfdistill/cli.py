@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from selfdistill.errors import UserError
 from selfdistill.visible import say, visible
 
 app = typer.Typer(
@@ -355,61 +356,7 @@ def main() -> None:
     """Run the command line; what a user can mend ends in one message, without a traceback."""
     try:
         app()
-    except Exception as error:
-        # Imported late, so that --help need not wait for torch.
-        from selfdistill.analysis.comparison import NotARunError
-        from selfdistill.config import ConfigError
-        from selfdistill.filtering import FilterExistsError
-        from selfdistill.model.attention import UnavailableBackendError, UnsupportedModelError
-        from selfdistill.model.folder import UnusableModelError
-        from selfdistill.model.heads import UnsupportedHeadError
-        from selfdistill.model.sharding import UnshardableModelError
-        from selfdistill.model.weights import UnsupportedAdapterError
-        from selfdistill.places import PlaceTakenError
-        from selfdistill.prompts.chat import ControlTokenError
-        from selfdistill.prompts.context import PromptTooLongError
-        from selfdistill.reproduce.jobs import PlanChangedError
-        from selfdistill.reproduce.plan import UnknownStudyError
-        from selfdistill.reproduce.schedule import WorkerLostError
-        from selfdistill.rollout.engine import EngineError
-        from selfdistill.runlog import LogError
-        from selfdistill.tasks.interface import TaskError
-        from selfdistill.training.agreement import EngineMismatchError
-        from selfdistill.training.distributed import RankFailedError
-        from selfdistill.training.empty_steps import NothingLearnedError
-        from selfdistill.training.loop import DivergedError
-        from selfdistill.training.run_folder import RunExistsError
-        from selfdistill.training.state_file import CheckpointError
-
-        known = (
-            CheckpointError,
-            ConfigError,
-            ControlTokenError,
-            DivergedError,
-            EngineError,
-            EngineMismatchError,
-            FilterExistsError,
-            LogError,
-            NotARunError,
-            NothingLearnedError,
-            OSError,
-            PlaceTakenError,
-            PlanChangedError,
-            PromptTooLongError,
-            RankFailedError,
-            RunExistsError,
-            TaskError,
-            UnavailableBackendError,
-            UnsupportedAdapterError,
-            UnknownStudyError,
-            UnshardableModelError,
-            UnsupportedHeadError,
-            UnsupportedModelError,
-            UnusableModelError,
-            WorkerLostError,
-        )
-        if not isinstance(error, known):
-            raise
+    except (UserError, OSError) as error:
         line = Text.assemble(("error:", "red"), f" {visible(str(error))}")
         Console(stderr=True).print(line, soft_wrap=True)
         sys.exit(1)

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from selfdistill.config import Config, ConfigError
 from selfdistill.critic.interface import Critic
+from selfdistill.errors import UserError
 from selfdistill.methods.build import build_method
 from selfdistill.methods.stepalign import StepAlign
 from selfdistill.places import alone_in
@@ -37,7 +38,7 @@ PORTION = 16
 Outcome = Literal["kept", "too_easy", "critic_failed"]
 
 
-class FilterExistsError(RuntimeError):
+class FilterExistsError(UserError):
     """The output or its journal is not this filter's."""
 
 

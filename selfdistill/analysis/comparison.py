@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import TypeAdapter, ValidationError
 
 from selfdistill.config import load_config
+from selfdistill.errors import UserError
 from selfdistill.evaluation.intervals import SHARES, Bounds, Interval
 from selfdistill.evaluation.resampling import crossed_difference, crossed_mean
 from selfdistill.evaluation.scores import Evaluation, ProblemScore
@@ -30,7 +31,7 @@ IGNORED = ("seed", "output_dir", "device", "shard", "checkpoint", "max_empty_ste
 HELD_OUT_FILES = ("held_out.json", "held_out_after.json")
 
 
-class NotARunError(ValueError):
+class NotARunError(UserError):
     """A folder without the files of a training run."""
 
 

@@ -15,8 +15,10 @@ from pydantic import (
     ValidationInfo,
 )
 
+from selfdistill.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A configuration file that asks for something that does not exist."""
 
 

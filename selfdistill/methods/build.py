@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from selfdistill.config import Config, LossConfig
+from selfdistill.config import Config, ConfigError, LossConfig
 from selfdistill.critic.build import build_critic
 from selfdistill.critic.llm import LLMCritic
 from selfdistill.methods.distillation import DistillationLoss
@@ -22,7 +22,7 @@ def build_method(config: Config, task: Task) -> Method:
     """Build the configured method.
 
     Raises:
-        ConfigError: see `build_critic`.
+        ConfigError: the loss asks for steps that the task does not know; or see `build_critic`.
     """
     settings = config.method
     if settings.name == "grpo":
@@ -76,7 +76,7 @@ def _check_steps_known(loss: LossConfig, task: Task) -> None:
     }
     for name, is_set in asked.items():
         if is_set:
-            raise ValueError(
+            raise ConfigError(
                 f"method.loss.{name} is set, but the task {task.name!r} does not know the steps of "
                 "a response: leave it out, or give the task `step_spans` and verdicts on steps"
             )

@@ -27,13 +27,15 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from selfdistill.errors import UserError
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack")
 _OTHER_SENSES = ("vision", "audio", "image", "video", "speech", "vq_")
 _LFS = b"version https://git-lfs"
 
 
-class UnusableModelError(ValueError):
+class UnusableModelError(UserError):
     """A model that cannot be loaded whole; the message names setting and file, and what to do."""
 
 

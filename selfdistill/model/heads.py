@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from selfdistill.errors import UserError
 from selfdistill.model.attention import base_causal_lm
 from selfdistill.model.teacher import Teacher
 
@@ -37,7 +38,7 @@ class Head:
         return cast("Tensor | None", getattr(self.layer, "bias", None))
 
 
-class UnsupportedHeadError(ValueError):
+class UnsupportedHeadError(UserError):
     """The model makes its logits in a way that the fused loss does not know."""
 
 

@@ -28,6 +28,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from selfdistill.errors import UserError
+
 
 def shard(root: nn.Module, models: Iterable[nn.Module], *, compute_dtype: torch.dtype) -> None:
     """Spread the models inside a module over all ranks, in place.
@@ -68,7 +70,7 @@ def shard(root: nn.Module, models: Iterable[nn.Module], *, compute_dtype: torch.
         sharded.set_force_sum_reduction_for_comms(True)
 
 
-class UnshardableModelError(ValueError):
+class UnshardableModelError(UserError):
     """The weights of a model cannot be spread over ranks."""
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from selfdistill.config import AdapterConfig, Config
+from selfdistill.errors import UserError
 from selfdistill.model.float32_sum import sum_embedding_gradients_in_float32
 from selfdistill.model.folder import load_causal_lm
 from selfdistill.model.sharding import assign
@@ -38,7 +39,7 @@ Student: TypeAlias = "PreTrainedModel | PeftModel"
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
-class UnsupportedAdapterError(ValueError):
+class UnsupportedAdapterError(UserError):
     """The adapter configuration asks for layers that cannot be adapted."""
 
 

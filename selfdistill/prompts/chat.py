@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from selfdistill.errors import UserError
 from selfdistill.model.folder import UnusableModelError
 from selfdistill.prompts.literal import LiteralTokenizer, control_pattern
 
@@ -30,7 +31,7 @@ _QUOTED = re.compile(r"'([^'\\]*)'|\"([^\"\\]*)\"")
 _PART_OF_ANY_TEXT = re.compile(r"[\s▁]*|<0x[0-9A-F]{2}>")
 
 
-class ControlTokenError(ValueError):
+class ControlTokenError(UserError):
     """A text could not be tokenised without a control token in it."""
 
 

@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
+from selfdistill.errors import UserError
 from selfdistill.model.layout import PromptGroup
 from selfdistill.prompts.chat import ChatTemplate
 from selfdistill.tasks.interface import Problem
@@ -55,7 +56,7 @@ class TeacherContext:
             )
 
 
-class PromptTooLongError(ValueError):
+class PromptTooLongError(UserError):
     """A prompt with its completion does not fit; nothing is ever cut silently.
 
     Attributes:

@@ -21,6 +21,7 @@ from selfdistill.analysis.comparison import (
     problem_scores,
     read_run_curve,
 )
+from selfdistill.errors import UserError
 from selfdistill.evaluation.intervals import Interval
 from selfdistill.evaluation.resampling import crossed_difference
 from selfdistill.evaluation.scores import Evaluation
@@ -187,7 +188,7 @@ class Findings:
     seconds: float
 
 
-class NotFinishedError(RuntimeError):
+class NotFinishedError(UserError):
     """A job whose numbers are wanted has not run."""
 
 

@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 from selfdistill.analysis.localisation import Localisation, first_step_wrong, localise, share_times
 from selfdistill.analysis.tokens import TokenAnalysis, analyze, erroneous_attempts
 from selfdistill.config import Config
+from selfdistill.errors import UserError
 from selfdistill.evaluation.intervals import Interval
 from selfdistill.evaluation.scores import Evaluation, summarize
 from selfdistill.methods.build import build_method
@@ -47,7 +48,7 @@ from selfdistill.training.solver import Solver, load_solver
 TEACHER_SAMPLES = 4
 
 
-class PlanChangedError(RuntimeError):
+class PlanChangedError(UserError):
     """The output folder holds a finished job of the same name that was another one."""
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from selfdistill.config import Config
+from selfdistill.errors import UserError
 
 Part: TypeAlias = Literal["rates", "main", "copy", "difficulty", "wording"]
 Study: TypeAlias = Literal["main", "copy", "difficulty", "wording"]
@@ -241,7 +242,7 @@ class TokenScores:
 Job: TypeAlias = Training | BaseEvaluation | TokenScores
 
 
-class UnknownStudyError(ValueError):
+class UnknownStudyError(UserError):
     """A study that does not exist was asked for."""
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from selfdistill.errors import UserError
 from selfdistill.places import alone_in
 from selfdistill.progress import progress_bars
 from selfdistill.reproduce.budget import job_seconds
@@ -26,7 +27,7 @@ from selfdistill.reproduce.plan import Job
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-class WorkerLostError(RuntimeError):
+class WorkerLostError(UserError):
     """A worker process ended in the middle of a job."""
 
 

@@ -9,8 +9,10 @@ from typing import Protocol
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from selfdistill.errors import UserError
 
-class EngineError(RuntimeError):
+
+class EngineError(UserError):
     """An engine cannot start, or died; what it was doing has to be done again."""
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+from selfdistill.errors import UserError
+
 SPLITS = ("train", "dev", "test")
 
 
@@ -13,7 +15,7 @@ FeedbackDetail = Literal["answer", "step"]
 """What feedback tells: whether the answer is right, or also the first wrong step."""
 
 
-class TaskError(ValueError):
+class TaskError(UserError):
     """Problems that are missing, ambiguous, or cannot be read; the message says what to mend."""
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from selfdistill.config import Config
+from selfdistill.errors import UserError
 from selfdistill.model.attention import enable_prefix_sharing, run_packed_row
 from selfdistill.model.heads import Head
 from selfdistill.model.layout import PromptGroup, pack_groups
@@ -21,7 +22,7 @@ from selfdistill.rollout.engine import Rollout
 from selfdistill_kernels import fused_linear_logprobs
 
 
-class EngineMismatchError(RuntimeError):
+class EngineMismatchError(UserError):
     """The engine sampled from other weights than the trainer's.
 
     Attributes:

@@ -21,6 +21,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from selfdistill.errors import UserError
+
 T = TypeVar("T")
 
 # Seconds in which ranks that still run notice that another one failed.
@@ -30,7 +32,7 @@ _PATIENCE = 3.0
 _PIECE = 1 << 24
 
 
-class RankFailedError(RuntimeError):
+class RankFailedError(UserError):
     """Another rank failed or disappeared; the message names it."""
 
 

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selfdistill.config import Config
+from selfdistill.errors import UserError
 
 # Lines of metrics.jsonl.
 Records = Sequence[Mapping[str, Any]]
 
 
-class NothingLearnedError(RuntimeError):
+class NothingLearnedError(UserError):
     """No reward and no teacher told many steps in a row anything; the message has the counts."""
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from selfdistill.config import Config
+from selfdistill.errors import UserError
 from selfdistill.methods.build import build_method, why_without_context
 from selfdistill.model.attention import enable_prefix_sharing
 from selfdistill.model.heads import find_heads
@@ -51,7 +52,7 @@ from selfdistill.training.state_file import digest_inputs
 from selfdistill.visible import say
 
 
-class DivergedError(RuntimeError):
+class DivergedError(UserError):
     """The loss or the gradient is no longer a finite number."""
 
 

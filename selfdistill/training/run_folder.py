@@ -9,6 +9,7 @@ from itertools import chain, count
 from pathlib import Path
 
 from selfdistill.config import Config, ConfigError, load_config, save_config
+from selfdistill.errors import UserError
 from selfdistill.runlog import JsonLines
 from selfdistill.training.checkpoint import CheckpointStore
 from selfdistill.training.solver import recorded_date, with_date
@@ -25,7 +26,7 @@ EVALUATIONS_FILE = "evaluations.jsonl"
 CHECKPOINTS = "checkpoints"
 
 
-class RunExistsError(RuntimeError):
+class RunExistsError(UserError):
     """The folder holds a run that nobody asked to continue, or that cannot be continued."""
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from selfdistill.config import Config
+from selfdistill.errors import UserError
 from selfdistill.tasks.interface import Task
 
 FORMAT = "selfdistill-checkpoint"
@@ -41,7 +42,7 @@ MAY_DIFFER = (
 _SAMPLED = 8
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used; the message names it and says why."""
 
 

@@ -20,7 +20,7 @@ ROOT = Path(selfdistill.__file__).parent
 
 # From the ground up: a room imports from lower floors only, not even from its neighbours.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("seeds", "visible"),
+    ("errors", "seeds", "visible"),
     ("places", "progress", "runlog"),
     ("config",),
     ("model", "tasks"),

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import torch
 
+from selfdistill.errors import UserError
 from selfdistill.model.attention.flash import FlashAttention
 from selfdistill.model.attention.flex import FlexAttention
 from selfdistill.model.attention.loop import LoopAttention
@@ -67,7 +68,7 @@ BACKENDS: dict[str, Callable[[PackedRow, torch.device], Backend]] = {
 }
 
 
-class UnavailableBackendError(ValueError):
+class UnavailableBackendError(UserError):
     """An attention backend was asked for by name and cannot run here."""
 
 

@@ -9,6 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from selfdistill.errors import UserError
 from selfdistill.model.attention.backend import BACKENDS, Backend
 from selfdistill.model.layout import PackedRow
 
@@ -18,7 +19,7 @@ IMPLEMENTATION = "selfdistill_prefix_tree"
 _SCORE_ARGUMENTS = ("softcap", "s_aux", "sinks", "position_bias")
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(UserError):
     """The model's architecture cannot share prefixes exactly."""
 
 

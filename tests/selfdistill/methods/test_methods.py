@@ -202,7 +202,7 @@ def test_a_task_without_steps_refuses_what_needs_them(loss: dict[str, Any]) -> N
         name = "plain"
 
     (setting,) = loss
-    with pytest.raises(ValueError, match=rf"{setting}.*'plain' does not know the steps"):
+    with pytest.raises(ConfigError, match=rf"{setting}.*'plain' does not know the steps"):
         build_method(configured(method={"name": "refsol", "loss": loss}), cast(Any, Plain()))
 
 

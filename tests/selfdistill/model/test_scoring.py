@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from selfdistill.model import scoring
 from selfdistill.model.attention import PrefixStash, loop
 from selfdistill.model.layout import PromptGroup
+from selfdistill.model.randomness import RandomModelError
 from selfdistill.model.scoring import score
 from selfdistill.model.teacher import BaseTeacher, LiveTeacher, Teacher
 
@@ -227,16 +228,16 @@ def test_dropout_is_refused_by_name(
     tiny_model: ModelFactory, ragged_groups: list[PromptGroup]
 ) -> None:
     student = tiny_model("llama", attention_dropout=0.1)
-    with pytest.raises(ValueError, match=r"config\.attention_dropout is 0\.1, expected 0"):
+    with pytest.raises(RandomModelError, match=r"config\.attention_dropout is 0\.1, expected 0"):
         score(student, LiveTeacher(), ragged_groups)
     config = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.2)
     adapted = get_peft_model(tiny_model("llama"), config)
-    with pytest.raises(ValueError, match=r"peft_config\['default'\]\.lora_dropout is 0\.2"):
+    with pytest.raises(RandomModelError, match=r"peft_config\['default'\]\.lora_dropout is 0\.2"):
         score(adapted, LiveTeacher(), ragged_groups)
     student = tiny_model("llama")
     student.model.layers[0].mlp.act_fn = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Dropout(0.3))
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.act_fn\.1 is 0\.3"):
+    with pytest.raises(RandomModelError, match=r"layers\.0\.mlp\.act_fn\.1 is 0\.3"):
         score(student, LiveTeacher(), ragged_groups)
     teacher = BaseTeacher(tiny_model("llama", attention_dropout=0.1))
-    with pytest.raises(ValueError, match="attention_dropout"):
+    with pytest.raises(RandomModelError, match="attention_dropout"):
         score(tiny_model("llama"), teacher, ragged_groups)

@@ -12,7 +12,7 @@ from tiny_runs import SmoothAdamW, assert_close_runs, forked_runs, lines, ranks_
 from transformers import PreTrainedModel
 
 from selfdistill.config import Config
-from selfdistill.model.sharding import layers_of
+from selfdistill.model.sharding import UnshardableModelError, layers_of
 from selfdistill.training.loop import train
 
 LORA = {"r": 2}
@@ -143,5 +143,7 @@ def test_a_model_without_named_layers_is_refused(
         if getattr(module, "_no_split_modules", None):
             monkeypatch.setattr(type(module), "_no_split_modules", None)
             module._no_split_modules = None
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM does not say .* set shard: false"):
+    with pytest.raises(
+        UnshardableModelError, match=r"LlamaForCausalLM does not say .* set shard: false"
+    ):
         layers_of(model)

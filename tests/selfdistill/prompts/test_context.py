@@ -6,6 +6,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from selfdistill.model.folder import UnusableModelError
 from selfdistill.model.layout import common_prefix_length, pack_groups
 from selfdistill.prompts.context import ContextRenderer, PromptTooLongError, TeacherContext
 from selfdistill.tasks.interface import Problem
@@ -80,7 +81,7 @@ def test_bad_arguments_are_named(words: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="max_length is 0"):
         ContextRenderer(words, max_length=0)
     words.chat_template = None
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(UnusableModelError, match="no chat template"):
         ContextRenderer(words)
     with pytest.raises(ValueError, match="kind is 'hint'"):
         TeacherContext("hint", "3")
