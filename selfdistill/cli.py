@@ -249,12 +249,18 @@ def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
     seed: Annotated[int, typer.Option(help="Of training; the demo's own is 0.")] = 0,
 ) -> None:
-    """Watch a small solver improve itself in a few minutes, and open the report."""
-    from selfdistill.config import load_config
-    from selfdistill.demo import demo as run_demo
+    """Watch a small solver improve itself in a few minutes, and open the report.
 
-    settings = load_config(demo_config()).model_copy(update={"output_dir": output, "seed": seed})
-    if run_demo(settings, fresh=fresh) is None:
+    Runs studies/arithmetic on examples/arithmetic, of the clone that holds this package or of the
+    working directory.
+    """
+    from selfdistill.checkout import EXAMPLE, find_checkout, load_study
+    from selfdistill.config import load_config
+
+    run = load_study("demo.run")
+    settings = load_config(find_checkout() / EXAMPLE / "demo.yaml")
+    settings = settings.model_copy(update={"output_dir": output, "seed": seed})
+    if run.demo(settings, fresh=fresh) is None:
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
@@ -276,16 +282,19 @@ def reproduce(
         str | None, typer.Option(help="Studies: main,copy,difficulty,wording; all by default.")
     ] = None,
 ) -> None:
-    """Ask the paper's question in miniature: GRPO, RefSol and StepAlignFB; about an hour."""
-    from selfdistill.config import load_config
-    from selfdistill.reproduce import reproduce as run_reproduction
-    from selfdistill.reproduce.plan import FULL, QUICK, parse_studies
+    """Ask the paper's question in miniature: GRPO, RefSol and StepAlignFB; about an hour.
 
+    Runs studies/arithmetic on examples/arithmetic, of the clone that holds this package or of the
+    working directory.
+    """
+    from selfdistill.checkout import EXAMPLE, find_checkout, load_study
+
+    arms, jobs_of, run = map(load_study, ("reproduce.arms", "reproduce.job_list", "reproduce.run"))
     output = output or Path("runs/reproduce-quick" if quick else "runs/reproduce")
-    finished = run_reproduction(
-        load_config(demo_config()).model,
-        QUICK if quick else FULL,
-        parse_studies(only),
+    finished = run.reproduce(
+        str(find_checkout() / EXAMPLE / "solver"),
+        arms.QUICK if quick else arms.FULL,
+        jobs_of.parse_studies(only),
         output=output,
         results=results or (output / "results" if quick else Path("docs/results")),
         workers=jobs,
@@ -332,24 +341,6 @@ def doctor(
     for line in describe(device=on, dtype=DTYPES[dtype]):
         print(line)
     raise typer.Exit(status)
-
-
-def demo_config() -> Path:
-    """Find the demo's configuration and make sure that its solver is there.
-
-    Raises:
-        FileNotFoundError: the repository's examples are not at hand.
-    """
-    repository = Path(__file__).resolve().parents[1]
-    for folder in (repository, Path.cwd()):
-        path = folder / "examples" / "arithmetic" / "demo.yaml"
-        if path.is_file() and (path.parent / "solver" / "config.json").is_file():
-            return path
-    raise FileNotFoundError(
-        "examples/arithmetic/demo.yaml and examples/arithmetic/solver/ are neither in "
-        f"{repository} nor in the working directory. They come with the repository, not with the "
-        "installed package: run the demo in a clone of it."
-    )
 
 
 def main() -> None:

@@ -22,14 +22,14 @@ import selfdistill.training.loop
 import selfdistill.training.solver
 from selfdistill import cli
 from selfdistill.config import Config, load_config, save_config
-from selfdistill.demo import remove_artifacts
 from selfdistill.filtering import FilterExistsError, FilterSettings, filter_problems
 from selfdistill.places import PlaceTakenError, alone_in, try_files
-from selfdistill.reproduce.write import refuse_foreign_results
 from selfdistill.runlog import JsonLines, LogError, write_atomically
 from selfdistill.training.checkpoint import CheckpointStore
 from selfdistill.training.loop import train
 from selfdistill.training.run_folder import RunExistsError, keep_config, refuse_other_run
+from studies.arithmetic.demo.run import remove_artifacts
+from studies.arithmetic.reproduce.results import refuse_foreign_results
 
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "config.yaml")
 

@@ -15,11 +15,11 @@ from selfdistill.analysis.localisation import localisation_table
 from selfdistill.analysis.report.charts import Series, bars, line_chart
 from selfdistill.analysis.report.document import document, html_table
 from selfdistill.analysis.report.heatmap import LEGEND, heat_map, verdict
-from selfdistill.analysis.report.run import Run, read_run
 from selfdistill.analysis.report.text import isolated
 from selfdistill.analysis.tokens import TokenAnalysis
 from selfdistill.evaluation.scores import Evaluation
 from selfdistill.runlog import write_atomically
+from studies.arithmetic.demo.files import Run, read_run
 
 EXAMPLES = 5
 TITLE = "Self-distillation report"

@@ -35,7 +35,6 @@ from selfdistill.evaluation.scores import Evaluation, summarize
 from selfdistill.methods.build import build_method
 from selfdistill.model.heads import find_heads
 from selfdistill.model.teacher import build_teacher
-from selfdistill.reproduce.plan import BaseEvaluation, Job, TestSet, TokenScores, Training
 from selfdistill.rollout.attempts import Attempts, judge
 from selfdistill.rollout.engine import SamplingParams
 from selfdistill.runlog import JsonLines, write_atomically
@@ -43,6 +42,13 @@ from selfdistill.seeds import derive_seed
 from selfdistill.training.checkpoint import CheckpointStore
 from selfdistill.training.loop import DivergedError, train
 from selfdistill.training.solver import Solver, load_solver
+from studies.arithmetic.reproduce.job_list import (
+    BaseEvaluation,
+    Job,
+    TestSet,
+    TokenScores,
+    Training,
+)
 
 # Attempts at each problem that the base solver repeats with a critique of them.
 TEACHER_SAMPLES = 4

@@ -20,9 +20,12 @@ from typer.testing import CliRunner
 from selfdistill.cli import EXIT_INTERRUPTED, app
 from selfdistill.config import PromptConfig
 from selfdistill.evaluation.scores import Evaluation
-from selfdistill.reproduce import reproduce
-from selfdistill.reproduce.findings import collect
-from selfdistill.reproduce.jobs import (
+from selfdistill.training.loop import DivergedError
+from selfdistill.training.solver import load_solver
+from studies.arithmetic.reproduce.arms import FULL, QUICK, Scale
+from studies.arithmetic.reproduce.findings import collect
+from studies.arithmetic.reproduce.job_list import STUDIES, Training, build_plan
+from studies.arithmetic.reproduce.jobs import (
     PlanChangedError,
     Result,
     chosen_rate,
@@ -31,10 +34,8 @@ from selfdistill.reproduce.jobs import (
     read_result,
     run_job,
 )
-from selfdistill.reproduce.plan import FULL, QUICK, STUDIES, Scale, Training, build_plan
-from selfdistill.reproduce.schedule import run_plan
-from selfdistill.training.loop import DivergedError
-from selfdistill.training.solver import load_solver
+from studies.arithmetic.reproduce.run import reproduce
+from studies.arithmetic.reproduce.schedule import run_plan
 
 TINY = Scale(
     milestones=(1, 2),
@@ -131,8 +132,8 @@ def test_killed_it_goes_on_where_it_was(solver_dir: Path, tmp_path: Path):
     script = (
         "from pathlib import Path\n"
         "from rich.console import Console\n"
-        "from selfdistill.reproduce.plan import Scale, build_plan\n"
-        "from selfdistill.reproduce.schedule import run_plan\n"
+        "from studies.arithmetic.reproduce.job_list import Scale, build_plan\n"
+        "from studies.arithmetic.reproduce.schedule import run_plan\n"
         "if __name__ == '__main__':\n"
         f"    scale = Scale(**{settings.__dict__!r})\n"
         f"    plan = build_plan({str(solver_dir)!r}, scale, ['main'])[:4]\n"
@@ -275,7 +276,7 @@ def test_the_command(
         seen.update(named, positional=positional)
         return False
 
-    monkeypatch.setattr("selfdistill.reproduce.reproduce", record)
+    monkeypatch.setattr("studies.arithmetic.reproduce.run.reproduce", record)
     ended = CliRunner().invoke(app, ["reproduce", "--only", "copy", *options])
     assert ended.exit_code == EXIT_INTERRUPTED
     assert seen["positional"] == (scale, ("copy",))

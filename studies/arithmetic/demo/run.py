@@ -45,6 +45,7 @@ from selfdistill.training.run_folder import RunExistsError
 from selfdistill.training.solver import Solver, load_solver
 from selfdistill.training.state_file import read_state
 from selfdistill.visible import say
+from studies.arithmetic.demo.page import write_report
 
 HELD_OUT_PROBLEMS = 200
 HELD_OUT_SAMPLES = 12
@@ -141,8 +142,6 @@ def _demo(config: Config, *, fresh: bool, console: Console) -> Summary | None:
             run / "summary.json", TypeAdapter(Summary).dump_json(summary, indent=1).decode()
         )
     if not (run / "report.html").exists():
-        from selfdistill.analysis.report import write_report
-
         write_report(run)
     console.print(summary_table(summary))
     say(console, f"Report: {(run / 'report.html').resolve()}")

@@ -6,23 +6,19 @@ from collections import Counter
 
 import pytest
 
-from selfdistill.reproduce.budget import job_seconds, minutes
-from selfdistill.reproduce.plan import (
-    FULL,
-    MAIN_ARMS,
-    QUICK,
+from selfdistill.tasks.arithmetic import ArithmeticTask
+from studies.arithmetic.reproduce.arms import FULL, MAIN_ARMS, QUICK, REGIMES, Scale
+from studies.arithmetic.reproduce.budget import job_seconds, minutes
+from studies.arithmetic.reproduce.job_list import (
     RATES_SEED,
-    REGIMES,
     STUDIES,
     BaseEvaluation,
-    Scale,
     TokenScores,
     Training,
     UnknownStudyError,
     build_plan,
     parse_studies,
 )
-from selfdistill.tasks.arithmetic import ArithmeticTask
 
 PLAN = build_plan("solver", FULL)
 TRAININGS = [job for job in PLAN if isinstance(job, Training)]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from finished_plan import SMALL, write_finished
 
-from selfdistill.reproduce.findings import Findings, collect
-from selfdistill.reproduce.plan import build_plan
+from studies.arithmetic.reproduce.findings import Findings, collect
+from studies.arithmetic.reproduce.job_list import build_plan
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@ from __future__ import annotations
 import html
 import io
 import json
-import math
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,19 +10,19 @@ from pathlib import Path
 import pytest
 from html_page import read
 from rich.console import Console
+from token_records import make_record
 
-import selfdistill.demo
-from selfdistill.analysis.alignment import align, clear_examples, spread
+import studies.arithmetic.demo.run
+from selfdistill.analysis.alignment import clear_examples, spread
 from selfdistill.analysis.localisation import localise
-from selfdistill.analysis.report import write_report
-from selfdistill.analysis.report.charts import ticks
 from selfdistill.analysis.tokens import TokenAnalysis
 from selfdistill.config import Config, save_config
-from selfdistill.demo import demo
 from selfdistill.evaluation.intervals import bootstrap
 from selfdistill.evaluation.scores import Evaluation, ProblemScore, avg_difference
 from selfdistill.runlog import JsonLines
 from selfdistill.training.metrics import StepMetrics
+from studies.arithmetic.demo.page import write_report
+from studies.arithmetic.demo.run import demo
 
 SECTIONS = ["result", "examples", "curves", "costs", "reproduction"]
 
@@ -41,32 +40,6 @@ def make_evaluation(correct: list[int], *, samples: int = 4, split: str = "test"
         mean_tokens=30.0,
         problems=tuple(ProblemScore(f"p{i}", c, c, c > 1) for i, c in enumerate(correct)),
     )
-
-
-def make_record(**changes: object) -> TokenAnalysis:
-    """Two steps and an answer; the second step is wrong at its last token."""
-    text = "<step_1> 2 5 plus 9 makes 3 4 <step_2> 3 4 plus 8 makes 3 2 <answer> 3 2 <eos>"
-    tokens = text.split()
-    advantage = [0.0] * len(tokens)
-    advantage[1], advantage[14] = 0.7, -3.25
-    record = TokenAnalysis(
-        problem_id="p1",
-        question="25 + 9 + 8 mod 100",
-        answer="42",
-        reference="<step_1> from 25 add 9 get 34 <step_2> from 34 add 8 get 42 <answer> 42",
-        response="<step_1> 25 plus 9 makes 34 <step_2> 34 plus 8 makes 32 <answer> 32",
-        context="<step_1> 25 plus 9 makes 34 <step_2> 34 plus 8 makes 42 <answer> 42",
-        correct=False,
-        first_wrong_step=2,
-        wrong_tokens=(8, 16),
-        tokens=tokens,
-        advantage=advantage,
-        kl=[0.001 * i for i in range(len(tokens))],
-        entropy=[0.1] * len(tokens),
-        student_logprob=[math.log(0.64)] * len(tokens),
-        teacher_logprob=[math.log(0.64) + a for a in advantage],
-    )
-    return replace(record, **changes)
 
 
 def write_stage(run: Path, name: str, correct: list[int], records: list[TokenAnalysis]) -> None:
@@ -294,31 +267,6 @@ def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
         write_report(tmp_path / "none")
 
 
-def test_steps_are_paired_by_their_tags() -> None:
-    skipped = make_record(
-        tokens=["<step_2>", "3", "4", "<answer>", "3", "4"],
-        response="<step_2> 34 <answer> 34",
-        context="<step_1> 34 <step_2> 42 <answer> 42",
-    )
-    assert align(skipped) == [
-        (None, "", "<step_1> 34"),
-        (range(3), "<step_2> 34", "<step_2> 42"),
-        (range(3, 6), "<answer> 34", "<answer> 42"),
-    ]
-    spelled = make_record(
-        tokens=["<", "step", "_1>", " so", " <", "step", "_2>", " on", "<eos>"],
-        response="<step_1> so <step_2> on",
-        context="<step_1> so <step_2> off <step_3> end",
-    )
-    assert align(spelled) == [
-        (range(4), "<step_1> so", "<step_1> so"),
-        (range(4, 9), "<step_2> on", "<step_2> off"),
-        (None, "", "<step_3> end"),
-    ]
-    empty = make_record(tokens=["<eos>"], response="", context="<answer> 42", wrong_tokens=None)
-    assert align(empty) == [(range(1), "", "<answer> 42")]
-
-
 def test_examples_have_a_right_step_first_and_go_from_sharp_to_faint(finished: Path) -> None:
     def with_lowest(value: float) -> TokenAnalysis:
         return make_record(advantage=[value if i == 14 else 0.0 for i in range(20)])
@@ -340,22 +288,11 @@ def test_examples_have_a_right_step_first_and_go_from_sharp_to_faint(finished: P
     assert "Shown: 1 of them" in read(write_report(finished)).within()
 
 
-def test_ticks_are_round_and_cover_the_values() -> None:
-    assert ticks(60, whole=True) == [0, 20, 40, 60]
-    assert ticks(0.096) == pytest.approx([0, 0.02, 0.04, 0.06, 0.08, 0.1])
-    assert ticks(0) == [0, 1]
-    assert ticks(3, whole=True) == [0, 1, 2, 3]
-    for highest in (0.003, 0.7, 1.01, 9.9, 12345):
-        found = ticks(highest)
-        assert found[-2] < highest <= found[-1] * (1 + 1e-9)
-        assert 4 <= len(found) <= 7
-
-
 def test_the_demo_ends_in_this_page(
     solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selfdistill.demo, "HELD_OUT_PROBLEMS", 4)
-    monkeypatch.setattr(selfdistill.demo, "HELD_OUT_SAMPLES", 3)
+    monkeypatch.setattr(studies.arithmetic.demo.run, "HELD_OUT_PROBLEMS", 4)
+    monkeypatch.setattr(studies.arithmetic.demo.run, "HELD_OUT_SAMPLES", 3)
     config = Config.model_validate(
         {
             "model": str(solver_dir),

@@ -25,16 +25,9 @@ from selfdistill.errors import UserError
 from selfdistill.evaluation.intervals import Interval
 from selfdistill.evaluation.resampling import crossed_difference
 from selfdistill.evaluation.scores import Evaluation
-from selfdistill.reproduce.jobs import (
-    Result,
-    TokenFigures,
-    chosen_rate,
-    read_figures,
-    read_held_out,
-    read_result,
-    read_with_context,
-)
-from selfdistill.reproduce.plan import (
+from selfdistill.runlog import JsonLines
+from selfdistill.tasks.arithmetic.corpus import DIALECT_SHARES
+from studies.arithmetic.reproduce.arms import (
     ARMS,
     COPYING,
     MAIN_ARMS,
@@ -45,11 +38,17 @@ from selfdistill.reproduce.plan import (
     Scale,
     copying_arm,
     dialect_arm,
-    folder_of,
-    rate_names,
 )
-from selfdistill.runlog import JsonLines
-from selfdistill.tasks.arithmetic.corpus import DIALECT_SHARES
+from studies.arithmetic.reproduce.job_list import folder_of, rate_names
+from studies.arithmetic.reproduce.jobs import (
+    Result,
+    TokenFigures,
+    chosen_rate,
+    read_figures,
+    read_held_out,
+    read_result,
+    read_with_context,
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,18 @@ class Row:
     learning_rate: float | None
     best_steps: list[int]
     diverged: int
+
+    @property
+    def avg(self) -> Interval:
+        """Avg@k, which every row has."""
+        interval = self.metrics["avg_at_k"]
+        assert interval is not None
+        return interval
+
+
+def row_of(rows: Sequence[Row], label: str, steps: int) -> Row:
+    """Return the row of an arm after so many steps."""
+    return next(row for row in rows if (row.label, row.steps) == (label, steps))
 
 
 @dataclass(frozen=True)

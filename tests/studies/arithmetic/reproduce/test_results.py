@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from finished_plan import SMALL
 
+from selfdistill.analysis.report.charts import Dots, Line, dot_plot, line_plot
 from selfdistill.evaluation.intervals import Interval
-from selfdistill.reproduce.claims import all_above, localisation_claims, orders
-from selfdistill.reproduce.figures import Dots, Line, dot_plot, line_chart
-from selfdistill.reproduce.findings import Findings, Gap, collect
-from selfdistill.reproduce.write import environment, write_results
+from studies.arithmetic.reproduce.claims import all_above, localisation_claims, orders
+from studies.arithmetic.reproduce.findings import Findings, Gap, collect
+from studies.arithmetic.reproduce.machine import environment
+from studies.arithmetic.reproduce.results import write_results
 
 Finished = Callable[[Callable[[str], float]], Path]
 
@@ -153,7 +154,7 @@ def test_plots_put_values_where_they_belong():
     """Higher values lie higher, negative ones below the line of zero."""
     points = [(0.0, Interval(-0.1, -0.2, 0.0)), (10.0, Interval(0.3, 0.2, 0.4))]
     chart = ET.fromstring(
-        line_chart("t", [Line("a", "#123456", points)], x_label="x", y_label="y", scale=100)
+        line_plot("t", [Line("a", "#123456", points)], x_label="x", y_label="y", scale=100)
     )
     ns = {"svg": "http://www.w3.org/2000/svg"}
     circles = [

@@ -2,17 +2,15 @@ from __future__ import annotations
 
 import io
 import json
-import sys
-import types
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-import selfdistill.demo
+import studies.arithmetic.demo.run
 from selfdistill.config import Config
-from selfdistill.demo import ARTIFACTS, Summary, demo
 from selfdistill.training.run_folder import RunExistsError
+from studies.arithmetic.demo.run import ARTIFACTS, Summary, demo
 
 
 @pytest.fixture
@@ -25,11 +23,9 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         (run / "report.html").write_text("<html>")
         return run / "report.html"
 
-    module = types.ModuleType("selfdistill.analysis.report")
-    module.write_report = write_report
-    monkeypatch.setitem(sys.modules, "selfdistill.analysis.report", module)
-    monkeypatch.setattr(selfdistill.demo, "HELD_OUT_PROBLEMS", 6)
-    monkeypatch.setattr(selfdistill.demo, "HELD_OUT_SAMPLES", 3)
+    monkeypatch.setattr(studies.arithmetic.demo.run, "write_report", write_report)
+    monkeypatch.setattr(studies.arithmetic.demo.run, "HELD_OUT_PROBLEMS", 6)
+    monkeypatch.setattr(studies.arithmetic.demo.run, "HELD_OUT_SAMPLES", 3)
     return written
 
 
@@ -123,7 +119,7 @@ def test_an_interrupted_demo_goes_on_where_it_was(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(selfdistill.demo, stage, interrupted)
+        patch.setattr(studies.arithmetic.demo.run, stage, interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(config)
     finished = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "demo").glob("*.json")}

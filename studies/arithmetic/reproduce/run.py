@@ -9,12 +9,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from selfdistill.reproduce.budget import job_seconds, minutes
-from selfdistill.reproduce.findings import collect
-from selfdistill.reproduce.plan import Job, Scale, Study, build_plan
-from selfdistill.reproduce.schedule import run_plan
-from selfdistill.reproduce.write import environment, refuse_foreign_results, write_results
 from selfdistill.visible import say
+from studies.arithmetic.reproduce.arms import Scale
+from studies.arithmetic.reproduce.budget import job_seconds, minutes
+from studies.arithmetic.reproduce.findings import collect
+from studies.arithmetic.reproduce.job_list import Job, Study, build_plan
+from studies.arithmetic.reproduce.machine import environment
+from studies.arithmetic.reproduce.results import refuse_foreign_results, write_results
+from studies.arithmetic.reproduce.schedule import run_plan
 
 
 def reproduce(

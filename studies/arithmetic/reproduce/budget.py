@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from selfdistill.reproduce.plan import BaseEvaluation, Job, TestSet, TokenScores, Training
+from studies.arithmetic.reproduce.job_list import (
+    BaseEvaluation,
+    Job,
+    TestSet,
+    TokenScores,
+    Training,
+)
 
 # Seconds on one thread of the machine that made docs/results, measured while both were busy.
 SECONDS_PER_STEP = 0.45

@@ -20,9 +20,9 @@ from rich.console import Console
 from selfdistill.errors import UserError
 from selfdistill.places import alone_in
 from selfdistill.progress import progress_bars
-from selfdistill.reproduce.budget import job_seconds
-from selfdistill.reproduce.jobs import is_finished, prepare_worker, run_job
-from selfdistill.reproduce.plan import Job
+from studies.arithmetic.reproduce.budget import job_seconds
+from studies.arithmetic.reproduce.job_list import Job
+from studies.arithmetic.reproduce.jobs import is_finished, prepare_worker, run_job
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 

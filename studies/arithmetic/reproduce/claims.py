@@ -10,9 +10,9 @@ from typing import Literal, TypeAlias
 from selfdistill.analysis.localisation import Localisation
 from selfdistill.evaluation.intervals import Interval
 from selfdistill.evaluation.tables import number, percent
-from selfdistill.reproduce.findings import Copying, Findings, Gap
-from selfdistill.reproduce.jobs import TokenFigures
-from selfdistill.reproduce.plan import COPYING, OTHER_PATH, REGIMES
+from studies.arithmetic.reproduce.arms import COPYING, OTHER_PATH, REGIMES
+from studies.arithmetic.reproduce.findings import Copying, Findings, Gap
+from studies.arithmetic.reproduce.jobs import TokenFigures
 
 Answer: TypeAlias = Literal["yes", "no", "not separated"]
 
