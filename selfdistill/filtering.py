@@ -23,7 +23,6 @@ from selfdistill.config import Config, ConfigError
 from selfdistill.critic.interface import Critic
 from selfdistill.errors import UserError
 from selfdistill.methods.build import build_method
-from selfdistill.methods.stepalign import StepAlign
 from selfdistill.places import alone_in
 from selfdistill.progress import progress_bars
 from selfdistill.rollout.attempts import Attempts, sample_attempts
@@ -222,13 +221,13 @@ def _resume(journal: JsonLines, identity: dict[str, Any]) -> list[Examined]:
 
 
 def _critic(config: Config, task: Task) -> Critic:
-    method = build_method(config, task)
-    if not isinstance(method, StepAlign):
+    critic = build_method(config, task).critic
+    if critic is None:
         raise ConfigError(
             f"method: the filter asks the critic, and {config.method.name} has none: filter with "
             "method stepalign, then train with any"
         )
-    return method.critic
+    return critic
 
 
 def _problems(task: Task, settings: FilterSettings) -> list[tuple[str, Problem]]:

@@ -64,6 +64,8 @@ CriticConfig = Annotated[ScribeCriticConfig | LLMCriticConfig, Field(discriminat
 class Distillation(Section):
     """What the methods that follow a self-teacher have in common."""
 
+    name: str = "distillation"
+    """Which method; each has its own."""
     group_size: PositiveInt = 8
     """Rollouts drawn for each prompt."""
     teacher: TeacherConfig = BaseTeacherConfig()

@@ -1,9 +1,4 @@
-"""One typed configuration for a run: YAML in, YAML out.
-
-Every section refuses unknown keys, and what belongs to one choice only (the critic of StepAlign,
-the mixing weight of the Jensen-Shannon divergence) lives inside that choice, so that a combination
-which means nothing cannot be written down.
-"""
+"""The configuration of one training run, a section for each part of it."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -27,7 +28,13 @@ class Critique:
 
 
 class Critic(Protocol):
-    """Anything that critiques a batch of attempts."""
+    """Anything that critiques a batch of attempts.
+
+    Attributes:
+        unusable: how many answers of the last call were no critique, by reason.
+    """
+
+    unusable: Counter[str]
 
     def critique(
         self, problems: Sequence[Problem], responses: Sequence[str]

@@ -6,6 +6,7 @@ from the student's attempt where that attempt is wrong and nowhere else.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -56,6 +57,7 @@ class ScribeCritic:
     def __init__(self, task: StepTask, *, copying: Copying = "partial_repetition") -> None:
         self.task = task
         self.copying = copying
+        self.unusable: Counter[str] = Counter()  # a program's critiques all are usable
 
     def critique(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Critique]:
         """Return one critique per (problem, response) pair, in order.

@@ -1,23 +1,51 @@
-"""The loss of the self-distillation methods: fused, from hidden states, on completion tokens."""
+"""What the self-distillation methods share: a fused loss, from hidden states of the completions."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from selfdistill.config import LossConfig
+from selfdistill.config import ConfigError, Distillation, LossConfig
+from selfdistill.critic.interface import Critic
+from selfdistill.methods.method import Contexts, Method
 from selfdistill.model.heads import Head
 from selfdistill.model.layout import PromptGroup
 from selfdistill.model.scoring import ScoredTokens
+from selfdistill.rollout.attempts import Attempts
+from selfdistill.tasks.interface import SteppedTask, Task
 from selfdistill_kernels import (
     AdvantageMask,
     DistillationOutput,
     Objective,
     fused_linear_distillation,
 )
+
+
+def distillation_method(
+    settings: Distillation,
+    task: Task,
+    contexts: Callable[[Sequence[Attempts]], Contexts],
+    *,
+    critic: Critic | None = None,
+) -> Method:
+    """Return a method whose student follows a self-teacher, which sees `contexts`.
+
+    Args:
+        settings: of the method; the loss and the number of rollouts are among them.
+        task: must know the steps of a response where the loss asks for them.
+        contexts: see `Method`.
+        critic: who writes them, if somebody does.
+
+    Raises:
+        ConfigError: the loss asks for steps that the task does not know.
+    """
+    _check_steps_known(settings.loss, task)
+    loss = DistillationLoss(settings.loss)
+    return Method(settings.name, settings.group_size, loss, contexts, critic=critic)
 
 
 class DistillationLoss:
@@ -120,3 +148,19 @@ def _select_by_rollout(mask: AdvantageMask, advantage: Tensor, scored: ScoredTok
             for own, own_steps in zip(advantage.split(lengths), steps, strict=True)
         ]
     )
+
+
+def _check_steps_known(loss: LossConfig, task: Task) -> None:
+    if isinstance(task, SteppedTask):
+        return
+    mask = loss.advantage_mask
+    asked = {
+        "advantage_mask.per_step": mask is not None and mask.per_step,
+        "stop_after_first_wrong_step": loss.stop_after_first_wrong_step,
+    }
+    for name, is_set in asked.items():
+        if is_set:
+            raise ConfigError(
+                f"method.loss.{name} is set, but the task {task.name!r} does not know the steps of "
+                "a response: leave it out, or give the task `step_spans` and verdicts on steps"
+            )

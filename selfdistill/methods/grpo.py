@@ -8,33 +8,34 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from selfdistill.methods.loss import Loss
+from selfdistill.config import Config, GRPOMethod
+from selfdistill.methods.method import Contexts, Method
 from selfdistill.model.heads import Head
 from selfdistill.model.layout import PromptGroup
 from selfdistill.model.scoring import ScoredTokens
-from selfdistill.prompts.context import TeacherContext
 from selfdistill.rollout.attempts import Attempts
+from selfdistill.tasks.interface import Task
 from selfdistill_kernels import DistillationOutput, fused_linear_logprobs
 
 
-class GRPO:
-    """Group-relative policy optimisation (arXiv 2402.03300), the baseline of arXiv 2606.11173.
+def grpo(settings: GRPOMethod, task: Task, run: Config) -> Method:
+    """Build group-relative policy optimisation (arXiv 2402.03300).
 
-    Args:
-        group_size: rollouts drawn for each prompt, at least 2: they are compared with each other.
-        loss: the clipped policy gradient.
+    The baseline of arXiv 2606.11173: the rollouts of a prompt are compared with each other.
     """
+    loss = GRPOLoss(
+        temperature=run.rollout.temperature,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        normalize_std=settings.normalize_std,
+        kl_coefficient=0.0 if settings.kl is None else settings.kl.coefficient,
+    )
+    return Method(settings.name, settings.group_size, loss, no_contexts, needs_context=False)
 
-    name = "grpo"
-    needs_context = False
 
-    def __init__(self, *, group_size: int, loss: GRPOLoss) -> None:
-        self.group_size = group_size
-        self.loss: Loss = loss
-
-    def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext | None]]:
-        """Return no context: a reference model, if any, sees what the student sees."""
-        return [[None] * len(attempt.rollouts) for attempt in attempts]
+def no_contexts(attempts: Sequence[Attempts]) -> Contexts:
+    """Return no context: a reference model, if any, sees what the student sees."""
+    return [[None] * len(attempt.rollouts) for attempt in attempts]
 
 
 class GRPOLoss:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from selfdistill.config import MethodConfig
+from selfdistill.config import Distillation, MethodConfig
 from selfdistill.methods.method import Method
 from selfdistill.model.layout import PromptGroup
 from selfdistill.prompts.context import TeacherContext
@@ -140,7 +140,7 @@ def cut_rollouts(
     solver: Solver, method: MethodConfig, attempts: Sequence[Attempts]
 ) -> list[Attempts]:
     """Cut the tokens of each rollout behind its first wrong step, if the loss asks for it."""
-    if method.name == "grpo" or not method.loss.stop_after_first_wrong_step:
+    if not isinstance(method, Distillation) or not method.loss.stop_after_first_wrong_step:
         return list(attempts)
 
     def cut(rollout: Rollout, verdict: Verdict) -> Rollout:
@@ -159,7 +159,7 @@ def cut_rollouts(
 def rollout_steps(solver: Solver, rollouts: Sequence[Rollout]) -> list[list[int]] | None:
     """Return the step of every token, if the loss asks for it; see `PromptGroup.steps`."""
     method = solver.config.method
-    if method.name == "grpo":
+    if not isinstance(method, Distillation):
         return None
     mask = method.loss.advantage_mask
     if mask is None or not mask.per_step:

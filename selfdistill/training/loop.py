@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from selfdistill.config import Config
 from selfdistill.errors import UserError
-from selfdistill.methods.build import build_method, why_without_context
+from selfdistill.methods.build import build_method
 from selfdistill.model.attention import enable_prefix_sharing
 from selfdistill.model.heads import find_heads
 from selfdistill.model.randomness import enable_activation_checkpointing, refuse_random_passes
@@ -263,7 +263,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             dropped, too_long, undecided = map(
                 int, ranks.sum(batch.dropped, batch.too_long, unsure)
             )
-            unusable = Counter(ranks.gather(list(why_without_context(method).elements())))
+            unusable = Counter(ranks.gather(list(method.unusable.elements())))
             state = replace(state, step=step)
             if evaluation_is_due(state, config):
                 with clock("evaluate"):
