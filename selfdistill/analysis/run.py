@@ -38,7 +38,7 @@ from selfdistill.analysis.tokens import TokenAnalysis, analyze
 from selfdistill.config import Config, load_config
 from selfdistill.evaluation.intervals import Interval
 from selfdistill.methods.build import build_method
-from selfdistill.model.heads import find_heads
+from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.teacher import build_teacher
 from selfdistill.progress import progress_bars
 from selfdistill.seeds import derive_seed
@@ -262,7 +262,7 @@ def score_method(
         build_method(config, solver.task),
         draw.attempts,
         draw.chosen,
-        heads=find_heads(solver.model, teacher),
+        lm_heads=find_lm_heads(solver.model, teacher),
         progress=progress,
     )
 

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 
 from selfdistill.methods.method import Method
-from selfdistill.model.heads import Head
+from selfdistill.model.lm_head import LMHead
 from selfdistill.model.scoring import score
 from selfdistill.model.teacher import Teacher
 from selfdistill.rollout.attempts import Attempts
@@ -69,7 +69,7 @@ def analyze(
     attempts: Sequence[Attempts],
     chosen: Sequence[Place],
     *,
-    heads: tuple[Head, Head],
+    lm_heads: tuple[LMHead, LMHead],
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> list[TokenAnalysis]:
@@ -81,7 +81,7 @@ def analyze(
         method: decides what the teacher sees.
         attempts: whole groups, because what the teacher sees may come from the rest of the group.
         chosen: which of their rollouts to score.
-        heads: of the student and of the teacher.
+        lm_heads: of the student and of the teacher.
         batch_size: rollouts scored at once.
         progress: called with the number of rollouts just scored.
 
@@ -105,7 +105,7 @@ def analyze(
             render_groups(solver, [alone for alone, _ in batch], [[c] for _, c in batch]),
             attention=solver.config.attention,
         )
-        output = method.loss(scored, *heads, normalizer=1.0)
+        output = method.loss(scored, *lm_heads, normalizer=1.0)
         assert output.advantage is not None
         assert output.student_logprob is not None
         assert output.teacher_logprob is not None

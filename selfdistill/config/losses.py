@@ -89,11 +89,11 @@ class LossConfig(Section):
     """Restricts the gradient to some tokens; the dropped ones stay in the denominator."""
     temperature: Float = Field(default=1.0, gt=0)
     """Divides both models' logits before the divergence."""
-    reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
+    reduction: Literal["mean", "sequence_mean"] = "mean"
     """Every token counts the same, or every rollout (the mean of its tokens) does."""
     top_k: TopKConfig | None = None
     """Restricts the divergence to the most likely tokens; null compares the whole vocabulary."""
-    token_clip: Float | None = Field(default=None, gt=0)
+    divergence_clip: Float | None = Field(default=None, gt=0)
     """A token's divergence counts at most this much (nats); beyond it has no gradient."""
     importance_clip: Float | None = Field(default=None, gt=0)
     """Weighs each token by how much likelier it has become since it was sampled, at most by this.

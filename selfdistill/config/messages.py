@@ -13,6 +13,8 @@ Place = Sequence[str | int]
 
 # More sections than these that have a setting are no hint.
 _FEW = 3
+# What settings and choices were called in earlier versions; now they are called as in the kernels.
+_RENAMED = {"token_clip": "divergence_clip", "token_mean": "mean"}
 
 
 def describe_error(error: ErrorDetails, root: type[BaseModel]) -> str:
@@ -33,12 +35,16 @@ def describe_error(error: ErrorDetails, root: type[BaseModel]) -> str:
             what = "it needs a `name`, such as {name: ...}"
         case _:
             what = error["msg"]
+            if isinstance(error["input"], str) and error["input"] in _RENAMED:
+                what += f" (it is called {_RENAMED[error['input']]} now)"
     return f"{where}: {what}, got {error['input']!r:.80}"
 
 
 def suggestion(place: Place, root: type[BaseModel]) -> str:
     """Say what an unknown setting may have been meant to be; empty when nothing is near."""
     unknown = str(place[-1])
+    if unknown in _RENAMED:
+        return f" (it is called {_RENAMED[unknown]} now)"
     here = _sections_at(place[:-1], root)
     names = sorted({name for section in here for name in section.model_fields})
     elsewhere = sorted(set(_places_of(unknown, root)))

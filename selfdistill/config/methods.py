@@ -128,7 +128,7 @@ class GRPOMethod(Section):
 
     @property
     def teacher(self) -> BaseTeacherConfig | None:
-        """The reference model of the KL penalty."""
+        """Whose distance the KL penalty measures: the base model."""
         return None if self.kl is None else BaseTeacherConfig()
 
 

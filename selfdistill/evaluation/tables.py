@@ -79,10 +79,13 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
         (f"Pass@{k}", "pass_at_k"),
     ):
         table.add_row(label, *(percent(getattr(e, metric)) for e in evaluations.values()))
-    if any(e.too_long for e in evaluations.values()):
-        table.add_row(
-            "problems left out, too long", *(str(e.too_long) for e in evaluations.values())
-        )
+    for label, count in (
+        ("attempts undecided, count as wrong", "undecided"),
+        ("problems left out, too long", "too_long"),
+    ):
+        counts = [getattr(e, count) for e in evaluations.values()]
+        if any(counts):
+            table.add_row(label, *map(str, counts))
     return table
 
 

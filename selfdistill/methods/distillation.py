@@ -12,8 +12,8 @@ from torch import Tensor
 from selfdistill.config import ConfigError, Distillation, LossConfig
 from selfdistill.critic.interface import Critic
 from selfdistill.methods.method import Contexts, Method
-from selfdistill.model.heads import Head
 from selfdistill.model.layout import PromptGroup
+from selfdistill.model.lm_head import LMHead
 from selfdistill.model.scoring import ScoredTokens
 from selfdistill.rollout.attempts import Attempts
 from selfdistill.tasks.interface import SteppedTask, Task
@@ -63,7 +63,7 @@ class DistillationLoss:
             top_k=None if top_k is None else top_k.k,
             top_k_of="student" if top_k is None else top_k.of,
             tail=top_k is None or top_k.tail,
-            divergence_clip=config.token_clip,
+            divergence_clip=config.divergence_clip,
             importance_clip=config.importance_clip,
         )
         mask = config.advantage_mask
@@ -80,7 +80,7 @@ class DistillationLoss:
         return True
 
     def __call__(
-        self, scored: ScoredTokens, student: Head, teacher: Head, *, normalizer: float
+        self, scored: ScoredTokens, student: LMHead, teacher: LMHead, *, normalizer: float
     ) -> DistillationOutput:
         """Return the sum over tokens divided by `normalizer` (see `denominator`).
 

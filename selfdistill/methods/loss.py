@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from selfdistill.model.heads import Head
 from selfdistill.model.layout import PromptGroup
+from selfdistill.model.lm_head import LMHead
 from selfdistill.model.scoring import ScoredTokens
 from selfdistill_kernels import DistillationOutput
 
@@ -22,7 +22,7 @@ class Loss(Protocol):
         ...
 
     def __call__(
-        self, scored: ScoredTokens, student: Head, teacher: Head, *, normalizer: float
+        self, scored: ScoredTokens, student: LMHead, teacher: LMHead, *, normalizer: float
     ) -> DistillationOutput:
         """Return the sum over tokens divided by `normalizer`.
 

@@ -27,7 +27,7 @@ class Method:
         loss: what is minimised on the completion tokens.
         contexts: says what the teacher sees with each of the judged rollouts.
         needs_context: True when a rollout without context teaches nothing and is left out; False
-            when the teacher (or the reference model) then sees what the student sees.
+            when the teacher (of GRPO: the base model) then sees what the student sees.
         critic: who writes the contexts, if somebody does.
     """
 

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from selfdistill.config import Config
+from selfdistill.config import RolloutConfig
 from selfdistill.errors import UserError
 from selfdistill.model.attention import enable_prefix_sharing, run_packed_row
-from selfdistill.model.heads import Head
 from selfdistill.model.layout import PromptGroup, pack_groups
+from selfdistill.model.lm_head import LMHead
 from selfdistill.model.weights import Student
 from selfdistill.rollout.engine import Rollout
 from selfdistill_kernels import fused_linear_logprobs
@@ -38,7 +38,7 @@ class EngineMismatchError(UserError):
 
 def check_agreement(
     model: nn.Module,
-    head: Head,
+    head: LMHead,
     prompts: Sequence[Sequence[int]],
     groups: Sequence[Sequence[Rollout]],
     *,
@@ -100,12 +100,14 @@ def check_agreement(
 
 
 def check_engine(
-    config: Config,
+    settings: RolloutConfig,
     step: int,
     student: Student,
-    head: Head,
+    head: LMHead,
     prompts: Sequence[Sequence[int]],
     groups: Sequence[Sequence[Rollout]],
+    *,
+    attention: str,
 ) -> float | None:
     """Compare the log-probs of an engine that has weights of its own with the student's.
 
@@ -117,7 +119,7 @@ def check_engine(
     Raises:
         EngineMismatchError: it is larger than the configured tolerance.
     """
-    engine = config.rollout.engine
+    engine = settings.engine
     if engine.name == "transformers" or step % engine.check_every != 0 or not groups:
         return None
     exact = engine.dtype == "float32" and student.dtype == torch.float32
@@ -126,7 +128,7 @@ def check_engine(
         head,
         prompts[:1],
         groups[:1],
-        temperature=config.rollout.temperature,
+        temperature=settings.temperature,
         tolerance=engine.tolerance or (1e-4 if exact else 1.0),
-        attention=config.attention,
+        attention=attention,
     )

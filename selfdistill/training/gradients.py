@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from selfdistill.methods.loss import Loss
-from selfdistill.model.heads import Head
 from selfdistill.model.layout import PromptGroup
+from selfdistill.model.lm_head import LMHead
 from selfdistill.model.scoring import ScoredTokens, score
 from selfdistill.model.sharding import is_sharded, shard
 from selfdistill.model.teacher import Teacher
@@ -30,7 +30,7 @@ class StudentLoss(nn.Module):
         student: gets the gradients.
         teacher: scores the same completions with more context; None for a method without one.
         loss: the method's loss.
-        heads: of the student and of the teacher.
+        lm_heads: of the student and of the teacher.
         attention: who computes it, see `selfdistill.model.attention.choose_backend`.
     """
 
@@ -40,7 +40,7 @@ class StudentLoss(nn.Module):
         teacher: Teacher | None,
         loss: Loss,
         *,
-        heads: tuple[Head, Head],
+        lm_heads: tuple[LMHead, LMHead],
         attention: str = "auto",
     ) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class StudentLoss(nn.Module):
         # A submodule, so that a teacher with weights of its own is sharded, too.
         self.teacher_model = None if teacher is None else teacher.model
         self.loss = loss
-        self.heads = heads
+        self.lm_heads = lm_heads
         self.attention = attention
 
     @property
@@ -73,7 +73,7 @@ class StudentLoss(nn.Module):
     ) -> tuple[torch.Tensor, ScoredTokens, DistillationOutput]:
         """Return the loss (a scalar, the sum over tokens / normalizer), its tokens, its figures."""
         scored = score(self.student, self.teacher, groups, attention=self.attention)
-        output = self.loss(scored, *self.heads, normalizer=normalizer)
+        output = self.loss(scored, *self.lm_heads, normalizer=normalizer)
         return output.loss, scored, output
 
 

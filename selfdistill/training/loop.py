@@ -18,7 +18,7 @@ from selfdistill.config import Config
 from selfdistill.errors import UserError
 from selfdistill.methods.build import build_method
 from selfdistill.model.attention import enable_prefix_sharing
-from selfdistill.model.heads import find_heads
+from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.randomness import enable_activation_checkpointing, refuse_random_passes
 from selfdistill.model.sharding import whole
 from selfdistill.model.teacher import build_teacher
@@ -124,9 +124,11 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
     base_sha256 = fingerprint(student)
     sharded = config.shard and ranks.size > 1
     teacher = build_teacher(config.method.teacher, student, own_frozen=sharded)
-    heads = find_heads(student, teacher)
+    lm_heads = find_lm_heads(student, teacher)
     method = build_method(config, solver.task)
-    objective = StudentLoss(student, teacher, method.loss, heads=heads, attention=config.attention)
+    objective = StudentLoss(
+        student, teacher, method.loss, lm_heads=lm_heads, attention=config.attention
+    )
     if sharded:
         solver = replace(solver, engine=build_engine(config, deepcopy(student), solver.tokenizer))
     if config.activation_checkpointing:
@@ -220,7 +222,15 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                     names=[f"step {step}, problem {problem.id!r}" for problem in asked],
                 )
             with clock("check"):
-                disagreement = check_engine(config, step, student, heads[0], prompts, groups)
+                disagreement = check_engine(
+                    config.rollout,
+                    step,
+                    student,
+                    lm_heads[0],
+                    prompts,
+                    groups,
+                    attention=config.attention,
+                )
             with clock("reward"):
                 attempts = judge(solver.task, asked, groups)
             with clock("critique"):

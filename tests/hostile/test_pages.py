@@ -24,7 +24,7 @@ from selfdistill.analysis.tokens import TokenAnalysis, analyze
 from selfdistill.config import Config
 from selfdistill.evaluation.tables import TextTable
 from selfdistill.methods.build import build_method
-from selfdistill.model.heads import find_heads
+from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.teacher import build_teacher
 from selfdistill.planning.dry_run import dry_run
 from selfdistill.progress import progress_bars
@@ -139,7 +139,7 @@ def test_an_analysis_says_whether_steps_were_judged(
         build_method(config, solver.task),
         attempts,
         [(0, 0)],
-        heads=find_heads(solver.model, teacher),
+        lm_heads=find_lm_heads(solver.model, teacher),
     )
     assert found.steps_judged is judged
 

@@ -27,8 +27,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from selfdistill.config import Config, LossConfig
 from selfdistill.methods.distillation import DistillationLoss
 from selfdistill.model.attention import UnsupportedModelError
-from selfdistill.model.heads import find_heads
 from selfdistill.model.layout import PromptGroup
+from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.randomness import (
     RandomModelError,
     check_not_random,
@@ -82,7 +82,7 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
 def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     teacher = LiveTeacher()
     loss = DistillationLoss(LossConfig())
-    objective = StudentLoss(model, teacher, loss, heads=find_heads(model, teacher))
+    objective = StudentLoss(model, teacher, loss, lm_heads=find_lm_heads(model, teacher))
     accumulate_gradients(objective, GROUPS, tokens_per_pass=10_000)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

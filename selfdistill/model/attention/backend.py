@@ -1,6 +1,6 @@
 """Who computes the scores of a prefix tree, and why.
 
-    loop   `scaled_dot_product_attention`, batch of segments after batch: any device, the reference
+    loop   `scaled_dot_product_attention`, batch of segments after batch: any device, the oracle
     flash  flash-attn's variable-length kernel: CUDA, 16 bits
     flex   FlexAttention, compiled for the row's mask: CUDA
 

@@ -1,9 +1,9 @@
-"""The reference backend: one `scaled_dot_product_attention` call for segments of similar shape.
+"""Runs anywhere: one `scaled_dot_product_attention` call for segments of similar shape.
 
-Runs on any device and in any dtype. Each segment attends the keys before it (borrowed prefix,
-trunk) and its own under a lower-right causal mask. Gathering those keys repeats the prefix for
-every branch, and their gradients are summed over the branches: the prefix is read once but trained
-by all.
+The other backends are held against this one. Each segment attends the keys before it (borrowed
+prefix, trunk) and its own under a lower-right causal mask. Gathering those keys repeats the prefix
+for every branch, and their gradients are summed over the branches: the prefix is read once but
+trained by all.
 """
 
 from __future__ import annotations

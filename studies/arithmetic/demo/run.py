@@ -33,7 +33,7 @@ from selfdistill.evaluation.intervals import Interval
 from selfdistill.evaluation.scores import Evaluation, avg_difference, summarize
 from selfdistill.evaluation.tables import evaluation_table, percent
 from selfdistill.methods.build import build_method
-from selfdistill.model.heads import find_heads
+from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.teacher import build_teacher
 from selfdistill.places import alone_in
 from selfdistill.progress import progress_bars
@@ -174,7 +174,7 @@ def held_out(name: str, config: Config, solver: Solver, console: Console) -> Hel
             build_method(config, solver.task),
             attempts,
             erroneous_attempts(attempts, limit=ANALYSED_ATTEMPTS, each=1, located=True),
-            heads=find_heads(solver.model, teacher),
+            lm_heads=find_lm_heads(solver.model, teacher),
         )
     analysis = {
         "localisation": asdict(localise(records)),

@@ -33,7 +33,7 @@ from selfdistill.errors import UserError
 from selfdistill.evaluation.intervals import Interval
 from selfdistill.evaluation.scores import Evaluation, summarize
 from selfdistill.methods.build import build_method
-from selfdistill.model.heads import find_heads
+from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.teacher import build_teacher
 from selfdistill.rollout.attempts import Attempts, judge
 from selfdistill.rollout.engine import SamplingParams
@@ -321,7 +321,7 @@ def _score_tokens(job: TokenScores, folder: Path) -> None:
             build_method(config, solver.task),
             attempts,
             erroneous_attempts(attempts, limit=job.test.problems * job.test.samples, located=True),
-            heads=find_heads(solver.model, teacher),
+            lm_heads=find_lm_heads(solver.model, teacher),
         )
         later = [r for r in records if not first_step_wrong(r)]
         if first_context is None:

@@ -12,7 +12,7 @@ from selfdistill.analysis.tokens import analyze, erroneous_attempts
 from selfdistill.config import Config
 from selfdistill.methods.build import build_method
 from selfdistill.methods.loss import Loss
-from selfdistill.model.heads import find_heads
+from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.teacher import LiveTeacher, build_teacher
 from selfdistill.prompts.context import ContextRenderer, TeacherContext
 from selfdistill.rollout.attempts import Attempts, judge
@@ -101,7 +101,7 @@ def test_figures_are_those_of_the_models_own_logits(
         method,
         attempts,
         chosen,
-        heads=find_heads(student, teacher),
+        lm_heads=find_lm_heads(student, teacher),
         batch_size=2,
     )
     assert [r.problem_id for r in records] == [problems[i].id for i, _ in chosen]
@@ -179,7 +179,7 @@ def test_contexts_see_the_whole_group(
         Peers(build_method(config, TASK).loss),
         judge(TASK, problems, groups),
         [(1, 1)],
-        heads=find_heads(student, LiveTeacher()),
+        lm_heads=find_lm_heads(student, LiveTeacher()),
         progress=seen.append,
     )
     assert record.response == groups[1][1].text

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 from rich.console import Console
 
@@ -43,3 +44,17 @@ def test_every_metric_stands_under_its_evaluation() -> None:
     for label, (before, after) in rows.items():
         (line,) = (line for line in text.splitlines() if label in line)
         assert line.index(before) < line.index(after)
+
+
+def test_what_was_not_judged_is_said_where_there_is_some() -> None:
+    def rows(**counts: int) -> str:
+        output = io.StringIO()
+        score = ProblemScore("p", 1, 1, True)
+        evaluation = Evaluation("test", 2, *[Interval(1, 1, 1)] * 4, 1.0, 9.0, (score,), **counts)
+        Console(file=output, width=80).print(evaluation_table({"a": evaluation}))
+        return output.getvalue()
+
+    assert "undecided" not in rows()
+    assert "left out" not in rows()
+    assert re.search(r"attempts undecided, count as wrong .* 3 ", rows(undecided=3))
+    assert re.search(r"problems left out, too long .* 4 ", rows(too_long=4))

@@ -13,8 +13,8 @@ from transformers import CohereConfig, CohereForCausalLM, LlamaForCausalLM, PreT
 
 from selfdistill.config import LossConfig
 from selfdistill.methods.distillation import DistillationLoss
-from selfdistill.model.heads import Head, UnsupportedHeadError, lm_head
 from selfdistill.model.layout import PromptGroup
+from selfdistill.model.lm_head import LMHead, UnsupportedHeadError, find_lm_head
 from selfdistill.model.scoring import ScoredTokens, score
 from selfdistill.model.teacher import BaseTeacher, LiveTeacher
 
@@ -55,7 +55,7 @@ def test_loss_and_gradient_equal_the_models_own_logits(
     exact = plain(*map(in_float64, (student, base)))
     loss = DistillationLoss(LossConfig(temperature=1.5))
     scored = score(student, BaseTeacher(base), ragged_groups)
-    output = loss(scored, lm_head(student), lm_head(base), normalizer=100)
+    output = loss(scored, find_lm_head(student), find_lm_head(base), normalizer=100)
     output.loss.backward()
     ours = output.loss.detach(), gradients(student)
     for name, *results in zip(("loss", "gradients"), ours, torchs, exact, strict=True):
@@ -82,16 +82,16 @@ def random_tokens(hidden: int) -> ScoredTokens:
     )
 
 
-def plain_head(weight: torch.Tensor) -> Head:
+def plain_head(weight: torch.Tensor) -> LMHead:
     layer = torch.nn.Linear(*weight.shape[::-1], bias=False)
     layer.weight = torch.nn.Parameter(weight, requires_grad=weight.requires_grad)
-    return Head(layer)
+    return LMHead(layer)
 
 
 DTYPES = (torch.float32, torch.float64)
 
 
-def forward_kl_of(scored: ScoredTokens, head: Head, dtype: torch.dtype) -> torch.Tensor:
+def forward_kl_of(scored: ScoredTokens, head: LMHead, dtype: torch.dtype) -> torch.Tensor:
     """Of each token, by plain torch."""
     weight = head.weight.detach().to(dtype)
     student, teacher = (
@@ -147,7 +147,7 @@ SKEW_REVERSE = {"name": "skew_reverse_kl"}
         ({}, {"top_k": {"k": 5}}),
         ({"top_k": {"k": 5}}, {"top_k": {"k": 5, "of": "teacher"}}),
         ({"top_k": {"k": 5}}, {"top_k": {"k": 5, "tail": False}}),
-        ({}, {"token_clip": 4.0}),
+        ({}, {"divergence_clip": 4.0}),
         ({}, {"importance_clip": 1.5}),
         ({"importance_clip": 1.5}, {"importance_clip": 0.5}),
     ],
@@ -241,14 +241,14 @@ def test_logit_scale_is_found() -> None:
         bos_token_id=1,
         eos_token_id=2,
     )
-    assert lm_head(CohereForCausalLM(config)).logit_scale == 0.25
+    assert find_lm_head(CohereForCausalLM(config)).logit_scale == 0.25
 
 
 def test_a_head_that_does_more_is_refused(make_model: Callable[..., LlamaForCausalLM]) -> None:
     model = make_model()
     model.lm_head.register_forward_hook(lambda module, args, logits: logits**3)
     with pytest.raises(UnsupportedHeadError, match=r"LlamaForCausalLM.*soft cap alone"):
-        lm_head(model)
+        find_lm_head(model)
 
 
 def test_live_teacher_with_equal_prompts_has_nothing_to_teach(
@@ -260,7 +260,7 @@ def test_live_teacher_with_equal_prompts_has_nothing_to_teach(
         for g in ragged_groups
     ]
     scored = score(student, LiveTeacher(), groups)
-    head = lm_head(student)
+    head = find_lm_head(student)
     output = DistillationLoss(LossConfig())(scored, head, head, normalizer=1.0)
     # Both passes compute the same logits, packed differently: up to 1e-5, of order 10 in float32. A
     # divergence goes with the square of that, and the loss is its sum over 33 tokens.

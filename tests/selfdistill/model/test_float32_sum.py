@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from selfdistill.config import LossConfig
 from selfdistill.methods.distillation import DistillationLoss
 from selfdistill.model.float32_sum import select_rows, sum_embedding_gradients_in_float32
-from selfdistill.model.heads import find_heads
 from selfdistill.model.layout import PromptGroup
+from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.teacher import BaseTeacher
 from selfdistill.model.weights import TrainedWeights
 from selfdistill.training.gradients import StudentLoss, accumulate_gradients
@@ -101,7 +101,7 @@ def train_once(model: PreTrainedModel, teacher: PreTrainedModel) -> torch.Tensor
     weights = TrainedWeights(model)
     strategy = BaseTeacher(teacher)
     loss = DistillationLoss(LossConfig())
-    objective = StudentLoss(model, strategy, loss, heads=find_heads(model, strategy))
+    objective = StudentLoss(model, strategy, loss, lm_heads=find_lm_heads(model, strategy))
     rollouts = [[TOKEN] * (OCCURRENCES // 8) + [5]] * 8
     group = PromptGroup([3, 4], [[3, 4, 6]] * 8, rollouts)
     accumulate_gradients(objective, [group], tokens_per_pass=100_000)

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from selfdistill.config import AdapterConfig, Config, LossConfig
 from selfdistill.methods.distillation import DistillationLoss
-from selfdistill.model.heads import find_heads
 from selfdistill.model.layout import PromptGroup
+from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.randomness import enable_activation_checkpointing
 from selfdistill.model.scoring import score
 from selfdistill.model.teacher import BaseTeacher, EmaTeacher, LiveTeacher, Teacher
@@ -55,7 +55,7 @@ def gradients(
             student,
             teacher,
             DistillationLoss(LossConfig()),
-            heads=find_heads(student, teacher),
+            lm_heads=find_lm_heads(student, teacher),
         ),
         groups,
         tokens_per_pass=tokens_per_pass,
@@ -149,7 +149,7 @@ def test_the_base_model_and_the_student_with_adapters_share_one_head(
 ) -> None:
     student = with_adapter(tiny_model("llama"))
     for teacher in (BaseTeacher(), LiveTeacher(), EmaTeacher(student, decay=0.5)):
-        own, theirs = find_heads(student, teacher)
+        own, theirs = find_lm_heads(student, teacher)
         assert own.weight is theirs.weight
 
 
@@ -322,7 +322,7 @@ def test_an_ema_teacher_scores_with_the_average(
     )
     live = score(student, LiveTeacher(), ragged_groups)
     assert (scored.teacher_hidden - live.teacher_hidden).abs().max() > 1e-3
-    _, head = find_heads(student, teacher)
+    _, head = find_lm_heads(student, teacher)
     # Three times two products and a sum, each rounded by 6e-8.
     torch.testing.assert_close(
         head.weight, average.get_output_embeddings().weight, rtol=1e-6, atol=1e-6

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from selfdistill.model.heads import lm_head
+from selfdistill.model.lm_head import find_lm_head
 from selfdistill.rollout.engine import SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.training.agreement import EngineMismatchError, check_agreement
@@ -25,7 +25,7 @@ def model(make_model: ModelFactory) -> LlamaForCausalLM:
 def test_fresh_rollouts_agree_and_changed_weights_do_not(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, temperature: float
 ) -> None:
-    head = lm_head(model)
+    head = find_lm_head(model)
     params = SamplingParams(temperature=temperature, max_new_tokens=20, seed=1)
     groups = TransformersEngine(model, tokenizer).generate(PROMPTS, group_size=3, params=params)
 
@@ -55,4 +55,6 @@ def test_the_worst_token_is_named(
         logprobs = [*rollout.logprobs[:1], wrong, *rollout.logprobs[2:]]
         groups[1][0] = replace(rollout, logprobs=logprobs)
         with pytest.raises(EngineMismatchError, match="token 1 of rollout 2"):
-            check_agreement(model, lm_head(model), PROMPTS, groups, temperature=1.0, tolerance=1e-4)
+            check_agreement(
+                model, find_lm_head(model), PROMPTS, groups, temperature=1.0, tolerance=1e-4
+            )

@@ -14,8 +14,8 @@ from transformers import LlamaForCausalLM
 
 from selfdistill.config import LossConfig
 from selfdistill.methods.distillation import DistillationLoss
-from selfdistill.model.heads import find_heads
 from selfdistill.model.layout import PromptGroup
+from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.teacher import BaseTeacher
 from selfdistill.training.gradients import StudentLoss, Totals, accumulate_gradients
 
@@ -49,7 +49,7 @@ def test_accumulated_gradients_equal_the_whole_batch(
         teacher = BaseTeacher(copy.deepcopy(student))
         totals = accumulate_gradients(
             StudentLoss(
-                student, teacher, DistillationLoss(config), heads=find_heads(student, teacher)
+                student, teacher, DistillationLoss(config), lm_heads=find_lm_heads(student, teacher)
             ),
             groups,
             tokens_per_pass=tokens_per_pass,

@@ -418,7 +418,7 @@ def test_another_adapter_is_refused(solver_dir: Path, tmp_path: Path) -> None:
         {"method": refsol(loss={"temperature": 1.5})},
         {"method": refsol(loss={"reduction": "sequence_mean"})},
         {"method": refsol(loss={"top_k": {"k": 4}})},
-        {"method": refsol(loss={"token_clip": 1e-4})},
+        {"method": refsol(loss={"divergence_clip": 1e-4})},
         {"method": refsol(loss={"importance_clip": 0.5})},
         {"method": refsol(loss={"stop_after_first_wrong_step": True})},
         {"method": stepalign(critic={"name": "scribe", "copying": "full_repetition"})},

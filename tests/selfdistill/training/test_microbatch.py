@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from selfdistill.config import LossConfig
 from selfdistill.methods.distillation import DistillationLoss
-from selfdistill.model.heads import find_heads
 from selfdistill.model.layout import PromptGroup, pack_groups
+from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.teacher import LiveTeacher
 from selfdistill.training.gradients import StudentLoss, accumulate_gradients
 from selfdistill.training.microbatch import split_by_tokens
@@ -76,7 +76,7 @@ def test_memory_follows_the_budget(tiny_model: Callable[..., PreTrainedModel]) -
                     student,
                     LiveTeacher(),
                     DistillationLoss(LossConfig()),
-                    heads=find_heads(student, LiveTeacher()),
+                    lm_heads=find_lm_heads(student, LiveTeacher()),
                 ),
                 groups,
                 tokens_per_pass=share_of_all * one,

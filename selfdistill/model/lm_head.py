@@ -14,7 +14,7 @@ from selfdistill.model.teacher import Teacher
 
 
 @dataclass(frozen=True)
-class Head:
+class LMHead:
     """How a model turns hidden states into logits: cap(scale * (h W^T + b)).
 
     Attributes:
@@ -42,7 +42,7 @@ class UnsupportedHeadError(UserError):
     """The model makes its logits in a way that the fused loss does not know."""
 
 
-def lm_head(model: torch.nn.Module) -> Head:
+def find_lm_head(model: torch.nn.Module) -> LMHead:
     """Find a model's head and make sure that it is all there is between hidden states and logits.
 
     Raises:
@@ -51,7 +51,7 @@ def lm_head(model: torch.nn.Module) -> Head:
     base = base_causal_lm(model)
     layer = base.get_output_embeddings()
     config = base.get_decoder().config
-    head = Head(
+    head = LMHead(
         layer=layer,
         softcap=getattr(config, "final_logit_softcapping", None),
         logit_scale=_logit_scale(config),
@@ -73,16 +73,16 @@ def lm_head(model: torch.nn.Module) -> Head:
     return head
 
 
-def find_heads(student: torch.nn.Module, teacher: Teacher | None) -> tuple[Head, Head]:
+def find_lm_heads(student: torch.nn.Module, teacher: Teacher | None) -> tuple[LMHead, LMHead]:
     """Return the heads of the student and of its teacher; without a teacher twice the student's.
 
     The weights of both change in place as training goes on.
     """
-    own = lm_head(student)
+    own = find_lm_head(student)
     if teacher is None:
         return own, own
     with teacher.weights(student) as teacher_model:
-        return own, lm_head(teacher_model)
+        return own, find_lm_head(teacher_model)
 
 
 def _logit_scale(config: object) -> float:
