@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 BOOTSTRAP_RESAMPLES = 10_000
+# Of the resampling: the same scores have the same interval.
+SEED = 0
 
 # Problems below which a bootstrap is not trusted alone.
 FEW = 30
@@ -42,15 +44,12 @@ class Interval:
     high: float
 
 
-def bootstrap(
-    values: Sequence[float], *, bounds: Bounds | None = SHARES, seed: int = 0
-) -> Interval:
+def bootstrap(values: Sequence[float], *, bounds: Bounds | None = SHARES) -> Interval:
     """The mean and its 95 % percentile interval, problems resampled with replacement.
 
     Args:
         values: of each problem.
         bounds: between which they lie; see `widen`.
-        seed: of the resampling.
 
     Raises:
         ValueError: no values.
@@ -58,7 +57,7 @@ def bootstrap(
     if not len(values):
         raise ValueError("values must hold at least one problem's score, got none")
     data: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(0, len(data), (BOOTSTRAP_RESAMPLES, len(data)))
+    picks = np.random.default_rng(SEED).integers(0, len(data), (BOOTSTRAP_RESAMPLES, len(data)))
     low, high = np.quantile(data[picks].mean(axis=1), [_TAIL, 1 - _TAIL])
     drawn = Interval(float(data.mean()), float(low), float(high))
     return widen(drawn, error=standard_error(data), count=len(data), bounds=bounds)

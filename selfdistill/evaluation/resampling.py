@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from selfdistill.evaluation.intervals import (
     BOOTSTRAP_RESAMPLES,
+    SEED,
     SHARES,
     Bounds,
     Interval,
@@ -19,9 +20,7 @@ from selfdistill.evaluation.intervals import (
 _LEVELS = (0.025, 0.975)
 
 
-def ratio_intervals(
-    numerators: ArrayLike, denominators: ArrayLike, *, seed: int = 0
-) -> list[Interval | None]:
+def ratio_intervals(numerators: ArrayLike, denominators: ArrayLike) -> list[Interval | None]:
     """Return sum / sum of every column with its 95 % interval, rows resampled with replacement.
 
     A row holds the sums over what belongs together (the attempts at one problem), so that tokens
@@ -31,7 +30,6 @@ def ratio_intervals(
     Args:
         numerators: [rows, columns].
         denominators: [rows, columns], not negative.
-        seed: of the bootstrap.
 
     Returns:
         One interval per column; None where the denominators add up to 0.
@@ -48,7 +46,7 @@ def ratio_intervals(
         )
     if not len(top):
         return [None] * top.shape[1]
-    ratios = _resampled_ratios(top, bottom, seed=seed)
+    ratios = _resampled_ratios(top, bottom)
     intervals: list[Interval | None] = []
     for column, (numerator, denominator) in enumerate(zip(top.sum(0), bottom.sum(0), strict=True)):
         if not denominator:
@@ -60,9 +58,7 @@ def ratio_intervals(
     return intervals
 
 
-def quotient_interval(
-    numerators: ArrayLike, denominators: ArrayLike, *, seed: int = 0
-) -> Interval | None:
+def quotient_interval(numerators: ArrayLike, denominators: ArrayLike) -> Interval | None:
     """Return how many times the ratio of the second column that of the first is, rows resampled.
 
     Both columns see the same resamples: what makes a row extreme in both does not widen the
@@ -71,7 +67,6 @@ def quotient_interval(
     Args:
         numerators: [rows, 2], not negative.
         denominators: [rows, 2], not negative.
-        seed: of the bootstrap.
 
     Returns:
         None where either ratio, or its quotient, does not exist.
@@ -86,10 +81,10 @@ def quotient_interval(
             f"numerators and denominators must both be [rows, 2], got {top.shape} and "
             f"{bottom.shape}"
         )
-    first, second = ratio_intervals(top, bottom, seed=seed)
+    first, second = ratio_intervals(top, bottom)
     if first is None or second is None or not first.value:
         return None
-    ratios = _resampled_ratios(top, bottom, seed=seed)
+    ratios = _resampled_ratios(top, bottom)
     with np.errstate(invalid="ignore", divide="ignore"):
         quotients = ratios[:, 1] / ratios[:, 0]
         low, high = np.nanquantile(quotients, _LEVELS)
@@ -98,25 +93,24 @@ def quotient_interval(
     return Interval(second.value / first.value, float(low), float(high))
 
 
-def share_interval(numerators: ArrayLike, denominators: ArrayLike, *, seed: int = 0) -> Interval:
+def share_interval(numerators: ArrayLike, denominators: ArrayLike) -> Interval:
     """Return sum / sum of what is part of something, such as right attempts of all attempts.
 
     Args:
         numerators, denominators: [problems]; the first are at most the second.
-        seed: of the bootstrap.
 
     Raises:
         ValueError: the denominators add up to 0.
     """
     part, whole = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
-    (found,) = ratio_intervals(part[:, None], whole[:, None], seed=seed)
+    (found,) = ratio_intervals(part[:, None], whole[:, None])
     if found is None:
         raise ValueError("denominators must not add up to 0")
     deviations = (part - found.value * whole) / whole.mean()
     return widen(found, error=standard_error(deviations), count=len(part), bounds=SHARES)
 
 
-def crossed_mean(scores: ArrayLike, *, bounds: Bounds | None = SHARES, seed: int = 0) -> Interval:
+def crossed_mean(scores: ArrayLike, *, bounds: Bounds | None = SHARES) -> Interval:
     """Return the mean of scores [seeds, problems], both resampled with replacement.
 
     With one seed this is `intervals.bootstrap` over the problems.
@@ -124,13 +118,12 @@ def crossed_mean(scores: ArrayLike, *, bounds: Bounds | None = SHARES, seed: int
     Args:
         scores: [seeds, problems].
         bounds: between which they lie; see `intervals.widen`.
-        seed: of the bootstrap.
 
     Raises:
         ValueError: no scores, or not [seeds, problems].
     """
     data = _matrix("scores", scores)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     problems = _weights(data.shape[1], rng)
     means = ((_weights(data.shape[0], rng) @ data) * problems).sum(1) / data.size
     low, high = np.quantile(means, _LEVELS)
@@ -140,7 +133,7 @@ def crossed_mean(scores: ArrayLike, *, bounds: Bounds | None = SHARES, seed: int
 
 
 def crossed_difference(
-    first: ArrayLike, second: ArrayLike, *, bounds: Bounds | None = SHARES, seed: int = 0
+    first: ArrayLike, second: ArrayLike, *, bounds: Bounds | None = SHARES
 ) -> Interval:
     """Return mean(second) - mean(first), paired by problem, with its 95 % interval.
 
@@ -148,7 +141,6 @@ def crossed_difference(
         first, second: scores [seeds, problems] of the same problems in the same order; the number
             of seeds may differ. Problems are resampled together, the seeds of each side alone.
         bounds: between which the scores lie; see `intervals.widen`.
-        seed: of the bootstrap.
 
     Raises:
         ValueError: no scores, not [seeds, problems], or different numbers of problems.
@@ -159,7 +151,7 @@ def crossed_difference(
             f"first and second must be scores of the same problems, got {a.shape[1]} and "
             f"{b.shape[1]} problems"
         )
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     problems = _weights(a.shape[1], rng)
     per_problem = _weights(len(b), rng) @ b / len(b) - _weights(len(a), rng) @ a / len(
         a
@@ -175,11 +167,9 @@ def crossed_difference(
     )
 
 
-def _resampled_ratios(
-    top: NDArray[np.float64], bottom: NDArray[np.float64], *, seed: int
-) -> NDArray[np.float64]:
+def _resampled_ratios(top: NDArray[np.float64], bottom: NDArray[np.float64]) -> NDArray[np.float64]:
     """The ratio of every column in every resample, [resamples, columns]; nan for 0 / 0."""
-    weights = _weights(len(top), np.random.default_rng(seed))
+    weights = _weights(len(top), np.random.default_rng(SEED))
     with np.errstate(invalid="ignore"):
         return (weights @ top) / (weights @ bottom)
 

@@ -76,7 +76,7 @@ class Evaluation:
 
 
 def summarize(
-    attempts: Sequence[Attempts], task: Task, *, split: str, seed: int = 0, too_long: int = 0
+    attempts: Sequence[Attempts], task: Task, *, split: str, too_long: int = 0
 ) -> Evaluation:
     """Turn judged attempts into an evaluation.
 
@@ -84,7 +84,6 @@ def summarize(
         attempts: the same number of attempts for every problem, at least one problem.
         task: says which answers agree.
         split: the name the result carries.
-        seed: of the bootstrap.
         too_long: problems that were left out.
 
     Raises:
@@ -110,10 +109,10 @@ def summarize(
     return Evaluation(
         split=split,
         samples=samples,
-        pass_at_k=bootstrap([pass_at_k(samples, s.correct, samples) for s in scores], seed=seed),
-        maj_at_k=bootstrap([float(s.majority) for s in scores], seed=seed),
-        avg_at_k=bootstrap([s.correct / samples for s in scores], seed=seed),
-        strict_avg_at_k=bootstrap([s.strict / samples for s in scores], seed=seed),
+        pass_at_k=bootstrap([pass_at_k(samples, s.correct, samples) for s in scores]),
+        maj_at_k=bootstrap([float(s.majority) for s in scores]),
+        avg_at_k=bootstrap([s.correct / samples for s in scores]),
+        strict_avg_at_k=bootstrap([s.strict / samples for s in scores]),
         finished=sum(r.finished for r in rollouts) / len(rollouts),
         mean_tokens=sum(len(r.token_ids) for r in rollouts) / len(rollouts),
         problems=scores,
@@ -145,7 +144,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def avg_difference(before: Evaluation, after: Evaluation, *, seed: int = 0) -> Interval:
+def avg_difference(before: Evaluation, after: Evaluation) -> Interval:
     """How much Avg@k rose, paired by problem: an interval above 0 is a rise beyond chance.
 
     Raises:
@@ -164,5 +163,4 @@ def avg_difference(before: Evaluation, after: Evaluation, *, seed: int = 0) -> I
             for old, new in zip(before.problems, after.problems, strict=True)
         ],
         bounds=(-1.0, 1.0),
-        seed=seed,
     )

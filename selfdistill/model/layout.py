@@ -142,12 +142,11 @@ class PackedRow:
 
 @dataclass(frozen=True)
 class PackingStatistics:
-    """Tokens that go through the model, both roles together; the packed row against two usual ways.
+    """Tokens that go through the model, both roles together.
 
     Attributes:
         packed_tokens: in the two packed rows.
         unshared_tokens: every rollout a row of its own, no padding.
-        padded_tokens: the same rows padded to the longest of their role in this pack.
 
     A row's last token predicts nothing and is counted nowhere. The saving depends on the lengths:
     large for long prompts with short responses, small for long responses.
@@ -155,25 +154,6 @@ class PackingStatistics:
 
     packed_tokens: int
     unshared_tokens: int
-    padded_tokens: int
-
-    def __add__(self, other: PackingStatistics) -> PackingStatistics:
-        """Return the totals of two packs."""
-        return PackingStatistics(
-            self.packed_tokens + other.packed_tokens,
-            self.unshared_tokens + other.unshared_tokens,
-            self.padded_tokens + other.padded_tokens,
-        )
-
-    @property
-    def saved_by_sharing(self) -> float:
-        """Share of the tokens (0 to 1) that prefix sharing alone saves, padding aside."""
-        return 1.0 - self.packed_tokens / self.unshared_tokens
-
-    @property
-    def saved(self) -> float:
-        """Share of the tokens (0 to 1) saved against the padded two-pass step."""
-        return 1.0 - self.packed_tokens / self.padded_tokens
 
 
 @dataclass(frozen=True)
@@ -318,13 +298,10 @@ class _RowBuilder:
 def _statistics(
     groups: Sequence[PromptGroup], packed_tokens: int, *, with_teacher: bool
 ) -> PackingStatistics:
-    student, teacher = [], []
+    unshared = 0
     for group in groups:
         for prompt, completion in zip(group.teacher_prompts, group.completions, strict=True):
-            student.append(len(group.student_prompt) + len(completion) - 1)
-            teacher.append(len(prompt) + len(completion) - 1 if with_teacher else 0)
-    return PackingStatistics(
-        packed_tokens=packed_tokens,
-        unshared_tokens=sum(student) + sum(teacher),
-        padded_tokens=len(student) * (max(student) + max(teacher)),
-    )
+            unshared += len(group.student_prompt) + len(completion) - 1
+            if with_teacher:
+                unshared += len(prompt) + len(completion) - 1
+    return PackingStatistics(packed_tokens=packed_tokens, unshared_tokens=unshared)
