@@ -251,8 +251,7 @@ def demo(
 ) -> None:
     """Watch a small solver improve itself in a few minutes, and open the report.
 
-    Runs studies/arithmetic on examples/arithmetic, of the clone that holds this package or of the
-    working directory.
+    Runs studies/arithmetic of the clone that holds this package, else of the working directory.
     """
     from selfdistill.checkout import EXAMPLE, find_checkout, load_study
     from selfdistill.config import load_config
@@ -284,8 +283,7 @@ def reproduce(
 ) -> None:
     """Ask the paper's question in miniature: GRPO, RefSol and StepAlignFB; about an hour.
 
-    Runs studies/arithmetic on examples/arithmetic, of the clone that holds this package or of the
-    working directory.
+    Runs studies/arithmetic of the clone that holds this package, else of the working directory.
     """
     from selfdistill.checkout import EXAMPLE, find_checkout, load_study
 
