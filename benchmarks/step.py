@@ -5,7 +5,7 @@ over all completion tokens, whole vocabulary:
 
     naive    every rollout a padded row of its own for each role; our fused loss
     shared   one packed row for each role, the prefix read once and lent to the teacher; our fused
-             loss: `selfdistill.scoring.score`
+             loss: `selfdistill.model.scoring.score`
     trl      TRL's own SDPO step: `SDPOTrainer.compute_loss` with full logits and a live teacher, on
              a batch made here (its trainer's rollouts, rewards and data loading take no part)
 """
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
-from selfdistill.layout import PackedRow, PromptGroup, pack_groups
-from selfdistill.scoring import score
-from selfdistill.teacher import LiveTeacher
+from selfdistill.model.layout import PackedRow, PromptGroup, pack_groups
+from selfdistill.model.scoring import score
+from selfdistill.model.teacher import LiveTeacher
 from selfdistill_kernels import fused_linear_distillation
 
 # What follows the context in the teacher's prompt and the question in the student's: the end of the

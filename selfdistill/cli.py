@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from selfdistill.errors import UserError
 from selfdistill.visible import say, visible
 
 app = typer.Typer(
@@ -43,11 +44,11 @@ def train(
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     settings = load_config(config)
     if dry_run:
-        from selfdistill.dry_run import dry_run as show_plan
+        from selfdistill.planning.dry_run import dry_run as show_plan
 
         show_plan(settings, console)
         return
-    from selfdistill.train import train as run_training
+    from selfdistill.training.loop import train as run_training
 
     result = run_training(settings, resume=resume, console=console)
     if result.interrupted:
@@ -81,13 +82,13 @@ def evaluate(
 ) -> None:
     """Measure Pass@k, Maj@k and Avg@k with 95 % intervals."""
     from selfdistill.config import Config, load_config
-    from selfdistill.evaluate import summarize
+    from selfdistill.evaluation.scores import summarize
+    from selfdistill.evaluation.tables import evaluation_table
     from selfdistill.places import try_files
     from selfdistill.progress import progress_bars
     from selfdistill.runlog import write_atomically
     from selfdistill.seeds import derive_seed
-    from selfdistill.solver import load_solver
-    from selfdistill.tables import evaluation_table
+    from selfdistill.training.solver import load_solver
 
     if output is not None:
         try_files([output], overwrite=overwrite)
@@ -182,10 +183,14 @@ def analyze(
     overwrite: Overwrite = False,
 ) -> None:
     """Show where the teacher disagrees with attempts, by method, and what masks would keep."""
-    from selfdistill.analysis_tables import analysis_tables, missing_note, summary_line
-    from selfdistill.analyze import analyze_run
+    from selfdistill.analysis.report.analysis_page import FILES, write_analysis
+    from selfdistill.analysis.report.analysis_tables import (
+        analysis_tables,
+        missing_note,
+        summary_line,
+    )
+    from selfdistill.analysis.run import analyze_run
     from selfdistill.places import try_files
-    from selfdistill.report.analysis import FILES, write_analysis
 
     folder = output or run / f"analysis-{checkpoint}"
     try_files([folder / name for name in FILES], overwrite=overwrite)
@@ -217,11 +222,11 @@ def compare(
     overwrite: Overwrite = False,
 ) -> None:
     """Put runs beside each other: curves, final accuracy, paired differences, on one page."""
-    from selfdistill.compare import compare as compare_runs
-    from selfdistill.compare import read_run_curve
-    from selfdistill.comparison_tables import difference_table, final_table
+    from selfdistill.analysis.comparison import compare as compare_runs
+    from selfdistill.analysis.comparison import read_run_curve
+    from selfdistill.analysis.report.comparison_page import FILES, write_comparison
+    from selfdistill.analysis.report.comparison_tables import difference_table, final_table
     from selfdistill.places import try_files
-    from selfdistill.report.compare import FILES, write_comparison
 
     try_files([output / name for name in FILES], overwrite=overwrite)
     console = Console()
@@ -244,12 +249,17 @@ def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
     seed: Annotated[int, typer.Option(help="Of training; the demo's own is 0.")] = 0,
 ) -> None:
-    """Watch a small solver improve itself in a few minutes, and open the report."""
-    from selfdistill.config import load_config
-    from selfdistill.demo import demo as run_demo
+    """Watch a small solver improve itself in a few minutes, and open the report.
 
-    settings = load_config(demo_config()).model_copy(update={"output_dir": output, "seed": seed})
-    if run_demo(settings, fresh=fresh) is None:
+    Runs studies/arithmetic of the clone that holds this package, else of the working directory.
+    """
+    from selfdistill.checkout import EXAMPLE, find_checkout, load_study
+    from selfdistill.config import load_config
+
+    run = load_study("demo.run")
+    settings = load_config(find_checkout() / EXAMPLE / "demo.yaml")
+    settings = settings.model_copy(update={"output_dir": output, "seed": seed})
+    if run.demo(settings, fresh=fresh) is None:
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
@@ -271,16 +281,18 @@ def reproduce(
         str | None, typer.Option(help="Studies: main,copy,difficulty,wording; all by default.")
     ] = None,
 ) -> None:
-    """Ask the paper's question in miniature: GRPO, RefSol and StepAlignFB; about an hour."""
-    from selfdistill.config import load_config
-    from selfdistill.reproduce import reproduce as run_reproduction
-    from selfdistill.reproduce.plan import FULL, QUICK, parse_studies
+    """Ask the paper's question in miniature: GRPO, RefSol and StepAlignFB; about an hour.
 
+    Runs studies/arithmetic of the clone that holds this package, else of the working directory.
+    """
+    from selfdistill.checkout import EXAMPLE, find_checkout, load_study
+
+    arms, jobs_of, run = map(load_study, ("reproduce.arms", "reproduce.job_list", "reproduce.run"))
     output = output or Path("runs/reproduce-quick" if quick else "runs/reproduce")
-    finished = run_reproduction(
-        load_config(demo_config()).model,
-        QUICK if quick else FULL,
-        parse_studies(only),
+    finished = run.reproduce(
+        str(find_checkout() / EXAMPLE / "solver"),
+        arms.QUICK if quick else arms.FULL,
+        jobs_of.parse_studies(only),
         output=output,
         results=results or (output / "results" if quick else Path("docs/results")),
         workers=jobs,
@@ -310,7 +322,7 @@ def doctor(
     """Say what is installed, what is missing and what would run for a shape."""
     import torch
 
-    from selfdistill.attention.backend import describe
+    from selfdistill.model.attention.backend import describe
     from selfdistill_kernels.doctor import DTYPES, run
 
     status = run(
@@ -329,83 +341,11 @@ def doctor(
     raise typer.Exit(status)
 
 
-def demo_config() -> Path:
-    """Find the demo's configuration and make sure that its solver is there.
-
-    Raises:
-        FileNotFoundError: the repository's examples are not at hand.
-    """
-    repository = Path(__file__).resolve().parents[1]
-    for folder in (repository, Path.cwd()):
-        path = folder / "examples" / "arithmetic" / "demo.yaml"
-        if path.is_file() and (path.parent / "solver" / "config.json").is_file():
-            return path
-    raise FileNotFoundError(
-        "examples/arithmetic/demo.yaml and examples/arithmetic/solver/ are neither in "
-        f"{repository} nor in the working directory. They come with the repository, not with the "
-        "installed package: run the demo in a clone of it."
-    )
-
-
 def main() -> None:
     """Run the command line; what a user can mend ends in one message, without a traceback."""
     try:
         app()
-    except Exception as error:
-        # Imported late, so that --help need not wait for torch.
-        from selfdistill.attention import UnavailableBackendError, UnsupportedModelError
-        from selfdistill.chat import ControlTokenError
-        from selfdistill.compare import NotARunError
-        from selfdistill.config import ConfigError
-        from selfdistill.context import PromptTooLongError
-        from selfdistill.distributed import RankFailedError
-        from selfdistill.empty_steps import NothingLearnedError
-        from selfdistill.filtering import FilterExistsError
-        from selfdistill.methods.loss import UnsupportedHeadError
-        from selfdistill.model_folder import UnusableModelError
-        from selfdistill.places import PlaceTakenError
-        from selfdistill.reproduce.jobs import PlanChangedError
-        from selfdistill.reproduce.plan import UnknownStudyError
-        from selfdistill.reproduce.schedule import WorkerLostError
-        from selfdistill.rollout import EngineError
-        from selfdistill.rollout.agreement import EngineMismatchError
-        from selfdistill.run_folder import RunExistsError
-        from selfdistill.runlog import LogError
-        from selfdistill.sharding import UnshardableModelError
-        from selfdistill.state_file import CheckpointError
-        from selfdistill.tasks import TaskError
-        from selfdistill.train import DivergedError
-        from selfdistill.weights import UnsupportedAdapterError
-
-        known = (
-            CheckpointError,
-            ConfigError,
-            ControlTokenError,
-            DivergedError,
-            EngineError,
-            EngineMismatchError,
-            FilterExistsError,
-            LogError,
-            NotARunError,
-            NothingLearnedError,
-            OSError,
-            PlaceTakenError,
-            PlanChangedError,
-            PromptTooLongError,
-            RankFailedError,
-            RunExistsError,
-            TaskError,
-            UnavailableBackendError,
-            UnsupportedAdapterError,
-            UnknownStudyError,
-            UnshardableModelError,
-            UnsupportedHeadError,
-            UnsupportedModelError,
-            UnusableModelError,
-            WorkerLostError,
-        )
-        if not isinstance(error, known):
-            raise
+    except (UserError, OSError) as error:
         line = Text.assemble(("error:", "red"), f" {visible(str(error))}")
         Console(stderr=True).print(line, soft_wrap=True)
         sys.exit(1)

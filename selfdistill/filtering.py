@@ -20,15 +20,16 @@ from rich.console import Console
 from rich.table import Table
 
 from selfdistill.config import Config, ConfigError
-from selfdistill.critic import Critic
-from selfdistill.evaluate import Attempts, sample_attempts
-from selfdistill.methods import StepAlign, build_method
+from selfdistill.critic.interface import Critic
+from selfdistill.errors import UserError
+from selfdistill.methods.build import build_method
 from selfdistill.places import alone_in
 from selfdistill.progress import progress_bars
-from selfdistill.rollout import SamplingParams
+from selfdistill.rollout.attempts import Attempts, sample_attempts
+from selfdistill.rollout.engine import SamplingParams
 from selfdistill.runlog import JsonLines, write_atomically
-from selfdistill.solver import Solver, load_solver, recorded_date, with_date
-from selfdistill.tasks import SPLITS, Problem, Task, TaskError, check_all
+from selfdistill.tasks.interface import SPLITS, Problem, Task, TaskError, check_all
+from selfdistill.training.solver import Solver, load_solver, recorded_date, with_date
 
 # Problems between two writes of the journal: what a kill can cost.
 PORTION = 16
@@ -36,7 +37,7 @@ PORTION = 16
 Outcome = Literal["kept", "too_easy", "critic_failed"]
 
 
-class FilterExistsError(RuntimeError):
+class FilterExistsError(UserError):
     """The output or its journal is not this filter's."""
 
 
@@ -220,13 +221,13 @@ def _resume(journal: JsonLines, identity: dict[str, Any]) -> list[Examined]:
 
 
 def _critic(config: Config, task: Task) -> Critic:
-    method = build_method(config, task)
-    if not isinstance(method, StepAlign):
+    critic = build_method(config, task).critic
+    if critic is None:
         raise ConfigError(
             f"method: the filter asks the critic, and {config.method.name} has none: filter with "
             "method stepalign, then train with any"
         )
-    return method.critic
+    return critic
 
 
 def _problems(task: Task, settings: FilterSettings) -> list[tuple[str, Problem]]:

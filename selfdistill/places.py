@@ -9,10 +9,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from selfdistill.errors import UserError
+
 LOCK = ".lock"
 
 
-class PlaceTakenError(RuntimeError):
+class PlaceTakenError(UserError):
     """A file or a folder that somebody else uses, or that already holds something."""
 
 

@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from selfdistill.errors import UserError
 
-class LogError(ValueError):
+
+class LogError(UserError):
     """A log that holds something else than records; the message names file and line."""
 
 

@@ -82,9 +82,11 @@ TESTS = (
     *(
         f"tests/selfdistill/{name}"
         for name in (
-            "attention/test_backends.py", "attention/test_tree.py", "methods", "rollout",
-            "test_analysis.py", "test_distributed.py", "test_gradients.py", "test_scoring.py",
-            "test_sharding.py", "test_teacher.py", "test_weights.py",
+            "analysis/test_tokens.py", "methods", "model/attention/test_backends.py",
+            "model/attention/test_tree.py", "model/test_scoring.py", "model/test_sharding.py",
+            "model/test_teacher.py", "model/test_weights.py", "rollout",
+            "training/test_agreement.py", "training/test_distributed.py",
+            "training/test_gradients.py",
         )
     ),
     "tests/benchmarks/test_peers.py",

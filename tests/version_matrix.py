@@ -77,9 +77,8 @@ ROWS = {
 # Title -> pytest's arguments, and the environment's. Left out is what hangs on the machine or on
 # the problem rather than on versions, and what compares with packages that requirements.txt pins.
 TRAINER = (
-    "attention", "rollout", "tasks", "test_chat.py", "test_checkpoint.py", "test_cli.py",
-    "test_config.py", "test_context.py", "test_scoring.py", "test_sharding.py", "test_teacher.py",
-    "test_train.py", "test_weights.py",
+    "config", "model", "prompts", "rollout", "tasks", "test_cli.py", "training/test_agreement.py",
+    "training/test_checkpoint.py", "training/test_loop.py",
 )  # fmt: skip
 PARTS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "kernels": (

@@ -23,14 +23,14 @@ import transformers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from selfdistill.context import ContextRenderer, TeacherContext
 from selfdistill.critic.scribe import ScribeCritic
-from selfdistill.rollout import completion_text
-from selfdistill.tasks import Problem
+from selfdistill.prompts.context import ContextRenderer, TeacherContext
+from selfdistill.rollout.engine import completion_text
 from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.tasks.arithmetic.corpus import ContextTag, Corpus, Document
 from selfdistill.tasks.arithmetic.noise import SolverNoise
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
+from selfdistill.tasks.interface import Problem
 
 IGNORE = -100
 

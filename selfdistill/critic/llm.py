@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from selfdistill.critic import Critique, CritiqueCase
-from selfdistill.tasks import Problem, Verdict
-from selfdistill.textgen import Generation, TextGenerator
+from selfdistill.critic.interface import Critique, CritiqueCase
+from selfdistill.critic.textgen.interface import Generation, TextGenerator
+from selfdistill.tasks.interface import Problem, Verdict
 
 PROMPT = """\
 You are a scribe. You will get a question and a student's attempt at it. Write the attempt out \
@@ -113,7 +113,7 @@ def parse_critique(answer: str, response: str) -> Critique:
 
 
 class LLMCritic:
-    """Asks a frozen model for a critique of each attempt (implements `selfdistill.critic.Critic`).
+    """Asks a frozen model for a critique of each attempt (implements `Critic`).
 
     Args:
         generator: the model, which answers greedily.

@@ -6,11 +6,12 @@ from the student's attempt where that attempt is wrong and nowhere else.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
-from selfdistill.critic import Critique, CritiqueCase
-from selfdistill.tasks import Problem, Task, Verdict
+from selfdistill.critic.interface import Critique, CritiqueCase
+from selfdistill.tasks.interface import Problem, Task, Verdict
 
 Copying = Literal["partial_repetition", "full_repetition", "omission"]
 
@@ -28,7 +29,7 @@ class StepTask(Task, Protocol):
 
 
 class ScribeCritic:
-    """Rewrites an attempt and changes only what is wrong (implements `selfdistill.critic.Critic`).
+    """Rewrites an attempt and changes only what is wrong (implements `Critic`).
 
     - A, fully correct: the attempt, verbatim.
     - B, right answer but a step missing or unjustified: the missing step inserted, the rest
@@ -56,6 +57,7 @@ class ScribeCritic:
     def __init__(self, task: StepTask, *, copying: Copying = "partial_repetition") -> None:
         self.task = task
         self.copying = copying
+        self.unusable: Counter[str] = Counter()  # a program's critiques all are usable
 
     def critique(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Critique]:
         """Return one critique per (problem, response) pair, in order.

@@ -3,48 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
-from selfdistill.context import TeacherContext
-from selfdistill.evaluate import Attempts
-from selfdistill.methods.loss import Loss
-from selfdistill.tasks import FeedbackDetail, FeedbackTask, Problem, Task, Verdict
+from selfdistill.config import Config, EnvironmentMethod
+from selfdistill.methods.distillation import distillation_method
+from selfdistill.methods.method import Contexts, Method
+from selfdistill.prompts.context import TeacherContext
+from selfdistill.rollout.attempts import Attempts
+from selfdistill.tasks.interface import FeedbackDetail, FeedbackTask, Problem, Task, Verdict
 
 
-class Environment:
-    """The checker's verdict on each rollout in words; no solution is shown.
+def environment(settings: EnvironmentMethod, task: Task, run: Config) -> Method:
+    """Build feedback by the checker's verdict on each rollout in words; no solution is shown."""
+    return distillation_method(settings, task, partial(feedback, task, detail=settings.detail))
+
+
+def feedback(task: Task, attempts: Sequence[Attempts], *, detail: FeedbackDetail) -> Contexts:
+    """Return the feedback on every rollout; None where the task has nothing to say.
 
     Args:
         task: gives the feedback, if it has a way of its own to say it (`FeedbackTask`).
+        attempts: judged rollouts.
         detail: "answer" tells whether the final answer is right, "step" also the first wrong step.
-        group_size: rollouts drawn for each prompt.
-        loss: what is minimised on the completion tokens.
     """
-
-    name = "environment"
-    needs_context = True
-
-    def __init__(self, *, task: Task, detail: FeedbackDetail, group_size: int, loss: Loss) -> None:
-        self.task = task
-        self.detail = detail
-        self.group_size = group_size
-        self.loss = loss
-
-    def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext | None]]:
-        """Return the feedback on every rollout; None where the task has nothing to say."""
-        return [
-            [
-                self._context(attempt.problem, rollout.text, verdict)
-                for rollout, verdict in zip(attempt.rollouts, attempt.verdicts, strict=True)
-            ]
-            for attempt in attempts
+    return [
+        [
+            _context(task, attempt.problem, rollout.text, verdict, detail)
+            for rollout, verdict in zip(attempt.rollouts, attempt.verdicts, strict=True)
         ]
+        for attempt in attempts
+    ]
 
-    def _context(self, problem: Problem, response: str, verdict: Verdict) -> TeacherContext | None:
-        if isinstance(self.task, FeedbackTask):
-            text = self.task.feedback(problem, response, verdict, detail=self.detail)
-        else:
-            text = plain_feedback(verdict, detail=self.detail)
-        return TeacherContext("feedback", text) if text.strip() else None
+
+def _context(
+    task: Task, problem: Problem, response: str, verdict: Verdict, detail: FeedbackDetail
+) -> TeacherContext | None:
+    if isinstance(task, FeedbackTask):
+        text = task.feedback(problem, response, verdict, detail=detail)
+    else:
+        text = plain_feedback(verdict, detail=detail)
+    return TeacherContext("feedback", text) if text.strip() else None
 
 
 def plain_feedback(verdict: Verdict, *, detail: FeedbackDetail) -> str:

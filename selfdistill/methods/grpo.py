@@ -8,32 +8,34 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from selfdistill.context import TeacherContext
-from selfdistill.evaluate import Attempts
-from selfdistill.layout import PromptGroup
-from selfdistill.methods.loss import Head, Loss
-from selfdistill.scoring import ScoredTokens
+from selfdistill.config import Config, GRPOMethod
+from selfdistill.methods.method import Contexts, Method
+from selfdistill.model.layout import PromptGroup
+from selfdistill.model.lm_head import LMHead
+from selfdistill.model.scoring import ScoredTokens
+from selfdistill.rollout.attempts import Attempts
+from selfdistill.tasks.interface import Task
 from selfdistill_kernels import DistillationOutput, fused_linear_logprobs
 
 
-class GRPO:
-    """Group-relative policy optimisation (arXiv 2402.03300), the baseline of arXiv 2606.11173.
+def grpo(settings: GRPOMethod, task: Task, run: Config) -> Method:
+    """Build group-relative policy optimisation (arXiv 2402.03300).
 
-    Args:
-        group_size: rollouts drawn for each prompt, at least 2: they are compared with each other.
-        loss: the clipped policy gradient.
+    The baseline of arXiv 2606.11173: the rollouts of a prompt are compared with each other.
     """
+    loss = GRPOLoss(
+        temperature=run.rollout.temperature,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        normalize_std=settings.normalize_std,
+        kl_coefficient=0.0 if settings.kl is None else settings.kl.coefficient,
+    )
+    return Method(settings.name, settings.group_size, loss, no_contexts, needs_context=False)
 
-    name = "grpo"
-    needs_context = False
 
-    def __init__(self, *, group_size: int, loss: GRPOLoss) -> None:
-        self.group_size = group_size
-        self.loss: Loss = loss
-
-    def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext | None]]:
-        """Return no context: a reference model, if any, sees what the student sees."""
-        return [[None] * len(attempt.rollouts) for attempt in attempts]
+def no_contexts(attempts: Sequence[Attempts]) -> Contexts:
+    """Return no context: the base model, if it is asked, sees what the student sees."""
+    return [[None] * len(attempt.rollouts) for attempt in attempts]
 
 
 class GRPOLoss:
@@ -44,11 +46,11 @@ class GRPOLoss:
 
         ratio = S(y) / S_old(y)           A_i = (r_i - mean(r)) / std(r) over the rollout's group
         loss  = -min(ratio A_i, clip(ratio, 1 - clip_low, 1 + clip_high) A_i) + kl_coefficient * k3
-        k3    = R(y) / S(y) - log(R(y) / S(y)) - 1            of a frozen reference model R
+        k3    = R(y) / S(y) - log(R(y) / S(y)) - 1            of the frozen base model R
 
-    std has the denominator G - 1. k3 is an unbiased, never negative estimate of KL(S || R) from the
-    sampled token: it needs one more forward product with the head, where the exact divergence needs
-    one more backward product as well.
+    std has the denominator G - 1; R is what others call the reference model. k3 is an unbiased,
+    never negative estimate of KL(S || R) from the sampled token: it needs one more forward product
+    with the head, where the exact divergence needs one more backward product as well.
 
     Rollouts with A = 0 have no gradient without the KL penalty, nor have clipped tokens; neither
     costs a backward product. A group whose rewards are all equal need not even be read
@@ -59,7 +61,7 @@ class GRPOLoss:
         temperature: at which the rollouts were sampled.
         clip_low, clip_high: how far the ratio may fall and rise before the gradient stops.
         normalize_std: divide the advantage by the group's standard deviation.
-        kl_coefficient: weight of k3; 0 needs no reference model.
+        kl_coefficient: weight of k3; 0 needs no base model.
     """
 
     def __init__(
@@ -86,15 +88,15 @@ class GRPOLoss:
         return self.kl_coefficient > 0 or len(set(_known("group.rewards", group.rewards))) > 1
 
     def __call__(
-        self, scored: ScoredTokens, student: Head, teacher: Head, *, normalizer: float
+        self, scored: ScoredTokens, student: LMHead, teacher: LMHead, *, normalizer: float
     ) -> DistillationOutput:
         """Return the sum over tokens divided by `normalizer` (the tokens of the whole step).
 
         Of the statistics, `advantage` is A_i on each token and `divergence` is k3 (0 without a
-        reference model).
+        KL penalty).
 
         Raises:
-            ValueError: rewards, sampling log-probs or the reference model's states are missing.
+            ValueError: rewards, sampling log-probs or the base model's states are missing.
         """
         rewards = _known("scored.rewards", scored.rewards)
         old_logprobs = _known("scored.old_logprobs", scored.old_logprobs)
@@ -108,12 +110,12 @@ class GRPOLoss:
         loss = -surrogate
         # Beyond the clip, on the side that the advantage pushes to, nothing is left to gain.
         active = torch.where(advantage > 0, ratio <= clipped, ratio >= clipped) & (advantage != 0)
-        divergence, reference = torch.zeros_like(logprobs), None
+        divergence, base_logprobs = torch.zeros_like(logprobs), None
         if self.kl_coefficient > 0:
             hidden = _known("scored.teacher_hidden", scored.teacher_hidden)
             with torch.no_grad():
-                reference, _ = self._logprobs(hidden, scored.targets, teacher)
-            log_ratio = reference - logprobs
+                base_logprobs, _ = self._logprobs(hidden, scored.targets, teacher)
+            log_ratio = base_logprobs - logprobs
             divergence = torch.expm1(log_ratio) - log_ratio
             loss = loss + self.kl_coefficient * divergence
             active = active | (log_ratio != 0)
@@ -121,14 +123,14 @@ class GRPOLoss:
             loss=loss.sum() / normalizer,
             divergence=divergence.detach(),
             student_logprob=logprobs.detach(),
-            teacher_logprob=reference,
+            teacher_logprob=base_logprobs,
             advantage=advantage,
             entropy=entropy.detach(),
             teacher_entropy=torch.zeros_like(entropy),
             active=active.detach(),
         )
 
-    def _logprobs(self, hidden: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, hidden: Tensor, targets: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
         return fused_linear_logprobs(
             hidden,
             head.weight,

@@ -4,40 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from selfdistill.context import TeacherContext
-from selfdistill.evaluate import Attempts
-from selfdistill.methods.loss import Loss
+from selfdistill.config import Config, PeerMethod
+from selfdistill.methods.distillation import distillation_method
+from selfdistill.methods.method import Contexts, Method
+from selfdistill.prompts.context import TeacherContext
+from selfdistill.rollout.attempts import Attempts
+from selfdistill.tasks.interface import Task
 
 
-class Peer:
-    """A successful peer's rollout, verbatim, as the reference solution.
+def peer(settings: PeerMethod, task: Task, run: Config) -> Method:
+    """Build feedback by a successful peer's rollout, verbatim, as the reference solution.
 
-    No solution from outside is needed: the group teaches itself, as far as one of it succeeds. A
-    rollout sees the next successful one of its group, counted in a circle, and never itself; where
-    there is none it has no context and is left out.
-
-    Args:
-        group_size: rollouts drawn for each prompt, at least 2.
-        loss: what is minimised on the completion tokens.
+    No solution from outside is needed: the group teaches itself, as far as one of it succeeds.
     """
+    return distillation_method(settings, task, successful_peers)
 
-    name = "peer"
-    needs_context = True
 
-    def __init__(self, *, group_size: int, loss: Loss) -> None:
-        self.group_size = group_size
-        self.loss = loss
+def successful_peers(attempts: Sequence[Attempts]) -> Contexts:
+    """Return a successful peer of every rollout, None where there is none.
 
-    def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext | None]]:
-        """Return a successful peer of every rollout, None where there is none."""
-        return [
-            [self._peer_of(place, attempt) for place in range(len(attempt.rollouts))]
-            for attempt in attempts
-        ]
+    A rollout sees the next successful one of its group, round-robin, and never itself.
+    """
+    return [
+        [_peer_of(place, attempt) for place in range(len(attempt.rollouts))] for attempt in attempts
+    ]
 
-    def _peer_of(self, place: int, attempt: Attempts) -> TeacherContext | None:
-        size = len(attempt.rollouts)
-        for other in ((place + step) % size for step in range(1, size)):
-            if attempt.verdicts[other].correct:
-                return TeacherContext("reference", attempt.rollouts[other].text)
-        return None
+
+def _peer_of(place: int, attempt: Attempts) -> TeacherContext | None:
+    size = len(attempt.rollouts)
+    for other in ((place + step) % size for step in range(1, size)):
+        if attempt.verdicts[other].correct:
+            return TeacherContext("reference", attempt.rollouts[other].text)
+    return None

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from selfdistill.context import TeacherContext
-from selfdistill.evaluate import Attempts
-from selfdistill.methods.loss import Loss
+from selfdistill.config import Config, RefSolMethod
+from selfdistill.methods.distillation import distillation_method
+from selfdistill.methods.method import Contexts, Method
+from selfdistill.prompts.context import TeacherContext
+from selfdistill.rollout.attempts import Attempts
+from selfdistill.tasks.interface import Task
 
 
-class RefSol:
-    """Reference-solution feedback (arXiv 2606.11173).
+def refsol(settings: RefSolMethod, task: Task, run: Config) -> Method:
+    """Build reference-solution feedback (arXiv 2606.11173)."""
+    return distillation_method(settings, task, references)
 
-    Args:
-        group_size: rollouts drawn for each prompt.
-        loss: what is minimised on the completion tokens.
-    """
 
-    name = "refsol"
-    needs_context = True
-
-    def __init__(self, *, group_size: int, loss: Loss) -> None:
-        self.group_size = group_size
-        self.loss = loss
-
-    def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext | None]]:
-        """Return the problem's reference, once for every rollout."""
-        return [
-            [TeacherContext("reference", attempt.problem.reference)] * len(attempt.rollouts)
-            for attempt in attempts
-        ]
+def references(attempts: Sequence[Attempts]) -> Contexts:
+    """Return the problem's reference, once for every rollout."""
+    return [
+        [TeacherContext("reference", attempt.problem.reference)] * len(attempt.rollouts)
+        for attempt in attempts
+    ]

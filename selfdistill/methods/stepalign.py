@@ -3,61 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from functools import partial
+from typing import Literal, TypeAlias
 
-from selfdistill.context import TeacherContext
-from selfdistill.critic import Critic, Critique
-from selfdistill.evaluate import Attempts
-from selfdistill.methods.loss import Loss
-from selfdistill.tasks import Problem
+from selfdistill.config import Config, StepAlignMethod
+from selfdistill.critic.build import build_critic
+from selfdistill.critic.interface import Critic, Critique
+from selfdistill.methods.distillation import distillation_method
+from selfdistill.methods.method import Contexts, Method
+from selfdistill.model.device import resolve_device
+from selfdistill.prompts.context import TeacherContext
+from selfdistill.rollout.attempts import Attempts
+from selfdistill.tasks.interface import Problem, Task
+
+Fallback: TypeAlias = Literal["drop", "reference"]
 
 
-class StepAlign:
-    """Step-aligned feedback (arXiv 2606.11173).
+def stepalign(settings: StepAlignMethod, task: Task, run: Config) -> Method:
+    """Build step-aligned feedback (arXiv 2606.11173).
 
     The critic copies what is right word by word and rewrites from the first wrong step on, so that
     the teacher agrees with the attempt up to the error and disagrees sharply at it.
 
+    Raises:
+        ConfigError: see `build_critic`.
+    """
+    critic = build_critic(
+        settings.critic, task, device=resolve_device(run.device), today=run.prompt.date
+    )
+    fallback = settings.critic.fallback if settings.critic.name == "llm" else "drop"
+    contexts = partial(critiques, critic, fallback=fallback)
+    return distillation_method(settings, task, contexts, critic=critic)
+
+
+def critiques(
+    critic: Critic, attempts: Sequence[Attempts], *, fallback: Fallback = "drop"
+) -> Contexts:
+    """Return the critique of every rollout; None where the critic has nothing to say.
+
     Args:
         critic: writes one critique for each rollout.
+        attempts: judged rollouts.
         fallback: what a rollout without a usable critique gets: nothing ("drop"), or the reference
             solution where the problem has one.
-        group_size: rollouts drawn for each prompt.
-        loss: what is minimised on the completion tokens.
     """
-
-    name = "stepalign"
-    needs_context = True
-
-    def __init__(
-        self,
-        *,
-        critic: Critic,
-        group_size: int,
-        loss: Loss,
-        fallback: Literal["drop", "reference"] = "drop",
-    ) -> None:
-        self.critic = critic
-        self.fallback = fallback
-        self.group_size = group_size
-        self.loss = loss
-
-    def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext | None]]:
-        """Return the critique of every rollout; None where the critic has nothing to say."""
-        critiques = iter(
-            self.critic.critique(
-                [attempt.problem for attempt in attempts for _ in attempt.rollouts],
-                [rollout.text for attempt in attempts for rollout in attempt.rollouts],
-            )
+    found = iter(
+        critic.critique(
+            [attempt.problem for attempt in attempts for _ in attempt.rollouts],
+            [rollout.text for attempt in attempts for rollout in attempt.rollouts],
         )
-        return [
-            [self._context(attempt.problem, next(critiques)) for _ in attempt.rollouts]
-            for attempt in attempts
-        ]
+    )
+    return [
+        [_context(attempt.problem, next(found), fallback) for _ in attempt.rollouts]
+        for attempt in attempts
+    ]
 
-    def _context(self, problem: Problem, critique: Critique | None) -> TeacherContext | None:
-        if critique is not None and critique.text.strip():
-            return TeacherContext("critique", critique.text)
-        if self.fallback == "reference" and problem.reference.strip():
-            return TeacherContext("reference", problem.reference)
-        return None
+
+def _context(
+    problem: Problem, critique: Critique | None, fallback: Fallback
+) -> TeacherContext | None:
+    if critique is not None and critique.text.strip():
+        return TeacherContext("critique", critique.text)
+    if fallback == "reference" and problem.reference.strip():
+        return TeacherContext("reference", problem.reference)
+    return None

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from selfdistill.randomness import evaluation_mode
-from selfdistill.rollout import (
+from selfdistill.model.randomness import evaluation_mode
+from selfdistill.model.sharding import whole
+from selfdistill.rollout.engine import (
     NotANumberError,
     Rollout,
     SamplingParams,
@@ -17,7 +18,6 @@ from selfdistill.rollout import (
     end_token_ids,
     make_rollout,
 )
-from selfdistill.sharding import whole
 
 
 class TransformersEngine:

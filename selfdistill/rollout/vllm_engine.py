@@ -21,8 +21,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from selfdistill.config import VLLM_ADAPTER_RANKS, VLLMSettings
-from selfdistill.model_folder import load_config, load_generation_config
-from selfdistill.rollout import (
+from selfdistill.model.folder import load_config, load_generation_config
+from selfdistill.rollout.engine import (
     EngineError,
     NotANumberError,
     Rollout,
@@ -60,7 +60,7 @@ class WeightSync:
 
 
 class VLLMEngine:
-    """Samples with vLLM (implements `selfdistill.rollout.RolloutEngine`).
+    """Samples with vLLM (implements `selfdistill.rollout.engine.RolloutEngine`).
 
     The engine starts at its first use.
 

@@ -17,17 +17,17 @@ from selfdistill.config import (
     NamedSplits,
     Shares,
 )
-from selfdistill.tasks import SPLITS, Problem, TaskError, Verdict
 from selfdistill.tasks.answers import AnswerChecker, build_checker, majority
 from selfdistill.tasks.final_answer import read_answer
 from selfdistill.tasks.hub import hub_rows
+from selfdistill.tasks.interface import SPLITS, Problem, TaskError, Verdict
 from selfdistill.tasks.json_lines import jsonl_rows
 from selfdistill.tasks.rows import Row
 from selfdistill.tasks.steps import follows_format
 
 
 class DatasetTask:
-    """Problems with final answers that can be compared (implements `selfdistill.tasks.Task`).
+    """Problems with final answers that can be compared (implements `Task`).
 
     Args:
         name: as written in a configuration.

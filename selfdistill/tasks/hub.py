@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from selfdistill.config import HubTaskConfig
-from selfdistill.tasks import TaskError
+from selfdistill.tasks.interface import TaskError
 from selfdistill.tasks.rows import Row, WrittenFloat
 
 INSTALL_DATASETS = "pip install 'datasets>=3'"

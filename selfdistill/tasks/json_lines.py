@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from selfdistill.tasks import TaskError
+from selfdistill.tasks.interface import TaskError
 from selfdistill.tasks.rows import Row, WrittenFloat
 
 # How files begin that are something else; the text says what to do.

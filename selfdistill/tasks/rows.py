@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
 
-from selfdistill.tasks import TaskError
+from selfdistill.tasks.interface import TaskError
 
 Role = Literal["question", "answer", "reference", "id"]
 

@@ -1,4 +1,4 @@
-"""The step format of arXiv 2606.11173: what asks for it, and what reads it.
+"""Reads the step format of arXiv 2606.11173, which `config.tasks.STEP_INSTRUCTION` asks for.
 
     <step_1> ... <step_2> ... <answer> 42
 
@@ -9,11 +9,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-
-STEP_INSTRUCTION = (
-    "Solve this step by step. Start each step with its tag, <step_1>, <step_2> and so on, and end "
-    "with the tag <answer> followed by the final answer alone."
-)
 
 _TAG = re.compile(r"<(?:step_(?P<number>\d{1,4})|answer)>", re.IGNORECASE)
 

@@ -12,8 +12,8 @@ from benchmarks import bench_step, step
 from benchmarks.bench_step import check, main, measure_peak
 from benchmarks.memory import MEBIBYTE
 from benchmarks.step import CONTENDERS, ModelSize, StepProblem, StepShape, row_pairs, step_flops
-from selfdistill.attention.flex import FlexAttention
-from selfdistill.layout import pack_groups
+from selfdistill.model.attention.flex import FlexAttention
+from selfdistill.model.layout import pack_groups
 
 SIZE = ModelSize(
     layers=2, hidden=32, intermediate=48, heads=2, kv_heads=1, head_dim=16, vocabulary=97

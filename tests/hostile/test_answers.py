@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from slow_workers import SLOW, answering_pool
 
-from selfdistill.evaluate import judge, majority_is_correct, summarize
-from selfdistill.rollout import Rollout
-from selfdistill.tasks import Problem, Verdict
+from selfdistill.evaluation.scores import majority_is_correct, summarize
+from selfdistill.rollout.attempts import judge
+from selfdistill.rollout.engine import Rollout
 from selfdistill.tasks.answers import AnswerChecker, MathVerifyChecker, PlainChecker
 from selfdistill.tasks.dataset import DatasetTask
 from selfdistill.tasks.final_answer import read_answer
+from selfdistill.tasks.interface import Problem, Verdict
 
 MALFORMED = [
     "",

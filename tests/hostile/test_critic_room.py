@@ -13,12 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdistill.config import Config, ConfigError
 from selfdistill.critic.llm import SHORTEST_PROMPT
-from selfdistill.dry_run import dry_run
+from selfdistill.critic.textgen.cache import CachedGenerator
+from selfdistill.critic.textgen.interface import Generation
+from selfdistill.critic.textgen.local import load_local_generator
+from selfdistill.planning.dry_run import dry_run
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
-from selfdistill.textgen import Generation
-from selfdistill.textgen.cache import CachedGenerator
-from selfdistill.textgen.local import load_local_generator
-from selfdistill.train import train
+from selfdistill.training.loop import train
 
 TOKENIZER = build_tokenizer()
 
@@ -79,9 +79,9 @@ def test_no_room_for_any_answer_is_refused_before_the_first_evaluation(
     def sampled(*args: object, **kwargs: object) -> None:
         raise AssertionError("nothing may be sampled")
 
-    monkeypatch.setattr("selfdistill.rollout.sample", sampled)
-    monkeypatch.setattr("selfdistill.train.sample", sampled)
-    monkeypatch.setattr("selfdistill.evaluate.sample", sampled)
+    monkeypatch.setattr("selfdistill.rollout.engine.sample", sampled)
+    monkeypatch.setattr("selfdistill.training.loop.sample", sampled)
+    monkeypatch.setattr("selfdistill.rollout.attempts.sample", sampled)
     expected = (
         rf"method\.critic\.engine\.max_new_tokens is 31: with the {shortest} tokens .* more than "
         rf"the {shortest + 30} positions of its model\. Expected less than 30, "

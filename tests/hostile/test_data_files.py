@@ -12,7 +12,8 @@ from pydantic import TypeAdapter
 
 from selfdistill import cli
 from selfdistill.config import TaskConfig
-from selfdistill.tasks import Task, TaskError, build_task
+from selfdistill.tasks.build import build_task
+from selfdistill.tasks.interface import Task, TaskError
 
 FINE = {"question": "1 + 1", "answer": "2"}
 

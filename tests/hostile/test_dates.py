@@ -14,18 +14,18 @@ from tiny_runs import assert_same_run
 from tiny_tokenizers import byte_level
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from selfdistill.chat import ChatTemplate
-from selfdistill.checkpoint import CheckpointStore
 from selfdistill.config import Config, load_config
-from selfdistill.dry_run import dry_run
 from selfdistill.filtering import FilterSettings, filter_problems
-from selfdistill.methods import build_method
-from selfdistill.model_folder import UnusableModelError
+from selfdistill.methods.build import build_method
+from selfdistill.model.folder import UnusableModelError
+from selfdistill.planning.dry_run import dry_run
+from selfdistill.prompts.chat import ChatTemplate
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.runlog import JsonLines
-from selfdistill.solver import load_solver
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
-from selfdistill.train import train
+from selfdistill.training.checkpoint import CheckpointStore
+from selfdistill.training.loop import train
+from selfdistill.training.solver import load_solver
 
 # Llama 3.1's way of asking; the word-level tokenizer reads days and years digit by digit.
 DATED = (
@@ -33,7 +33,13 @@ DATED = (
     "{% set date_string = strftime_now('%d %m %Y') %}{% endif %}{{ date_string }} "
     "<user> {{ messages[0]['content'] }} <assistant>"
 )
-MODULES = ("chat", "train", "filtering", "dry_run", "textgen.local")
+MODULES = (
+    "prompts.chat",
+    "training.loop",
+    "filtering",
+    "planning.dry_run",
+    "critic.textgen.local",
+)
 
 
 def become(monkeypatch: pytest.MonkeyPatch, day: date) -> None:

@@ -13,14 +13,14 @@ from completion_server import Answer, Server, completion
 from rich.console import Console
 from tiny_runs import tensors
 
-import selfdistill.train
+import selfdistill.training.loop
 from selfdistill import cli
 from selfdistill.config import Config, save_config
 from selfdistill.critic.llm import LLMCritic
-from selfdistill.empty_steps import NothingLearnedError
+from selfdistill.critic.textgen.server import ServerGenerator
 from selfdistill.runlog import JsonLines
-from selfdistill.textgen.server import ServerGenerator
-from selfdistill.train import train
+from selfdistill.training.empty_steps import NothingLearnedError
+from selfdistill.training.loop import train
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_steps_before_an_interruption_count_and_one_that_teaches_begins_anew(
     _, error = run(longer, resume=True)
     assert "the last 3 of 3 steps" in error
 
-    judge = selfdistill.train.judge
+    judge = selfdistill.training.loop.judge
     calls = 0
 
     def right_once(*args: Any) -> Any:
@@ -143,7 +143,7 @@ def test_steps_before_an_interruption_count_and_one_that_teaches_begins_anew(
             verdicts[0] = type(verdicts[0])("1", True, True, None, None, True)
         return attempts
 
-    monkeypatch.setattr(selfdistill.train, "judge", right_once)
+    monkeypatch.setattr(selfdistill.training.loop, "judge", right_once)
     _, error = run(longer, resume=True)
     assert "the last 3 of 7 steps" in error  # step 4 taught something
 

@@ -12,16 +12,16 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from selfdistill.analyze import draw_attempts
+from selfdistill.analysis.draw import draw_attempts
 from selfdistill.cli import app
 from selfdistill.config import Config, save_config
-from selfdistill.evaluate import Evaluation
+from selfdistill.evaluation.scores import Evaluation
 from selfdistill.filtering import FilterSettings, filter_problems
 from selfdistill.runlog import JsonLines
-from selfdistill.solver import load_solver
-from selfdistill.tasks import TaskError
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
-from selfdistill.train import train
+from selfdistill.tasks.interface import TaskError
+from selfdistill.training.loop import train
+from selfdistill.training.solver import load_solver
 
 LONG = "9 + 9 " * 40
 
@@ -102,7 +102,7 @@ def test_the_command_lines_evaluation_leaves_it_out_as_well(tmp_path: Path, mode
 def test_what_cannot_be_asked_is_said_before_anything_is_sampled(
     tmp_path: Path, model: Path, too_long: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("selfdistill.evaluate.sample", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr("selfdistill.rollout.attempts.sample", lambda *args, **kwargs: 1 / 0)
     dev = [f"0 + {LONG}"] if too_long == "drop" else ["3 + 6", f"0 + {LONG}"]
     config = settings(tmp_path, model, dev=dev, too_long=too_long)
     expected = rf"1 of {len(dev)} problems leave no room for 4 new tokens .* such as '0 \+ 9 \+ 9'"

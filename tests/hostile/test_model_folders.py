@@ -27,13 +27,13 @@ from transformers import (
 )
 
 from selfdistill.config import Config, TransformersTextEngine
-from selfdistill.dry_run import dry_run
-from selfdistill.model_folder import UnusableModelError, load_causal_lm
+from selfdistill.critic.textgen.local import load_local_generator
+from selfdistill.model.folder import UnusableModelError, load_causal_lm
+from selfdistill.model.weights import load_model
+from selfdistill.planning.dry_run import dry_run
 from selfdistill.rollout.vllm_engine import VLLMEngine
-from selfdistill.solver import load_solver
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
-from selfdistill.textgen.local import load_local_generator
-from selfdistill.weights import load_model
+from selfdistill.training.solver import load_solver
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "model.safetensors"

@@ -23,24 +23,24 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from selfdistill.checkpoint import fingerprint
 from selfdistill.config import AdapterConfig, Config, VLLMSettings
-from selfdistill.model_folder import UnusableModelError
-from selfdistill.planning import ModelShape
-from selfdistill.rollout import EngineError, NotANumberError, SamplingParams, sample
-from selfdistill.rollout.transformers_engine import TransformersEngine
-from selfdistill.rollout.vllm_engine import VLLMEngine
-from selfdistill.sharding import UnshardableModelError, shard
-from selfdistill.solver import build_engine, load_solver
-from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
-from selfdistill.train import train
-from selfdistill.weights import (
+from selfdistill.model.folder import UnusableModelError
+from selfdistill.model.sharding import UnshardableModelError, shard
+from selfdistill.model.weights import (
     TrainedWeights,
     UnsupportedAdapterError,
     adapter_rank,
     attach_adapter,
     load_model,
 )
+from selfdistill.planning.estimates import ModelShape
+from selfdistill.rollout.engine import EngineError, NotANumberError, SamplingParams, sample
+from selfdistill.rollout.transformers_engine import TransformersEngine
+from selfdistill.rollout.vllm_engine import VLLMEngine
+from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
+from selfdistill.training.checkpoint import fingerprint
+from selfdistill.training.loop import train
+from selfdistill.training.solver import build_engine, load_solver
 
 TOKENIZER = build_tokenizer()
 TINY = {

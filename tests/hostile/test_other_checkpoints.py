@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from selfdistill.cli import app
 from selfdistill.config import Config
-from selfdistill.state_file import CheckpointError
 from selfdistill.tasks.arithmetic import ArithmeticTask
-from selfdistill.train import train
+from selfdistill.training.loop import train
+from selfdistill.training.state_file import CheckpointError
 
 LORA = {"r": 2, "alpha": 4}
 QUIET = Console(file=io.StringIO())

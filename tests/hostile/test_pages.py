@@ -17,21 +17,21 @@ import pytest
 from rich.console import Console
 
 from selfdistill import cli
-from selfdistill.analysis import TokenAnalysis, analyze
+from selfdistill.analysis.report.document import document, html_table
+from selfdistill.analysis.report.heatmap import heat_map, verdict
+from selfdistill.analysis.report.text import isolated, plain
+from selfdistill.analysis.tokens import TokenAnalysis, analyze
 from selfdistill.config import Config
-from selfdistill.dry_run import dry_run
-from selfdistill.evaluate import sample_attempts
-from selfdistill.methods import build_method
-from selfdistill.methods.loss import find_heads
+from selfdistill.evaluation.tables import TextTable
+from selfdistill.methods.build import build_method
+from selfdistill.model.lm_head import find_lm_heads
+from selfdistill.model.teacher import build_teacher
+from selfdistill.planning.dry_run import dry_run
 from selfdistill.progress import progress_bars
-from selfdistill.report.document import document, html_table
-from selfdistill.report.heatmap import heat_map, verdict
-from selfdistill.report.text import isolated, plain
-from selfdistill.rollout import EngineError, SamplingParams
-from selfdistill.solver import load_solver
-from selfdistill.tables import TextTable
+from selfdistill.rollout.attempts import sample_attempts
+from selfdistill.rollout.engine import EngineError, SamplingParams
 from selfdistill.tasks.arithmetic import ArithmeticTask
-from selfdistill.teacher import build_teacher
+from selfdistill.training.solver import load_solver
 from selfdistill.visible import visible
 
 # Turns what follows to the left; closes an isolate that others opened; a terminal's title; colours.
@@ -139,7 +139,7 @@ def test_an_analysis_says_whether_steps_were_judged(
         build_method(config, solver.task),
         attempts,
         [(0, 0)],
-        heads=find_heads(solver.model, teacher),
+        lm_heads=find_lm_heads(solver.model, teacher),
     )
     assert found.steps_judged is judged
 

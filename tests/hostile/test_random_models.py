@@ -24,23 +24,24 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from selfdistill.attention import UnsupportedModelError
 from selfdistill.config import Config, LossConfig
-from selfdistill.gradients import StudentLoss, accumulate_gradients
-from selfdistill.layout import PromptGroup
-from selfdistill.methods.loss import DistillationLoss, find_heads
-from selfdistill.randomness import (
+from selfdistill.methods.distillation import DistillationLoss
+from selfdistill.model.attention import UnsupportedModelError
+from selfdistill.model.layout import PromptGroup
+from selfdistill.model.lm_head import find_lm_heads
+from selfdistill.model.randomness import (
     RandomModelError,
     check_not_random,
     enable_activation_checkpointing,
     refuse_random_passes,
 )
-from selfdistill.rollout import SamplingParams
+from selfdistill.model.scoring import score
+from selfdistill.model.teacher import LiveTeacher
+from selfdistill.rollout.engine import SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
-from selfdistill.scoring import score
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
-from selfdistill.teacher import LiveTeacher
-from selfdistill.train import train
+from selfdistill.training.gradients import StudentLoss, accumulate_gradients
+from selfdistill.training.loop import train
 
 TINY = {
     "vocab_size": 64,
@@ -81,7 +82,7 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
 def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     teacher = LiveTeacher()
     loss = DistillationLoss(LossConfig())
-    objective = StudentLoss(model, teacher, loss, heads=find_heads(model, teacher))
+    objective = StudentLoss(model, teacher, loss, lm_heads=find_lm_heads(model, teacher))
     accumulate_gradients(objective, GROUPS, tokens_per_pass=10_000)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

@@ -17,19 +17,19 @@ import pytest
 from rich.console import Console
 from tiny_runs import ROOT
 
-import selfdistill.analyze
-import selfdistill.solver
-import selfdistill.train
+import selfdistill.analysis.run
+import selfdistill.training.loop
+import selfdistill.training.solver
 from selfdistill import cli
-from selfdistill.checkpoint import CheckpointStore
 from selfdistill.config import Config, load_config, save_config
-from selfdistill.demo import remove_artifacts
 from selfdistill.filtering import FilterExistsError, FilterSettings, filter_problems
 from selfdistill.places import PlaceTakenError, alone_in, try_files
-from selfdistill.reproduce.write import refuse_foreign_results
-from selfdistill.run_folder import RunExistsError, keep_config, refuse_other_run
 from selfdistill.runlog import JsonLines, LogError, write_atomically
-from selfdistill.train import train
+from selfdistill.training.checkpoint import CheckpointStore
+from selfdistill.training.loop import train
+from selfdistill.training.run_folder import RunExistsError, keep_config, refuse_other_run
+from studies.arithmetic.demo.run import remove_artifacts
+from studies.arithmetic.reproduce.results import refuse_foreign_results
 
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "config.yaml")
 
@@ -224,7 +224,11 @@ def test_places_are_tried_before_the_work_starts(
     finished: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = unwritable(tmp_path)
-    for module in (selfdistill.train, selfdistill.solver, selfdistill.analyze):
+    for module in (
+        selfdistill.training.loop,
+        selfdistill.training.solver,
+        selfdistill.analysis.run,
+    ):
         monkeypatch.setattr(module, "load_solver", fail)
     monkeypatch.setattr("selfdistill.filtering.load_solver", fail)
     with pytest.raises(OSError, match=r"cannot write into .*below"):

@@ -19,11 +19,11 @@ from pydantic import ValidationError
 from raw_server import RawServer
 from tiny_runs import ROOT
 
-import selfdistill.textgen.server
+import selfdistill.critic.textgen.server
 from selfdistill.config import Config, ServerTextEngine, save_config
-from selfdistill.rollout import EngineError
-from selfdistill.textgen import Generation
-from selfdistill.textgen.server import ServerGenerator
+from selfdistill.critic.textgen.interface import Generation
+from selfdistill.critic.textgen.server import ServerGenerator
+from selfdistill.rollout.engine import EngineError
 
 Open = Callable[[Callable[[socket.socket], None]], RawServer]
 
@@ -87,7 +87,7 @@ def test_only_http_is_an_address() -> None:
 
 @pytest.mark.parametrize("length", ["Content-Length: 100000000000\r\n", ""])
 def test_a_flood_is_cut_off(raw: Open, monkeypatch: pytest.MonkeyPatch, length: str) -> None:
-    monkeypatch.setattr(selfdistill.textgen.server, "_LONGEST_BODY", 1 << 20)
+    monkeypatch.setattr(selfdistill.critic.textgen.server, "_LONGEST_BODY", 1 << 20)
     sent = 0
 
     def flood(connection: socket.socket) -> None:

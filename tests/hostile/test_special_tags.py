@@ -12,18 +12,18 @@ import pytest
 from tiny_tokenizers import byte_level
 from transformers import PreTrainedTokenizerBase
 
-from selfdistill.analysis import erroneous_attempts
-from selfdistill.chat import ChatTemplate
+from selfdistill.analysis.tokens import erroneous_attempts
 from selfdistill.config import Config, VLLMSettings
 from selfdistill.critic.llm import LLMCritic
-from selfdistill.rollout import Rollout, SamplingParams, make_rollout
+from selfdistill.critic.textgen.local import LocalGenerator
+from selfdistill.prompts.chat import ChatTemplate
+from selfdistill.rollout.engine import Rollout, SamplingParams, make_rollout
+from selfdistill.rollout.spans import token_span
 from selfdistill.rollout.vllm_engine import VLLMEngine
-from selfdistill.solver import load_solver
-from selfdistill.spans import token_span
-from selfdistill.tasks import Problem, Verdict, check_all
 from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
-from selfdistill.textgen.local import LocalGenerator
+from selfdistill.tasks.interface import Problem, Verdict, check_all
+from selfdistill.training.solver import load_solver
 
 SOLVER = Path(__file__).resolve().parents[2] / "examples" / "arithmetic" / "solver"
 TASK = ArithmeticTask()

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from tiny_solvers import tiny_llama
 from torch import nn
 
-from selfdistill.checkpoint import CheckpointStore, TrainState, fingerprint
-from selfdistill.state_file import CheckpointError, read_checkpoint, sha256_of
+from selfdistill.model.weights import TrainedWeights
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
-from selfdistill.weights import TrainedWeights
+from selfdistill.training.checkpoint import CheckpointStore, TrainState, fingerprint
+from selfdistill.training.state_file import CheckpointError, read_checkpoint, sha256_of
 
 Change = Callable[[dict[str, Any]], object]
 

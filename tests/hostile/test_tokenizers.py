@@ -15,8 +15,9 @@ from tiny_tokenizers import byte_level, gemma, legacy_llama, new_llama, sentence
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from selfdistill.chat import ChatTemplate, ControlTokenError
-from selfdistill.layout import common_prefix_length
+from selfdistill.model.folder import UnusableModelError
+from selfdistill.model.layout import common_prefix_length
+from selfdistill.prompts.chat import ChatTemplate, ControlTokenError
 
 TEXTS = [
     "What is 1 + 2?",
@@ -170,7 +171,9 @@ def test_an_added_token_of_a_single_character_is_text_or_refused() -> None:
     assert tokenizer.convert_tokens_to_ids("数") not in ids
     assert "a 数 b" in tokenizer.decode(ids)
     tokenizer.add_tokens(["§"])  # how this vocabulary writes the byte A7
-    with pytest.raises(ValueError, match=r"\['§'\] are single characters that the vocabulary"):
+    with pytest.raises(
+        UnusableModelError, match=r"\['§'\] are single characters that the vocabulary"
+    ):
         ChatTemplate(tokenizer)
 
 
@@ -180,12 +183,14 @@ def test_a_tokenizer_of_another_library_is_refused() -> None:
             super().__init__()
             self.chat_template = "{{ messages[0]['content'] }}"
 
-    with pytest.raises(ValueError, match=r"is a Slow, expected one of the tokenizers library"):
+    with pytest.raises(
+        UnusableModelError, match=r"is a Slow, expected one of the tokenizers library"
+    ):
         ChatTemplate(Slow())
 
 
 def test_a_tokenizer_that_drops_merges_at_random_is_refused() -> None:
     tokenizer = legacy_llama()
     tokenizer.backend_tokenizer.model.dropout = 0.1
-    with pytest.raises(ValueError, match=r"model.dropout 0.1 in tokenizer.json"):
+    with pytest.raises(UnusableModelError, match=r"model.dropout 0.1 in tokenizer.json"):
         ChatTemplate(tokenizer)

@@ -11,9 +11,9 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from selfdistill import cli
-from selfdistill.analyze import parse_methods
+from selfdistill.analysis.sections import parse_methods
 from selfdistill.config import Config, ConfigError, load_config, save_config
-from selfdistill.yaml_text import YAMLTextError, read_yaml
+from selfdistill.config.yaml_text import YAMLTextError, read_yaml
 
 START = "model: m\noutput_dir: o\n"
 ENGINE = "{name: server, base_url: 'http://h/v1', model: m, "
@@ -91,8 +91,8 @@ def nested(setting: str, value: str) -> str:
         ),
         ("method: {name: grpo, group_size: yes}\n", "method.grpo.group_size"),
         (
-            "method: {name: refsol, loss: {token_clip: yes}}\n",
-            "method.refsol.loss.token_clip",
+            "method: {name: refsol, loss: {divergence_clip: yes}}\n",
+            "method.refsol.loss.divergence_clip",
         ),
         (with_critic("retries: no"), "method.stepalign.critic.llm.engine.server.retries"),
     ],
@@ -277,6 +277,14 @@ def test_a_byte_order_mark_is_no_setting(tmp_path: Path) -> None:
         ("method: {name: refsol, teacher: {name: ema, decai: 1}}\n", "did you mean decay?"),
         (with_critic("retrys: 1"), "did you mean retries?"),
         ("task: {step_count: [1]}\n", "did you mean step_counts?"),
+        (
+            "method: {name: refsol, loss: {token_clip: 1}}\n",
+            "token_clip: there is no such setting (it is called divergence_clip now), got 1",
+        ),
+        (
+            "method: {name: refsol, loss: {reduction: token_mean}}\n",
+            "(it is called mean now), got 'token_mean'",
+        ),
         (
             "task: {name: jsonl, splits: {al: f}}\nmethod: {name: grpo}\n",
             "did you mean all?",

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from selfdistill.layout import PromptGroup
+from selfdistill.model.layout import PromptGroup
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
 
 _COMMON = {

@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 
-import selfdistill.demo
-import selfdistill.train
+import selfdistill.checkout
+import selfdistill.training.loop
+import studies.arithmetic.demo.run
 from selfdistill import cli
+from selfdistill.checkout import find_checkout, load_study
 from selfdistill.config import load_config
-from selfdistill.evaluate import Attempts, Evaluation
-from selfdistill.solver import Solver
+from selfdistill.evaluation.scores import Evaluation
+from selfdistill.rollout.attempts import Attempts
 from selfdistill.tasks.arithmetic import ArithmeticTask
-from selfdistill.train import TrainResult
+from selfdistill.training.loop import TrainResult
+from selfdistill.training.solver import Solver
 
+ROOT = Path(__file__).resolve().parents[2]
 YAML = """
 model: {model}
 output_dir: {output}
@@ -125,7 +129,7 @@ def test_a_programming_error_keeps_its_traceback(
     def broken(*args: object, **kwargs: object) -> None:
         raise KeyError("bug")
 
-    monkeypatch.setattr(selfdistill.train, "train", broken)
+    monkeypatch.setattr(selfdistill.training.loop, "train", broken)
     monkeypatch.setattr(
         sys, "argv", ["selfdistill", "train", str(write_config(tmp_path, solver_dir))]
     )
@@ -140,28 +144,59 @@ def test_an_interrupted_run_has_a_status_of_its_own(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     stopped = TrainResult(step=1, interrupted=True, best_step=0, best_metric=0.0)
-    monkeypatch.setattr(selfdistill.train, "train", lambda *args, **kwargs: stopped)
+    monkeypatch.setattr(selfdistill.training.loop, "train", lambda *args, **kwargs: stopped)
     assert run(monkeypatch, "train", write_config(tmp_path, solver_dir)) == 130
     assert "go on with --resume" in capsys.readouterr().out
-    monkeypatch.setattr(selfdistill.demo, "demo", lambda *args, **kwargs: None)
-    monkeypatch.setattr(cli, "demo_config", lambda: write_config(tmp_path, solver_dir))
+    monkeypatch.setattr(studies.arithmetic.demo.run, "demo", lambda *args, **kwargs: None)
     assert run(monkeypatch, "demo") == 130
 
 
-def test_the_demo_says_what_is_missing_outside_the_repository(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", ["demo", "reproduce"])
+def test_a_study_says_where_it_is_looked_for(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    installed = tmp_path / "site-packages" / "selfdistill" / "checkout.py"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "selfdistill" / "cli.py"))
-    assert run(monkeypatch, "demo") == 1
+    monkeypatch.setattr(selfdistill.checkout, "__file__", str(installed))
+    assert run(monkeypatch, command) == 1
     error = " ".join(capsys.readouterr().err.split())
-    assert "examples/arithmetic/demo.yaml" in error
-    assert "clone" in error
+    assert error.startswith("error: studies/arithmetic/ and examples/arithmetic/ are neither in ")
+    assert str(tmp_path / "site-packages") in error
+    assert "in a clone" in error
+
+
+def test_the_study_of_a_clone_in_the_working_directory_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / "site-packages" / "selfdistill" / "checkout.py"
+    monkeypatch.setattr(selfdistill.checkout, "__file__", str(installed))
+    monkeypatch.chdir(ROOT)
+    assert find_checkout() == ROOT
+    assert load_study("demo.run") is studies.arithmetic.demo.run
+
+
+def test_training_loads_neither_analysis_nor_study(solver_dir: Path, tmp_path: Path) -> None:
+    path = write_config(tmp_path, solver_dir)
+    code = (
+        f"import sys; sys.argv = ['selfdistill', 'train', {str(path)!r}]\n"
+        "from selfdistill.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print(*sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    loaded = result.stdout.splitlines()[-1].split()
+    assert "selfdistill.training.loop" in loaded
+    unwanted = ("selfdistill.analysis", "selfdistill.filtering", "selfdistill.planning", "studies")
+    assert [name for name in loaded if name.startswith(unwanted)] == []
 
 
 def test_the_shipped_demo_configuration_is_valid() -> None:
-    path = Path(__file__).parents[2] / "examples" / "arithmetic" / "demo.yaml"
-    config = load_config(path)
+    config = load_config(ROOT / "examples" / "arithmetic" / "demo.yaml")
     assert config.method.name == "stepalign"
     assert config.method.teacher.name == "base"
 

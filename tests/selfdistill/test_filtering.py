@@ -12,15 +12,12 @@ from rich.console import Console
 
 import selfdistill.filtering
 from selfdistill.config import Config, ConfigError
-from selfdistill.critic import Critique
-from selfdistill.evaluate import Attempts
-from selfdistill.filtering import (
-    FilterExistsError,
-    FilterSettings,
-    filter_problems,
-)
-from selfdistill.rollout import Rollout
-from selfdistill.tasks import Problem, TaskError, Verdict, build_task
+from selfdistill.critic.interface import Critique
+from selfdistill.filtering import FilterExistsError, FilterSettings, filter_problems
+from selfdistill.rollout.attempts import Attempts
+from selfdistill.rollout.engine import Rollout
+from selfdistill.tasks.build import build_task
+from selfdistill.tasks.interface import Problem, TaskError, Verdict
 
 SETTINGS = FilterSettings(samples=4, below=Fraction(1, 2), split="train", problems=20)
 

@@ -8,14 +8,17 @@ from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
+from selfdistill.analysis.localisation import Localisation
 from selfdistill.config import save_config
-from selfdistill.evaluate import Attempts, Evaluation, Interval, summarize
-from selfdistill.localisation import Localisation
-from selfdistill.reproduce.jobs import TokenFigures, job_fingerprint
-from selfdistill.reproduce.plan import FULL, BaseEvaluation, Job, TokenScores, Training
-from selfdistill.rollout import Rollout
-from selfdistill.tasks import Verdict
+from selfdistill.evaluation.intervals import Interval
+from selfdistill.evaluation.scores import Evaluation, summarize
+from selfdistill.rollout.attempts import Attempts
+from selfdistill.rollout.engine import Rollout
 from selfdistill.tasks.arithmetic import ArithmeticTask
+from selfdistill.tasks.interface import Verdict
+from studies.arithmetic.reproduce.arms import FULL
+from studies.arithmetic.reproduce.job_list import BaseEvaluation, Job, TokenScores, Training
+from studies.arithmetic.reproduce.jobs import TokenFigures, job_fingerprint
 
 # Enough problems for intervals of no width where all of them have the same score.
 SMALL = replace(FULL, problems=60, side_problems=60, dev_problems=8)

@@ -29,29 +29,29 @@ from safetensors.torch import save
 from tiny_runs import SmoothAdamW
 from torch.distributed.tensor import DTensor
 
-import selfdistill.checkpoint
-import selfdistill.gradients
 import selfdistill.runlog
-import selfdistill.train
+import selfdistill.training.checkpoint
+import selfdistill.training.gradients
+import selfdistill.training.loop
 from selfdistill.config import Config
-from selfdistill.distributed import join_ranks
-from selfdistill.gradients import StudentLoss
-from selfdistill.rollout import EngineError
-from selfdistill.sharding import gather
-from selfdistill.weights import TrainedWeights
+from selfdistill.model.sharding import gather
+from selfdistill.model.weights import TrainedWeights
+from selfdistill.rollout.engine import EngineError
+from selfdistill.training.distributed import join_ranks
+from selfdistill.training.gradients import StudentLoss
 
 torch.set_num_threads(1)
 
 # Where a process is killed, beside random moments: (module, function, most calls before it).
 MOMENTS = [
-    (selfdistill.checkpoint, "save_file", 6),
-    (selfdistill.checkpoint, "sha256_of", 20),
-    (selfdistill.checkpoint, "_flush", 24),
-    (selfdistill.checkpoint.os, "rename", 3),
-    (selfdistill.checkpoint.os, "replace", 8),
-    (selfdistill.checkpoint.shutil, "rmtree", 8),
-    (selfdistill.gradients, "score", 3),
-    (selfdistill.train, "judge", 3),
+    (selfdistill.training.checkpoint, "save_file", 6),
+    (selfdistill.training.checkpoint, "sha256_of", 20),
+    (selfdistill.training.checkpoint, "_flush", 24),
+    (selfdistill.training.checkpoint.os, "rename", 3),
+    (selfdistill.training.checkpoint.os, "replace", 8),
+    (selfdistill.training.checkpoint.shutil, "rmtree", 8),
+    (selfdistill.training.gradients, "score", 3),
+    (selfdistill.training.loop, "judge", 3),
 ]
 
 
@@ -77,7 +77,7 @@ def fork(task: Callable[[], object], log: Path) -> int:
 
 def run(config: Config) -> None:
     """Train, or go on training."""
-    selfdistill.train.train(config, resume=True, console=Console(quiet=True))
+    selfdistill.training.loop.train(config, resume=True, console=Console(quiet=True))
 
 
 def die_at(module: Any, name: str, calls: int, *, before: bool) -> None:
@@ -279,7 +279,7 @@ def failures(request: dict[str, Any]) -> dict[str, Any]:
                 raise EngineError("the critic is gone")
 
             if rank == case["rank"]:
-                selfdistill.train.judge = fail
+                selfdistill.training.loop.judge = fail
             try:
                 run(config)
             except Exception as error:

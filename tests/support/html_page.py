@@ -1,4 +1,4 @@
-"""Reads a page of `selfdistill.report` for assertions."""
+"""Reads a page of `selfdistill.analysis.report` for assertions."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ from peft import PeftModel
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
-from selfdistill.layout import PromptGroup
-from selfdistill.scoring import score
-from selfdistill.teacher import BaseTeacher, LiveTeacher, Teacher
+from selfdistill.model.layout import PromptGroup
+from selfdistill.model.scoring import score
+from selfdistill.model.teacher import BaseTeacher, LiveTeacher, Teacher
 
 ModelFactory = Callable[..., PreTrainedModel]
 

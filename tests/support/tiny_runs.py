@@ -95,8 +95,9 @@ class SmoothAdamW(torch.optim.AdamW):
 
 # What a gradient, and all that is made of it, may be off by from one run to another, relative to
 # its size: four times what one pass of a padded step in plain float32 is off by, which
-# tests/selfdistill/test_scoring.py measures (up to 5e-6). Between runs, passes are cut and summed
-# in another order; a missing, a doubled or another pass changes a gradient by a tenth and more.
+# tests/selfdistill/model/test_scoring.py measures (up to 5e-6). Between runs, passes are cut and
+# summed in another order; a missing, a doubled or another pass changes a gradient by a tenth and
+# more.
 GRADIENT = 2e-5
 # Means over tokens of log-probs, of order 5 each, which float32 rounds by some 1e-6.
 NATS = {"loss", "kl", "advantage", "entropy", "engine_disagreement"}

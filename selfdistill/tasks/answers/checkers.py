@@ -9,9 +9,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
-from selfdistill.tasks import TaskError
-from selfdistill.tasks.answers.compare import compare
+from selfdistill.tasks.answers.equality import compare
 from selfdistill.tasks.answers.pool import Question, WorkerPool, usable_cpus
+from selfdistill.tasks.interface import TaskError
 
 CheckerName = Literal["auto", "math-verify", "plain"]
 

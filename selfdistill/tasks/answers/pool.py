@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from typing import IO
 
-from selfdistill.tasks import TaskError
+from selfdistill.tasks.interface import TaskError
 
 Question = tuple[str, str]
 

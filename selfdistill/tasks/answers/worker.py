@@ -23,7 +23,7 @@ from latex2sympy2_extended.latex2sympy2 import (
 )
 from math_verify import verify
 
-from selfdistill.tasks.answers.compare import Verdict, compare
+from selfdistill.tasks.answers.equality import Verdict, compare
 
 SECONDS = 3.0
 """Of processor time, for one comparison with all its parts: a busy machine changes no verdict. What

@@ -11,16 +11,10 @@ import random
 from dataclasses import dataclass, field
 from typing import Literal
 
-from selfdistill.tasks import Problem
 from selfdistill.tasks.arithmetic.noise import SolverNoise, carries, forget_carry, slip
 from selfdistill.tasks.arithmetic.task import ArithmeticTask, draw_question, split_of
-from selfdistill.tasks.arithmetic.traces import (
-    DIALECTS,
-    Question,
-    Step,
-    Wording,
-    write_answer,
-)
+from selfdistill.tasks.arithmetic.traces import DIALECTS, Question, Step, Wording, write_answer
+from selfdistill.tasks.interface import Problem
 
 DIALECT_SHARES = (0.86, 0.07, 0.03, 0.02, 0.01, 0.01)
 """How often the solver writes each dialect of its own accord."""

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from selfdistill.tasks import FeedbackDetail, Problem, Verdict
 from selfdistill.tasks.arithmetic.noise import SHIPPED_SOLVER
 from selfdistill.tasks.arithmetic.traces import (
     ANSWER_TAG,
@@ -28,6 +27,7 @@ from selfdistill.tasks.arithmetic.traces import (
     split_trace,
     write_answer,
 )
+from selfdistill.tasks.interface import FeedbackDetail, Problem, Verdict
 
 _SPLIT_SHARES = {"train": range(80), "dev": range(80, 90), "test": range(90, 100)}
 _SMALLEST_DIGIT = 2
@@ -55,7 +55,7 @@ def draw_question(rng: random.Random, step_counts: Sequence[int]) -> Question:
 class ArithmeticTask:
     """Chains of one-digit additions or subtractions modulo 100, solved step by step.
 
-    Implements `selfdistill.tasks.Task`, and what `selfdistill.critic.scribe.ScribeCritic` needs.
+    Implements `Task`, and what `selfdistill.critic.scribe.ScribeCritic` needs.
 
     Args:
         step_counts: the numbers of operations a question may have, each between 1 and 9.

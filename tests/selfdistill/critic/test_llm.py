@@ -5,11 +5,11 @@ from functools import partial
 
 import pytest
 
-from selfdistill.critic import Critique
+from selfdistill.critic.interface import Critique
 from selfdistill.critic.llm import CritiqueError, LLMCritic, parse_critique, strip_thinking
-from selfdistill.tasks import Problem, Verdict, check_all
+from selfdistill.critic.textgen.interface import Generation
 from selfdistill.tasks.arithmetic import ArithmeticTask
-from selfdistill.textgen import Generation
+from selfdistill.tasks.interface import Problem, Verdict, check_all
 
 TASK = ArithmeticTask(step_counts=(3,))
 (PROBLEM,) = TASK.problems(split="dev", count=1)

@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-import selfdistill.batch
-import selfdistill.gradients
-from selfdistill.gradients import StudentLoss, accumulate_gradients
-from selfdistill.layout import PromptGroup
+import selfdistill.training.batch
+import selfdistill.training.gradients
 from selfdistill.methods.grpo import GRPOLoss, group_advantages
-from selfdistill.methods.loss import lm_head
-from selfdistill.scoring import score
-from selfdistill.teacher import BaseTeacher
+from selfdistill.model.layout import PromptGroup
+from selfdistill.model.lm_head import find_lm_head
+from selfdistill.model.scoring import score
+from selfdistill.model.teacher import BaseTeacher
+from selfdistill.training.gradients import StudentLoss, accumulate_gradients
 
 ModelFactory = Callable[..., PreTrainedModel]
 TEMPERATURE = 1.3
@@ -160,7 +160,7 @@ def test_loss_and_gradient_equal_plain_torch(
     teacher = BaseTeacher(base) if coefficient else None
     loss = make_loss(kl_coefficient=coefficient, normalize_std=std)
     scored = score(student, teacher, groups)
-    output = loss(scored, lm_head(student), lm_head(base), normalizer=len(scored.targets))
+    output = loss(scored, find_lm_head(student), find_lm_head(base), normalizer=len(scored.targets))
     output.loss.backward()
     assert_as_exact_as_plain_torch(
         output.loss.item(), gradients(student), (student, base), groups,
@@ -181,7 +181,7 @@ def test_loss_and_gradient_equal_trl(
     scored = score(student, BaseTeacher(base), groups)
     hidden = scored.student_hidden.detach().requires_grad_()
     scored = replace(scored, student_hidden=hidden)
-    output = loss(scored, lm_head(student), lm_head(base), normalizer=len(scored.targets))
+    output = loss(scored, find_lm_head(student), find_lm_head(base), normalizer=len(scored.targets))
     output.loss.backward()
 
     # TRL's tokens are padded rows; its own function gets log-probs of these very hidden states.
@@ -258,7 +258,7 @@ def test_the_clip_stops_the_gradient_where_nothing_is_left_to_gain(
             ]
         scored = score(student, None, [replace(group, old_logprobs=rows)])
         scored = replace(scored, student_hidden=scored.student_hidden.detach().requires_grad_())
-        head = lm_head(student)
+        head = find_lm_head(student)
         output = make_loss()(scored, head, head, normalizer=1.0)
         output.loss.backward()
         assert torch.equal(output.active, scored.rollout_index != clipped_rollout)
@@ -290,7 +290,7 @@ def step_gradient(
             student,
             None if base is None else BaseTeacher(base),
             make_loss(**settings),
-            heads=(lm_head(student), lm_head(base or student)),
+            lm_heads=(find_lm_head(student), find_lm_head(base or student)),
         ),
         groups,
         tokens_per_pass=tokens_per_pass,
@@ -308,7 +308,7 @@ def test_a_group_of_equal_rewards_is_not_read_but_counts(
         read.extend(groups)
         return score(model, teacher, groups, **options)
 
-    monkeypatch.setattr(selfdistill.gradients, "score", watched)
+    monkeypatch.setattr(selfdistill.training.gradients, "score", watched)
     informative, tied = stale(judged(ragged_groups, [[1.0, 0.0, 0.0], [1.0, 1.0]]), student)
     totals, both = step_gradient(student, [informative, tied])
     assert read == [informative]
@@ -351,7 +351,7 @@ def test_missing_rewards_are_an_error(
     tiny_model: ModelFactory, ragged_groups: list[PromptGroup]
 ) -> None:
     student = tiny_model("llama")
-    head = lm_head(student)
+    head = find_lm_head(student)
     scored = score(student, None, ragged_groups)
     with pytest.raises(ValueError, match="rewards is missing"):
         make_loss()(scored, head, head, normalizer=1.0)
@@ -362,10 +362,10 @@ def test_sampling_and_scoring_agree_on_the_log_probs(
 ) -> None:
     """On-policy the ratio is 1: the engine's log-probs are those that the loss compares with."""
     from selfdistill.config import Config
-    from selfdistill.evaluate import judge
-    from selfdistill.methods import build_method
-    from selfdistill.rollout import SamplingParams
-    from selfdistill.solver import load_solver
+    from selfdistill.methods.build import build_method
+    from selfdistill.rollout.attempts import judge
+    from selfdistill.rollout.engine import SamplingParams
+    from selfdistill.training.solver import load_solver
 
     config = Config.model_validate(
         {
@@ -385,9 +385,9 @@ def test_sampling_and_scoring_agree_on_the_log_probs(
     )
     attempts = judge(solver.task, problems, rollouts)
     method = build_method(config, solver.task)
-    groups = selfdistill.batch.render_groups(solver, attempts, method.contexts(attempts))
+    groups = selfdistill.training.batch.render_groups(solver, attempts, method.contexts(attempts))
     scored = score(solver.model, None, groups)
-    head = lm_head(solver.model)
+    head = find_lm_head(solver.model)
     output = method.loss(scored, head, head, normalizer=1.0)
     assert scored.old_logprobs is not None
     torchs, exact = (

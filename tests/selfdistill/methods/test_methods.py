@@ -1,24 +1,31 @@
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from functools import partial
+from typing import Any, cast, get_args
 
 import pytest
 
-from selfdistill.batch import leave_out
-from selfdistill.config import Config, ConfigError, LossConfig, ScribeCriticConfig
-from selfdistill.context import TeacherContext
-from selfdistill.critic import Critique, build_critic
+from selfdistill.config import Config, ConfigError, MethodConfig, ScribeCriticConfig
+from selfdistill.critic.build import build_critic
+from selfdistill.critic.interface import Critique
 from selfdistill.critic.llm import LLMCritic
-from selfdistill.evaluate import Attempts, judge
-from selfdistill.methods import GRPO, Environment, Peer, RefSol, StepAlign, build_method
-from selfdistill.methods.loss import DistillationLoss
-from selfdistill.rollout import Rollout
-from selfdistill.tasks import FeedbackDetail, Problem, Task, Verdict
+from selfdistill.methods.build import BUILDERS, build_method
+from selfdistill.methods.distillation import DistillationLoss
+from selfdistill.methods.environment import feedback
+from selfdistill.methods.grpo import GRPOLoss
+from selfdistill.methods.refsol import references
+from selfdistill.methods.stepalign import critiques
+from selfdistill.prompts.context import TeacherContext
+from selfdistill.rollout.attempts import Attempts, judge
+from selfdistill.rollout.engine import Rollout
 from selfdistill.tasks.answers import PlainChecker
 from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.tasks.dataset import DatasetTask
+from selfdistill.tasks.interface import FeedbackDetail, Problem, Task, Verdict
+from selfdistill.training.batch import leave_out
 
 PROBLEMS = [Problem("p", "1 + 2", "3", "reference of p"), Problem("q", "2 + 2", "4", "that of q")]
 
@@ -49,9 +56,7 @@ def configured(**settings: object) -> Config:
 
 
 def test_stepalign_gives_every_rollout_its_own_critique() -> None:
-    loss = DistillationLoss(LossConfig())
-    method = StepAlign(critic=EchoCritic(), group_size=2, loss=loss)
-    contexts = method.contexts(ATTEMPTS)
+    contexts = critiques(EchoCritic(), ATTEMPTS)
     texts = [[context.text for context in group] for group in contexts]
     assert texts == [["p: p one", "p: p two"], ["q: q one"]]
     assert {context.kind for group in contexts for context in group} == {"critique"}
@@ -64,20 +69,17 @@ def test_a_rollout_without_a_critique_is_left_out_or_sees_the_reference() -> Non
         ) -> list[Critique | None]:
             return [None if "two" in r or "q" in r else Critique("D", r, 1) for r in responses]
 
-    loss = DistillationLoss(LossConfig())
-    method = StepAlign(critic=SilentCritic(), group_size=2, loss=loss)
     critique = TeacherContext("critique", "p one")
-    assert method.contexts(ATTEMPTS) == [[critique, None], [None]]
-    method = StepAlign(critic=SilentCritic(), group_size=2, loss=loss, fallback="reference")
-    references = [TeacherContext("reference", problem.reference) for problem in PROBLEMS]
-    assert method.contexts(ATTEMPTS) == [[critique, references[0]], [references[1]]]
+    assert critiques(SilentCritic(), ATTEMPTS) == [[critique, None], [None]]
+    with_fallback = partial(critiques, SilentCritic(), fallback="reference")
+    solutions = [TeacherContext("reference", problem.reference) for problem in PROBLEMS]
+    assert with_fallback(ATTEMPTS) == [[critique, solutions[0]], [solutions[1]]]
     bare = Attempts(replace(PROBLEMS[0], reference=" "), [rollout("two")], [VERDICT])
-    assert method.contexts([bare]) == [[None]]
+    assert with_fallback([bare]) == [[None]]
 
 
 def test_refsol_gives_the_reference_whatever_the_attempt() -> None:
-    method = RefSol(group_size=2, loss=DistillationLoss(LossConfig()))
-    contexts = method.contexts(ATTEMPTS)
+    contexts = references(ATTEMPTS)
     texts = [[context.text for context in group] for group in contexts]
     assert texts == [["reference of p"] * 2, ["that of q"]]
     assert {context.kind for group in contexts for context in group} == {"reference"}
@@ -96,7 +98,7 @@ def texts_of(contexts: list[list[TeacherContext | None]]) -> list[list[str | Non
 
 
 def test_peer_shows_another_successful_rollout_and_never_itself() -> None:
-    method = Peer(group_size=4, loss=DistillationLoss(LossConfig()))
+    method = build_method(configured(method={"name": "peer"}), ArithmeticTask())
     groups = [
         group_of(False, True, False, True),
         group_of(True, False, False, False),
@@ -145,17 +147,11 @@ def test_environment_tells_what_the_checker_found(
     class Silent:
         """A task without words of its own."""
 
-    method = Environment(
-        task=cast(Task, Silent()),
-        detail=detail,
-        group_size=3,
-        loss=DistillationLoss(LossConfig()),
-    )
     cut_off = Verdict(None, False, False, None, None, False)
     attempts = Attempts(
         PROBLEMS[0], [rollout(t) for t in ("right", "wrong", "cut")], [VERDICT, WRONG, cut_off]
     )
-    contexts = method.contexts([attempts])
+    contexts = feedback(cast(Task, Silent()), [attempts], detail=detail)
     assert texts_of(contexts) == [[right, wrong, unfinished]]
     assert {c.kind for group in contexts for c in group if c is not None} == {"feedback"}
 
@@ -196,35 +192,37 @@ def test_a_task_without_steps_refuses_what_needs_them(loss: dict[str, Any]) -> N
         name = "plain"
 
     (setting,) = loss
-    with pytest.raises(ValueError, match=rf"{setting}.*'plain' does not know the steps"):
+    with pytest.raises(ConfigError, match=rf"{setting}.*'plain' does not know the steps"):
         build_method(configured(method={"name": "refsol", "loss": loss}), cast(Any, Plain()))
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("stepalign", StepAlign),
-        ("refsol", RefSol),
-        ("peer", Peer),
-        ("environment", Environment),
-        ("grpo", GRPO),
-    ],
-)
-def test_methods_are_built_from_their_name(name: str, kind: type) -> None:
+@pytest.mark.parametrize("name", ["stepalign", "refsol", "peer", "environment", "grpo"])
+def test_methods_are_built_from_their_name(name: str) -> None:
     config = configured(method={"name": name, "group_size": 5})
     method = build_method(config, ArithmeticTask())
-    assert isinstance(method, kind)
     assert (method.name, method.group_size) == (name, 5)
+    assert method.needs_context == (name != "grpo")
+    assert isinstance(method.loss, GRPOLoss if name == "grpo" else DistillationLoss)
 
 
-def test_the_llm_critic_is_built_with_its_engine_and_fallback() -> None:
+def test_every_section_of_a_method_has_a_builder() -> None:
+    sections = get_args(get_args(MethodConfig)[0])
+    assert set(BUILDERS) == set(sections)
+
+
+def test_the_llm_critic_is_built_with_its_engine_and_fallback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine = {"name": "server", "base_url": "http://localhost:1/v1", "model": "judge"}
     critic = {"name": "llm", "engine": engine, "fallback": "reference"}
     config = configured(method={"name": "stepalign", "critic": critic})
     method = build_method(config, ArithmeticTask())
-    assert isinstance(method, StepAlign)
     assert isinstance(method.critic, LLMCritic)
-    assert method.fallback == "reference"
+    assert method.unusable == Counter()
+    monkeypatch.setattr(method.critic, "critique", lambda problems, _: [None] * len(problems))
+    method.critic.unusable["no form"] += 2
+    assert method.unusable == {"no form": 2}
+    assert texts_of(method.contexts(ATTEMPTS)) == [["reference of p"] * 2, ["that of q"]]
 
 
 def test_the_scribe_corrects_a_wrong_attempt_in_its_own_words() -> None:

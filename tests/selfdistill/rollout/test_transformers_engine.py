@@ -8,7 +8,7 @@ from exactness import assert_no_worse_than_torch
 from padded_step import in_float64
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from selfdistill.rollout import Rollout, SamplingParams
+from selfdistill.rollout.engine import Rollout, SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
 
 ModelFactory = Callable[..., LlamaForCausalLM]

@@ -13,19 +13,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from selfdistill.config import (
-    Config,
-    TransformersTextEngine,
-    VLLMEngineConfig,
-    VLLMTextEngine,
-)
-from selfdistill.methods.loss import lm_head
-from selfdistill.rollout import EngineError, Rollout, SamplingParams
-from selfdistill.rollout.agreement import EngineMismatchError, check_agreement
+from selfdistill.config import Config, TransformersTextEngine, VLLMEngineConfig, VLLMTextEngine
+from selfdistill.critic.textgen.build import build_text_generator
+from selfdistill.model.lm_head import find_lm_head
+from selfdistill.rollout.engine import EngineError, Rollout, SamplingParams
 from selfdistill.rollout.vllm_engine import VLLMEngine
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
-from selfdistill.textgen import build_text_generator
-from selfdistill.train import train
+from selfdistill.training.agreement import EngineMismatchError, check_agreement
+from selfdistill.training.loop import train
 
 # `make test-vllm` is for these tests: there a vLLM that cannot be imported fails them.
 if os.environ.get("SELFDISTILL_REQUIRE_VLLM") != "1":
@@ -115,7 +110,7 @@ def test_token_ids_and_logprobs_are_those_of_the_model(
     assert disagreement(model, groups) < NATS
     # Two passes of one model, packed and not.
     assert check_agreement(
-        model, lm_head(model), PROMPTS, groups, temperature=1.3, tolerance=NATS
+        model, find_lm_head(model), PROMPTS, groups, temperature=1.3, tolerance=NATS
     ) == pytest.approx(disagreement(model, groups), abs=NATS / 5)
     rollouts = [rollout for group in groups for rollout in group]
     assert len({tuple(rollout.token_ids) for rollout in rollouts}) == len(rollouts)
@@ -171,7 +166,9 @@ def test_all_weights_are_handed_over(whole: tuple[LlamaForCausalLM, VLLMEngine])
         stale = engine.generate(PROMPTS, group_size=2, params=PARAMS)
         moved(model, 0.05)
         with pytest.raises(EngineMismatchError, match="other weights"):
-            check_agreement(model, lm_head(model), PROMPTS, stale, temperature=1.3, tolerance=NATS)
+            check_agreement(
+                model, find_lm_head(model), PROMPTS, stale, temperature=1.3, tolerance=NATS
+            )
         engine.sync(model)
         fresh = engine.generate(PROMPTS, group_size=2, params=PARAMS)
         assert disagreement(model, fresh) < NATS

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from selfdistill.tasks import Problem
 from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.tasks.arithmetic.task import split_of
 from selfdistill.tasks.arithmetic.traces import (
@@ -19,6 +18,7 @@ from selfdistill.tasks.arithmetic.traces import (
     read_step,
     split_trace,
 )
+from selfdistill.tasks.interface import Problem
 
 QUESTION = Question(47, (Operation("+", 8), Operation("+", 5), Operation("+", 9)))
 RIGHT = (

@@ -8,11 +8,7 @@ import pytest
 
 from selfdistill.critic.scribe import ScribeCritic
 from selfdistill.tasks.arithmetic import ArithmeticTask
-from selfdistill.tasks.arithmetic.corpus import (
-    Corpus,
-    CorpusConfig,
-    Document,
-)
+from selfdistill.tasks.arithmetic.corpus import Corpus, CorpusConfig, Document
 from selfdistill.tasks.arithmetic.noise import SHIPPED_SOLVER, carries, forget_carry
 from selfdistill.tasks.arithmetic.task import split_of
 from selfdistill.tasks.arithmetic.traces import (

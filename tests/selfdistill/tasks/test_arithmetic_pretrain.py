@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from selfdistill.context import ContextRenderer, TeacherContext
+from selfdistill.prompts.context import ContextRenderer, TeacherContext
 from selfdistill.tasks.arithmetic.corpus import Corpus
 from selfdistill.tasks.arithmetic.noise import SolverNoise
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer, vocabulary

@@ -10,7 +10,8 @@ import pytest
 from pydantic import TypeAdapter
 
 from selfdistill.config import TaskConfig
-from selfdistill.tasks import SPLITS, Problem, Task, TaskError, build_task, training_problems
+from selfdistill.tasks.build import build_task, training_problems
+from selfdistill.tasks.interface import SPLITS, Problem, Task, TaskError
 
 RECORDS = [
     {"q": f"What is {i} + {i}?", "a": 2 * i, "s": f"{i} + {i} = {2 * i}", "n": i, "kind": i % 2}

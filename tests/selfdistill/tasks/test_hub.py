@@ -11,8 +11,8 @@ import pytest
 from pydantic import TypeAdapter
 
 from selfdistill.config import HubTaskConfig
-from selfdistill.tasks import TaskError
 from selfdistill.tasks.hub import hub_rows
+from selfdistill.tasks.interface import TaskError
 from selfdistill.tasks.rows import Row
 
 datasets = pytest.importorskip("datasets", reason="pip install 'datasets>=3'")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from selfdistill.tasks import TaskError
+from selfdistill.tasks.interface import TaskError
 from selfdistill.tasks.json_lines import jsonl_rows
 
 

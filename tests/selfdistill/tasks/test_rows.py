@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from selfdistill.tasks import TaskError
+from selfdistill.tasks.interface import TaskError
 from selfdistill.tasks.rows import Row, WrittenFloat, plain_decimal
 
 

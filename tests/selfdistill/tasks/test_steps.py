@@ -2,12 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from selfdistill.tasks.steps import (
-    STEP_INSTRUCTION,
-    StepSpan,
-    follows_format,
-    split_steps,
-)
+from selfdistill.config.tasks import STEP_INSTRUCTION
+from selfdistill.tasks.steps import StepSpan, follows_format, split_steps
 
 RESPONSE = "<step_1> 2 + 3 = 5 <step_2> 5 + 1 = 6 <answer> 6"
 

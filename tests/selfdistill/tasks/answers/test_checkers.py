@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from slow_workers import SLOW, answering_pool
 
-from selfdistill.tasks import TaskError
 from selfdistill.tasks.answers import (
     AnswerChecker,
     MathVerifyChecker,
@@ -16,6 +15,7 @@ from selfdistill.tasks.answers import (
     build_checker,
     majority,
 )
+from selfdistill.tasks.interface import TaskError
 
 INSTALL = "pip install 'math-verify[antlr4_13_2]>=0.8'"
 

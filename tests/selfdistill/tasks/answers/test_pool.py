@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from slow_workers import FATAL, SLOW, answering_pool, pool_of_processes_that_wait_for_each_other
 
-from selfdistill.tasks import TaskError
 from selfdistill.tasks.answers import pool as pool_module
 from selfdistill.tasks.answers.pool import WorkerPool
+from selfdistill.tasks.interface import TaskError
 
 
 def test_every_answer_goes_to_its_question(tmp_path: Path) -> None:

@@ -1,0 +1,115 @@
+"""Sections of what samples: rollouts of the student, and texts of other models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from selfdistill.config.section import Float, Int, JsonObject, NearbyName, PositiveInt, Section
+
+# Ranks that vLLM makes room for; an adapter may have any up to the last.
+VLLM_ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+class VLLMSettings(Section):
+    """What any vLLM engine needs to know; it runs in the trainer's own process, on its device."""
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of its weights and its cache."""
+    max_length: PositiveInt | None = None
+    """Most tokens of a prompt and its completion, which must fit into the cache; by default what
+    the model has positions for."""
+    kv_cache_gib: Float = Field(default=4.0, gt=0)
+    """Memory for keys and values, shared by all sequences that are sampled at once."""
+    block_size: Int = Field(default=32, gt=0, multiple_of=32)
+    """Tokens of a cache block, a multiple of 32 (smaller ones run on GPUs only): only whole blocks
+    of a prompt are shared between its rollouts."""
+    enforce_eager: bool = False
+    """No compilation and no CUDA graphs: starts in seconds, samples more slowly on a GPU."""
+
+
+class TextEngine(Section):
+    """What all engines that answer prompts have in common."""
+
+    model: str
+    """A folder or a Hub name; for a server, what it calls the model."""
+    max_new_tokens: PositiveInt = 4096
+    """Answers are cut off at this length, think part included."""
+    cache: Path | None = None
+    """A folder that keeps the answers, so that nothing is asked twice; runs may share it."""
+
+
+class LocalTextEngine(TextEngine):
+    """What the engines of the trainer's own process have in common."""
+
+    chat_template: NearbyName | None = None
+    """A file with the Jinja template to use instead of the tokenizer's own."""
+    template: JsonObject = Field(default_factory=dict)
+    """More variables for the chat template, such as {enable_thinking: true}."""
+
+
+class TransformersTextEngine(LocalTextEngine):
+    """A model in the trainer's process, read by transformers."""
+
+    name: Literal["transformers"] = "transformers"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of its weights."""
+    batch_size: PositiveInt = 16
+    """Prompts answered at once."""
+
+
+class VLLMTextEngine(VLLMSettings, LocalTextEngine):
+    """A model in the trainer's process, read by vLLM."""
+
+    name: Literal["vllm"] = "vllm"
+
+
+class ServerTextEngine(TextEngine):
+    """A model behind an OpenAI-compatible server."""
+
+    name: Literal["server"] = "server"
+    base_url: str = Field(pattern=r"^https?://[^/]")
+    """Up to and with /v1, such as http://localhost:8000/v1; a redirect is not followed."""
+    api_key_variable: str = "OPENAI_API_KEY"
+    """The environment variable that holds the key, if the server wants one."""
+    timeout: Float = Field(default=600.0, gt=0)
+    """Seconds without a byte from the server before a request counts as failed."""
+    total_timeout: Float = Field(default=3600.0, gt=0)
+    """Seconds that a request may take in all, whatever trickles in."""
+    retries: Int = Field(default=5, ge=0)
+    """How often a request is sent again when the server is busy, away or silent."""
+    backoff: Float = Field(default=1.0, ge=0)
+    """Seconds before the first retry; each further one waits twice as long, at most a minute."""
+    concurrency: PositiveInt = 16
+    """Requests under way at once."""
+    extra_body: JsonObject = Field(default_factory=dict)
+    """More fields of the request, such as {chat_template_kwargs: {enable_thinking: true}}, or for
+    vLLM {skip_special_tokens: false}, where the tags of its answer are special tokens."""
+
+
+TextEngineConfig = Annotated[
+    TransformersTextEngine | VLLMTextEngine | ServerTextEngine, Field(discriminator="name")
+]
+
+
+class TransformersEngineConfig(Section):
+    """Samples from the weights that are trained; with `shard` from a copy that follows them."""
+
+    name: Literal["transformers"] = "transformers"
+    batch_size: PositiveInt = 256
+    """Rows sampled at once (whole groups); bounds the memory of the key/value cache."""
+
+
+class VLLMEngineConfig(VLLMSettings):
+    """vLLM with weights of its own, which follow the student's after every step."""
+
+    name: Literal["vllm"] = "vllm"
+    check_every: PositiveInt = 1
+    """Compare the engine's log-probs with the trainer's own float32 ones every so many steps."""
+    tolerance: Float | None = Field(default=None, gt=0)
+    """Largest difference that is allowed, in nats; by default 1e-4 in float32, 1 in bfloat16."""
+
+
+EngineConfig = Annotated[TransformersEngineConfig | VLLMEngineConfig, Field(discriminator="name")]

@@ -1,0 +1,108 @@
+"""Sections of the distillation loss: which divergence, on which tokens."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from selfdistill.config.section import Float, PositiveInt, Section
+
+
+class ForwardKL(Section):
+    """KL(teacher || student): the student covers all that the teacher considers likely."""
+
+    name: Literal["forward_kl"] = "forward_kl"
+
+
+class ReverseKL(Section):
+    """KL(student || teacher): the student drops what the teacher considers unlikely."""
+
+    name: Literal["reverse_kl"] = "reverse_kl"
+
+
+class GeneralizedJSD(Section):
+    """beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student.
+
+    GKD (arXiv 2306.13649).
+    """
+
+    name: Literal["jsd"] = "jsd"
+    beta: Float = Field(default=0.5, ge=0, le=1)
+    """The teacher's share of the mixture m; 0 is defined as forward KL and 1 as reverse KL."""
+
+
+class SkewKL(Section):
+    """KL(teacher || m), m = beta teacher + (1 - beta) student: bounded where the student has none.
+
+    DistiLLM (arXiv 2402.03898).
+    """
+
+    name: Literal["skew_kl"] = "skew_kl"
+    beta: Float = Field(default=0.1, gt=0, lt=1)
+    """The teacher's share of the mixture m."""
+
+
+class SkewReverseKL(Section):
+    """KL(student || m), m = beta teacher + (1 - beta) student."""
+
+    name: Literal["skew_reverse_kl"] = "skew_reverse_kl"
+    beta: Float = Field(default=0.9, gt=0, lt=1)
+    """The teacher's share of the mixture m."""
+
+
+ObjectiveConfig = Annotated[
+    ForwardKL | ReverseKL | GeneralizedJSD | SkewKL | SkewReverseKL, Field(discriminator="name")
+]
+
+
+class TopKConfig(Section):
+    """Compares the distributions on the most likely tokens only, the others in one bucket."""
+
+    k: PositiveInt
+    """How many tokens, at most the vocabulary."""
+    of: Literal["student", "teacher"] = "student"
+    """Whose most likely tokens."""
+    tail: bool = True
+    """Keep the bucket of the others; false normalises the k tokens alone."""
+
+
+class AdvantageMaskConfig(Section):
+    """Which tokens learn, chosen by their advantage A = log p_teacher(y) - log p_student(y)."""
+
+    threshold: Float = Field(default=0.0, ge=0)
+    """Tokens with |A| at or below it get no gradient."""
+    sign: Literal["any", "positive", "negative"] = "any"
+    """Keep both signs, only tokens the teacher prefers, or only tokens the teacher rejects."""
+    top_fraction: Float | None = Field(default=None, gt=0, le=1)
+    """Of the tokens left, keep those with the largest |A|: this share of each rollout's tokens."""
+    per_step: bool = False
+    """Judge whole steps by their mean A; tokens of no step are dropped. Needs a task with steps."""
+
+
+class LossConfig(Section):
+    """The loss on the completion tokens, averaged over the training step."""
+
+    objective: ObjectiveConfig = ForwardKL()
+    """Which divergence between the teacher's and the student's next-token distributions."""
+    advantage_mask: AdvantageMaskConfig | None = None
+    """Restricts the gradient to some tokens; the dropped ones stay in the denominator."""
+    temperature: Float = Field(default=1.0, gt=0)
+    """Divides both models' logits before the divergence."""
+    reduction: Literal["mean", "sequence_mean"] = "mean"
+    """Every token counts the same, or every rollout (the mean of its tokens) does."""
+    top_k: TopKConfig | None = None
+    """Restricts the divergence to the most likely tokens; null compares the whole vocabulary."""
+    divergence_clip: Float | None = Field(default=None, gt=0)
+    """A token's divergence counts at most this much (nats); beyond it has no gradient."""
+    importance_clip: Float | None = Field(default=None, gt=0)
+    """Weighs each token by how much likelier it has become since it was sampled, at most by this.
+
+    Matters from the second update on (`updates_per_step`) or with an engine that samples from other
+    numbers. Needs `temperature` to be that of the rollouts.
+    """
+    stop_after_first_wrong_step: bool = False
+    """Cut a rollout behind its first wrong step: what follows stands on a false result.
+
+    The rest is neither read nor counted. Needs a task that knows steps.
+    """

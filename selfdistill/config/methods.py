@@ -1,0 +1,138 @@
+"""Sections of methods, with their teachers and critics."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from selfdistill.config.engines import TextEngineConfig
+from selfdistill.config.losses import LossConfig
+from selfdistill.config.section import Float, Int, PositiveInt, Section
+
+
+class BaseTeacherConfig(Section):
+    """The fixed solver as it was before training, as in the paper: frozen, or adapters off."""
+
+    name: Literal["base"] = "base"
+
+
+class LiveTeacherConfig(Section):
+    """The student's own weights of this step; shares the prompt's keys and values with it."""
+
+    name: Literal["live"] = "live"
+
+
+class EmaTeacherConfig(Section):
+    """The exponential moving average of the trained weights, moved after every optimiser step."""
+
+    name: Literal["ema"] = "ema"
+    decay: Float = Field(default=0.99, gt=0, lt=1)
+    """How much of the average stays in one step."""
+
+
+TeacherConfig = Annotated[
+    BaseTeacherConfig | LiveTeacherConfig | EmaTeacherConfig, Field(discriminator="name")
+]
+
+
+class ScribeCriticConfig(Section):
+    """The exact scribe of the arithmetic task, which never errs."""
+
+    name: Literal["scribe"] = "scribe"
+    copying: Literal["partial_repetition", "full_repetition", "omission"] = "partial_repetition"
+    """What it repeats of an attempt: up to the first wrong step, that step too, or nothing."""
+
+
+class LLMCriticConfig(Section):
+    """A frozen language model as the scribe, for any task."""
+
+    name: Literal["llm"] = "llm"
+    engine: TextEngineConfig
+    """Which model, and where it runs."""
+    show_reference: bool = False
+    """Show the critic the reference solution, where the problem has one."""
+    check_answer: bool = True
+    """Refuse a critique whose own final answer the task's checker finds wrong."""
+    fallback: Literal["drop", "reference"] = "drop"
+    """For a rollout without a usable critique: leave it out, or show the teacher the reference."""
+
+
+CriticConfig = Annotated[ScribeCriticConfig | LLMCriticConfig, Field(discriminator="name")]
+
+
+class Distillation(Section):
+    """What the methods that follow a self-teacher have in common."""
+
+    name: str = "distillation"
+    """Which method; each has its own."""
+    group_size: PositiveInt = 8
+    """Rollouts drawn for each prompt."""
+    teacher: TeacherConfig = BaseTeacherConfig()
+    """Whose weights the self-teacher uses."""
+    loss: LossConfig = LossConfig()
+    """How the student follows the teacher."""
+
+
+class StepAlignMethod(Distillation):
+    """StepAlignFB: the teacher sees a critique aligned step by step with the student's attempt."""
+
+    name: Literal["stepalign"] = "stepalign"
+    critic: CriticConfig = ScribeCriticConfig()
+    """Who writes the critique of each rollout."""
+
+
+class RefSolMethod(Distillation):
+    """RefSol: the teacher sees the complete reference solution of the problem."""
+
+    name: Literal["refsol"] = "refsol"
+
+
+class PeerMethod(Distillation):
+    """The teacher sees another rollout of the same prompt that got the answer right."""
+
+    name: Literal["peer"] = "peer"
+    group_size: Int = Field(default=8, ge=2)
+    """Rollouts drawn for each prompt."""
+
+
+class EnvironmentMethod(Distillation):
+    """The teacher sees what the task's checker says about the student's attempt."""
+
+    name: Literal["environment"] = "environment"
+    detail: Literal["answer", "step"] = "answer"
+    """Tell whether the answer is right, or also which step is the first wrong one."""
+
+
+class KLPenaltyConfig(Section):
+    """Keeps the student near the model as it was before training."""
+
+    coefficient: Float = Field(default=0.04, gt=0)
+    """Weight of the penalty; the default is that of arXiv 2402.03300."""
+
+
+class GRPOMethod(Section):
+    """GRPO: no teacher; the binary rewards of a prompt's rollouts are compared with each other."""
+
+    name: Literal["grpo"] = "grpo"
+    group_size: Int = Field(default=8, ge=2)
+    """Rollouts drawn for each prompt."""
+    normalize_std: bool = True
+    """Divide the advantage r - mean(r) by the group's standard deviation; false: Dr. GRPO."""
+    clip_low: Float = Field(default=0.2, gt=0, lt=1)
+    """A token's probability may fall to (1 - clip_low) of what it was when it was sampled."""
+    clip_high: Float = Field(default=0.2, gt=0)
+    """It may rise to (1 + clip_high) of it. Both matter from the second update on."""
+    kl: KLPenaltyConfig | None = None
+    """A penalty for leaving the base model; null reads no second model."""
+
+    @property
+    def teacher(self) -> BaseTeacherConfig | None:
+        """Whose distance the KL penalty measures: the base model."""
+        return None if self.kl is None else BaseTeacherConfig()
+
+
+MethodConfig = Annotated[
+    StepAlignMethod | RefSolMethod | PeerMethod | EnvironmentMethod | GRPOMethod,
+    Field(discriminator="name"),
+]

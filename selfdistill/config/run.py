@@ -1,0 +1,198 @@
+"""The configuration of one training run, a section for each part of it."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from selfdistill.config.engines import (
+    VLLM_ADAPTER_RANKS,
+    EngineConfig,
+    TransformersEngineConfig,
+    VLLMEngineConfig,
+)
+from selfdistill.config.methods import (
+    MethodConfig,
+    RefSolMethod,
+    ScribeCriticConfig,
+    StepAlignMethod,
+)
+from selfdistill.config.section import (
+    Float,
+    Int,
+    JsonObject,
+    NearbyName,
+    OutputPath,
+    PositiveInt,
+    Section,
+)
+from selfdistill.config.tasks import ArithmeticTaskConfig, TaskConfig
+
+
+class PromptConfig(Section):
+    """How questions and contexts become prompts, through the tokenizer's chat template."""
+
+    chat_template: NearbyName | None = None
+    """A file with the Jinja template to use instead of the tokenizer's own, which a base model does
+    not have; in a YAML file it may be relative to that file."""
+    date: datetime.date | None = None
+    """The day that chat templates write which write one; by default that of the run's first start,
+    which it keeps, so that its prompts stay the same."""
+    student_template: JsonObject = Field(default_factory=dict)
+    """More variables for the student's chat template, such as {enable_thinking: false}."""
+    teacher_template: JsonObject = Field(default_factory=dict)
+    """The same for the teacher."""
+    max_length: PositiveInt | None = None
+    """Most tokens of a prompt and its completion; by default what the model has positions for."""
+    too_long: Literal["error", "drop"] = "error"
+    """What happens to a rollout whose prompts do not fit: stop, or leave it out and count it."""
+
+
+class RolloutConfig(Section):
+    """How the student's attempts are sampled, in training and in evaluation alike."""
+
+    temperature: Float = Field(default=1.0, gt=0)
+    """Softmax temperature of sampling."""
+    max_new_tokens: PositiveInt = 128
+    """Completions are cut off at this length."""
+    engine: EngineConfig = TransformersEngineConfig()
+    """What samples."""
+
+
+class AdapterConfig(Section):
+    """LoRA adapters (peft) on a frozen model; no dropout, which would make the teacher disagree."""
+
+    r: PositiveInt = 16
+    """The rank."""
+    alpha: PositiveInt = 32
+    """The update is scaled by alpha / r."""
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "all-linear"
+    )
+    """Names of the layers; by default every linear one but the lm_head, which stays frozen."""
+
+
+Decay = Annotated[Float, Field(ge=0, lt=1)]
+
+
+class OptimizerConfig(Section):
+    """AdamW with a linear warm-up to a constant learning rate."""
+
+    learning_rate: Float = Field(default=1e-4, gt=0)
+    """The rate after warm-up."""
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
+    """Decay of AdamW's running means of the gradient and of its square."""
+    weight_decay: Float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    warmup_steps: Int = Field(default=10, ge=0)
+    """Step i of the warm-up runs at i / warmup_steps of the rate."""
+    max_grad_norm: Float = Field(default=1.0, gt=0)
+    """The global gradient norm is clipped to this."""
+
+
+class EvaluationConfig(Section):
+    """Held-out evaluation during training; the best checkpoint is chosen by its Avg@k."""
+
+    every: PositiveInt = 15
+    """Evaluate after every so many steps, and once before the first and after the last."""
+    problems: PositiveInt = 100
+    """Problems of the dev split, the same ones each time."""
+    samples: PositiveInt = 4
+    """Attempts per problem: the k of Pass@k, Maj@k and Avg@k."""
+
+
+class CheckpointConfig(Section):
+    """What is kept on disk: the last finished state and the best one."""
+
+    every: PositiveInt = 1
+    """Write `last` after every so many steps; an interrupt (Ctrl-C) always writes it."""
+
+
+class Config(Section):
+    """One training run."""
+
+    model: NearbyName
+    """The solver: a folder or a Hub name. In a YAML file a folder may be relative to that file."""
+    output_dir: OutputPath
+    """Where metrics, checkpoints and the report go; relative to the working directory."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the model computes in; the trained weights and the optimiser are float32 anyway."""
+    adapter: AdapterConfig | None = None
+    """Train LoRA adapters only; by default every weight learns."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more compute."""
+    task: TaskConfig = ArithmeticTaskConfig()
+    """Where the problems come from and who checks the answers."""
+    method: MethodConfig = StepAlignMethod()
+    """What the student learns from its attempts."""
+    prompt: PromptConfig = PromptConfig()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the models live; `auto` takes a GPU when there is one."""
+    shard: bool = False
+    """Spread weights, gradients and optimiser states over the ranks of torchrun (FSDP2) instead of
+    keeping all of them on each; one process alone has nobody to share with."""
+    attention: Literal["auto", "loop", "flash", "flex"] = "auto"
+    """Who computes it over shared prefixes; `selfdistill doctor` says what `auto` takes."""
+    seed: Int = Field(default=0, ge=0)
+    """Chooses the training problems and every sampled token."""
+    steps: PositiveInt = 60
+    """Training steps: each draws new rollouts."""
+    prompts_per_step: PositiveInt = 8
+    """Problems per training step."""
+    tokens_per_microbatch: PositiveInt = 16384
+    """Most packed tokens (student's and teacher's) of one forward and backward pass: memory follows
+    it, the gradient of the step does not. A problem with more of them has a pass of its own."""
+    updates_per_step: PositiveInt = 1
+    """Optimiser updates on the rollouts of a step; after the first the student has moved on."""
+    max_empty_steps: PositiveInt | None = 10
+    """Stop when so many steps in a row taught nothing, such as those of a critic without a usable
+    answer, or when no step of a run did; null goes on whatever happens."""
+    rollout: RolloutConfig = RolloutConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _importance_weights_compare_like_with_like(self) -> Config:
+        loss = getattr(self.method, "loss", None)
+        if (
+            loss is not None
+            and loss.importance_clip is not None
+            and loss.temperature != self.rollout.temperature
+        ):
+            raise ValueError(
+                f"method.loss.importance_clip compares probabilities at the loss's temperature of "
+                f"{loss.temperature} with those of sampling at {self.rollout.temperature}: set "
+                "method.loss.temperature to rollout.temperature"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_takes_the_adapter(self) -> Config:
+        if isinstance(self.rollout.engine, VLLMEngineConfig) and self.adapter is not None:
+            most = VLLM_ADAPTER_RANKS[-1]
+            if self.adapter.r > most:
+                raise ValueError(
+                    f"adapter.r: got {self.adapter.r}, but vLLM takes adapters up to rank {most}: "
+                    "set a smaller one, or rollout.engine.name: transformers"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _task_has_what_the_method_needs(self) -> Config:
+        method, task = self.method, self.task
+        if isinstance(task, ArithmeticTaskConfig):
+            return self
+        if isinstance(method, StepAlignMethod) and isinstance(method.critic, ScribeCriticConfig):
+            raise ValueError(
+                "method.critic: the scribe writes steps of the arithmetic task only, and the task "
+                f"is {task.name}: choose another critic or another method"
+            )
+        if isinstance(method, RefSolMethod) and task.reference is None:
+            raise ValueError(
+                "task.reference: refsol shows the teacher the reference solutions, so name the "
+                f"field of the {task.name} data that holds them"
+            )
+        return self

@@ -1,0 +1,166 @@
+"""What the self-distillation methods share: a fused loss, from hidden states of the completions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from selfdistill.config import ConfigError, Distillation, LossConfig
+from selfdistill.critic.interface import Critic
+from selfdistill.methods.method import Contexts, Method
+from selfdistill.model.layout import PromptGroup
+from selfdistill.model.lm_head import LMHead
+from selfdistill.model.scoring import ScoredTokens
+from selfdistill.rollout.attempts import Attempts
+from selfdistill.tasks.interface import SteppedTask, Task
+from selfdistill_kernels import (
+    AdvantageMask,
+    DistillationOutput,
+    Objective,
+    fused_linear_distillation,
+)
+
+
+def distillation_method(
+    settings: Distillation,
+    task: Task,
+    contexts: Callable[[Sequence[Attempts]], Contexts],
+    *,
+    critic: Critic | None = None,
+) -> Method:
+    """Return a method whose student follows a self-teacher, which sees `contexts`.
+
+    Args:
+        settings: of the method; the loss and the number of rollouts are among them.
+        task: must know the steps of a response where the loss asks for them.
+        contexts: see `Method`.
+        critic: who writes them, if somebody does.
+
+    Raises:
+        ConfigError: the loss asks for steps that the task does not know.
+    """
+    _check_steps_known(settings.loss, task)
+    loss = DistillationLoss(settings.loss)
+    return Method(settings.name, settings.group_size, loss, contexts, critic=critic)
+
+
+class DistillationLoss:
+    """A divergence between the student's and the self-teacher's next-token distributions.
+
+    Args:
+        config: which divergence, which tokens, at which temperature.
+    """
+
+    def __init__(self, config: LossConfig) -> None:
+        objective, top_k = config.objective, config.top_k
+        self.objective = Objective(
+            objective.name,
+            beta=getattr(objective, "beta", 0.5),
+            top_k=None if top_k is None else top_k.k,
+            top_k_of="student" if top_k is None else top_k.of,
+            tail=top_k is None or top_k.tail,
+            divergence_clip=config.divergence_clip,
+            importance_clip=config.importance_clip,
+        )
+        mask = config.advantage_mask
+        self.advantage_mask = None if mask is None else AdvantageMask(**mask.model_dump())
+        self.temperature = config.temperature
+        self.sequence_mean = config.reduction == "sequence_mean"
+
+    def denominator(self, group: PromptGroup) -> int:
+        """Return the tokens of the group; its rollouts when every rollout counts the same."""
+        return len(group.completions) if self.sequence_mean else group.num_tokens
+
+    def learns_from(self, group: PromptGroup) -> bool:
+        """Return True: only scoring shows where teacher and student differ."""
+        return True
+
+    def __call__(
+        self, scored: ScoredTokens, student: LMHead, teacher: LMHead, *, normalizer: float
+    ) -> DistillationOutput:
+        """Return the sum over tokens divided by `normalizer` (see `denominator`).
+
+        Every token is judged by its own rollout, so the result does not depend on which groups are
+        scored together.
+
+        Raises:
+            ValueError: no teacher has scored the tokens, or something else that the configuration
+                needs (sampling log-probs, steps) is missing.
+        """
+        if scored.teacher_hidden is None:
+            raise ValueError("scored.teacher_hidden is missing: score the groups with a teacher")
+        shared = teacher.weight is student.weight
+        per_step = self.advantage_mask is not None and self.advantage_mask.per_step
+        fused = partial(
+            fused_linear_distillation,
+            scored.student_hidden,
+            scored.teacher_hidden,
+            student.weight,
+            scored.targets,
+            bias=student.bias,
+            teacher_weight=None if shared else teacher.weight,
+            teacher_bias=None if shared else teacher.bias,
+            token_weight=_sequence_weights(scored) if self.sequence_mean else None,
+            old_logprobs=scored.old_logprobs if self.objective.importance_clip else None,
+            objective=self.objective,
+            temperature=self.temperature,
+            logit_scale=student.logit_scale,
+            softcap=student.softcap,
+            normalizer=normalizer,
+        )
+        if self.advantage_mask is None or self.advantage_mask.top_fraction is None:
+            return fused(
+                advantage_mask=self.advantage_mask,
+                step_ids=_unique_steps(scored) if per_step else None,
+            )
+        # The kernel would take the largest of all tokens at hand, whichever groups these are.
+        with torch.no_grad():
+            output = fused()
+        assert output.advantage is not None
+        kept = _select_by_rollout(self.advantage_mask, output.advantage, scored)
+        return replace(output, loss=fused(mask=kept).loss, active=kept)
+
+
+def _sequence_weights(scored: ScoredTokens) -> Tensor:
+    """[T] one over the length of each token's rollout."""
+    return (1.0 / scored.rollout_index.bincount())[scored.rollout_index]
+
+
+def _unique_steps(scored: ScoredTokens) -> Tensor | None:
+    """[T] step numbers below T that no two rollouts share, -1 outside of steps."""
+    if scored.steps is None:
+        return None
+    first_token = torch.arange(len(scored.steps), device=scored.steps.device) - scored.positions
+    return torch.where(scored.steps < 0, scored.steps, scored.steps + first_token)
+
+
+def _select_by_rollout(mask: AdvantageMask, advantage: Tensor, scored: ScoredTokens) -> Tensor:
+    """[T] bool, the tokens that the mask keeps of each rollout."""
+    lengths = scored.rollout_index.bincount().tolist()
+    steps = [None] * len(lengths) if scored.steps is None else scored.steps.split(lengths)
+    return torch.cat(
+        [
+            mask.select(own, torch.ones_like(own, dtype=torch.bool), own_steps)
+            for own, own_steps in zip(advantage.split(lengths), steps, strict=True)
+        ]
+    )
+
+
+def _check_steps_known(loss: LossConfig, task: Task) -> None:
+    if isinstance(task, SteppedTask):
+        return
+    mask = loss.advantage_mask
+    asked = {
+        "advantage_mask.per_step": mask is not None and mask.per_step,
+        "stop_after_first_wrong_step": loss.stop_after_first_wrong_step,
+    }
+    for name, is_set in asked.items():
+        if is_set:
+            raise ConfigError(
+                f"method.loss.{name} is set, but the task {task.name!r} does not know the steps of "
+                "a response: leave it out, or give the task `step_spans` and verdicts on steps"
+            )

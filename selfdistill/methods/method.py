@@ -1,0 +1,44 @@
+"""What a method is: what the self-teacher sees, and the loss that makes the student follow it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from selfdistill.critic.interface import Critic
+from selfdistill.methods.loss import Loss
+from selfdistill.prompts.context import TeacherContext
+from selfdistill.rollout.attempts import Attempts
+
+Contexts: TypeAlias = list[list[TeacherContext | None]]
+"""What the teacher sees beside the question: a list for each problem, an entry for each rollout;
+None where there is nothing to show."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of learning from one's own rollouts.
+
+    Attributes:
+        name: as written in a configuration.
+        group_size: rollouts drawn for each prompt.
+        loss: what is minimised on the completion tokens.
+        contexts: says what the teacher sees with each of the judged rollouts.
+        needs_context: True when a rollout without context teaches nothing and is left out; False
+            when the teacher (of GRPO: the base model) then sees what the student sees.
+        critic: who writes the contexts, if somebody does.
+    """
+
+    name: str
+    group_size: int
+    loss: Loss
+    contexts: Callable[[Sequence[Attempts]], Contexts]
+    needs_context: bool = True
+    critic: Critic | None = None
+
+    @property
+    def unusable(self) -> Counter[str]:
+        """Answers to the last call of `contexts` that were no critique, counted by reason."""
+        return Counter() if self.critic is None else self.critic.unusable

@@ -1,0 +1,130 @@
+"""Hidden states of student (with gradient) and teacher (without) for every completion token.
+
+Both roles read packed rows (`selfdistill.model.layout`) with prefix-tree attention
+(`selfdistill.model.attention`); the lm_head is left to the loss, so no logits are made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+
+from selfdistill.model.attention import PrefixStash, enable_prefix_sharing, run_packed_row
+from selfdistill.model.layout import PackingStatistics, PromptGroup, pack_groups
+from selfdistill.model.randomness import check_not_random
+from selfdistill.model.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class ScoredTokens:
+    """What a distillation loss needs, for T = the sum of the completion lengths.
+
+    Tokens follow each other rollout after rollout, in the order of the groups.
+
+    Attributes:
+        student_hidden: [T, H] final hidden states, with gradient, in the student's dtype.
+        teacher_hidden: [T, H_t] likewise of the teacher, without gradient; None without one.
+        targets: [T] int64, the completion tokens.
+        rollout_index: [T] int64, the rollout of each token, counted through all groups from 0.
+        positions: [T] int64, the token's place within its completion, from 0.
+        statistics: tokens read, against the usual two-pass step.
+        rollout_group: [R] int64, the group of each of the R rollouts.
+        rewards: [R] float32 of each rollout, or None.
+        old_logprobs: [T] float32, sampling log-probs of the completion tokens (nats), or None.
+        steps: [T] int64, the step of each token, counted from 0 in each rollout, -1 outside of
+            steps; or None.
+    """
+
+    student_hidden: torch.Tensor
+    teacher_hidden: torch.Tensor | None
+    targets: torch.Tensor
+    rollout_index: torch.Tensor
+    positions: torch.Tensor
+    statistics: PackingStatistics
+    rollout_group: torch.Tensor
+    rewards: torch.Tensor | None = None
+    old_logprobs: torch.Tensor | None = None
+    steps: torch.Tensor | None = None
+
+
+def score(
+    student: torch.nn.Module,
+    teacher: Teacher | None,
+    groups: Sequence[PromptGroup],
+    *,
+    share_student_prefix: bool | None = None,
+    attention: str = "auto",
+) -> ScoredTokens:
+    """Score every completion token by student and teacher, each over one packed row.
+
+    Works with activation checkpointing on and off, in train and in eval mode: nothing in a pass may
+    be random, so both give the same numbers. Sets prefix-tree attention on the models on first use.
+
+    Args:
+        student: a transformers causal LM, or a PEFT wrapper of one.
+        teacher: the teacher strategy; None scores by the student alone.
+        groups: the prompt groups of this step; memory grows with their tokens.
+        share_student_prefix: let the teacher borrow the student's prefix keys and values; None does
+            so whenever that is exact.
+        attention: who computes the attention, see `selfdistill.model.attention.choose_backend`.
+
+    Raises:
+        ValueError: sharing was asked for a teacher with other weights.
+        RandomModelError: a pass would be random, see `selfdistill.model.randomness`.
+        UnsupportedModelError: the architecture cannot share prefixes exactly.
+        UnavailableBackendError: the attention backend that was asked for cannot run.
+    """
+    can_share = teacher is not None and teacher.has_student_weights
+    share = can_share if share_student_prefix is None else share_student_prefix
+    if share and not can_share:
+        name = "no" if teacher is None else f"the {teacher.name!r}"
+        raise ValueError(
+            f"share_student_prefix=True with {name} teacher: keys and values made by "
+            "the student's weights are wrong for other weights (after 10 LoRA steps the error was "
+            "78 % of the signal). Leave it out: this teacher then reads the prefix once itself"
+        )
+    check_not_random(student)
+    enable_prefix_sharing(student, backend=attention)
+    pack = pack_groups(groups, share_student_prefix=share, with_teacher=teacher is not None)
+
+    stash = PrefixStash(pack.teacher.borrowed_index) if share and pack.teacher else None
+    student_hidden = run_packed_row(student, pack.student, capture=stash, backend=attention)
+    device = student_hidden.device
+    teacher_hidden = None
+    if teacher is not None and pack.teacher is not None:
+        with torch.no_grad(), teacher.weights(student) as teacher_model:
+            check_not_random(teacher_model)
+            enable_prefix_sharing(teacher_model, backend=attention)
+            teacher_hidden = run_packed_row(
+                teacher_model, pack.teacher, borrow=stash, backend=attention
+            ).to(device)
+    if stash is not None:
+        stash.free()
+
+    def per_token(name: str) -> torch.Tensor | None:
+        rows = [getattr(group, name) for group in groups]
+        return _concatenated([None if row is None else [*chain(*row)] for row in rows], device)
+
+    return ScoredTokens(
+        student_hidden=student_hidden,
+        teacher_hidden=teacher_hidden,
+        targets=pack.targets.to(device),
+        rollout_index=pack.rollout_index.to(device),
+        positions=pack.positions.to(device),
+        statistics=pack.statistics,
+        rollout_group=torch.repeat_interleave(
+            torch.tensor([len(group.completions) for group in groups], device=device)
+        ),
+        rewards=_concatenated([group.rewards for group in groups], device),
+        old_logprobs=per_token("old_logprobs"),
+        steps=per_token("steps"),
+    )
+
+
+def _concatenated(parts: Sequence[list[float] | None], device: torch.device) -> torch.Tensor | None:
+    """One tensor of all groups' numbers; None when a group does not know them."""
+    numbers = [number for part in parts if part is not None for number in part]
+    return None if None in parts else torch.tensor(numbers, device=device)

@@ -1,0 +1,6 @@
+"""Questions and contexts as prompts, through the tokenizer's chat template.
+
+context.py   what student and teacher see
+chat.py      texts in a chat template, token by token
+literal.py   texts that spell control tokens, as text
+"""

@@ -1,0 +1,212 @@
+"""Rollout engines sample the student's own attempts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from selfdistill.errors import UserError
+
+
+class EngineError(UserError):
+    """An engine cannot start, or died; what it was doing has to be done again."""
+
+
+class NotANumberError(EngineError):
+    """The model has no probabilities for a token: its logits are NaN, or infinite.
+
+    Attributes:
+        prompt: the place of the prompt within the call.
+        token: the place of the token within the completion, from 0.
+    """
+
+    def __init__(self, *, prompt: int, token: int, what: str = "") -> None:
+        super().__init__(
+            f"{what or f'prompt {prompt} of this call'}: the model's logits for token {token} of "
+            "a rollout are NaN or infinite, expected numbers: weights or activations have "
+            "overflowed. Is the model sound (sample from it elsewhere), is optimizer.learning_rate "
+            "too high, does precision: float32 help? A training run keeps its last checkpoint"
+        )
+        self.prompt = prompt
+        self.token = token
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn.
+
+    Prompt i of a call draws from a stream of its own, that of `seed + i`: what it gets depends
+    neither on the other prompts nor on how a call is split over batches or ranks (except that
+    another batch shape may round the probabilities differently).
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        max_new_tokens: length limit.
+        seed: of this call.
+    """
+
+    temperature: float = 1.0
+    max_new_tokens: int = 256
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled completion; token ids are kept and never re-tokenised.
+
+    Attributes:
+        token_ids: the completion, with its end-of-sequence token when `finished`.
+        logprobs: log-prob (nats) of each token at the sampling temperature (at 1 if that is 0).
+        text: the decoded completion; all its tokens, special ones too, but the one that ended it.
+        finished: False when the length limit cut it off.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str
+    finished: bool
+
+
+class RolloutEngine(Protocol):
+    """Samples `group_size` completions for each prompt."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, group_size: int, params: SamplingParams
+    ) -> list[list[Rollout]]:
+        """Return one list of `group_size` rollouts per prompt (prompts are token ids).
+
+        The same weights, prompts and seed give the same rollouts.
+
+        Raises:
+            ValueError: see `check_request`.
+            EngineError: the engine died.
+        """
+        ...
+
+    def sync(self, model: nn.Module) -> None:
+        """Sample from the weights that `model` has now; called after every change of them.
+
+        Raises:
+            EngineError: the engine cannot take these weights, or died.
+        """
+        ...
+
+
+def sample(
+    engine: RolloutEngine,
+    prompts: Sequence[Sequence[int]],
+    *,
+    group_size: int,
+    params: SamplingParams,
+    names: Sequence[str],
+) -> list[list[Rollout]]:
+    """Return the engine's rollouts, none for no prompts.
+
+    Args:
+        engine, prompts, group_size, params: see `RolloutEngine.generate`.
+        names: what to call each prompt when something is wrong with it.
+
+    Raises:
+        EngineError: whatever the engine raised; the message says what and how to go on.
+    """
+    if not prompts:
+        return []
+    try:
+        return engine.generate(prompts, group_size=group_size, params=params)
+    except NotANumberError as error:
+        raise NotANumberError(
+            prompt=error.prompt, token=error.token, what=names[error.prompt]
+        ) from error
+    except EngineError:
+        raise
+    except Exception as error:
+        raise EngineError(
+            f"{type(engine).__name__} failed with {type(error).__name__}: {error}. A training run "
+            "keeps its last checkpoint: mend the cause, then go on with --resume"
+        ) from error
+
+
+def check_request(
+    prompts: Sequence[Sequence[int]],
+    *,
+    group_size: int,
+    params: SamplingParams,
+    max_length: int | None,
+) -> None:
+    """Refuse what no engine can sample.
+
+    Args:
+        prompts: token ids.
+        group_size: completions per prompt.
+        params: how they are drawn.
+        max_length: most tokens of a prompt and its completion; None: no limit.
+
+    Raises:
+        ValueError: an empty prompt, a prompt that leaves no room for `max_new_tokens`, or sampling
+            parameters outside their range.
+    """
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, got {group_size}")
+    if params.temperature < 0:
+        raise ValueError(f"temperature must be at least 0, got {params.temperature}")
+    if params.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {params.max_new_tokens}")
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompts[{index}] is empty; a prompt needs at least one token")
+        if max_length is not None and len(prompt) + params.max_new_tokens > max_length:
+            raise ValueError(
+                f"prompts[{index}] has {len(prompt)} tokens; with max_new_tokens="
+                f"{params.max_new_tokens} it exceeds the model's {max_length} positions. "
+                "Shorten the prompt or lower max_new_tokens."
+            )
+
+
+def end_token_ids(
+    generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """Return the tokens that end a completion: the generation config's and the tokenizer's.
+
+    Raises:
+        ValueError: neither names one.
+    """
+    configured = getattr(generation, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    known = {token for token in [*ids, tokenizer.eos_token_id] if token is not None}
+    if not known:
+        raise ValueError("the tokenizer and the generation config name no end-of-sequence token")
+    return tuple(sorted(known))
+
+
+def completion_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """Decode what is judged, voted on or shown: every token counts, and nothing is tidied up.
+
+    Tags of answers, steps and thoughts are special tokens of some vocabularies, so dropping special
+    tokens would drop the answer.
+    """
+    if not token_ids:
+        return ""  # some decoders expect at least one token
+    text = tokenizer.decode(
+        list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    return str(text)
+
+
+def make_rollout(
+    token_ids: list[int],
+    logprobs: list[float],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Sequence[int],
+) -> Rollout:
+    """Return a completion with its text, which leaves out nothing but the token that ended it."""
+    finished = token_ids[-1] in ends
+    return Rollout(
+        token_ids=token_ids,
+        logprobs=logprobs,
+        text=completion_text(tokenizer, token_ids[:-1] if finished else token_ids),
+        finished=finished,
+    )

@@ -1,0 +1,81 @@
+"""Evaluations on the dev split while training goes on."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import replace
+
+from rich.progress import Progress
+
+from selfdistill.config import Config
+from selfdistill.evaluation.scores import summarize
+from selfdistill.rollout.attempts import Attempts
+from selfdistill.runlog import Clock, JsonLines
+from selfdistill.seeds import derive_seed
+from selfdistill.training.checkpoint import TrainState
+from selfdistill.training.distributed import Ranks
+from selfdistill.training.interrupt import Interrupt
+from selfdistill.training.solver import Solver
+
+
+def evaluation_is_due(state: TrainState, config: Config) -> bool:
+    """Return whether the state ends a step that is to be evaluated and was not."""
+    wanted = state.step % config.evaluation.every == 0 or state.step == config.steps
+    return wanted and state.evaluated_step != state.step
+
+
+class _EvaluationStopped(Exception):
+    """Somebody asked the run to stop in the middle of an evaluation."""
+
+
+def evaluate(
+    solver: Solver,
+    state: TrainState,
+    ranks: Ranks,
+    interrupt: Interrupt,
+    log: JsonLines,
+    bars: Progress,
+) -> TrainState:
+    """Evaluate on the dev split, log it, and return the state with the best step so far.
+
+    The ranks share the problems. An interrupt on a rank that is not done yet ends it for all; then
+    the state comes back as it was, not evaluated.
+    """
+    settings = solver.config.evaluation
+    interrupt.doing, interrupt.step = "evaluation", state.step
+    clock = Clock()
+    asked, left_out = solver.with_room(solver.task.problems(split="dev", count=settings.problems))
+    share = ranks.share(len(asked))
+    bar = bars.add_task("evaluate", total=len(share), note=f"step {state.step}, dev")
+
+    done = 0
+
+    def progress(count: int) -> None:
+        nonlocal done
+        done += count
+        bars.advance(bar, count)
+        if interrupt.requested and done < len(share):
+            raise _EvaluationStopped
+
+    attempts: list[Attempts] | None = None
+    with clock("evaluate"), suppress(_EvaluationStopped):
+        attempts = solver.attempt(
+            split="dev",
+            problems=settings.problems,
+            part=share,
+            samples=settings.samples,
+            seed=derive_seed(solver.config.seed, "evaluate", state.step),
+            progress=progress,
+        )
+    bars.remove_task(bar)
+    if ranks.any(attempts is None):
+        return state
+    result = summarize(ranks.gather(attempts or []), solver.task, split="dev", too_long=left_out)
+    if ranks.is_main:
+        log.append({"step": state.step, "seconds": clock.seconds, **json.loads(result.to_json())})
+    state = replace(state, evaluated_step=state.step)
+    value = result.avg_at_k.value
+    if state.best_metric is not None and value <= state.best_metric:
+        return state
+    return replace(state, best_step=state.step, best_metric=value)

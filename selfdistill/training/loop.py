@@ -1,0 +1,344 @@
+"""The training loop: rollout, critique, context, score, fused loss, step, evaluate, checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+
+import torch
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from selfdistill.config import Config
+from selfdistill.errors import UserError
+from selfdistill.methods.build import build_method
+from selfdistill.model.attention import enable_prefix_sharing
+from selfdistill.model.lm_head import find_lm_heads
+from selfdistill.model.randomness import enable_activation_checkpointing, refuse_random_passes
+from selfdistill.model.sharding import whole
+from selfdistill.model.teacher import build_teacher
+from selfdistill.model.weights import TrainedWeights
+from selfdistill.places import alone_in
+from selfdistill.progress import progress_bars
+from selfdistill.rollout.attempts import judge
+from selfdistill.rollout.engine import SamplingParams, sample
+from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
+from selfdistill.seeds import derive_seed
+from selfdistill.tasks.build import training_problems
+from selfdistill.training.agreement import check_engine
+from selfdistill.training.batch import build_batch, context_kinds, leave_out_long_questions
+from selfdistill.training.checkpoint import CheckpointStore, TrainState, fingerprint
+from selfdistill.training.distributed import Ranks, join_ranks
+from selfdistill.training.empty_steps import describe, nothing_learned, trailing
+from selfdistill.training.gradients import StudentLoss, accumulate_gradients
+from selfdistill.training.held_out import evaluate, evaluation_is_due
+from selfdistill.training.interrupt import deferred_interrupt
+from selfdistill.training.metrics import StepMetrics, correct, tied
+from selfdistill.training.run_folder import (
+    CHECKPOINTS,
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    first_day,
+    keep_config,
+    refuse_other_run,
+)
+from selfdistill.training.solver import build_engine, keep_date, load_solver
+from selfdistill.training.state_file import digest_inputs
+from selfdistill.visible import say
+
+
+class DivergedError(UserError):
+    """The loss or the gradient is no longer a finite number."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        step: finished optimiser steps.
+        interrupted: True when it was stopped before the last step; it can be resumed.
+        best_step: the step with the best held-out Avg@k.
+        best_metric: that Avg@k.
+    """
+
+    step: int
+    interrupted: bool
+    best_step: int | None
+    best_metric: float | None
+
+
+def train(config: Config, *, resume: bool = False, console: Console | None = None) -> TrainResult:
+    """Train as configured; everything lands in `config.output_dir`.
+
+    Ctrl-C (or SIGTERM) lets the step at hand finish and saves it; an evaluation at hand is given up
+    and made up for when the run is resumed; a second Ctrl-C stops at once. The same configuration
+    gives the same numbers, interrupted or not, and up to rounding on any number of ranks.
+
+    Args:
+        config: the run.
+        resume: continue from the last checkpoint, if there is one.
+        console: where progress is shown; the standard error stream by default.
+
+    Raises:
+        RunExistsError: the folder holds a run and `resume` is False, or one that cannot go on.
+        PlaceTakenError: another process works in the folder.
+        LogError: the folder holds a log that is none.
+        CheckpointError: the last checkpoint is torn, belongs to another run, or cannot be written.
+        DivergedError: the loss or gradient is not finite; the last checkpoint is kept.
+        NothingLearnedError: too many steps in a row, or all of the run, taught nothing.
+        RankFailedError: another rank failed; the message names it.
+        EngineError: an engine died, or a critic's server gave no answer; the last checkpoint
+            is kept.
+        EngineMismatchError: the rollout engine has other weights than the student; likewise.
+        UnsupportedModelError: the model's family cannot share prefixes exactly.
+        UnavailableBackendError: the attention that was asked for cannot run.
+        PromptTooLongError: a rollout does not fit, and `prompt.too_long` is "error".
+        TaskError: the problems cannot be read, or no problem of a step leaves room.
+    """
+    transformers_logging.disable_progress_bar()
+    with join_ranks() as ranks:
+        if console is None or not ranks.is_main:
+            console = Console(stderr=True, quiet=not ranks.is_main)
+        with ExitStack() as stack:
+            if ranks.is_main:
+                stack.enter_context(alone_in(config.output_dir))
+                refuse_other_run(config, resume=resume)
+            ranks.any(False)  # the others hear of a refusal here, before they load anything
+            return _train(config, ranks, console=console)
+
+
+def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
+    store = CheckpointStore(config.output_dir / CHECKPOINTS)
+    day = first_day(config) or date.today()
+    (day, *_) = ranks.gather([day])  # it may be midnight
+    solver = keep_date(load_solver(config), day)
+    config = solver.config
+    student = solver.model
+    enable_prefix_sharing(student, backend=config.attention)  # refuses a model that cannot share
+    base_sha256 = fingerprint(student)
+    sharded = config.shard and ranks.size > 1
+    teacher = build_teacher(config.method.teacher, student, own_frozen=sharded)
+    lm_heads = find_lm_heads(student, teacher)
+    method = build_method(config, solver.task)
+    objective = StudentLoss(
+        student, teacher, method.loss, lm_heads=lm_heads, attention=config.attention
+    )
+    if sharded:
+        solver = replace(solver, engine=build_engine(config, deepcopy(student), solver.tokenizer))
+    if config.activation_checkpointing:
+        enable_activation_checkpointing(student)
+    refuse_random_passes(student)
+    if sharded:
+        objective.shard(compute_dtype=getattr(torch, config.precision))
+    weights = TrainedWeights(student)
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        weights.masters.values(),
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+    )
+    state = TrainState(
+        step=0,
+        evaluated_step=None,
+        best_step=None,
+        best_metric=None,
+        config=config.model_dump(mode="json"),
+        base_sha256=base_sha256,
+        inputs=digest_inputs(solver.task, solver.tokenizer),
+    )
+    if os.path.lexists(store.last):
+        found = store.load(
+            store.last,
+            weights=weights,
+            optimizer=optimizer,
+            teacher=teacher,
+            config=state.config,
+            base_sha256=state.base_sha256,
+            inputs=state.inputs,
+        )
+        state = replace(found, config=state.config, inputs=state.inputs)
+        solver.engine.sync(student)
+        console.print(f"Resuming after step {state.step} of {config.steps}.")
+    metrics_log = JsonLines(config.output_dir / METRICS_FILE)
+    evaluation_log = JsonLines(config.output_dir / EVALUATIONS_FILE)
+    if ranks.is_main:
+        keep_config(config, step=state.step)
+        metrics_log.keep_until(state.step)
+        evaluation_log.keep_until(-1 if state.evaluated_step is None else state.evaluated_step)
+    warned = False
+    empty = ranks.gather(trailing(metrics_log.read()) if ranks.is_main else [])
+    problems = training_problems(
+        solver.task, count=config.steps * config.prompts_per_step, seed=config.seed
+    )
+
+    def save() -> None:
+        store.save(state, weights, solver.tokenizer, optimizer, teacher, writes=ranks.is_main)
+
+    with (
+        deferred_interrupt(console, launched=ranks.size > 1) as interrupt,
+        progress_bars(console) as bars,
+    ):
+        interrupt.saved = state.step if os.path.lexists(store.last) else None
+        bar = bars.add_task("train", total=config.steps, completed=state.step, note="")
+        if evaluation_is_due(state, config):
+            state = evaluate(solver, state, ranks, interrupt, evaluation_log, bars)
+            if state.evaluated_step == state.step:
+                save()
+                interrupt.saved = state.step
+        stopping = ranks.any(interrupt.requested)
+
+        while state.step < config.steps and not stopping:
+            step = state.step + 1
+            interrupt.doing, interrupt.step = "step", step
+            clock = Clock()
+            first = state.step * config.prompts_per_step
+            drawn = problems[first : first + config.prompts_per_step]
+            # What is left out is left out on all ranks, before they share the rest.
+            left = drawn
+            if config.prompt.too_long == "drop":
+                left = leave_out_long_questions(solver, drawn, ranks)
+            share = ranks.share(len(left))
+            asked = left[share.start : share.stop]
+
+            with clock("rollout"):
+                prompts = [solver.context.student_prompt(problem) for problem in asked]
+                groups = sample(
+                    solver.engine,
+                    prompts,
+                    group_size=method.group_size,
+                    params=SamplingParams(
+                        temperature=config.rollout.temperature,
+                        max_new_tokens=config.rollout.max_new_tokens,
+                        # Problem i of the step draws from the stream of this seed + i.
+                        seed=derive_seed(config.seed, "rollout", step) + share.start,
+                    ),
+                    names=[f"step {step}, problem {problem.id!r}" for problem in asked],
+                )
+            with clock("check"):
+                disagreement = check_engine(
+                    config.rollout,
+                    step,
+                    student,
+                    lm_heads[0],
+                    prompts,
+                    groups,
+                    attention=config.attention,
+                )
+            with clock("reward"):
+                attempts = judge(solver.task, asked, groups)
+            with clock("critique"):
+                contexts = method.contexts(attempts)
+                kinds = ranks.gather(context_kinds(contexts))
+            with clock("context"):
+                batch = build_batch(solver, method, attempts, contexts)
+            rate = settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
+            taught = False
+            for _ in range(config.updates_per_step):
+                with clock("score"):
+                    optimizer.zero_grad()
+                    totals = accumulate_gradients(
+                        objective,
+                        batch.groups,
+                        tokens_per_pass=config.tokens_per_microbatch,
+                        ranks=ranks,
+                    )
+                taught = taught or totals.active > 0
+                with clock("update"):
+                    if not sharded:
+                        ranks.sum_gradients(weights.masters.values())
+                    for parameters in optimizer.param_groups:
+                        parameters["lr"] = rate
+                    norm = whole(
+                        torch.nn.utils.clip_grad_norm_(
+                            weights.masters.values(), settings.max_grad_norm
+                        )
+                    )
+                    refuse_divergence(step, totals.loss, norm.item(), store)
+                    optimizer.step()
+                    weights.publish()
+                    if teacher is not None:
+                        teacher.update(weights.masters)
+            with clock("sync"):
+                solver.engine.sync(student)
+
+            unasked = (len(drawn) - len(left)) * method.group_size
+            unsure = sum(verdict.undecided for a in attempts for verdict in a.verdicts)
+            dropped, too_long, undecided = map(
+                int, ranks.sum(batch.dropped, batch.too_long, unsure)
+            )
+            unusable = Counter(ranks.gather(list(method.unusable.elements())))
+            state = replace(state, step=step)
+            if evaluation_is_due(state, config):
+                with clock("evaluate"):
+                    state = evaluate(solver, state, ranks, interrupt, evaluation_log, bars)
+            metrics = StepMetrics(
+                step=step,
+                loss=totals.loss,
+                kl=None if teacher is None else totals.per_token(totals.kl),
+                advantage=totals.per_token(totals.advantage),
+                entropy=totals.per_token(totals.entropy),
+                active=totals.active / max(1, totals.tokens),
+                taught=taught,
+                reward=ranks.mean(correct(attempts)),
+                undecided=undecided,
+                tied=ranks.mean(tied(attempts)),
+                dropped=dropped,
+                too_long=unasked + too_long,
+                unusable=dict(unusable),
+                engine_disagreement=disagreement,
+                contexts=dict(Counter(kinds)),
+                grad_norm=norm.item(),
+                learning_rate=rate,
+                tokens=totals.tokens,
+                packed_tokens=totals.packed_tokens,
+                unshared_tokens=totals.unshared_tokens,
+                seconds=clock.seconds,
+                peak_rss_mib=peak_rss_mib(),
+            )
+            record = asdict(metrics)
+            if ranks.is_main:
+                metrics_log.append(record)
+            empty = [] if taught else [*empty, record]
+            if empty and not warned:
+                warned = True
+                say(console, f"Step {step} taught nothing: {describe(config, empty)}.")
+            stopping = ranks.any(interrupt.requested)
+            failure = nothing_learned(config, empty, step=step)
+            last = stopping or step == config.steps or failure is not None
+            if last or state.best_step == step or step % config.checkpoint.every == 0:
+                save()
+                interrupt.saved = step
+            if failure is not None:
+                raise failure
+            kl = "" if metrics.kl is None else f"KL {metrics.kl:.3f}  "
+            bars.update(bar, advance=1, note=f"{kl}reward {metrics.reward:.2f}")
+    if not stopping and (failure := nothing_learned(config, empty, step=state.step)) is not None:
+        raise failure  # a finished run was to go on
+    return TrainResult(
+        step=state.step,
+        interrupted=state.step < config.steps,
+        best_step=state.best_step,
+        best_metric=state.best_metric,
+    )
+
+
+def refuse_divergence(step: int, loss: float, grad_norm: float, store: CheckpointStore) -> None:
+    """Stop before a step that would ruin the weights.
+
+    Raises:
+        DivergedError: the loss or the gradient norm is not finite.
+    """
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    raise DivergedError(
+        f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, expected finite "
+        f"numbers. The step was not taken; the last good state is {store.last}. Lower "
+        "optimizer.learning_rate, or look at the rollouts of this step."
+    )

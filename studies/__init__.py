@@ -1,0 +1,1 @@
+"""Studies made with selfdistill, a folder each; they come with the repository only."""
