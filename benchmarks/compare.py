@@ -31,6 +31,7 @@ from rich.progress import (
 from benchmarks import arguments
 from benchmarks.checks import Errors, check, check_agreement, excuse
 from benchmarks.contender import Contender, Step
+from benchmarks.cost import gpu_named
 from benchmarks.environment import environment
 from benchmarks.memory import MEBIBYTE, peak_extra_bytes
 from benchmarks.peers import contenders, floor, materialised, ours, plan_of
@@ -46,7 +47,6 @@ from benchmarks.report import (
 )
 from benchmarks.roofline import predict
 from benchmarks.timing import Timing, clock_for, interleave, rotate
-from selfdistill_kernels.cost import gpu_named
 
 Tick = Callable[[str], None]
 

@@ -26,7 +26,7 @@ from selfdistill_kernels import (
     fused_linear_distillation,
     fused_linear_logprobs,
 )
-from selfdistill_kernels.backends import found
+from selfdistill_kernels.backends.registry import found
 
 SEQUENCES, HIDDEN, VOCABULARY = 2, 24, 149
 # Tokens of a sequence: enough for several tiles of the `store` strategy, or as few as the
@@ -173,7 +173,7 @@ def tensors_of(dtype: torch.dtype, time: int) -> dict[str, Tensor]:
 def results(case: Case) -> list[Tensor | None]:
     """What one case returns, and its gradients."""
     given = tensors_of(DTYPES[case.dtype], case.time)
-    optional = {name: given[name] for name in case.tensors}
+    optional: dict[str, Any] = {name: given[name] for name in case.tensors}
     if case.function == "logits":
         leaves = [given["student_logits"].requires_grad_()]
         # In place, autograd wants a tensor that some operation made.

@@ -3,7 +3,7 @@
     python -m benchmarks.roofline --output runs/roofline
 
 Writes roofline.md, roofline.json and roofline.png. The formulas, and what they leave out, are in
-selfdistill_kernels/cost.py; each row below names the algorithm that it stands for.
+benchmarks/cost.py; each row below names the algorithm that it stands for.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from benchmarks import arguments
+from benchmarks import arguments, cost
+from benchmarks.cost import GPUS, Cost, Gpu, Size
 from benchmarks.problems import SHAPES, Shape
 from benchmarks.report import OURS, PEER, Table, markdown_table, print_table
-from selfdistill_kernels import cost
-from selfdistill_kernels.cost import GPUS, Cost, Gpu, Size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +31,7 @@ RHOS = (1.0, 0.5, 0.2, 0.05)
 TRL_ROWS, TRL_COLUMNS = 4096, 32768
 GIGA, TERA, GIBIBYTE = 1e9, 1e12, float(1 << 30)
 NOTE = (
-    "Everything below is **predicted** by the cost model of `selfdistill_kernels/cost.py`; nothing "
+    "Everything below is **predicted** by the cost model of `benchmarks/cost.py`; nothing "
     "was measured. bfloat16, forward and backward, reverse KL, student and teacher share the head."
 )
 

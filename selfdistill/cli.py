@@ -311,7 +311,7 @@ def doctor(
     import torch
 
     from selfdistill.attention.backend import describe
-    from selfdistill_kernels.doctor import DTYPES, run
+    from selfdistill_kernels.tools.doctor import DTYPES, run
 
     status = run(
         tokens=tokens,

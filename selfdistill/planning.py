@@ -47,7 +47,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from selfdistill.config import AdapterConfig
 from selfdistill.weights import attach_adapter
-from selfdistill_kernels.plan import TilePlan
+from selfdistill_kernels.backends.native.plan import TilePlan
 
 # Sampling against reading, tokens a second: 70 against 500 with SmolLM2-135M at batch 8 on a CPU.
 # Larger batches, and engines made for sampling, do better.

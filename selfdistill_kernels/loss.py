@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from selfdistill_kernels.advantage import SIGNS, AdvantageMask
+from selfdistill_kernels.advantage import SIGNS, AdvantageMask, Gate
 from selfdistill_kernels.autocast import autocast_dtype
-from selfdistill_kernels.backends import check_backend_name, choose_backend
-from selfdistill_kernels.backends.base import Gate, Needs, token_losses
+from selfdistill_kernels.backends.dispatch import check_backend_name
+from selfdistill_kernels.backends.interface import Needs
+from selfdistill_kernels.backends.registry import choose_backend
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.ops import (
@@ -22,6 +23,7 @@ from selfdistill_kernels.ops import (
     linear_statistics,
 )
 from selfdistill_kernels.statistics import Column, advantage_of, statistics_dtype
+from selfdistill_kernels.token_loss import token_losses
 from selfdistill_kernels.validation import (
     check_head,
     check_normalizer,

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selfdistill_kernels.advantage import Gate
 from selfdistill_kernels.autocast import autocast_dtype
-from selfdistill_kernels.backends import get_backend
-from selfdistill_kernels.backends.base import Gate, Gradients, LinearInputs, Needs, token_losses
+from selfdistill_kernels.backends.interface import Gradients, LinearInputs, Needs
+from selfdistill_kernels.backends.registry import get_backend
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.statistics import Column, statistics_dtype
+from selfdistill_kernels.token_loss import token_losses
 from selfdistill_kernels.top_k import support_logprobs, top_k_divergence, top_k_gradient
 
 # Columns of the statistics through which a gradient flows, with their sign in `term_weights`.

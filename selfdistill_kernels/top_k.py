@@ -17,8 +17,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from selfdistill_kernels.backends.base import Backend, Entries, Gradients, LinearInputs, Needs
-from selfdistill_kernels.divergence import divergence_gradient, divergence_of
+from selfdistill_kernels.backends.interface import Backend, Entries, Gradients, LinearInputs, Needs
+from selfdistill_kernels.backends.reference.divergence import divergence_gradient, divergence_of
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.statistics import Column
 

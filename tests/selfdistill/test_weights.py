@@ -26,7 +26,7 @@ from selfdistill.weights import (
     copy_tensors,
     load_model,
 )
-from selfdistill_kernels.backends.base import Needs
+from selfdistill_kernels.backends.interface import Needs
 
 ModelFactory = Callable[..., PreTrainedModel]
 IDS = torch.tensor([[5, 6, 7]])

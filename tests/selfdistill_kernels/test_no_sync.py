@@ -17,9 +17,10 @@ from selfdistill_kernels import (
     fused_linear_logprobs,
     ops,
 )
-from selfdistill_kernels.backends.base import Gradients, active_tokens, term_weights_of
+from selfdistill_kernels.backends.interface import Gradients
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.statistics import Column
+from selfdistill_kernels.token_loss import active_tokens, term_weights_of
 
 TOKENS, HIDDEN, VOCABULARY = 6, 8, 31
 EVERYTHING = Objective(

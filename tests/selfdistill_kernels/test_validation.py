@@ -14,7 +14,7 @@ from selfdistill_kernels import (
     fused_linear_distillation,
     fused_linear_logprobs,
 )
-from selfdistill_kernels.plan import copied_bytes
+from selfdistill_kernels.backends.native.plan import copied_bytes
 
 N, H, V = 6, 8, 31
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from selfdistill_kernels import cost
+from benchmarks import cost
 from selfdistill_kernels.backends.triton.plan import SHIPPED, Machine, sweep_traffic
 
 ARCHITECTURES = {

@@ -98,7 +98,7 @@ def save_tuned(path: Path, key: str, tile: Configuration) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Tune the sweep and the gradient of the plain forward KL for one shape."""
-    from selfdistill_kernels.backends.base import LinearInputs, Needs
+    from selfdistill_kernels.backends.interface import LinearInputs, Needs
     from selfdistill_kernels.backends.triton.backend import TritonBackend
     from selfdistill_kernels.logits import LogitTransform
     from selfdistill_kernels.objective import Objective

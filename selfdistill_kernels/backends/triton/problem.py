@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from selfdistill_kernels.backends.base import LinearInputs
+from selfdistill_kernels.backends.interface import LinearInputs
 from selfdistill_kernels.backends.triton.autotune import cache_file, read_tuned
 from selfdistill_kernels.backends.triton.gather import gather_rows
 from selfdistill_kernels.backends.triton.launch import Launch, run

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import mangle_type
 
-from selfdistill_kernels.backends.base import Gate, LinearInputs, Needs
+from selfdistill_kernels.advantage import Gate
+from selfdistill_kernels.backends.interface import LinearInputs, Needs
 from selfdistill_kernels.backends.triton import TritonBackend
 from selfdistill_kernels.backends.triton.launch import Shape, compiler_options
 from selfdistill_kernels.backends.triton.plan import MEBIBYTE, Machine

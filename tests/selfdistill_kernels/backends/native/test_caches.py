@@ -6,8 +6,14 @@ import os
 
 import pytest
 
-from selfdistill_kernels import caches
-from selfdistill_kernels.caches import ASSUMED, Caches, machine_caches, read_sysconf, read_sysfs
+from selfdistill_kernels.backends.native import caches
+from selfdistill_kernels.backends.native.caches import (
+    ASSUMED,
+    Caches,
+    machine_caches,
+    read_sysconf,
+    read_sysfs,
+)
 
 
 def write_cache(directory, index: int, level: str, kind: str, size: str) -> None:

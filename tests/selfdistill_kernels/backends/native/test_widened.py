@@ -8,7 +8,7 @@ import torch
 from kernel_cases import assert_no_worse_than_torch
 from processors import needs
 
-from selfdistill_kernels.backends.gemm import NativeWideningHead
+from selfdistill_kernels.backends.native.gemm import NativeWideningHead
 
 ops = torch.ops.selfdistill
 # Rows, hidden size, vocabulary, columns of the buffer: single rows and columns, parts with a rest.

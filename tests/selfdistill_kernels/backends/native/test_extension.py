@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfdistill_kernels.backends import extension
-from selfdistill_kernels.backends.extension import BuiltFor, mismatch, read_record
+from selfdistill_kernels.backends.native import extension
+from selfdistill_kernels.backends.native.extension import BuiltFor, mismatch, read_record
 
 
 def library(folder: Path, record: str, name: str = "_C.abi3.so") -> Path:
@@ -92,8 +92,8 @@ import sys, warnings
 import torch
 torch.__version__ = "2.99.0+cpu"
 import selfdistill_kernels
-from selfdistill_kernels.backends.extension import REBUILD
-from selfdistill_kernels.doctor import main
+from selfdistill_kernels.backends.native.extension import REBUILD
+from selfdistill_kernels.tools.doctor import main
 
 assert "selfdistill_kernels._C" not in sys.modules
 assert not hasattr(torch.ops.selfdistill, "row_visit_")
@@ -125,7 +125,7 @@ def test_with_another_torch_the_reference_works_and_says_so_once():
 
 def test_no_remedy_names_a_package_index():
     """The project is on none: whoever registered its name there would be installed."""
-    root = Path(extension.__file__).parents[2]
+    root = Path(extension.__file__).parents[3]
     files = [root / "README.md", root / "setup.py", *root.glob("examples/**/*.*")]
     files += [*root.glob("selfdistill*/**/*.py"), *root.glob("docs/*.md")]
     for file in files:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from selfdistill_kernels.backends import memory
+from selfdistill_kernels.backends.native import memory
 
 
 class Head(Protocol):

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from selfdistill_kernels import cost
-from selfdistill_kernels.cost import GPUS, Cost, Gpu, Size, Step
+from benchmarks import cost
+from benchmarks.cost import GPUS, Cost, Gpu, Size, Step
 
 # 1e12 flop/s and 1e9 bytes/s at full use; a cache of 64 KiB; 4 processors with tiles of 16 x 32.
 TOY = Gpu("toy", 1e12, 1e9, 65536.0, 4, (16, 32), 1.0, 0.5, 1.0, "no data sheet")

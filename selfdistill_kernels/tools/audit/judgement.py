@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from selfdistill_kernels.audit.build import Report
+from selfdistill_kernels.tools.audit.build import Report
 
 KIBIBYTE = 1024
 GEMM_KERNELS = ("sweep", "mixture", "gradient", "product")

@@ -14,8 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from selfdistill_kernels.audit.record import Job
 from selfdistill_kernels.backends.triton.launch import compiler_options
+from selfdistill_kernels.tools.audit.record import Job
 
 SASS_BYTES = 16  # of an instruction
 TENSOR = re.compile(r"\b(HMMA|QGMMA|HGMMA|UTCHMMA|UTCQMMA|v_mfma)\w*")

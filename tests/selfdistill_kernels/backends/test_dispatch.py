@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from selfdistill_kernels import backends, fused_linear_distillation
-from selfdistill_kernels.backends import choose_backend, found
+from selfdistill_kernels import fused_linear_distillation
+from selfdistill_kernels.backends import registry
 from selfdistill_kernels.backends.dispatch import Choice, Found, decide, served_by
+from selfdistill_kernels.backends.registry import choose_backend, found
 
 CPU = torch.device("cpu")
 ALL = Found(triton_problem=None, native_problem=None, cuda_problem=None)
@@ -76,9 +77,9 @@ def test_the_capability_is_that_of_the_inputs_gpu(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     device = torch.device("cuda", 3)
-    assert backends.found_on(device) == replace(found(), capability=(7, 0))
+    assert registry.found_on(device) == replace(found(), capability=(7, 0))
     assert asked == [device]
-    assert backends.found_on(CPU) is found()
+    assert registry.found_on(CPU) is found()
 
 
 def test_the_interpreter_runs_triton_on_a_cpu_when_asked_for_it():
@@ -129,18 +130,18 @@ def test_served_by_reads_like_a_sentence():
 def test_what_is_found_of_triton(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
-    assert "built for CPUs only" in backends._triton_problem(has_triton=True)
-    assert "pip install 'triton>=3.5'" in backends._triton_problem(has_triton=False)
+    assert "built for CPUs only" in registry._triton_problem(has_triton=True)
+    assert "pip install 'triton>=3.5'" in registry._triton_problem(has_triton=False)
     for kind in ("cuda", "hip"):
         with monkeypatch.context() as patch:
             patch.setattr(torch.version, kind, "7.0")
-            assert backends._triton_problem(has_triton=True) is None
+            assert registry._triton_problem(has_triton=True) is None
 
 
 @pytest.mark.parametrize("value", ["0", "1"])
 def test_the_interpreter_is_found_by_its_variable(value, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", value)
-    assert backends._find().interprets == (value == "1")
+    assert registry._find().interprets == (value == "1")
 
 
 def test_auto_is_read_as_a_constant_by_the_compiler():
@@ -156,10 +157,10 @@ def test_auto_is_read_as_a_constant_by_the_compiler():
 
 def test_what_is_found_of_the_cuda_rows(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "built for CPUs only" in backends._load_cuda()
+    assert "built for CPUs only" in registry._load_cuda()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setitem(sys.modules, "selfdistill_kernels._cuda", None)
-    assert "install the CUDA toolkit 13.0 (nvcc on PATH or CUDA_HOME)" in backends._load_cuda()
+    assert "install the CUDA toolkit 13.0 (nvcc on PATH or CUDA_HOME)" in registry._load_cuda()
 
 
 def test_triton_is_not_imported_before_it_runs():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from selfdistill_kernels.caches import Caches, machine_caches
+from selfdistill_kernels.backends.native.caches import Caches, machine_caches
 
 MEBIBYTE = 1 << 20
 # Constants of CPU GEMMs, measured; the figures are in docs/decisions.md. They follow from flops a

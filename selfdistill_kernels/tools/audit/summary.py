@@ -1,7 +1,8 @@
-"""python -m selfdistill_kernels.audit.summary FILE...: what `--json` wrote, one line a kernel.
+"""python -m selfdistill_kernels.tools.audit.summary FILE...: one line for each kernel.
 
-A whole audit has some 1,400 entries; this prints ranges over the variants of each kernel, and how
-much memory would be spilled where. --join writes the entries of all files into one.
+The files are what `--json` wrote. A whole audit has some 1,400 entries; this prints ranges over the
+variants of each kernel, and how much memory would be spilled where. --join writes the entries of
+all files into one.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def _instructions(entries: Sequence[Entry], name: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(
-        prog="python -m selfdistill_kernels.audit.summary", description=__doc__
+        prog="python -m selfdistill_kernels.tools.audit.summary", description=__doc__
     )
     parser.add_argument("files", type=Path, nargs="+", help="what --json wrote")
     parser.add_argument("--join", type=Path, help="write the entries of all files here")

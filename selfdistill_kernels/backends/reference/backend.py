@@ -11,19 +11,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from selfdistill_kernels.backends.base import (
+from selfdistill_kernels.advantage import Gate
+from selfdistill_kernels.backends.interface import (
     Entries,
-    Gate,
     Gradients,
     LinearInputs,
     Needs,
-    active_tokens,
     rows_with_gradient,
-    term_weights_of,
 )
-from selfdistill_kernels.divergence import divergence_gradient, divergence_of, expectation
+from selfdistill_kernels.backends.reference.divergence import (
+    divergence_gradient,
+    divergence_of,
+    expectation,
+)
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.statistics import Column, statistics_dtype
+from selfdistill_kernels.token_loss import active_tokens, term_weights_of
 
 
 @dataclass(frozen=True)

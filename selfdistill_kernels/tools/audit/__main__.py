@@ -1,4 +1,4 @@
-"""python -m selfdistill_kernels.audit: see the package."""
+"""python -m selfdistill_kernels.tools.audit: see the package."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import triton
 
-from selfdistill_kernels.audit.build import build
-from selfdistill_kernels.audit.judgement import LIMITS, refusals, resident_programs
-from selfdistill_kernels.audit.record import DTYPES, HIDDEN_SIZES, Job, jobs
+from selfdistill_kernels.tools.audit.build import build
+from selfdistill_kernels.tools.audit.judgement import LIMITS, refusals, resident_programs
+from selfdistill_kernels.tools.audit.record import DTYPES, HIDDEN_SIZES, Job, jobs
 
 HEADER = (
     "| target | kernel | dtype | used by | tile | warps x stages | registers | spilled "
@@ -93,7 +93,7 @@ def _row(entry: dict[str, object]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 1 when a kernel was refused."""
     parser = argparse.ArgumentParser(
-        prog="python -m selfdistill_kernels.audit", description=__doc__
+        prog="python -m selfdistill_kernels.tools.audit", description=__doc__
     )
     parser.add_argument("--target", choices=LIMITS, action="append", help="default: all")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: all")

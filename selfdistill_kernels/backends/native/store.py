@@ -18,11 +18,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from selfdistill_kernels.backends import memory
-from selfdistill_kernels.backends.base import Gate, Gradients, Needs
-from selfdistill_kernels.backends.rows import RowKernels
+from selfdistill_kernels.advantage import Gate
+from selfdistill_kernels.backends.interface import Gradients, Needs
+from selfdistill_kernels.backends.native import memory
+from selfdistill_kernels.backends.native.plan import TilePlan
+from selfdistill_kernels.backends.native.rows import RowKernels
 from selfdistill_kernels.backends.tokens import Tokens
-from selfdistill_kernels.plan import TilePlan
 
 
 def visit(

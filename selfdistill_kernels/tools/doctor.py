@@ -1,8 +1,7 @@
-"""What is there, what is missing, what would run: python -m selfdistill_kernels.doctor.
+"""What is there, what is missing, what would run: python -m selfdistill_kernels.tools.doctor.
 
 Findings are gathered once (`examine`) and everything printed is made from them. With --gpu, each
-backend that a GPU can use is first held against float64 and then timed, beside the prediction of
-selfdistill_kernels/cost.py.
+backend that a GPU can use is first compared with float64 on the CPU and then timed.
 """
 
 from __future__ import annotations
@@ -12,18 +11,18 @@ import functools
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 
 import torch
 from torch import Tensor
 
-from selfdistill_kernels import backends, cost
+from selfdistill_kernels import backends
 from selfdistill_kernels.backends.dispatch import SERVED, Found, decide
-from selfdistill_kernels.backends.gemm import widens
-from selfdistill_kernels.event_clock import EventClock
+from selfdistill_kernels.backends.native.gemm import widens
+from selfdistill_kernels.backends.native.plan import TilePlan
 from selfdistill_kernels.loss import fused_linear_distillation
-from selfdistill_kernels.plan import TilePlan
+from selfdistill_kernels.tools.event_clock import EventClock
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -40,7 +39,6 @@ PACKAGES = {
     "peft": ("optional", "pip install peft"),
 }
 NO_GPU = "No GPU that torch can use: nothing was checked or timed."
-CHECK_SIZE = cost.Size(tokens=70, hidden=96, vocabulary=1021)
 # Largest error allowed, relative to the largest value; gradients come back in the inputs' dtype.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 ROUNDS = 7
@@ -77,16 +75,22 @@ class Question:
     """The problem that somebody wants to run.
 
     Attributes:
-        size: N, H, V; student and teacher share the head.
+        tokens, hidden, vocabulary: N, H, V; student and teacher share the head.
         dtype: a key of DTYPES.
         device: type of device, "cpu" or "cuda".
         frozen: whether the head gets no gradient.
     """
 
-    size: cost.Size
+    tokens: int
+    hidden: int
+    vocabulary: int
     dtype: str
     device: str
-    frozen: bool
+    frozen: bool = False
+
+
+# What a backend is checked on: no size is a multiple of a tile.
+CHECK = Question(tokens=70, hidden=96, vocabulary=1021, dtype="float64", device="cpu")
 
 
 def examine() -> Findings:
@@ -163,21 +167,21 @@ def _backends(findings: Findings) -> Iterator[str]:
 
 def what_runs(findings: Findings, question: Question) -> Iterator[str]:
     """The backend that "auto" takes, how it walks the problem, and what a better one would need."""
-    size, dtype = question.size, DTYPES[question.dtype]
+    dtype = DTYPES[question.dtype]
     choice = decide("auto", device=question.device, dtype=dtype, found=findings.found)
     yield f"backend {choice.backend}"
     if question.device == "cuda" and not findings.gpus:
         yield "on a machine with a GPU: this one has none that torch can use"
     if choice.backend == "native":
         plan = TilePlan.choose(
-            tokens=size.tokens,
-            hidden=size.hidden,
-            vocabulary=size.vocabulary,
-            heads=size.models,
+            tokens=question.tokens,
+            hidden=question.hidden,
+            vocabulary=question.vocabulary,
+            heads=2,
             itemsize=dtype.itemsize,
             need_weight=not question.frozen,
             on_gpu=question.device == "cuda",
-            widened_hidden=size.hidden if widens(dtype, question.device) else 0,
+            widened_hidden=question.hidden if widens(dtype, question.device) else 0,
         )
         yield plan.describe()
     elif choice.backend == "triton":
@@ -185,30 +189,16 @@ def what_runs(findings: Findings, question: Question) -> Iterator[str]:
     else:
         # Raw scores, logits and log-probs of both models, at the least.
         itemsize = 8 if question.device == "cpu" else 4
-        yield f"at least {6 * itemsize * size.logits / GIBIBYTE:.2f} GiB for [tokens, vocabulary]"
+        needed = 6 * itemsize * question.tokens * question.vocabulary
+        yield f"at least {needed / GIBIBYTE:.2f} GiB for [tokens, vocabulary]"
     for backend, missing in choice.passed_over:
         yield f"instead of {backend}, which is missing: {missing}"
-    if question.device == "cuda" and findings.gpus:
-        seconds = predict(choice.backend, findings.gpus[0], question)
-        if seconds is not None:
-            yield f"predicted {seconds * 1e3:.1f} ms for forward and backward (not measured)"
-
-
-def predict(backend: str, gpu_name: str, question: Question) -> float | None:
-    """Seconds of the cost model where every token carries a gradient; None where it knows nothing
-    of the GPU, the dtype or the backend."""
-    gpu = cost.gpu_named(gpu_name)
-    if gpu is None or backend == "reference" or DTYPES[question.dtype].itemsize != 2:
-        return None
-    # Dense work is `store` on either backend.
-    return cost.store(question.size, gpu, trained=not question.frozen).seconds(gpu)
 
 
 def _shape(question: Question) -> str:
-    size = question.size
     frozen = ", frozen head" if question.frozen else ""
     return (
-        f"{size.tokens} tokens, hidden {size.hidden}, vocabulary {size.vocabulary}, "
+        f"{question.tokens} tokens, hidden {question.hidden}, vocabulary {question.vocabulary}, "
         f"{question.dtype} on {question.device}{frozen}"
     )
 
@@ -219,7 +209,7 @@ def _shape(question: Question) -> str:
 def check_and_time(
     findings: Findings, question: Question, *, clock: Clock, print_line: Callable[[str], None]
 ) -> bool:
-    """Hold each backend of the question's device against float64, then time those that pass.
+    """Compare each backend of the question's device with float64, then time those that pass.
 
     Args:
         clock: seconds of one call.
@@ -247,9 +237,7 @@ def check_and_time(
         right &= passed
         if passed and DTYPES[question.dtype] in SERVED[backend, device]:
             seconds = median_seconds(backend, question, clock)
-            predicted = predict(backend, findings.gpus[0] if findings.gpus else "", question)
-            beside = "" if predicted is None else f" (predicted {predicted * 1e3:.2f} ms)"
-            print_line(f"{backend}, {_shape(question)}: {seconds * 1e3:.2f} ms{beside}")
+            print_line(f"{backend}, {_shape(question)}: {seconds * 1e3:.2f} ms")
     return right
 
 
@@ -258,7 +246,7 @@ def largest_error(backend: str, device: str, dtype: torch.dtype) -> float:
     each relative to its largest value."""
     errors = []
     for objective in ("forward_kl", "reverse_kl", "jsd"):
-        rounded = [_on(tensor, device, dtype) for tensor in _inputs(CHECK_SIZE, torch.float64)]
+        rounded = [_on(tensor, device, dtype) for tensor in _inputs(CHECK)]
         widened = [_on(tensor, "cpu", torch.float64) for tensor in rounded]
         exact = _step(backend="reference", objective=objective, inputs=widened)
         made = _step(backend=backend, objective=objective, inputs=rounded)
@@ -271,25 +259,23 @@ def largest_error(backend: str, device: str, dtype: torch.dtype) -> float:
 
 def median_seconds(backend: str, question: Question, clock: Clock) -> float:
     """Forward and backward of the reverse KL at the question's shape, after two warm-up calls."""
-    inputs = [
-        _on(tensor, question.device, DTYPES[question.dtype])
-        for tensor in _inputs(question.size, torch.float32)
-    ]
+    inputs = [_on(tensor, question.device, DTYPES[question.dtype]) for tensor in _inputs(question)]
     step = functools.partial(_step, backend=backend, inputs=inputs, frozen=question.frozen)
     return statistics.median([clock(step) for _ in range(ROUNDS + 2)][2:])
 
 
-def _inputs(size: cost.Size, dtype: torch.dtype) -> list[Tensor]:
-    """Student's and teacher's hidden states, head and targets."""
+def _inputs(question: Question) -> list[Tensor]:
+    """Student's and teacher's hidden states, head and targets, in float32."""
+    tokens, hidden, vocabulary = question.tokens, question.hidden, question.vocabulary
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=dtype)
+        return torch.randn(shape, generator=generator)
 
-    student = randn(size.tokens, size.hidden)
-    teacher = student + 0.2 * randn(size.tokens, size.hidden)
-    head = randn(size.vocabulary, size.hidden) * (2.5 / size.hidden**0.5)
-    targets = torch.randint(0, size.vocabulary, (size.tokens,), generator=generator)
+    student = randn(tokens, hidden)
+    teacher = student + 0.2 * randn(tokens, hidden)
+    head = randn(vocabulary, hidden) * (2.5 / hidden**0.5)
+    targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
     return [student, teacher, head, targets]
 
 
@@ -342,7 +328,7 @@ def run(
     """
     findings = examine()
     on = device or ("cuda" if findings.gpus else "cpu")
-    question = Question(cost.Size(tokens, hidden, vocabulary), dtype, on, frozen)
+    question = Question(tokens, hidden, vocabulary, dtype, on, frozen)
     print(report(findings, question))
     if not gpu:
         return 0
@@ -355,7 +341,7 @@ def run(
     def print_line(line: str) -> None:
         print(f"  {line}", flush=True)
 
-    on_gpu = Question(question.size, dtype, "cuda", frozen)
+    on_gpu = replace(question, device="cuda")
     right = check_and_time(findings, on_gpu, clock=EventClock(), print_line=print_line)
     return 0 if right else 1
 
@@ -363,7 +349,7 @@ def run(
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status, 1 when a backend gave a wrong result."""
     parser = argparse.ArgumentParser(
-        prog="python -m selfdistill_kernels.doctor",
+        prog="python -m selfdistill_kernels.tools.doctor",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -15,12 +15,12 @@ from selfdistill_kernels import (
     fused_linear_logprobs,
     release_workspace,
 )
-from selfdistill_kernels.backends import gemm, native, recompute
-from selfdistill_kernels.backends.base import LinearInputs, Needs
-from selfdistill_kernels.backends.native import plan_for
-from selfdistill_kernels.caches import Caches
-from selfdistill_kernels.logits import LogitTransform
-from selfdistill_kernels.plan import (
+from selfdistill_kernels.backends.interface import LinearInputs, Needs
+from selfdistill_kernels.backends.native import backend as native_backend
+from selfdistill_kernels.backends.native import gemm, recompute
+from selfdistill_kernels.backends.native.backend import plan_for
+from selfdistill_kernels.backends.native.caches import Caches
+from selfdistill_kernels.backends.native.plan import (
     AUTO_CAP,
     AUTO_TOKENS,
     FEW_TOKENS,
@@ -30,6 +30,7 @@ from selfdistill_kernels.plan import (
     TilePlan,
     copied_bytes,
 )
+from selfdistill_kernels.logits import LogitTransform
 
 SMALL = {"hidden": 576, "vocabulary": 49152}
 LARGE = {"hidden": 1024, "vocabulary": 151936}
@@ -202,7 +203,7 @@ def path(request, monkeypatch) -> torch.dtype:
     """A way of the products; the dtype that takes it. Widening runs on every processor."""
     if request.param == "bfloat16 widened":
         monkeypatch.setattr(gemm, "is_widened", lambda weight: weight is not None)
-        monkeypatch.setattr(native, "is_widened", lambda weight: weight is not None)
+        monkeypatch.setattr(native_backend, "is_widened", lambda weight: weight is not None)
         monkeypatch.setattr(recompute, "is_widened", lambda weight: weight is not None)
     elif request.param == "bfloat16 as it is" and not torch.ops.selfdistill.gemm_bf16_available():
         pytest.skip(NEEDS_AMX)
@@ -253,8 +254,8 @@ def test_log_probs_hold_no_more_than_their_plan(path, kilobytes, trained):
     weight = torch.randn(vocabulary, hidden).mul(0.1).to(path).requires_grad_(trained)
     targets = torch.zeros(tokens, dtype=torch.int64)
     inputs = LinearInputs(student, None, weight, None, None, None, targets, None, LogitTransform())
-    swept = plan_for(inputs, native.NO_NEEDS, 1000 * kilobytes)
-    made = native.slabs_for(inputs, tokens, Needs(True, trained, False), 1000 * kilobytes)
+    swept = plan_for(inputs, native_backend.NO_NEEDS, 1000 * kilobytes)
+    made = native_backend.slabs_for(inputs, tokens, Needs(True, trained, False), 1000 * kilobytes)
 
     def step() -> None:
         fused_linear_logprobs(
@@ -300,12 +301,12 @@ def test_recomputation_makes_its_kernels_once(monkeypatch):
     """Of a head they hold widened biases, and the choice of its products."""
     made = []
 
-    class Counted(native.RowKernels):
+    class Counted(native_backend.RowKernels):
         def __init__(self, *arguments):
             made.append(arguments)
             super().__init__(*arguments)
 
-    monkeypatch.setattr(native, "RowKernels", Counted)
+    monkeypatch.setattr(native_backend, "RowKernels", Counted)
     hidden, weight = torch.randn(9, 8, requires_grad=True), torch.randn(64, 8, requires_grad=True)
     fused_linear_distillation(
         hidden, hidden.detach() + 1, weight, workspace=8 * 32, backend="native"

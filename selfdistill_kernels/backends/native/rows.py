@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from selfdistill_kernels.backends.base import Gate, LinearInputs, active_tokens, term_weights_of
-from selfdistill_kernels.backends.gemm import Head, head_for
+from selfdistill_kernels.advantage import Gate
+from selfdistill_kernels.backends.interface import LinearInputs
+from selfdistill_kernels.backends.native.gemm import Head, head_for
 from selfdistill_kernels.backends.tokens import Tokens
 from selfdistill_kernels.objective import DIVERGENCES, Objective
+from selfdistill_kernels.token_loss import active_tokens, term_weights_of
 
 NO_GATE = Gate(sign=-2, threshold=0.0)
 STATE_COLUMNS = 16  # of the float64 streaming state, csrc/divergence.h

@@ -11,23 +11,22 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from selfdistill_kernels.backends import recompute, store
-from selfdistill_kernels.backends.base import (
+from selfdistill_kernels.advantage import Gate
+from selfdistill_kernels.backends.interface import (
     Entries,
-    Gate,
     Gradients,
     LinearInputs,
     Needs,
-    active_tokens,
     rows_with_gradient,
-    term_weights_of,
 )
-from selfdistill_kernels.backends.gemm import is_widened
-from selfdistill_kernels.backends.rows import RowKernels
+from selfdistill_kernels.backends.native import recompute, store
+from selfdistill_kernels.backends.native.gemm import is_widened
+from selfdistill_kernels.backends.native.plan import TilePlan, copied_bytes, widened_bytes
+from selfdistill_kernels.backends.native.rows import RowKernels
 from selfdistill_kernels.backends.tokens import Tokens
 from selfdistill_kernels.objective import Objective
-from selfdistill_kernels.plan import TilePlan, copied_bytes, widened_bytes
 from selfdistill_kernels.statistics import Column
+from selfdistill_kernels.token_loss import active_tokens, term_weights_of
 
 NO_NEEDS = Needs(False, False, False)
 # Tokens of a tile on a GPU: its GEMMs read the head, and add to dW, seldom enough (docs/math.md).

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from selfdistill_kernels.backends import memory
-from selfdistill_kernels.backends.base import Entries, Gradients, LinearInputs, Needs
-from selfdistill_kernels.backends.gemm import head_for, is_widened
-from selfdistill_kernels.backends.rows import RowKernels, Tile
+from selfdistill_kernels.backends.interface import Entries, Gradients, LinearInputs, Needs
+from selfdistill_kernels.backends.native import memory
+from selfdistill_kernels.backends.native.gemm import head_for, is_widened
+from selfdistill_kernels.backends.native.plan import TilePlan
+from selfdistill_kernels.backends.native.rows import RowKernels, Tile
 from selfdistill_kernels.backends.tokens import Tokens
-from selfdistill_kernels.plan import TilePlan
 
 
 def sweep_statistics(kernels: RowKernels, plan: TilePlan) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from kernel_cases import make_case
 
 from selfdistill_kernels import fused_linear_distillation, release_workspace
-from selfdistill_kernels.backends import memory
+from selfdistill_kernels.backends.native import memory
 
 
 @pytest.fixture(autouse=True)
