@@ -40,6 +40,13 @@ class LinearInputs:
     exists: Tensor | None
     transform: LogitTransform
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The first eight attributes, in the order of the operators' schemas."""
+        return (
+            self.student_hidden, self.teacher_hidden, self.weight, self.teacher_weight,
+            self.bias, self.teacher_bias, self.targets, self.exists,
+        )  # fmt: skip
+
     @property
     def teacher_head(self) -> Tensor | None:
         """[V, H_t], whichever head the teacher uses; None when its hidden states are logits."""

@@ -133,7 +133,7 @@ def test_a_frozen_head_costs_no_gradient(
             super().__init__(*args, **kwargs)
             asked.append(self)
 
-    monkeypatch.setattr("selfdistill_kernels.loss.Needs", Recorded)
+    monkeypatch.setattr("selfdistill_kernels.arguments.preparation.Needs", Recorded)
     student = with_adapter(tiny_model("llama"))
     head = student.get_output_embeddings().weight
     gradients(student, BaseTeacher(), ragged_groups)

@@ -170,7 +170,7 @@ def test_the_statistics_operators(operators):
 
 
 def test_the_device_checks_the_targets_by_itself(monkeypatch):
-    """On the CPU the same check is an error with the token id (test_validation.py)."""
+    """On the CPU the same check is an error with the token id (test_arguments.py)."""
     asked = []
     monkeypatch.setattr(torch, "_assert_async", lambda *arguments: asked.append(arguments))
     ops._linear_inputs(*flat_tensors(), LogitTransform())

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from selfdistill_kernels.advantage import AdvantageMask
+from selfdistill_kernels.objective import Objective
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "sequence_mean", "none")
 
@@ -78,6 +81,69 @@ def check_head(
         require_same(bias_name, bias, weight_name, weight)
 
 
+def check_teacher(
+    leading: tuple[int, ...],
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+) -> None:
+    """Check the teacher's hidden states and head against the student's head and shape [...]."""
+    shared = teacher_weight is None
+    check_head(
+        "teacher, which shares `weight` because teacher_weight is None" if shared else "teacher",
+        "teacher_hidden",
+        teacher_hidden,
+        "weight" if teacher_weight is None else "teacher_weight",
+        weight if teacher_weight is None else teacher_weight,
+        "teacher_bias",
+        teacher_bias,
+    )
+    require_shape(
+        "teacher_hidden",
+        teacher_hidden,
+        (*leading, teacher_hidden.shape[-1]),
+        "the leading shape of student_hidden, then the teacher's hidden size",
+    )
+    if teacher_weight is not None and teacher_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"teacher_weight: expected the student's vocabulary of {weight.shape[0]} rows, got "
+            f"{tuple(teacher_weight.shape)}"
+        )
+    if teacher_hidden.dtype != weight.dtype or teacher_hidden.device != weight.device:
+        raise TypeError(
+            f"teacher_hidden: expected {weight.dtype} on {weight.device} like weight, got "
+            f"{teacher_hidden.dtype} on {teacher_hidden.device}"
+        )
+
+
+def check_logits(student: Tensor, teacher: Tensor) -> None:
+    """Check the student's logits [..., V] and the teacher's against them."""
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        require_float(name, require_tensor(name, logits))
+        if logits.dim() < 1 or logits.shape[-1] == 0:
+            raise ValueError(f"{name}: expected shape [..., V], got {tuple(logits.shape)}")
+    require_shape("teacher_logits", teacher, tuple(student.shape), "that of student_logits")
+    require_same("teacher_logits", teacher, "student_logits", student)
+
+
+def check_in_place(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    """Raise ValueError unless logits may be overwritten by their gradient."""
+    if torch.compiler.is_compiling():
+        raise ValueError("in_place: not supported under torch.compile; leave it out there")
+    if student_logits.is_leaf and student_logits.requires_grad:
+        raise ValueError(
+            "in_place: student_logits is a leaf that requires a gradient, whose values autograd "
+            "does not let go; pass the output of the model's head"
+        )
+    if not student_logits.is_contiguous():
+        raise ValueError(
+            f"in_place: student_logits must be contiguous, got strides {student_logits.stride()}"
+        )
+    if student_logits.untyped_storage().data_ptr() == teacher_logits.untyped_storage().data_ptr():
+        raise ValueError("in_place: student_logits and teacher_logits share their memory")
+
+
 def check_per_token(
     name: str,
     value: Tensor | None,
@@ -131,6 +197,66 @@ def check_normalizer(normalizer: float | Tensor | None) -> None:
         raise TypeError(f"normalizer: expected a number or a tensor, got {normalizer!r}")
     elif not normalizer > 0:
         raise ValueError(f"normalizer: expected a number > 0, got {normalizer}")
+
+
+def check_targets_given(
+    input_name: str,
+    objective: Objective,
+    advantage_mask: AdvantageMask | None,
+    targets: Tensor | None,
+) -> None:
+    """Raise ValueError where something is defined by sampled tokens that were not given."""
+    if targets is not None:
+        return
+    if objective.needs_targets:
+        raise ValueError(
+            "targets: policy_gradient, cross_entropy and importance_clip are defined by the "
+            "sampled tokens; pass "
+            f"targets of the leading shape of {input_name}"
+        )
+    if advantage_mask is not None:
+        raise ValueError(
+            "targets: advantage_mask needs the sampled tokens to know their advantage; pass "
+            f"targets of the leading shape of {input_name}"
+        )
+
+
+def check_top_k(objective: Objective, vocabulary: int) -> None:
+    """Raise ValueError for more entries than there are."""
+    if objective.top_k is not None and objective.top_k > vocabulary:
+        raise ValueError(
+            f"objective: top_k must be at most the vocabulary of {vocabulary}, got "
+            f"{objective.top_k}"
+        )
+
+
+def check_companions(
+    objective: Objective,
+    advantage_mask: AdvantageMask | None,
+    old_logprobs: Tensor | None,
+    step_ids: Tensor | None,
+) -> None:
+    """Raise ValueError where one of two arguments that go together is missing."""
+    for name, value, wanted, owner in (
+        (
+            "old_logprobs",
+            old_logprobs,
+            objective.importance_clip is not None,
+            "objective.importance_clip",
+        ),
+        (
+            "step_ids",
+            step_ids,
+            advantage_mask is not None and advantage_mask.per_step,
+            "advantage_mask.per_step",
+        ),
+    ):
+        if (value is not None) != wanted:
+            state = "missing" if wanted else "given"
+            raise ValueError(
+                f"{name}: {state}, but {owner} is {'set' if wanted else 'not set'}; the two go "
+                "together"
+            )
 
 
 def workspace_bytes(workspace: str | int) -> int:
