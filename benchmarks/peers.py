@@ -230,7 +230,7 @@ def plan_of(
         tokens=shape.tokens,
         hidden=shape.hidden,
         vocabulary=shape.vocabulary,
-        heads=2,
+        models=2,
         itemsize=dtype.itemsize,
         need_weight=trained_head,
         workspace=0 if workspace == "auto" else int(workspace),

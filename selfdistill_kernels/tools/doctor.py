@@ -177,7 +177,7 @@ def what_runs(findings: Findings, question: Question) -> Iterator[str]:
             tokens=question.tokens,
             hidden=question.hidden,
             vocabulary=question.vocabulary,
-            heads=2,
+            models=2,
             itemsize=dtype.itemsize,
             need_weight=not question.frozen,
             on_gpu=question.device == "cuda",

@@ -137,7 +137,7 @@ class _Problem(TypedDict):
     tokens: int
     hidden: int
     vocabulary: int
-    heads: int
+    models: int
     itemsize: int
     need_hidden: bool
     need_weight: bool
@@ -151,7 +151,7 @@ def _problem(inputs: LinearInputs, tokens: int, needs: Needs) -> _Problem:
         "tokens": tokens,
         "hidden": inputs.student_hidden.shape[1],
         "vocabulary": inputs.vocabulary,
-        "heads": _heads(inputs),
+        "models": _models(inputs),
         "itemsize": inputs.student_hidden.element_size(),
         # Ready-made logits get each element of their gradient once: nothing is summed.
         "need_hidden": needs.hidden and inputs.weight is not None,
@@ -172,7 +172,7 @@ def _row_bytes(inputs: LinearInputs) -> int:
         widest = inputs.student_hidden
         if inputs.teacher_hidden is not None and inputs.teacher_hidden.shape[1] > widest.shape[1]:
             widest = inputs.teacher_hidden
-        return copied_bytes(widest.shape[1], _heads(inputs))
+        return copied_bytes(widest.shape[1], _models(inputs))
     # Logits of a caller are gathered, and their 16-bit gradient is rounded; 5/4 of a tile's rows
     # can wait for that (store.py).
     itemsize = inputs.student_hidden.element_size()
@@ -185,13 +185,13 @@ def _gpu_workspace(inputs: LinearInputs, needs: Needs) -> int:
     """Bytes of a tile of GPU_TOKENS, of what its products take and, with a 16-bit head that is
     trained, of its float32 dW."""
     accumulated = needs.weight and inputs.student_hidden.element_size() < 4
-    columns = _heads(inputs) * GPU_TOKENS + (inputs.student_hidden.shape[1] if accumulated else 0)
+    columns = _models(inputs) * GPU_TOKENS + (inputs.student_hidden.shape[1] if accumulated else 0)
     problem = _problem(inputs, 1, needs)
     beside = GPU_TOKENS * problem["row_bytes"] + widened_bytes(problem["widened_hidden"])
     return 4 * inputs.vocabulary * columns + beside
 
 
-def _heads(inputs: LinearInputs) -> int:
+def _models(inputs: LinearInputs) -> int:
     return 1 if inputs.teacher_hidden is None else 2
 
 

@@ -56,7 +56,7 @@ class TilePlan:
             written once.
         rows: tokens in a tile.
         columns: vocabulary entries in a tile.
-        heads: 2 with a teacher, 1 without.
+        models: how many are scored, 2 with a teacher, 1 without.
         sum_bytes: float32 sums kept beside the tile for 16-bit inputs. `store`: dW, where there
             are several tiles. `recompute`: dH of all tokens and, where several tiles make a slab,
             the slab's dW.
@@ -72,7 +72,7 @@ class TilePlan:
     strategy: Literal["store", "recompute"]
     rows: int
     columns: int
-    heads: int
+    models: int
     sum_bytes: int = 0
     caches: Caches | None = None
     row_bytes: int = 0
@@ -86,7 +86,7 @@ class TilePlan:
         tokens: int,
         hidden: int,
         vocabulary: int,
-        heads: int,
+        models: int,
         itemsize: int,
         need_weight: bool,
         need_hidden: bool = True,
@@ -99,7 +99,7 @@ class TilePlan:
         """Choose tiles and strategy.
 
         Args:
-            tokens: N; hidden: H; vocabulary: V; heads: models that are scored.
+            tokens: N; hidden: H; vocabulary: V; models: how many are scored.
             itemsize: bytes of an input element, 4 or 2.
             need_weight, need_hidden: whether dW and dH are wanted.
             workspace: bytes, 0 to choose.
@@ -114,10 +114,10 @@ class TilePlan:
             ValueError: the workspace cannot hold the smallest tile and the sums beside it.
         """
         tokens = max(tokens, 1)
-        copies = copied_bytes(hidden, heads) if row_bytes is None else row_bytes
+        copies = copied_bytes(hidden, models) if row_bytes is None else row_bytes
         widened = _widened_columns(widened_hidden, vocabulary, workspace)
         # Left to choose, the cap is one of tiles and sums: what lies beside them comes on top.
-        row, beside = 4 * heads * vocabulary, 0
+        row, beside = 4 * models * vocabulary, 0
         budget = max(min(AUTO_TOKENS * row, AUTO_CAP), row)
         if workspace:
             row, beside, budget = row + copies, 4 * widened * widened_hidden, workspace
@@ -131,13 +131,13 @@ class TilePlan:
         few = FEW_TOKENS_16_BIT if sums else FEW_TOKENS
         if rows >= min(few, tokens) or (rows >= 1 and not need_weight):
             return cls(
-                "store", rows, vocabulary, heads, sums, None, copies, widened, widened_hidden
+                "store", rows, vocabulary, models, sums, None, copies, widened, widened_hidden
             )
         return cls.slabs(
             tokens=tokens,
             hidden=hidden,
             vocabulary=vocabulary,
-            heads=heads,
+            models=models,
             itemsize=itemsize,
             need_weight=need_weight,
             need_hidden=need_hidden,
@@ -155,7 +155,7 @@ class TilePlan:
         tokens: int,
         hidden: int,
         vocabulary: int,
-        heads: int,
+        models: int,
         itemsize: int,
         need_weight: bool = False,
         need_hidden: bool = False,
@@ -176,9 +176,9 @@ class TilePlan:
             caches = None
         else:
             caches = caches or machine_caches()
-            widest = min(_slab_columns(caches, rows, hidden, heads, itemsize), widest)
+            widest = min(_slab_columns(caches, rows, hidden, models, itemsize), widest)
         hidden_sums = 4 * tokens * hidden if itemsize < 4 and need_hidden else 0
-        copies = copied_bytes(hidden, heads) if row_bytes is None else row_bytes
+        copies = copied_bytes(hidden, models) if row_bytes is None else row_bytes
         spare = max(workspace - hidden_sums, 1) if workspace else 0
         widened = _widened_columns(widened_hidden, vocabulary, spare)
 
@@ -186,7 +186,7 @@ class TilePlan:
             adds = itemsize < 4 and need_weight and rows < tokens
             sums = hidden_sums + (4 * columns * hidden if adds else 0)
             return cls(
-                "recompute", rows, columns, heads, sums, caches, copies, widened, widened_hidden
+                "recompute", rows, columns, models, sums, caches, copies, widened, widened_hidden
             )
 
         if not workspace:
@@ -208,7 +208,7 @@ class TilePlan:
             needed = min(plan.bytes for plan in plans)
             raise ValueError(
                 f"workspace: {workspace} bytes cannot hold one tile; this problem needs at least "
-                f"{needed} bytes ({heads} float32 rows of {least} logits, copies of their hidden "
+                f"{needed} bytes ({models} float32 rows of {least} logits, copies of their hidden "
                 "states"
                 + (f", and float32 sums of dH and of {least} rows of dW)" if hidden_sums else ")")
             )
@@ -217,7 +217,7 @@ class TilePlan:
     @property
     def tile_elements(self) -> int:
         """float32 logits of a tile."""
-        return self.heads * self.rows * self.columns
+        return self.models * self.rows * self.columns
 
     @property
     def elements(self) -> int:
@@ -245,14 +245,14 @@ class TilePlan:
         caches = f"; slabs for a {self.caches.describe()}" if self.caches else ""
         return (
             f"{self.strategy} ({order[self.strategy]}): tiles of {self.rows} tokens x "
-            f"{self.columns} logits x {self.heads} models, {self.bytes / MEBIBYTE:.1f} MiB"
+            f"{self.columns} logits x {self.models} models, {self.bytes / MEBIBYTE:.1f} MiB"
             f"{sums}{widened}{caches}"
         )
 
 
-def copied_bytes(hidden: int, heads: int) -> int:
+def copied_bytes(hidden: int, models: int) -> int:
     """What the products of hidden states with a head take for a token of a tile."""
-    return (COPIED_ALONE if heads == 1 else COPIED_WITH_TEACHER) * hidden
+    return (COPIED_ALONE if models == 1 else COPIED_WITH_TEACHER) * hidden
 
 
 def widened_bytes(hidden: int) -> int:
@@ -275,14 +275,14 @@ def _widened_columns(hidden: int, vocabulary: int, workspace: int) -> int:
     return columns
 
 
-def _slab_columns(caches: Caches, rows: int, hidden: int, heads: int, itemsize: int) -> int:
+def _slab_columns(caches: Caches, rows: int, hidden: int, models: int, itemsize: int) -> int:
     """Columns of a slab, the widest whose traffic stays in the last-level cache.
 
     All tiles of a slab, and both products with the head, read its rows of the head [c, H] and of
-    float32 dW [c, H]; a tile of logits [heads r, c] is written by one product and read by two. The
+    float32 dW [c, H]; a tile of logits [models r, c] is written by one product and read by two. The
     three together are held against CACHE_SHARE of the cache.
     """
-    column_bytes = hidden * (itemsize + 4) + 4 * heads * rows
+    column_bytes = hidden * (itemsize + 4) + 4 * models * rows
     fitting = int(CACHE_SHARE * caches.last) // column_bytes
     fitting -= fitting % LEAST_COLUMNS
     return max(min(fitting, SLAB_COLUMNS), NARROW_COLUMNS)

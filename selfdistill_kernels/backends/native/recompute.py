@@ -51,7 +51,7 @@ def sweep_top_k(inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) 
         tokens=tokens.count,
         hidden=hidden.shape[1],
         vocabulary=inputs.vocabulary,
-        heads=1,
+        models=1,
         itemsize=hidden.element_size(),
         on_gpu=hidden.is_cuda,
         workspace=workspace,

@@ -60,7 +60,7 @@ def visit(
     wants_gradient = bool(needs) and loss_weight is not None
     with memory.workspace(plan.elements, inputs.device) as space:
         pending = _Pending(kernels, space, plan, needs)
-        for tokens in _cut(inputs.tokens, pending, plan.heads):
+        for tokens in _cut(inputs.tokens, pending, plan.models):
             tile = kernels.tile(tokens, 0, plan.columns, pending.free, with_teacher=True)
             weight = tokens.of(loss_weight) if loss_weight is not None and needs else None
             old = None if old_logprobs is None else tokens.of(old_logprobs)
@@ -80,11 +80,11 @@ def visit(
     return active, gradients
 
 
-def _cut(tokens: Tokens, pending: _Pending, heads: int) -> Iterator[Tokens]:
+def _cut(tokens: Tokens, pending: _Pending, models: int) -> Iterator[Tokens]:
     """Yield the tokens of each tile, as many as the workspace has room for at that time."""
     start, total = 0, tokens.count
     while start < total:
-        room = pending.make_room() // heads
+        room = pending.make_room() // models
         tiles = -(-(total - start) // room)
         stop = start + -(-(total - start) // tiles)  # even tiles: no small last one
         yield tokens.part(start, stop)
@@ -99,7 +99,7 @@ class _Pending:
         self._kernels, self._inputs, self._needs = kernels, inputs, needs
         self._buffer, self._sums = space[: plan.tile_elements], space[plan.tile_elements :]
         self._columns = plan.columns
-        self._total = plan.heads * plan.rows  # rows of the workspace
+        self._total = plan.models * plan.rows  # rows of the workspace
         self._waiting: list[Tokens] = []  # of the first `_count` rows, in order
         self._count = 0
         # Logits in place: rows are read before they are written.

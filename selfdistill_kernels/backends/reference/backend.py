@@ -56,14 +56,14 @@ class ReferenceBackend:
         rows = inputs.existing_rows()
         student, teacher = _distributions(inputs, rows)
         found = student.maximum.new_zeros((rows.numel(), len(Column)))
-        found[:, Column.STUDENT_REFERENCE] = student.maximum
+        found[:, Column.STUDENT_SHIFT] = student.maximum
         found[:, Column.STUDENT_LOGSUM] = student.logsum
         found[:, Column.ENTROPY] = student.entropy()
         if inputs.targets is not None:
             target = inputs.targets[rows, None]
             found[:, Column.STUDENT_LOGPROB] = student.logprobs.gather(1, target)[:, 0]
         if teacher is not None:
-            found[:, Column.TEACHER_REFERENCE] = teacher.maximum
+            found[:, Column.TEACHER_SHIFT] = teacher.maximum
             found[:, Column.TEACHER_LOGSUM] = teacher.logsum
             found[:, Column.TEACHER_ENTROPY] = teacher.entropy()
             if inputs.targets is not None:

@@ -105,7 +105,7 @@ def test_a_gpu_without_triton_runs_the_cuda_rows_and_says_why():
 def test_the_plan_is_the_one_that_the_cpu_walks(frozen):
     question = Question(512, 576, 49152, "float32", "cpu", frozen)
     plan = TilePlan.choose(
-        tokens=512, hidden=576, vocabulary=49152, heads=2, itemsize=4, need_weight=not frozen
+        tokens=512, hidden=576, vocabulary=49152, models=2, itemsize=4, need_weight=not frozen
     )
     assert list(what_runs(H100, question)) == ["backend native", plan.describe()]
     assert (", frozen head" in report(H100, question)) == frozen

@@ -40,7 +40,7 @@ MEASURED = Caches(300 * MEBIBYTE, "sysfs")
 
 def plan(**changes):
     given = {
-        "tokens": 4096, **SMALL, "heads": 2, "itemsize": 4, "need_weight": True, "caches": MEASURED
+        "tokens": 4096, **SMALL, "models": 2, "itemsize": 4, "need_weight": True, "caches": MEASURED
     }  # fmt: skip
     return TilePlan.choose(**{**given, **changes})
 
@@ -52,7 +52,7 @@ def plan(**changes):
         ({"tokens": 100}, "store", 100),
         ({"tokens": 3}, "store", 3),
         ({"tokens": 0}, "store", 1),
-        ({"heads": 1}, "store", AUTO_TOKENS),
+        ({"models": 1}, "store", AUTO_TOKENS),
         (LARGE, "store", AUTO_CAP // (8 * 151936)),
         # Rows that the GEMM of dW likes less are left out, where there are several tiles of them.
         ({**LARGE, "workspace": 64 * MEBIBYTE}, "store", 47),
@@ -91,7 +91,7 @@ def test_slabs_fit_half_of_the_last_cache(mebibytes, shape, columns):
     made = plan(**shape, workspace=32 * MEBIBYTE, tokens=60_000, caches=caches)
     if made.strategy == "store":
         made = TilePlan.slabs(
-            **shape, tokens=60_000, heads=2, itemsize=4, need_weight=True, caches=caches
+            **shape, tokens=60_000, models=2, itemsize=4, need_weight=True, caches=caches
         )
     assert made.columns == columns
     assert f"slabs for a {mebibytes} MiB last-level cache (sysfs)" in made.describe()
@@ -121,17 +121,17 @@ def test_sums_of_16_bit_inputs_are_part_of_the_plan():
     tokens=st.integers(0, 10_000),
     hidden=st.integers(1, 3000),
     vocabulary=st.integers(1, 300_000),
-    heads=st.sampled_from([1, 2]),
+    models=st.sampled_from([1, 2]),
     itemsize=st.sampled_from([2, 4]),
     need_weight=st.booleans(),
     widens=st.booleans(),
     spare=st.integers(0, 10**8),
 )
 def test_a_given_budget_is_kept(
-    tokens, hidden, vocabulary, heads, itemsize, need_weight, widens, spare
+    tokens, hidden, vocabulary, models, itemsize, need_weight, widens, spare
 ):
     least = min(16, vocabulary)
-    budget = heads * 4 * least + copied_bytes(hidden, heads) + spare
+    budget = models * 4 * least + copied_bytes(hidden, models) + spare
     if itemsize < 4:
         budget += 4 * hidden * (max(tokens, 1) + least * need_weight)
     budget += 4 * least * hidden * widens
@@ -139,7 +139,7 @@ def test_a_given_budget_is_kept(
         tokens=tokens,
         hidden=hidden,
         vocabulary=vocabulary,
-        heads=heads,
+        models=models,
         itemsize=itemsize,
         need_weight=need_weight,
         workspace=budget,
@@ -293,7 +293,7 @@ def check_held(step, made, gradients: int, leaves) -> None:
     for leaf in leaves:
         leaf.grad = None
     most = peak_bytes(step)
-    assert 4 * made.heads * made.rows * made.columns + gradients <= most
+    assert 4 * made.models * made.rows * made.columns + gradients <= most
     assert most <= made.bytes + gradients + 256 * leaves[0].shape[0]
 
 

@@ -21,10 +21,10 @@ from row_cases import (
     MIXED,
     STUDENT_LOGPROB,
     STUDENT_LOGSUM,
-    STUDENT_REFERENCE,
+    STUDENT_SHIFT,
     TEACHER_ENTROPY,
     TEACHER_LOGPROB,
-    TEACHER_REFERENCE,
+    TEACHER_SHIFT,
     TRANSFORMS,
     assert_as_good_as_torch,
     make_rows,
@@ -125,8 +125,8 @@ def test_equal_models_give_exact_zero(capability, divergence, offset):
 def test_normaliser_columns_hold_the_log_sum_exp(capability):
     p = make_rows(offset=500.0)
     _, statistics, _ = visit(p)
-    for raw, reference in ((p.student, STUDENT_REFERENCE), (p.teacher, TEACHER_REFERENCE)):
-        pair = statistics[:, reference].double() + statistics[:, reference + 1].double()
+    for raw, shift in ((p.student, STUDENT_SHIFT), (p.teacher, TEACHER_SHIFT)):
+        pair = statistics[:, shift].double() + statistics[:, shift + 1].double()
         # The second number is small and carries the error of float32 sums of 64 terms, a few times
         # 6e-8; one float32 near 500 would be off by up to 1.5e-5.
         assert (pair - raw.double().logsumexp(-1)).abs().max() < 2e-6
@@ -163,8 +163,8 @@ def test_slabs_equal_one_visit(capability, divergence, transform, slab):
     assert torch.equal(p.student, before[0])
     assert torch.equal(p.teacher, before[1])
     # The pair of a normaliser is one number.
-    for reference in (STUDENT_REFERENCE, TEACHER_REFERENCE):
-        a, b = (x[:, reference].double() + x[:, reference + 1] for x in (streamed, statistics))
+    for shift in (STUDENT_SHIFT, TEACHER_SHIFT):
+        a, b = (x[:, shift].double() + x[:, shift + 1] for x in (streamed, statistics))
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)  # float32 sums of 64: a few times 6e-8
     # Differences of log-probs of order 10, rounded by 5e-7, and not more of them than two.
     rest = slice(STUDENT_LOGPROB, None)
@@ -194,7 +194,7 @@ def test_statistics_without_teacher_or_targets(capability):
     p = make_rows(divergence=0)
     _, both, _ = visit(p, loss=False)
     left, alone, _ = visit(p, teacher=False, targets=False, loss=False)
-    kept = [STUDENT_REFERENCE, STUDENT_LOGSUM, ENTROPY]
+    kept = [STUDENT_SHIFT, STUDENT_LOGSUM, ENTROPY]
     assert torch.equal(alone[:, kept], both[:, kept])
     others = [i for i in range(10) if i not in kept]
     assert torch.equal(alone[:, others], torch.zeros(6, len(others)))
