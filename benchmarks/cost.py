@@ -12,10 +12,8 @@ Terms, for N tokens, hidden size H, vocabulary V, e bytes an element and m model
   once: at these sizes it is bound by arithmetic, so what it re-reads through the cache is left
   out.
 - *Head reads*: a fused sweep walks the vocabulary once for a group of R tokens whose hidden states
-  stay in the cache, so DRAM delivers the head ceil(N / R) times and each hidden state once. R is
-  the largest number of rows for which m * R * H * e bytes fit CACHE_SHARE of the cache. (Half: on
-  A100 and H100 each half of the L2 keeps its own copy of what both halves of the GPU read, and the
-  head streams through the rest.)
+  stay in the cache, so DRAM delivers the head ceil(N / R) times and each hidden state once. R, like
+  the pieces of the vocabulary, is that of the kernels' own plan (backends/triton/plan.py).
 - *Tiles of logits*: `store`, chunks and tiles write float32 logits and read them back; the fused
   sweep keeps them in registers and writes only dz, once, for the gradient GEMMs.
 - *Launches*: LAUNCH_SECONDS each.
@@ -30,22 +28,23 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from selfdistill_kernels.backends.triton.plan import (
+    SHIPPED,
+    SLAB_COLUMNS,
+    STORE_BYTES,
+    Configuration,
+    Machine,
+    SweepPlan,
+)
+from selfdistill_kernels.tools.audit.record import MACHINES
+
 # A kernel launch from a Python host loop that runs ahead of the GPU; assumed.
 LAUNCH_SECONDS = 4e-6
-# See "Head reads" above; assumed.
-CACHE_SHARE = 0.5
-# Columns of the vocabulary that one work item of the sweep sums, and bytes of a row's state after
-# it. (With 1,024 columns the states of a small hidden size alone break the bound of 1.10.)
-PIECE_COLUMNS = 2048
+# Of a row: its state after one piece of the vocabulary, and its finished statistics.
 STATE_BYTES = 44
 STATISTICS_BYTES = 40
-# Columns of the vocabulary whose dz is written before its gradient GEMMs.
-SLAB_COLUMNS = 8192
-# Workspace of `store`: float32 logits of each model and dz for a tile of rows.
-STORE_BYTES = 2 << 30
 
 FLOAT32 = 4
-MEBIBYTE = float(1 << 20)
 
 Kind = Literal["library", "fused", "rows"]
 
@@ -58,9 +57,8 @@ class Gpu:
         name: also looked for in the name that the driver gives.
         peak: dense 16-bit tensor-core flop/s (no sparsity).
         bandwidth: of DRAM, bytes/s.
-        cache: bytes of the last-level cache.
-        processors: SMs or CUs.
-        tile: rows and columns of a tile of the fused kernels.
+        machine: what the kernels' plan knows of it: multiprocessors, usable cache.
+        tile: of the sweep.
         library, fused: fraction of `peak` that library GEMMs and Triton's GEMMs reach; assumed.
         streaming: fraction of `bandwidth` that a kernel reaches; assumed.
         source: which data sheet.
@@ -69,37 +67,43 @@ class Gpu:
     name: str
     peak: float
     bandwidth: float
-    cache: float
-    processors: int
-    tile: tuple[int, int]
+    machine: Machine
+    tile: Configuration
     library: float
     fused: float
     streaming: float
     source: str
 
 
+def _gpu(name: str, architecture: str, *, source: str, **figures: float) -> Gpu:
+    machine, tile = MACHINES[architecture], SHIPPED[architecture]["sweep"]
+    return Gpu(name=name, machine=machine, tile=tile, source=source, **figures)
+
+
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu(
-            "A100", 312e12, 2.039e12, 40 * MEBIBYTE, 108, (128, 64), 0.80, 0.65, 0.85,
-            "NVIDIA A100 SXM 80 GB",
+        _gpu(
+            "A100", "sm_80", peak=312e12, bandwidth=2.039e12,
+            library=0.80, fused=0.65, streaming=0.85, source="NVIDIA A100 SXM 80 GB",
         ),
-        Gpu(
-            "H100", 989e12, 3.35e12, 50 * MEBIBYTE, 132, (128, 128), 0.70, 0.55, 0.85,
-            "NVIDIA H100 SXM",
+        _gpu(
+            "H100", "sm_90", peak=989e12, bandwidth=3.35e12,
+            library=0.70, fused=0.55, streaming=0.85, source="NVIDIA H100 SXM",
         ),
-        Gpu(
-            "H200", 989e12, 4.8e12, 50 * MEBIBYTE, 132, (128, 128), 0.70, 0.55, 0.85,
-            "NVIDIA H200 SXM",
+        _gpu(
+            "H200", "sm_90", peak=989e12, bandwidth=4.8e12,
+            library=0.70, fused=0.55, streaming=0.85, source="NVIDIA H200 SXM",
         ),
-        Gpu(
-            "B200", 2250e12, 8.0e12, 126 * MEBIBYTE, 148, (128, 128), 0.70, 0.45, 0.85,
-            "NVIDIA HGX B200; its L2 as drivers report it",
+        _gpu(
+            "B200", "sm_100", peak=2250e12, bandwidth=8.0e12,
+            library=0.70, fused=0.45, streaming=0.85,
+            source="NVIDIA HGX B200; its L2 as drivers report it",
         ),
-        Gpu(
-            "MI300X", 1307e12, 5.3e12, 256 * MEBIBYTE, 304, (64, 64), 0.50, 0.40, 0.80,
-            "AMD Instinct MI300X; its cache is the Infinity Cache",
+        _gpu(
+            "MI300X", "gfx942", peak=1307e12, bandwidth=5.3e12,
+            library=0.50, fused=0.40, streaming=0.80,
+            source="AMD Instinct MI300X; its cache is the Infinity Cache",
         ),
     )
 }  # fmt: skip
@@ -133,17 +137,17 @@ class Size:
 
     @property
     def head_bytes(self) -> float:
-        """V H e."""
+        """Of the lm_head, V H e."""
         return float(self.vocabulary * self.hidden * self.itemsize)
 
     @property
     def hidden_bytes(self) -> float:
-        """N H e, of one model."""
+        """Of the hidden states of one model, N H e."""
         return float(self.tokens * self.hidden * self.itemsize)
 
     @property
     def logits(self) -> float:
-        """N V."""
+        """Their number, N V."""
         return float(self.tokens * self.vocabulary)
 
     @property
@@ -209,23 +213,27 @@ class Cost:
 # ---- our algorithms ------------------------------------------------------------------------------
 
 
+def sweep_plan(size: Size, gpu: Gpu) -> SweepPlan:
+    """How the kernels would walk this size on that GPU."""
+    row_bytes = size.hidden * size.itemsize
+    return SweepPlan.choose(
+        gpu.machine,
+        gpu.tile,
+        rows=size.tokens,
+        vocabulary=size.vocabulary,
+        row_bytes=size.models * row_bytes,
+        head_row_bytes=row_bytes,
+    )
+
+
 def group_rows(size: Size, gpu: Gpu) -> int:
-    """R, the tokens whose hidden states stay in the cache: whole tiles, one at least."""
-    block = gpu.tile[0]
-    return max(int(_rows_that_fit(size, gpu)) // block, 1) * block
-
-
-def _rows_that_fit(size: Size, gpu: Gpu) -> float:
-    return CACHE_SHARE * gpu.cache / (size.models * size.hidden * size.itemsize)
+    """R, the tokens whose hidden states stay in the cache while the head streams past."""
+    return sweep_plan(size, gpu).group_rows * gpu.tile.rows
 
 
 def pieces(size: Size, gpu: Gpu) -> int:
-    """Pieces of the vocabulary whose states are merged: PIECE_COLUMNS each, narrower where that
-    would leave processors without work."""
-    rows, columns = gpu.tile
-    tiles, blocks = math.ceil(size.vocabulary / columns), math.ceil(size.tokens / rows)
-    longest = min(PIECE_COLUMNS // columns, math.ceil(tiles * blocks / gpu.processors))
-    return math.ceil(tiles / longest)
+    """Pieces of the vocabulary whose states are merged."""
+    return sweep_plan(size, gpu).pieces
 
 
 def sweep(size: Size, gpu: Gpu) -> Step:
@@ -244,8 +252,10 @@ def sweep(size: Size, gpu: Gpu) -> Step:
 
 
 def least_sweep_bytes(size: Size, gpu: Gpu) -> float:
-    """Each hidden state once and each head element once per row group that the cache allows."""
-    groups = math.ceil(size.tokens / max(_rows_that_fit(size, gpu), 1.0))
+    """Each hidden state once, and each head element once for as many hidden states as fill the
+    whole cache, with no room for the head tiles in flight."""
+    most = gpu.machine.cache_bytes / (size.models * size.hidden * size.itemsize)
+    groups = math.ceil(size.tokens / max(most, 1.0))
     return groups * size.head_bytes + size.models * size.hidden_bytes
 
 

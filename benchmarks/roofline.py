@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 RHOS = (1.0, 0.5, 0.2, 0.05)
 TRL_ROWS, TRL_COLUMNS = 4096, 32768
-GIGA, TERA, GIBIBYTE = 1e9, 1e12, float(1 << 30)
+GIGA, TERA, MEBIBYTE, GIBIBYTE = 1e9, 1e12, float(1 << 20), float(1 << 30)
 NOTE = (
     "Everything below is **predicted** by the cost model of `benchmarks/cost.py`; nothing "
     "was measured. bfloat16, forward and backward, reverse KL, student and teacher share the head."
@@ -214,7 +214,7 @@ def gpu_table(gpus: Sequence[Gpu]) -> Table:
             gpu.name,
             f"{gpu.peak / TERA:.0f}",
             f"{gpu.bandwidth / TERA:.2f}",
-            f"{gpu.cache / cost.MEBIBYTE:.0f}",
+            f"{gpu.machine.cache_bytes / MEBIBYTE:.0f}",
             f"{gpu.library:.2f}",
             f"{gpu.fused:.2f}",
             f"{gpu.streaming:.2f}",
@@ -222,7 +222,7 @@ def gpu_table(gpus: Sequence[Gpu]) -> Table:
         )
         for gpu in gpus
     ]
-    head = ("", "TFLOP/s", "TB/s", "cache MiB", "library", "fused", "stream", "data sheet")
+    head = ("", "TFLOP/s", "TB/s", "usable cache MiB", "library", "fused", "stream", "data sheet")
     return Table("GPUs: dense 16-bit peaks; fractions assumed to be reached", head, body)
 
 
@@ -328,7 +328,6 @@ def record(found: Sequence[Prediction], gpus: Sequence[Gpu]) -> dict[str, Any]:
     return {
         "note": NOTE,
         "launch_seconds": cost.LAUNCH_SECONDS,
-        "cache_share": cost.CACHE_SHARE,
         "gpus": [asdict(gpu) for gpu in gpus],
         "predictions": [asdict(one) for one in found],
         "published": [
