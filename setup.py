@@ -76,7 +76,7 @@ def cuda_reason(torch_cuda: str | None, nvcc: str | None, release: str | None) -
 
 
 def built_for() -> str:
-    """The record of an extension; selfdistill_kernels/backends/extension.py reads it."""
+    """The record of an extension; selfdistill_kernels/backends/native/extension.py reads it."""
     import torch
 
     return f"torch={torch.__version__} cuda={torch.version.cuda}"

@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -44,9 +45,7 @@ from benchmarks.report import (
     print_table,
     problem_table,
 )
-from benchmarks.roofline import predict
 from benchmarks.timing import Timing, clock_for, interleave, rotate
-from selfdistill_kernels.cost import gpu_named
 
 Tick = Callable[[str], None]
 
@@ -165,6 +164,18 @@ def check_all(
     return errors, failures
 
 
+def _predicted(key: str, shape: Shape, objective: str, dtype: str, device: str) -> float | None:
+    """Seconds of the cost model, None on a GPU that it does not know and without triton, whose
+    kernels' plan it asks."""
+    if device != "cuda" or find_spec("triton") is None:
+        return None
+    from benchmarks.cost import gpu_named
+    from benchmarks.roofline import predict
+
+    gpu = gpu_named(torch.cuda.get_device_name())
+    return None if gpu is None else predict(key, shape, objective, dtype, gpu)
+
+
 def compare(
     shape: Shape,
     objective: str,
@@ -187,7 +198,6 @@ def compare(
     running = [contender for contender in running if contender.key not in failures]
     steps = {contender.key: steps[contender.key] for contender in running}
     timings = interleave(steps, args.rounds, clock=clock_for(args.device), on_step=tick)
-    gpu = gpu_named(torch.cuda.get_device_name()) if args.device == "cuda" else None
     entries = []
     for contender in running:
         key, floor_time = contender.key, timings[contender.floor]
@@ -201,7 +211,7 @@ def compare(
             over_floor_by_round=timings[key].over_by_round(floor_time),
             speedup=None if plain is None else plain.over(timings[key]),
             errors=errors[key],
-            predicted=None if gpu is None else predict(key, shape, objective, dtype, gpu),
+            predicted=_predicted(key, shape, objective, dtype, args.device),
         )
         if contender.is_ours and args.device == "cpu":
             trained = contender.trained_head

@@ -24,10 +24,10 @@ from benchmarks.cross_entropy import (
 )
 from benchmarks.problems import BETAS, Problem, Shape
 from selfdistill_kernels import fused_linear_distillation
-from selfdistill_kernels.backends import found_on
 from selfdistill_kernels.backends.dispatch import Choice, decide
-from selfdistill_kernels.backends.gemm import widens
-from selfdistill_kernels.plan import TilePlan
+from selfdistill_kernels.backends.native.gemm import widens
+from selfdistill_kernels.backends.native.plan import TilePlan
+from selfdistill_kernels.backends.registry import found_on
 
 # Rows that Liger scores at a time. Its default, 1024, materialises all logits of the small shapes.
 LIGER_ROWS = (128, 1024)
@@ -230,7 +230,7 @@ def plan_of(
         tokens=shape.tokens,
         hidden=shape.hidden,
         vocabulary=shape.vocabulary,
-        heads=2,
+        models=2,
         itemsize=dtype.itemsize,
         need_weight=trained_head,
         workspace=0 if workspace == "auto" else int(workspace),

@@ -45,7 +45,7 @@ class Entry:
         speedup: time of materialised torch, with the same gradients, over this time; or None.
         peak_extra_bytes: beyond inputs and gradients; None if not measured.
         plan: tiles of ours, None for others.
-        predicted: seconds of the cost model (selfdistill_kernels.cost), None where it has none.
+        predicted: seconds of the cost model (benchmarks.cost), None where it has none.
     """
 
     key: str

@@ -3,7 +3,7 @@
     python -m benchmarks.roofline --output runs/roofline
 
 Writes roofline.md, roofline.json and roofline.png. The formulas, and what they leave out, are in
-selfdistill_kernels/cost.py; each row below names the algorithm that it stands for.
+benchmarks/cost.py; each row below names the algorithm that it stands for.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from benchmarks import arguments
+from benchmarks import arguments, cost
+from benchmarks.cost import GPUS, Cost, Gpu, Size
 from benchmarks.problems import SHAPES, Shape
 from benchmarks.report import OURS, PEER, Table, markdown_table, print_table
-from selfdistill_kernels import cost
-from selfdistill_kernels.cost import GPUS, Cost, Gpu, Size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 RHOS = (1.0, 0.5, 0.2, 0.05)
 TRL_ROWS, TRL_COLUMNS = 4096, 32768
-GIGA, TERA, GIBIBYTE = 1e9, 1e12, float(1 << 30)
+GIGA, TERA, MEBIBYTE, GIBIBYTE = 1e9, 1e12, float(1 << 20), float(1 << 30)
 NOTE = (
-    "Everything below is **predicted** by the cost model of `selfdistill_kernels/cost.py`; nothing "
+    "Everything below is **predicted** by the cost model of `benchmarks/cost.py`; nothing "
     "was measured. bfloat16, forward and backward, reverse KL, student and teacher share the head."
 )
 
@@ -215,7 +214,7 @@ def gpu_table(gpus: Sequence[Gpu]) -> Table:
             gpu.name,
             f"{gpu.peak / TERA:.0f}",
             f"{gpu.bandwidth / TERA:.2f}",
-            f"{gpu.cache / cost.MEBIBYTE:.0f}",
+            f"{gpu.machine.cache_bytes / MEBIBYTE:.0f}",
             f"{gpu.library:.2f}",
             f"{gpu.fused:.2f}",
             f"{gpu.streaming:.2f}",
@@ -223,7 +222,7 @@ def gpu_table(gpus: Sequence[Gpu]) -> Table:
         )
         for gpu in gpus
     ]
-    head = ("", "TFLOP/s", "TB/s", "cache MiB", "library", "fused", "stream", "data sheet")
+    head = ("", "TFLOP/s", "TB/s", "usable cache MiB", "library", "fused", "stream", "data sheet")
     return Table("GPUs: dense 16-bit peaks; fractions assumed to be reached", head, body)
 
 
@@ -329,7 +328,6 @@ def record(found: Sequence[Prediction], gpus: Sequence[Gpu]) -> dict[str, Any]:
     return {
         "note": NOTE,
         "launch_seconds": cost.LAUNCH_SECONDS,
-        "cache_share": cost.CACHE_SHARE,
         "gpus": [asdict(gpu) for gpu in gpus],
         "predictions": [asdict(one) for one in found],
         "published": [

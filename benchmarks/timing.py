@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from selfdistill_kernels.event_clock import Event, EventClock, cuda_event
+from selfdistill_kernels.tools.event_clock import Event, EventClock, cuda_event
 
 T = TypeVar("T")
 

@@ -2,8 +2,8 @@
 //
 // The including file first supplies SELFDISTILL_FN and, for a vector R: bits, from_bits, select, larger, smaller, to_float
 // (csrc/cpu/vector.h); for a float they are here. A NaN stays a NaN in every function, and tanh(+-inf) is +-1. Largest
-// errors, in units of the last place, are in the comments; the tests of tests/selfdistill_kernels/test_native_rows.py
-// measure what they add up to.
+// errors, in units of the last place, are in the comments; tests/selfdistill_kernels/backends/native/test_rows.py measures
+// what they add up to.
 #pragma once
 
 #include <stdint.h>

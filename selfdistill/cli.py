@@ -323,7 +323,7 @@ def doctor(
     import torch
 
     from selfdistill.model.attention.backend import describe
-    from selfdistill_kernels.doctor import DTYPES, run
+    from selfdistill_kernels.tools.doctor import DTYPES, run
 
     status = run(
         tokens=tokens,

@@ -1,7 +1,7 @@
 """Fused losses for self-distillation of language models, without [tokens, vocabulary] tensors."""
 
 from selfdistill_kernels.advantage import AdvantageMask
-from selfdistill_kernels.backends.memory import release_workspace
+from selfdistill_kernels.backends.native.memory import release_workspace
 from selfdistill_kernels.loss import (
     DistillationOutput,
     FusedLinearDistillationLoss,

@@ -81,6 +81,14 @@ class AdvantageMask:
         return keep & (rank < allowed)
 
 
+@dataclass(frozen=True)
+class Gate:
+    """The token-local part of an AdvantageMask, as the kernels take it."""
+
+    sign: int
+    threshold: float
+
+
 def _step_means(advantage: Tensor, exists: Tensor, step_ids: Tensor) -> Tensor:
     """[N] the mean advantage of each token's step, over its existing tokens."""
     index = step_ids.clamp(min=0)

@@ -1,38 +1,33 @@
-"""The public functions: check, flatten, call an operator, reduce."""
+"""The public functions: prepare the arguments, call an operator, reduce."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from selfdistill_kernels.advantage import SIGNS, AdvantageMask
-from selfdistill_kernels.autocast import autocast_dtype
-from selfdistill_kernels.backends import check_backend_name, choose_backend
-from selfdistill_kernels.backends.base import Gate, Needs, token_losses
-from selfdistill_kernels.logits import LogitTransform
-from selfdistill_kernels.objective import Objective
-from selfdistill_kernels.ops import (
-    LogitsLossInPlace,
-    LossOptions,
-    call_linear_loss,
-    linear_statistics,
-)
-from selfdistill_kernels.statistics import Column, advantage_of, statistics_dtype
-from selfdistill_kernels.validation import (
-    check_head,
-    check_normalizer,
-    check_per_token,
+from selfdistill_kernels.advantage import AdvantageMask
+from selfdistill_kernels.arguments import (
+    Models,
+    PerToken,
+    Settings,
+    TokenTerms,
     check_reduction,
-    require_float,
-    require_same,
-    require_shape,
+    prepare,
     require_tensor,
     workspace_bytes,
 )
+from selfdistill_kernels.backends.dispatch import check_backend_name
+from selfdistill_kernels.backends.interface import LinearInputs
+from selfdistill_kernels.eager import call_linear_loss
+from selfdistill_kernels.logits import LogitTransform
+from selfdistill_kernels.objective import Objective
+from selfdistill_kernels.ops import linear_statistics
+from selfdistill_kernels.options import LossOptions
+from selfdistill_kernels.statistics import Column, advantage_of
+from selfdistill_kernels.token_loss import token_losses
 
 
 @dataclass(frozen=True)
@@ -134,45 +129,20 @@ def fused_linear_distillation(
     Raises:
         TypeError, ValueError: bad input; the message names the argument.
     """
-    student_hidden = require_tensor("student_hidden", student_hidden)
-    teacher_hidden = require_tensor("teacher_hidden", teacher_hidden)
-    weight = require_tensor("weight", weight)
-    autocast = autocast_dtype(student_hidden.device)
-    if autocast is not None:
-        student_hidden, teacher_hidden, weight = (
-            _cast(tensor, autocast) for tensor in (student_hidden, teacher_hidden, weight)
-        )
-        teacher_weight, bias, teacher_bias = (
-            None if tensor is None else _cast(tensor, autocast)
-            for tensor in (teacher_weight, bias, teacher_bias)
-        )
-    check_head("student", "student_hidden", student_hidden, "weight", weight, "bias", bias)
-    leading = tuple(student_hidden.shape[:-1])
-    _check_teacher(leading, weight, teacher_hidden, teacher_weight, bias, teacher_bias)
-    if teacher_weight is None and teacher_bias is None:
-        teacher_bias = bias
-    return _distillation(
-        "student_hidden",
-        student_hidden,
-        teacher_hidden,
-        weight,
-        teacher_weight,
-        bias,
-        teacher_bias,
-        targets,
-        mask=mask,
-        token_weight=token_weight,
-        old_logprobs=old_logprobs,
-        step_ids=step_ids,
-        objective=objective,
-        advantage_mask=advantage_mask,
-        ignore_index=ignore_index,
-        transform=LogitTransform(logit_scale, softcap, temperature),
-        reduction=reduction,
-        normalizer=normalizer,
-        workspace=workspace,
-        backend=backend,
+    settings = Settings(
+        Objective.of(objective),
+        LogitTransform(logit_scale, softcap, temperature),
+        workspace_bytes(workspace),
+        backend,
+        advantage_mask,
+        reduction,
+        normalizer,
     )
+    models = Models.of_two(
+        student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias
+    )
+    tokens = PerToken(targets, mask, ignore_index, token_weight, old_logprobs, step_ids)
+    return _distillation(*prepare(models, tokens, settings))
 
 
 def distillation_from_logits(
@@ -211,154 +181,55 @@ def distillation_from_logits(
     Raises:
         TypeError, ValueError: bad input; the message names the argument.
     """
-    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        require_float(name, require_tensor(name, logits))
-        if logits.dim() < 1 or logits.shape[-1] == 0:
-            raise ValueError(f"{name}: expected shape [..., V], got {tuple(logits.shape)}")
-    require_shape(
-        "teacher_logits", teacher_logits, tuple(student_logits.shape), "that of student_logits"
+    settings = Settings(
+        Objective.of(objective),
+        LogitTransform(1.0, softcap, temperature),
+        workspace_bytes(workspace),
+        backend,
+        advantage_mask,
+        reduction,
+        normalizer,
+        in_place,
     )
-    require_same("teacher_logits", teacher_logits, "student_logits", student_logits)
-    if in_place:
-        _check_in_place(student_logits, teacher_logits)
-    return _distillation(
-        "student_logits",
-        student_logits,
-        teacher_logits,
-        None,
-        None,
-        None,
-        None,
-        targets,
-        mask=mask,
-        token_weight=token_weight,
-        old_logprobs=old_logprobs,
-        step_ids=step_ids,
-        objective=objective,
-        advantage_mask=advantage_mask,
-        ignore_index=ignore_index,
-        transform=LogitTransform(1.0, softcap, temperature),
-        reduction=reduction,
-        normalizer=normalizer,
-        in_place=in_place,
-        workspace=workspace,
-        backend=backend,
-    )
+    models = Models.of_logits(student_logits, teacher_logits, in_place=in_place)
+    tokens = PerToken(targets, mask, ignore_index, token_weight, old_logprobs, step_ids)
+    return _distillation(*prepare(models, tokens, settings))
 
 
 def _distillation(
-    input_name: str,
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    weight: Tensor | None,
-    teacher_weight: Tensor | None,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    targets: Tensor | None,
-    *,
-    mask: Tensor | None,
-    token_weight: Tensor | None,
-    old_logprobs: Tensor | None,
-    step_ids: Tensor | None,
-    objective: str | Objective,
-    advantage_mask: AdvantageMask | None,
-    ignore_index: int,
-    transform: LogitTransform,
-    reduction: str,
-    normalizer: float | Tensor | None,
-    workspace: str | int,
-    backend: str,
-    in_place: bool = False,
+    inputs: LinearInputs, terms: TokenTerms, options: LossOptions
 ) -> DistillationOutput:
-    """Flatten, call an operator, reduce; with `weight` None the hidden states are logits."""
-    objective = Objective.of(objective)
-    budget = workspace_bytes(workspace)
-    leading = tuple(student_hidden.shape[:-1])
-    _check_tokens(input_name, leading, student_hidden, targets, mask, token_weight)
-    check_per_token("old_logprobs", old_logprobs, leading, input_name, student_hidden, "float")
-    check_per_token("step_ids", step_ids, leading, input_name, student_hidden, "int")
-    check_reduction(reduction, leading)
-    check_normalizer(normalizer)
-    _check_targets_given(input_name, objective, advantage_mask, targets)
-    vocabulary = student_hidden.shape[-1] if weight is None else weight.shape[0]
-    if objective.top_k is not None and objective.top_k > vocabulary:
-        raise ValueError(
-            f"objective: top_k must be at most the vocabulary of {vocabulary}, got "
-            f"{objective.top_k}"
+    """Call an operator, and give its results the shape [...] of the tokens."""
+    if terms.in_one_visit:
+        loss, statistics, active = call_linear_loss(
+            inputs, terms.loss_weight, terms.old_logprobs, options
         )
-    _check_companions(objective, advantage_mask, old_logprobs, step_ids)
-    name = choose_backend(backend, device=student_hidden.device, dtype=student_hidden.dtype)
-
-    exists = _existing(leading, student_hidden.device, targets, mask, ignore_index)
-    loss_weight = _loss_weight(exists, token_weight, reduction, normalizer, student_hidden.dtype)
-    tensors = (
-        _flat_rows(student_hidden),
-        _flat_rows(_constant(teacher_hidden)),
-        weight,
-        None if teacher_weight is None else _constant(teacher_weight),
-        bias,
-        None if teacher_bias is None else _constant(teacher_bias),
-        None if targets is None else _flat(targets).to(torch.int64),
-        _flat(exists),
-    )
-    flat_old_logprobs = (
-        None if old_logprobs is None else _flat(_constant(old_logprobs)).to(loss_weight.dtype)
-    )
-
-    two_visits = (
-        reduction == "none"
-        or objective.top_k is not None
-        or not (advantage_mask is None or advantage_mask.is_token_local)
-    )
-    if in_place and two_visits:
-        raise ValueError(
-            "in_place: needs the loss of each token in one visit, so no reduction='none', top_k, "
-            "top_fraction or per_step; leave in_place out"
-        )
-    if two_visits:
+        frozen = statistics.detach()
+    else:
         # The loss of a token is not known when its row is visited: statistics first, and the
         # backward pass recomputes the logits of the tokens that carry a gradient.
         statistics, *_ = linear_statistics(
-            *tensors, transform.logit_scale, transform.softcap, transform.temperature,
-            objective.divergence, objective.beta,
-            objective.top_k or 0, objective.top_k_of,
-            objective.tail and objective.top_k != vocabulary, budget, name,
-        )  # fmt: skip
-        frozen = statistics.detach()
-        kept = _flat(exists)
-        if advantage_mask is not None:
-            steps = None if step_ids is None else _flat_step_ids(step_ids, leading)
-            kept = advantage_mask.select(advantage_of(frozen), kept, steps)
-        active = kept & (loss_weight != 0)
-        per_token = token_losses(objective, statistics, loss_weight, active, flat_old_logprobs)
-        loss = per_token.reshape(leading) if reduction == "none" else per_token.sum()
-    else:
-        has_grad = torch.is_grad_enabled()
-        needs = Needs(
-            has_grad and student_hidden.requires_grad,
-            has_grad and weight is not None and weight.requires_grad,
-            has_grad and bias is not None and bias.requires_grad,
+            *inputs.tensors(), *options.statistics_scalars(inputs.vocabulary)
         )
-        gate = (
-            None if advantage_mask is None
-            else Gate(SIGNS[advantage_mask.sign], advantage_mask.threshold)
-        )  # fmt: skip
-        options = LossOptions(transform, objective, gate, needs, budget, name)
-        arguments = (*tensors, loss_weight, flat_old_logprobs)
-        if in_place and needs.hidden:
-            loss, statistics, active = LogitsLossInPlace.apply(*arguments, options)
-        else:
-            loss, statistics, active = call_linear_loss(arguments, options)
         frozen = statistics.detach()
+        kept, mask = terms.exists, terms.advantage_mask
+        if mask is not None:
+            kept = mask.select(advantage_of(frozen), kept, terms.step_ids)
+        active = kept & (terms.loss_weight != 0)
+        losses = token_losses(
+            options.objective, statistics, terms.loss_weight, active, terms.old_logprobs
+        )
+        loss = losses.sum() if terms.reduced else losses.reshape(terms.leading)
 
+    leading = terms.leading
     shaped = frozen.reshape(*leading, frozen.shape[1])
     divergence = shaped[..., Column.DIVERGENCE]
-    if reduction == "none":
+    if not terms.reduced:
         # Dropped tokens keep their value and lose their gradient.
         differentiable = statistics[:, Column.DIVERGENCE].reshape(leading)
         divergence = torch.where(kept.reshape(leading), differentiable, divergence)
     student_logprob = teacher_logprob = advantage = None
-    if targets is not None:
+    if inputs.targets is not None:
         student_logprob = shaped[..., Column.STUDENT_LOGPROB]
         teacher_logprob = shaped[..., Column.TEACHER_LOGPROB]
         advantage = teacher_logprob - student_logprob
@@ -372,16 +243,6 @@ def _distillation(
         teacher_entropy=shaped[..., Column.TEACHER_ENTROPY],
         active=active.reshape(leading),
     )
-
-
-def _flat(per_token: Tensor) -> Tensor:
-    """[...] as [N]."""
-    return per_token if per_token.dim() == 1 else per_token.reshape(-1)
-
-
-def _flat_rows(rows: Tensor) -> Tensor:
-    """[..., H] as [N, H]."""
-    return rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1])
 
 
 def fused_linear_logprobs(
@@ -413,29 +274,22 @@ def fused_linear_logprobs(
     Raises:
         TypeError, ValueError: bad input; the message names the argument.
     """
-    transform = LogitTransform(logit_scale, softcap, temperature)
-    budget = workspace_bytes(workspace)
-    hidden = require_tensor("hidden", hidden)
-    weight = require_tensor("weight", weight)
-    autocast = autocast_dtype(hidden.device)
-    if autocast is not None:
-        hidden, weight = _cast(hidden, autocast), _cast(weight, autocast)
-        bias = None if bias is None else _cast(bias, autocast)
-    check_head("model", "hidden", hidden, "weight", weight, "bias", bias)
-    leading = tuple(hidden.shape[:-1])
-    require_tensor("targets", targets)
-    _check_tokens("hidden", leading, hidden, targets, mask, None)
-    name = choose_backend(backend, device=hidden.device, dtype=hidden.dtype)
-    exists = _existing(leading, hidden.device, targets, mask, ignore_index)
+    settings = Settings(
+        Objective(divergence="none", entropy=1.0),
+        LogitTransform(logit_scale, softcap, temperature),
+        workspace_bytes(workspace),
+        backend,
+        reduction="sum",
+    )
+    models = Models.of_one(hidden, weight, bias)
+    tokens = PerToken(require_tensor("targets", targets), mask, ignore_index)
+    inputs, terms, options = prepare(models, tokens, settings)
     statistics, *_ = linear_statistics(
-        hidden.reshape(-1, hidden.shape[-1]), None, weight, None, bias, None,
-        _flat(targets).to(torch.int64), _flat(exists),
-        transform.logit_scale, transform.softcap, transform.temperature,
-        "none", 0.5, 0, "student", True, budget, name,
-    )  # fmt: skip
+        *inputs.tensors(), *options.statistics_scalars(inputs.vocabulary)
+    )
     return LogprobOutput(
-        statistics[:, Column.STUDENT_LOGPROB].reshape(leading),
-        statistics[:, Column.ENTROPY].reshape(leading),
+        statistics[:, Column.STUDENT_LOGPROB].reshape(terms.leading),
+        statistics[:, Column.ENTROPY].reshape(terms.leading),
     )
 
 
@@ -518,176 +372,3 @@ class FusedLinearDistillationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.objective}, reduction={self.reduction!r}, backend={self.backend!r}"
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast does: float64 stays, and so does what holds no floats."""
-    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(dtype)
-
-
-def _constant(tensor: Tensor) -> Tensor:
-    """Without the graph behind it."""
-    return tensor.detach() if tensor.requires_grad else tensor
-
-
-def _check_teacher(
-    leading: tuple[int, ...],
-    weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor | None,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-) -> None:
-    shared = teacher_weight is None
-    check_head(
-        "teacher, which shares `weight` because teacher_weight is None" if shared else "teacher",
-        "teacher_hidden",
-        teacher_hidden,
-        "weight" if teacher_weight is None else "teacher_weight",
-        weight if teacher_weight is None else teacher_weight,
-        "teacher_bias",
-        teacher_bias,
-    )
-    require_shape(
-        "teacher_hidden",
-        teacher_hidden,
-        (*leading, teacher_hidden.shape[-1]),
-        "the leading shape of student_hidden, then the teacher's hidden size",
-    )
-    if teacher_weight is not None and teacher_weight.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"teacher_weight: expected the student's vocabulary of {weight.shape[0]} rows, got "
-            f"{tuple(teacher_weight.shape)}"
-        )
-    if teacher_hidden.dtype != weight.dtype or teacher_hidden.device != weight.device:
-        raise TypeError(
-            f"teacher_hidden: expected {weight.dtype} on {weight.device} like weight, got "
-            f"{teacher_hidden.dtype} on {teacher_hidden.device}"
-        )
-
-
-def _check_in_place(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    if torch.compiler.is_compiling():
-        raise ValueError("in_place: not supported under torch.compile; leave it out there")
-    if student_logits.is_leaf and student_logits.requires_grad:
-        raise ValueError(
-            "in_place: student_logits is a leaf that requires a gradient, whose values autograd "
-            "does not let go; pass the output of the model's head"
-        )
-    if not student_logits.is_contiguous():
-        raise ValueError(
-            f"in_place: student_logits must be contiguous, got strides {student_logits.stride()}"
-        )
-    if student_logits.untyped_storage().data_ptr() == teacher_logits.untyped_storage().data_ptr():
-        raise ValueError("in_place: student_logits and teacher_logits share their memory")
-
-
-def _check_tokens(
-    input_name: str,
-    leading: tuple[int, ...],
-    hidden: Tensor,
-    targets: Tensor | None,
-    mask: Tensor | None,
-    token_weight: Tensor | None,
-) -> None:
-    check_per_token("targets", targets, leading, input_name, hidden, "int")
-    check_per_token("mask", mask, leading, input_name, hidden, "bool")
-    check_per_token("token_weight", token_weight, leading, input_name, hidden, "float")
-
-
-def _check_targets_given(
-    input_name: str,
-    objective: Objective,
-    advantage_mask: AdvantageMask | None,
-    targets: Tensor | None,
-) -> None:
-    if targets is not None:
-        return
-    if objective.needs_targets:
-        raise ValueError(
-            "targets: policy_gradient, cross_entropy and importance_clip are defined by the "
-            "sampled tokens; pass "
-            f"targets of the leading shape of {input_name}"
-        )
-    if advantage_mask is not None:
-        raise ValueError(
-            "targets: advantage_mask needs the sampled tokens to know their advantage; pass "
-            f"targets of the leading shape of {input_name}"
-        )
-
-
-def _check_companions(
-    objective: Objective,
-    advantage_mask: AdvantageMask | None,
-    old_logprobs: Tensor | None,
-    step_ids: Tensor | None,
-) -> None:
-    for name, value, wanted, owner in (
-        (
-            "old_logprobs",
-            old_logprobs,
-            objective.importance_clip is not None,
-            "objective.importance_clip",
-        ),
-        (
-            "step_ids",
-            step_ids,
-            advantage_mask is not None and advantage_mask.per_step,
-            "advantage_mask.per_step",
-        ),
-    ):
-        if (value is not None) != wanted:
-            state = "missing" if wanted else "given"
-            raise ValueError(
-                f"{name}: {state}, but {owner} is {'set' if wanted else 'not set'}; the two go "
-                "together"
-            )
-
-
-def _flat_step_ids(step_ids: Tensor, leading: tuple[int, ...]) -> Tensor:
-    """[N] int64 step numbers that are unique over the batch, -1 outside of steps."""
-    time = leading[-1] if leading else 1
-    step_ids = step_ids.to(torch.int64).reshape(-1, time)
-    first = torch.arange(step_ids.shape[0], device=step_ids.device)[:, None] * time
-    # A number beyond the time axis names no step of this sequence.
-    inside = (step_ids >= 0) & (step_ids < time)
-    return torch.where(inside, step_ids + first, torch.full_like(step_ids, -1)).reshape(-1)
-
-
-def _existing(
-    leading: tuple[int, ...],
-    device: torch.device,
-    targets: Tensor | None,
-    mask: Tensor | None,
-    ignore_index: int,
-) -> Tensor:
-    """[...] bool, True where a token exists."""
-    if targets is None:
-        return torch.ones(leading, dtype=torch.bool, device=device) if mask is None else mask
-    counted = targets != ignore_index
-    return counted if mask is None else mask & counted
-
-
-def _loss_weight(
-    exists: Tensor,
-    token_weight: Tensor | None,
-    reduction: str,
-    normalizer: float | Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """[N] what each token's loss is multiplied by: token weight over denominator."""
-    weight = exists.to(statistics_dtype(dtype))
-    if token_weight is not None:
-        token_weight = token_weight.detach().to(weight.dtype)
-        weight = torch.where(exists, token_weight, torch.zeros_like(weight))
-    if reduction == "sequence_mean":
-        weight = weight / exists.sum(dim=-1, keepdim=True).clamp(min=1)
-        sequences = math.prod(exists.shape[:-1])
-        weight = weight / (max(sequences, 1) if normalizer is None else normalizer)
-    elif normalizer is not None:
-        weight = weight / normalizer
-    elif reduction == "mean":
-        weight = weight / exists.sum().clamp(min=1)
-    return _flat(weight)

@@ -11,46 +11,24 @@ All three are functional, so torch.compile and AOT autograd take them whole. Wit
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from selfdistill_kernels.advantage import Gate
 from selfdistill_kernels.autocast import autocast_dtype
-from selfdistill_kernels.backends import get_backend
-from selfdistill_kernels.backends.base import Gate, Gradients, LinearInputs, Needs, token_losses
+from selfdistill_kernels.backends.interface import Gradients, LinearInputs, Needs
+from selfdistill_kernels.backends.registry import get_backend
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
+from selfdistill_kernels.options import LossOptions
 from selfdistill_kernels.statistics import Column, statistics_dtype
+from selfdistill_kernels.token_loss import token_losses
 from selfdistill_kernels.top_k import support_logprobs, top_k_divergence, top_k_gradient
 
 # Columns of the statistics through which a gradient flows, with their sign in `term_weights`.
 _TERM_COLUMNS = ((Column.DIVERGENCE, 1.0), (Column.STUDENT_LOGPROB, -1.0), (Column.ENTROPY, 1.0))
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    """What a scalar loss is, besides its tensors."""
-
-    transform: LogitTransform
-    objective: Objective
-    gate: Gate | None
-    needs: Needs
-    workspace: int
-    backend: str
-
-    def scalars(self) -> tuple[Any, ...]:
-        """The same, as the schema of `linear_loss` spells it."""
-        transform, objective, gate, needs = self.transform, self.objective, self.gate, self.needs
-        return (
-            transform.logit_scale, transform.softcap, transform.temperature,
-            objective.divergence, objective.beta, objective.policy_gradient,
-            objective.cross_entropy, objective.entropy,
-            objective.divergence_clip, objective.importance_clip,
-            None if gate is None else gate.sign, 0.0 if gate is None else gate.threshold,
-            needs.hidden, needs.weight, needs.bias, self.workspace, self.backend,
-        )  # fmt: skip
 
 
 def _linear_inputs(
@@ -132,7 +110,7 @@ def _check_targets(inputs: LinearInputs, targets: Tensor) -> None:
         )
 
 
-def _visit(
+def visit(
     student_hidden: Tensor,
     teacher_hidden: Tensor | None,
     weight: Tensor | None,
@@ -206,7 +184,7 @@ def linear_loss(
         workspace,
         backend,
     )  # fmt: skip
-    loss, statistics, active, gradients = _visit(
+    loss, statistics, active, gradients = visit(
         student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, targets,
         exists, loss_weight, old_logprobs, options,
     )  # fmt: skip
@@ -235,8 +213,8 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.set_materialize_grads(False)
 
 
-def _linear_loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    _refuse_double_backward()
+def linear_loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    refuse_double_backward()
     gradients: list[Tensor | None] = [None] * ctx.argument_count
     if grad_loss is None:
         return tuple(gradients)
@@ -250,44 +228,7 @@ def _linear_loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[
     return tuple(gradients)
 
 
-class LogitsLossInPlace(torch.autograd.Function):
-    """`linear_loss` of logits [N, V] that become their own gradient; eager only.
-
-    Arguments and results are those of `_EagerLoss`.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-        student = logits.detach()  # shares the version: who saved these logits hears of the change
-        *tensors, options = others
-        options = replace(options, needs=Needs(True, False, False, in_place=True))
-        arguments = (student, *tensors, options)
-        loss, statistics, active, (gradient, _, _) = _visit(*arguments)
-        assert gradient is not None
-        if gradient.data_ptr() != student.data_ptr():
-            student.copy_(gradient)
-        else:
-            exists = tensors[6]
-            student[~exists] = 0
-        ctx.gradient, ctx.argument_count = student, 1 + len(others)
-        ctx.mark_non_differentiable(statistics, active)
-        return loss, statistics, active
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-        _refuse_double_backward()
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
-            raise RuntimeError(
-                "in_place: backward ran twice, but the logits hold one gradient; call the loss "
-                "again or leave in_place out"
-            )
-        if not (grad_loss.device.type == "cpu" and grad_loss.item() == 1.0):
-            gradient.mul_(grad_loss.to(gradient.dtype))
-        return (gradient, *(None,) * (ctx.argument_count - 1))
-
-
-def _refuse_double_backward() -> None:
+def refuse_double_backward() -> None:
     # The saved gradients are constants to autograd: a second derivative would be silently wrong.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
@@ -306,52 +247,7 @@ def _factor(grad_loss: Tensor) -> Tensor | None:
     return grad_loss
 
 
-linear_loss.register_autograd(_linear_loss_backward, setup_context=_save_gradients)
-
-
-class _EagerLoss(torch.autograd.Function):
-    """`linear_loss` without its operator: its tensors, then a LossOptions. Returns loss, statistics
-    and active."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        # Not with a setup_context of its own: torch then binds the arguments by `inspect`.
-        loss, statistics, active, gradients = _visit(*arguments)
-        ctx.argument_count = len(arguments)
-        ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(statistics, active)
-        ctx.set_materialize_grads(False)
-        return loss, statistics, active
-
-    backward = staticmethod(_linear_loss_backward)
-
-
-def call_linear_loss(
-    tensors: tuple[Tensor | None, ...], options: LossOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, statistics and active of `linear_loss`, for its tensors; an eager call goes around the
-    operator, whose Python layers cost more than the rest of a small problem (docs/decisions.md).
-    Same functions, same bits."""
-    if _is_traced(tensors):
-        loss, statistics, active, *_ = linear_loss(*tensors, *options.scalars())
-    else:
-        loss, statistics, active = _EagerLoss.apply(*tensors, options)
-    return loss, statistics, active
-
-
-def _is_traced(tensors: tuple[Tensor | None, ...]) -> bool:
-    """True when somebody watches (torch.compile, a dispatch mode, functorch, a tensor subclass) or
-    there are no values."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(
-            tensor is not None
-            and (type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta)
-            for tensor in tensors
-        )
-    )
+linear_loss.register_autograd(linear_loss_backward, setup_context=_save_gradients)
 
 
 @torch.library.custom_op("selfdistill::linear_statistics", mutates_args=())
@@ -477,7 +373,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 
 def _linear_statistics_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    _refuse_double_backward()
+    refuse_double_backward()
     *tensors, statistics, support, logprobs = ctx.saved_tensors
     term_weights = torch.stack([sign * grad[:, column] for column, sign in _TERM_COLUMNS], dim=1)
     needs = [ctx.needs_input_grad[position] for position in (0, 2, 4)]

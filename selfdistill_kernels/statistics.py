@@ -11,15 +11,15 @@ from torch import Tensor
 class Column(IntEnum):
     """Columns of a finished statistics tensor [N, 10]; the order is shared with csrc/divergence.h.
 
-    log-sum-exp = REFERENCE + LOGSUM; the two stay apart so that a large common offset of the logits
-    costs no digits (the native rows keep the log-sum-exp rounded to float32 and what rounding took,
-    the oracle the maximum and the rest). PIVOT is the extra row constant of the mixture
-    divergences' gradients; each backend reads only its own.
+    log-sum-exp = SHIFT + LOGSUM, with LOGSUM the logarithm of sum_v exp(z_v - SHIFT); the two stay
+    apart so that a large common offset of the logits costs no digits (the native rows shift by the
+    log-sum-exp rounded to float32, the oracle by the maximum). PIVOT is the extra row constant of
+    the mixture divergences' gradients; each backend reads only its own.
     """
 
-    STUDENT_REFERENCE = 0
+    STUDENT_SHIFT = 0
     STUDENT_LOGSUM = 1
-    TEACHER_REFERENCE = 2
+    TEACHER_SHIFT = 2
     TEACHER_LOGSUM = 3
     STUDENT_LOGPROB = 4
     TEACHER_LOGPROB = 5

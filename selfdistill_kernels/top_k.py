@@ -17,8 +17,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from selfdistill_kernels.backends.base import Backend, Entries, Gradients, LinearInputs, Needs
-from selfdistill_kernels.divergence import divergence_gradient, divergence_of
+from selfdistill_kernels.backends.interface import Backend, Entries, Gradients, LinearInputs, Needs
+from selfdistill_kernels.backends.reference.divergence import divergence_gradient, divergence_of
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.statistics import Column
 
@@ -36,12 +36,12 @@ def support_logprobs(inputs: LinearInputs, statistics: Tensor, support: Tensor) 
     logprobs = found.new_zeros((2, *support.shape))
     for side, (hidden, head, bias, column) in enumerate(
         (
-            (inputs.student_hidden, inputs.weight, inputs.bias, Column.STUDENT_REFERENCE),
+            (inputs.student_hidden, inputs.weight, inputs.bias, Column.STUDENT_SHIFT),
             (
                 inputs.teacher_hidden,
                 inputs.teacher_head,
                 inputs.teacher_bias,
-                Column.TEACHER_REFERENCE,
+                Column.TEACHER_SHIFT,
             ),
         )
     ):
@@ -96,7 +96,7 @@ def top_k_gradient(
     gradient = gradient + likelihood * p_s
     surprise = torch.where(p_s == 0, 0.0, log_s + found[:, Column.ENTROPY, None])
     gradient = gradient - entropy * p_s * surprise
-    normalizer = found[:, Column.STUDENT_REFERENCE] + found[:, Column.STUDENT_LOGSUM]
+    normalizer = found[:, Column.STUDENT_SHIFT] + found[:, Column.STUDENT_LOGSUM]
     gradient = inputs.transform.chain(gradient, log_s + normalizer[:, None])
 
     has_gradient = (term_weights != 0).any(dim=1, keepdim=True)

@@ -73,10 +73,11 @@ ORDER = ("default", "avx2", "avx512")  # of the row kernels' instructions
 # messages, files, planning of whole runs) has nothing that instructions could change.
 TESTS = (
     *(
-        f"tests/selfdistill_kernels/test_{name}.py"
+        f"tests/selfdistill_kernels/{name}.py"
         for name in (
-            "fuzz", "in_place", "loss", "native_rows", "ops", "oracles", "plan", "top_k",
-            "workspace",
+            "backends/native/test_plan", "backends/native/test_rows",
+            "backends/native/test_workspace", "test_fuzz", "test_in_place", "test_loss", "test_ops",
+            "test_oracles", "test_top_k",
         )
     ),
     *(
@@ -103,7 +104,7 @@ def probe() -> None:
     """
     import torch
 
-    from selfdistill_kernels.backends import native_problem
+    from selfdistill_kernels.backends.registry import native_problem
 
     if (problem := native_problem()) is not None:  # it loads the row kernels
         raise RuntimeError(problem)

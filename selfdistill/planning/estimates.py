@@ -47,7 +47,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from selfdistill.config import AdapterConfig
 from selfdistill.model.weights import attach_adapter
-from selfdistill_kernels.plan import TilePlan
+from selfdistill_kernels.backends.native.plan import TilePlan
 
 # Sampling against reading, tokens a second: 70 against 500 with SmolLM2-135M at batch 8 on a CPU.
 # Larger batches, and engines made for sampling, do better.
@@ -245,7 +245,7 @@ def loss_plan(model: ModelShape, step: StepShape, weights: Weights) -> TilePlan:
         tokens=min(step.tokens_per_pass, step.completion_tokens),
         hidden=model.hidden,
         vocabulary=model.vocabulary,
-        heads=1 if weights.teacher is None else 2,
+        models=1 if weights.teacher is None else 2,
         itemsize=weights.itemsize,
         need_weight=not model.adapters,
     )
@@ -267,7 +267,7 @@ def plan_flops(model: ModelShape, step: StepShape, weights: Weights) -> dict[str
         teacher = {"teacher forward": forward(tokens, keys + step.context)}
     plan = loss_plan(model, step, weights)
     sweeps = 1 if plan.strategy == "store" else 2
-    gemms = sweeps * plan.heads + 1 + (not model.adapters)
+    gemms = sweeps * plan.models + 1 + (not model.adapters)
     return {
         "rollout": student + logits,
         "student forward": student,

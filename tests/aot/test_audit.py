@@ -11,11 +11,11 @@ import triton.language as tl
 from slow import slow_but
 
 from selfdistill_kernels import Objective
-from selfdistill_kernels.audit.__main__ import main
-from selfdistill_kernels.audit.build import Report, build
-from selfdistill_kernels.audit.judgement import LIMITS, refusals, resident_programs
-from selfdistill_kernels.audit.record import MACHINES, Job, Variant, jobs, variants
 from selfdistill_kernels.backends.triton.launch import Warps
+from selfdistill_kernels.tools.audit.__main__ import main
+from selfdistill_kernels.tools.audit.build import Report, build
+from selfdistill_kernels.tools.audit.judgement import LIMITS, refusals, resident_programs
+from selfdistill_kernels.tools.audit.record import MACHINES, Job, Variant, jobs, variants
 
 PLAIN = Variant(Objective("forward_kl"))
 HEAVY = Variant(
@@ -113,7 +113,7 @@ def test_resident_programs():
 
 
 def test_exit_status(monkeypatch, tmp_path, capsys):
-    from selfdistill_kernels.audit import __main__ as program
+    from selfdistill_kernels.tools.audit import __main__ as program
 
     monkeypatch.setattr(program, "jobs", lambda *_: jobs("sm_90", "bf16", [4096], [PLAIN])[:1])
     command = ["--target", "sm_90", "--dtype", "bf16", "--json", str(tmp_path / "audit.json")]
@@ -129,7 +129,7 @@ COMMON = {"target": "sm_90", "dtype": "bf16", "kernel": "sweep", "tile": "64x64x
 
 
 def test_summary_sums_up_variants(tmp_path, capsys):
-    from selfdistill_kernels.audit.summary import main as summary
+    from selfdistill_kernels.tools.audit.summary import main as summary
 
     def entry(**changes):
         report = replace(GOOD, **changes.pop("report", {}))

@@ -15,13 +15,13 @@ import torch
 
 from benchmarks import compare, environment, memory_flat, peers
 from benchmarks.checks import TOLERANCE
+from benchmarks.cost import GPUS
 from benchmarks.memory import MEBIBYTE
 from benchmarks.problems import Shape
 from benchmarks.roofline import predict
-from selfdistill_kernels import backends
+from selfdistill_kernels.backends import registry
 from selfdistill_kernels.backends.dispatch import Found
-from selfdistill_kernels.cost import GPUS
-from selfdistill_kernels.plan import copied_bytes
+from selfdistill_kernels.backends.native.plan import copied_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -130,7 +130,7 @@ def test_the_record_of_a_gpu_holds_what_its_times_depend_on(monkeypatch):
     properties = SimpleNamespace(multi_processor_count=132, total_memory=80 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(backends, "_FOUND", Found(None, None, "no nvcc"))
+    monkeypatch.setattr(registry, "_FOUND", Found(None, None, "no nvcc"))
     facts = environment.gpu_facts()
     assert facts["compute_capability"] == "9.0"
     assert (facts["processors"], facts["gpu_memory_gib"]) == (132, 80.0)

@@ -15,7 +15,7 @@ from benchmarks.checks import WrongResultError, check, check_agreement, truth
 from benchmarks.contender import StepResult
 from benchmarks.peers import contenders, plan_of
 from benchmarks.problems import BETAS, Shape, make_problem
-from selfdistill_kernels import backends
+from selfdistill_kernels.backends import registry
 
 CONTENDERS = contenders()
 EAGER = [key for key, contender in CONTENDERS.items() if not contender.compiled]
@@ -146,8 +146,8 @@ def test_workspace_reaches_ours_and_its_plan():
 
 
 def test_ours_is_never_the_fallback(monkeypatch):
-    without = replace(backends.found(), native_problem="not built")
-    monkeypatch.setattr(backends, "_FOUND", without)
+    without = replace(registry.found(), native_problem="not built")
+    monkeypatch.setattr(registry, "_FOUND", without)
     with pytest.raises(RuntimeError, match="native: not built"):
         CONTENDERS["ours"].build(make_problem(Shape(8, 16, 64), torch.float32))
 
@@ -241,8 +241,8 @@ def test_what_needs_a_gpu_says_so(monkeypatch):
 def test_cuda_rows_are_a_contender_of_their_own_on_a_gpu(monkeypatch):
     assert "ours_rows" not in CONTENDERS
     rows = contenders(device="cuda")["ours_rows"]
-    without = replace(backends.found(), cuda_problem="install nvcc")
-    monkeypatch.setattr(backends, "_FOUND", without)
+    without = replace(registry.found(), cuda_problem="install nvcc")
+    monkeypatch.setattr(registry, "_FOUND", without)
     assert rows.missing("cuda") == "install nvcc"
-    monkeypatch.setattr(backends, "_FOUND", replace(without, cuda_problem=None))
+    monkeypatch.setattr(registry, "_FOUND", replace(without, cuda_problem=None))
     assert rows.missing("cuda") is None

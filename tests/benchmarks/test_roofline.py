@@ -9,11 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import roofline
+from benchmarks import cost, roofline
+from benchmarks.cost import GPUS, Size
 from benchmarks.peers import contenders, materialised
 from benchmarks.problems import OBJECTIVES, SHAPES, Shape, make_problem
-from selfdistill_kernels import cost
-from selfdistill_kernels.cost import GPUS, Size
 
 SHAPE = SHAPES["cuda"][0]
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.timing import EventTimer, Timing, clock_for, interleave, rotate
-from selfdistill_kernels.event_clock import EventClock
+from selfdistill_kernels.tools.event_clock import EventClock
 
 
 def test_each_round_runs_all_and_starts_one_further():

@@ -12,11 +12,11 @@ from kernel_cases import check_against_torch, make_case, materialised_losses
 
 from selfdistill_kernels import AdvantageMask, Objective, distillation_from_logits
 from selfdistill_kernels import fused_linear_distillation as fused
-from selfdistill_kernels.backends import rows
-from selfdistill_kernels.backends.base import Gate, LinearInputs, Needs
-from selfdistill_kernels.backends.gemm import Float32Head, TensorCoreHead, WideningHead
-from selfdistill_kernels.backends.native import NativeBackend
-from selfdistill_kernels.backends.rows import RowKernels
+from selfdistill_kernels.advantage import Gate
+from selfdistill_kernels.backends.interface import LinearInputs, Needs
+from selfdistill_kernels.backends.native import NativeBackend, rows
+from selfdistill_kernels.backends.native.gemm import Float32Head, TensorCoreHead, WideningHead
+from selfdistill_kernels.backends.native.rows import RowKernels
 from selfdistill_kernels.logits import LogitTransform
 
 

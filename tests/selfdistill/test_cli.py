@@ -230,7 +230,7 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         in printed
     )
     assert "backend native" in printed
-    monkeypatch.setattr("selfdistill_kernels.doctor.run", lambda **options: 1)
+    monkeypatch.setattr("selfdistill_kernels.tools.doctor.run", lambda **options: 1)
     assert run(monkeypatch, "doctor", "--gpu") == 1
 
 

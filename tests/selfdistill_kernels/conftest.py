@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from selfdistill_kernels.backends import native_problem
+from selfdistill_kernels.backends.registry import native_problem
 
 
 @pytest.fixture(params=["reference", "native"])

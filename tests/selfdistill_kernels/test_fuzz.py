@@ -14,7 +14,7 @@ from kernel_cases import DIVERGENCES
 from slow import slow_but
 
 from selfdistill_kernels import AdvantageMask, Objective, fused_linear_distillation
-from selfdistill_kernels.plan import copied_bytes
+from selfdistill_kernels.backends.native.plan import copied_bytes
 
 PROBLEMS = 10_000
 CHUNKS = 10  # inputs of chunks 0 and 5 are bfloat16

@@ -25,7 +25,7 @@ from selfdistill_kernels import (
     fused_linear_distillation,
     fused_linear_logprobs,
 )
-from selfdistill_kernels.backends import native_problem
+from selfdistill_kernels.backends.registry import native_problem
 
 OBJECTIVES = [
     *[Objective(name, beta=0.3) for name in DIVERGENCES],

@@ -29,8 +29,9 @@ from selfdistill_kernels import (
     fused_linear_distillation,
     fused_linear_logprobs,
 )
-from selfdistill_kernels.backends import gemm, native
-from selfdistill_kernels.plan import copied_bytes
+from selfdistill_kernels.backends.native import backend as native_backend
+from selfdistill_kernels.backends.native import gemm
+from selfdistill_kernels.backends.native.plan import copied_bytes
 
 OBJECTIVES = [
     *[Objective(name, beta=0.3) for name in DIVERGENCES],
@@ -107,7 +108,7 @@ def test_two_heads_of_different_hidden_size(objective, backend):
 def test_bfloat16_inputs(objective, workspace, widening, backend, monkeypatch):
     """`widening`: the way of processors without 16-bit matrix products, whatever runs this."""
     if widening:
-        for module in (gemm, native):
+        for module in (gemm, native_backend):
             monkeypatch.setattr(module, "is_widened", lambda weight: weight is not None)
     case = make_case(11, 64, 507, seed=5)
     check_against_float64(case, objective, backend, torch.bfloat16, workspace=workspace)

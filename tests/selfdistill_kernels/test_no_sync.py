@@ -17,9 +17,10 @@ from selfdistill_kernels import (
     fused_linear_logprobs,
     ops,
 )
-from selfdistill_kernels.backends.base import Gradients, active_tokens, term_weights_of
+from selfdistill_kernels.backends.interface import Gradients
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.statistics import Column
+from selfdistill_kernels.token_loss import active_tokens, term_weights_of
 
 TOKENS, HIDDEN, VOCABULARY = 6, 8, 31
 EVERYTHING = Objective(
@@ -169,7 +170,7 @@ def test_the_statistics_operators(operators):
 
 
 def test_the_device_checks_the_targets_by_itself(monkeypatch):
-    """On the CPU the same check is an error with the token id (test_validation.py)."""
+    """On the CPU the same check is an error with the token id (test_arguments.py)."""
     asked = []
     monkeypatch.setattr(torch, "_assert_async", lambda *arguments: asked.append(arguments))
     ops._linear_inputs(*flat_tensors(), LogitTransform())

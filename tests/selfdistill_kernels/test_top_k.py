@@ -22,8 +22,8 @@ from selfdistill_kernels import (
     distillation_from_logits,
     fused_linear_distillation,
 )
-from selfdistill_kernels.backends import native_problem
-from selfdistill_kernels.plan import MEBIBYTE, copied_bytes
+from selfdistill_kernels.backends.native.plan import MEBIBYTE, copied_bytes
+from selfdistill_kernels.backends.registry import native_problem
 
 SHAPES = {
     "plain": {},

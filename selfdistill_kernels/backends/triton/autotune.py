@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import torch
 
-from selfdistill_kernels.backends.base import LinearInputs, Needs
+from selfdistill_kernels.backends.interface import LinearInputs, Needs
 from selfdistill_kernels.backends.triton.backend import TritonBackend
 from selfdistill_kernels.backends.triton.plan import (
     HEAVY,

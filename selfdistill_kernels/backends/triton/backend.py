@@ -15,17 +15,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from selfdistill_kernels.backends.base import (
+from selfdistill_kernels.advantage import Gate
+from selfdistill_kernels.backends.interface import (
     Entries,
-    Gate,
     Gradients,
     LinearInputs,
     Needs,
-    active_tokens,
     rows_with_gradient,
-    term_weights_of,
 )
-from selfdistill_kernels.backends.recompute import sweep_top_k
+from selfdistill_kernels.backends.native.recompute import sweep_top_k
 from selfdistill_kernels.backends.triton.gather import gather_rows
 from selfdistill_kernels.backends.triton.gradient import slab_gradient
 from selfdistill_kernels.backends.triton.launch import Launch, run
@@ -38,6 +36,7 @@ from selfdistill_kernels.backends.triton.sweep import sweep, sweep_mixture
 from selfdistill_kernels.backends.triton.tuned_tiles import Tiles, tiles_in_use
 from selfdistill_kernels.objective import DIVERGENCES, Objective
 from selfdistill_kernels.statistics import Column
+from selfdistill_kernels.token_loss import active_tokens, term_weights_of
 
 NONE = DIVERGENCES["none"]
 NO_GRADIENTS = Gradients(None, None, None)

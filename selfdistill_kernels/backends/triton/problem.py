@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from selfdistill_kernels.backends.base import LinearInputs
+from selfdistill_kernels.backends.interface import LinearInputs
 from selfdistill_kernels.backends.triton.gather import gather_rows
 from selfdistill_kernels.backends.triton.launch import Launch, run
 from selfdistill_kernels.backends.triton.plan import Configuration, Kind, Machine, SweepPlan

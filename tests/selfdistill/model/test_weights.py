@@ -27,7 +27,7 @@ from selfdistill.model.weights import (
     load_model,
 )
 from selfdistill.training.gradients import StudentLoss, accumulate_gradients
-from selfdistill_kernels.backends.base import Needs
+from selfdistill_kernels.backends.interface import Needs
 
 ModelFactory = Callable[..., PreTrainedModel]
 IDS = torch.tensor([[5, 6, 7]])
@@ -134,7 +134,7 @@ def test_a_frozen_head_costs_no_gradient(
             super().__init__(*args, **kwargs)
             asked.append(self)
 
-    monkeypatch.setattr("selfdistill_kernels.loss.Needs", Recorded)
+    monkeypatch.setattr("selfdistill_kernels.arguments.preparation.Needs", Recorded)
     student = with_adapter(tiny_model("llama"))
     head = student.get_output_embeddings().weight
     gradients(student, BaseTeacher(), ragged_groups)

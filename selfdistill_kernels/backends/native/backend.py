@@ -1,0 +1,200 @@
+"""Library GEMMs around the compiled row kernels of csrc/, on the CPU or on a GPU.
+
+On a GPU one visit waits for the device where it must know a number of rows: once for the tokens
+that exist, once a tile with an advantage mask, once a call in a backward pass that recomputes.
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from selfdistill_kernels.advantage import Gate
+from selfdistill_kernels.backends.interface import (
+    Entries,
+    Gradients,
+    LinearInputs,
+    Needs,
+    rows_with_gradient,
+)
+from selfdistill_kernels.backends.native import recompute, store
+from selfdistill_kernels.backends.native.gemm import is_widened
+from selfdistill_kernels.backends.native.plan import TilePlan, copied_bytes, widened_bytes
+from selfdistill_kernels.backends.native.rows import RowKernels
+from selfdistill_kernels.backends.tokens import Tokens
+from selfdistill_kernels.objective import Objective
+from selfdistill_kernels.statistics import Column
+from selfdistill_kernels.token_loss import active_tokens, term_weights_of
+
+NO_NEEDS = Needs(False, False, False)
+# Tokens of a tile on a GPU: its GEMMs read the head, and add to dW, seldom enough (docs/math.md).
+GPU_TOKENS = 2048
+
+
+class NativeBackend:
+    """float32 and bfloat16 inputs; on a GPU float16 too."""
+
+    def statistics(self, inputs: LinearInputs, objective: Objective, workspace: int) -> Tensor:
+        statistics = _new_statistics(inputs)
+        plan = plan_for(inputs, NO_NEEDS, workspace)
+        kernels = RowKernels(inputs, objective, plan.widened)
+        if plan.strategy == "recompute":
+            inputs.tokens.put(statistics, recompute.sweep_statistics(kernels, plan))
+        else:
+            store.visit(
+                kernels, plan,
+                gate=None, loss_weight=None, old_logprobs=None, needs=NO_NEEDS,
+                statistics=statistics,
+            )  # fmt: skip
+        return statistics
+
+    def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) -> Tensor:
+        return recompute.sweep_top_k(inputs, k, of_teacher, workspace)
+
+    def visit(
+        self,
+        inputs: LinearInputs,
+        objective: Objective,
+        gate: Gate | None,
+        loss_weight: Tensor,
+        old_logprobs: Tensor | None,
+        needs: Needs,
+        workspace: int,
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        plan = plan_for(inputs, needs, workspace)
+        kernels = RowKernels(inputs, objective, plan.widened)
+        loss_weight = loss_weight.to(torch.float32)
+        statistics = _new_statistics(inputs)
+        if plan.strategy == "store":
+            active, gradients = store.visit(
+                kernels, plan,
+                gate=gate, loss_weight=loss_weight, old_logprobs=old_logprobs,
+                needs=needs, statistics=statistics,
+            )  # fmt: skip
+            return statistics, active, gradients
+        inputs.tokens.put(statistics, recompute.sweep_statistics(kernels, plan))
+        active = active_tokens(statistics, loss_weight, inputs.exists, gate)
+        weights = term_weights_of(objective, statistics, loss_weight * active, old_logprobs)
+        return statistics, active, _recomputed(kernels, statistics, weights, needs, workspace)
+
+    def gradient(
+        self,
+        inputs: LinearInputs,
+        objective: Objective,
+        statistics: Tensor,
+        term_weights: Tensor,
+        needs: Needs,
+        workspace: int,
+        entries: Entries | None = None,
+    ) -> Gradients:
+        # Whether a budget is enough must not depend on how many tokens have a gradient today.
+        plan = slabs_for(inputs, inputs.student_hidden.shape[0], needs, workspace)
+        kernels = RowKernels(inputs, objective, plan.widened)
+        return _recomputed(kernels, statistics, term_weights, needs, workspace, entries)
+
+
+def _recomputed(
+    kernels: RowKernels,
+    statistics: Tensor,
+    term_weights: Tensor,
+    needs: Needs,
+    workspace: int,
+    entries: Entries | None = None,
+) -> Gradients:
+    """The gradients of tokens with a weight or an entry, from their logits made again."""
+    if not needs:
+        return Gradients(None, None, None)
+    inputs = kernels.inputs
+    tokens = Tokens.where(rows_with_gradient(inputs, term_weights, entries))
+    return recompute.sweep_gradients(
+        kernels,
+        tokens,
+        slabs_for(inputs, tokens.count, needs, workspace),
+        statistics=statistics,
+        term_weights=term_weights.to(torch.float32),
+        entries=entries,
+        needs=needs,
+    )
+
+
+def plan_for(inputs: LinearInputs, needs: Needs, workspace: int) -> TilePlan:
+    """The tiles of one visit."""
+    if workspace == 0 and inputs.student_hidden.is_cuda:
+        workspace = _gpu_workspace(inputs, needs)
+    return TilePlan.choose(**_problem(inputs, inputs.tokens.count, needs), workspace=workspace)
+
+
+def slabs_for(inputs: LinearInputs, tokens: int, needs: Needs, workspace: int) -> TilePlan:
+    """The slabs in which the logits of some tokens are made again."""
+    return TilePlan.slabs(**_problem(inputs, tokens, needs), workspace=workspace)
+
+
+class _Problem(TypedDict):
+    """What a plan needs to know."""
+
+    tokens: int
+    hidden: int
+    vocabulary: int
+    models: int
+    itemsize: int
+    need_hidden: bool
+    need_weight: bool
+    on_gpu: bool
+    row_bytes: int
+    widened_hidden: int
+
+
+def _problem(inputs: LinearInputs, tokens: int, needs: Needs) -> _Problem:
+    return {
+        "tokens": tokens,
+        "hidden": inputs.student_hidden.shape[1],
+        "vocabulary": inputs.vocabulary,
+        "models": _models(inputs),
+        "itemsize": inputs.student_hidden.element_size(),
+        # Ready-made logits get each element of their gradient once: nothing is summed.
+        "need_hidden": needs.hidden and inputs.weight is not None,
+        "need_weight": needs.weight,
+        "on_gpu": inputs.student_hidden.is_cuda,
+        "row_bytes": _row_bytes(inputs),
+        "widened_hidden": sum(
+            head.shape[1]
+            for head in (inputs.weight, inputs.teacher_weight)
+            if head is not None and is_widened(head)
+        ),
+    }
+
+
+def _row_bytes(inputs: LinearInputs) -> int:
+    """What the products take for a token of a tile, beside the tile."""
+    if inputs.weight is not None:
+        widest = inputs.student_hidden
+        if inputs.teacher_hidden is not None and inputs.teacher_hidden.shape[1] > widest.shape[1]:
+            widest = inputs.teacher_hidden
+        return copied_bytes(widest.shape[1], _models(inputs))
+    # Logits of a caller are gathered, and their 16-bit gradient is rounded; 5/4 of a tile's rows
+    # can wait for that (store.py).
+    itemsize = inputs.student_hidden.element_size()
+    gathered = 0 if inputs.tokens.is_range else itemsize
+    rounded = 0 if itemsize == 4 else itemsize + itemsize // 2
+    return inputs.vocabulary * max(gathered, rounded)
+
+
+def _gpu_workspace(inputs: LinearInputs, needs: Needs) -> int:
+    """Bytes of a tile of GPU_TOKENS, of what its products take and, with a 16-bit head that is
+    trained, of its float32 dW."""
+    accumulated = needs.weight and inputs.student_hidden.element_size() < 4
+    columns = _models(inputs) * GPU_TOKENS + (inputs.student_hidden.shape[1] if accumulated else 0)
+    problem = _problem(inputs, 1, needs)
+    beside = GPU_TOKENS * problem["row_bytes"] + widened_bytes(problem["widened_hidden"])
+    return 4 * inputs.vocabulary * columns + beside
+
+
+def _models(inputs: LinearInputs) -> int:
+    return 1 if inputs.teacher_hidden is None else 2
+
+
+def _new_statistics(inputs: LinearInputs) -> Tensor:
+    shape = (inputs.student_hidden.shape[0], len(Column))
+    return inputs.student_hidden.new_zeros(shape, dtype=torch.float32)

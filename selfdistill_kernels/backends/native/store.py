@@ -1,0 +1,171 @@
+"""Strategy `store`: row tiles that span the vocabulary, each visited once.
+
+Workspace [B, V] float32, the only thing of vocabulary size besides dW:
+
+    rows [0, p)          gradients of logits of active tokens that wait for their GEMMs
+    rows [p, p + r)      the student's logits of the next r tokens
+    rows [p + r, p + 2r) the teacher's, made by the same GEMM when they share the head
+
+Each visited row becomes statistics and, if its token is active, a gradient in place; active rows
+then move up to the waiting ones. So a token that the mask drops costs its forward GEMM only, and
+gradient GEMMs always see many rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from selfdistill_kernels.advantage import Gate
+from selfdistill_kernels.backends.interface import Gradients, Needs
+from selfdistill_kernels.backends.native import memory
+from selfdistill_kernels.backends.native.plan import TilePlan
+from selfdistill_kernels.backends.native.rows import RowKernels
+from selfdistill_kernels.backends.tokens import Tokens
+
+
+def visit(
+    kernels: RowKernels,
+    plan: TilePlan,
+    *,
+    gate: Gate | None,
+    loss_weight: Tensor | None,
+    old_logprobs: Tensor | None,
+    needs: Needs,
+    statistics: Tensor,
+) -> tuple[Tensor, Gradients]:
+    """Visit all tokens.
+
+    Args:
+        kernels: the problem.
+        plan: of strategy "store".
+        gate: token-local advantage mask, or None.
+        loss_weight: [N] float32, or None for statistics only.
+        old_logprobs: [N] or None, for importance weights.
+        needs: the gradients that are wanted.
+        statistics: [N, 10], filled for the tokens that exist.
+
+    Returns:
+        active [N] bool and the gradients.
+    """
+    inputs = kernels.inputs
+    # A token that does not exist has no gradient; the visit takes away from the others.
+    active = (
+        torch.ones(statistics.shape[0], dtype=torch.bool, device=inputs.device)
+        if inputs.exists is None
+        else inputs.exists.clone()
+    )
+    wants_gradient = bool(needs) and loss_weight is not None
+    with memory.workspace(plan.elements, inputs.device) as space:
+        pending = _Pending(kernels, space, plan, needs)
+        for tokens in _cut(inputs.tokens, pending, plan.models):
+            tile = kernels.tile(tokens, 0, plan.columns, pending.free, with_teacher=True)
+            weight = tokens.of(loss_weight) if loss_weight is not None and needs else None
+            old = None if old_logprobs is None else tokens.of(old_logprobs)
+            found, chosen = tokens.of(statistics), tokens.of(active)
+            kernels.visit(tile, weight, gate, old, statistics=found, active=chosen)
+            if not tokens.is_range:
+                tokens.put(statistics, found)
+                tokens.put(active, chosen)
+            if wants_gradient:
+                if needs.in_place:
+                    dropped = tokens.take((~chosen).nonzero().squeeze(1)).indices(inputs.device)
+                    inputs.student_hidden.index_fill_(0, dropped, 0)
+                pending.take(kernels.keep_active(tile, chosen, gate))
+        gradients = pending.finish()
+    if loss_weight is not None and not wants_gradient:
+        active &= loss_weight != 0
+    return active, gradients
+
+
+def _cut(tokens: Tokens, pending: _Pending, models: int) -> Iterator[Tokens]:
+    """Yield the tokens of each tile, as many as the workspace has room for at that time."""
+    start, total = 0, tokens.count
+    while start < total:
+        room = pending.make_room() // models
+        tiles = -(-(total - start) // room)
+        stop = start + -(-(total - start) // tiles)  # even tiles: no small last one
+        yield tokens.part(start, stop)
+        start = stop
+
+
+class _Pending:
+    """The workspace, the gradient rows that wait in it, and the gradients made so far."""
+
+    def __init__(self, kernels: RowKernels, space: Tensor, plan: TilePlan, needs: Needs) -> None:
+        inputs = kernels.inputs
+        self._kernels, self._inputs, self._needs = kernels, inputs, needs
+        self._buffer, self._sums = space[: plan.tile_elements], space[plan.tile_elements :]
+        self._columns = plan.columns
+        self._total = plan.models * plan.rows  # rows of the workspace
+        self._waiting: list[Tokens] = []  # of the first `_count` rows, in order
+        self._count = 0
+        # Logits in place: rows are read before they are written.
+        self._hidden = inputs.student_hidden if needs.in_place else None
+        self._weight: Tensor | None = None
+        if needs.weight:
+            assert inputs.weight is not None
+            self._weight = memory.empty(inputs.weight.shape, inputs.device, inputs.weight.dtype)
+        self._weight_sum: Tensor | None = None  # float32, of the rows so far
+        self._bias = torch.zeros(inputs.vocabulary, device=inputs.device) if needs.bias else None
+
+    @property
+    def free(self) -> Tensor:
+        """The rows of the workspace for the next tile, flat."""
+        return self._buffer[self._count * self._columns :] if self._count else self._buffer
+
+    def make_room(self) -> int:
+        """Rows of the workspace for the next tile."""
+        # Below a quarter of the workspace it is cheaper to wait for more rows than to read and
+        # write all of dW for a few.
+        if 4 * self._count >= self._total:
+            self._flush(last=False)
+        return self._total - self._count
+
+    def take(self, tokens: Tokens) -> None:
+        """Keep the gradients of `tokens`, the first of the free rows."""
+        self._waiting.append(tokens)
+        self._count += tokens.count
+
+    def _flush(self, *, last: bool) -> None:
+        """The gradient GEMMs of the waiting rows. Only the last may round dW to its dtype."""
+        if self._count == 0:
+            return
+        inputs, head = self._inputs, self._kernels.head
+        tokens = Tokens.join(self._waiting, inputs.device)
+        rows = self._buffer[: self._count * self._columns].view(self._count, self._columns)
+        gradient = self._kernels.gradient_rows(rows)
+        if self._needs.hidden:
+            student = inputs.student_hidden
+            made = head.hidden_gradient(gradient, 0, gradient.shape[1]).to(student.dtype)
+            if tokens.is_range and tokens.count == student.shape[0] and inputs.weight is not None:
+                self._hidden = made  # of all tokens at once
+            else:
+                if self._hidden is None:
+                    self._hidden = torch.zeros_like(student)
+                tokens.put(self._hidden, made)
+        if self._weight is not None:
+            out = self._weight
+            if not last and out.dtype != torch.float32:
+                out = self._sums[: out.numel()].view(out.shape)
+            hidden = tokens.of(inputs.student_hidden)
+            head.weight_gradient(gradient, hidden, out=out, add=self._weight_sum)
+            self._weight_sum = out
+        if self._bias is not None:
+            self._bias += gradient.sum(dim=0, dtype=torch.float32)
+        self._waiting, self._count = [], 0
+
+    def finish(self) -> Gradients:
+        self._flush(last=True)
+        student = self._inputs.student_hidden
+        if self._needs.hidden and self._hidden is None:
+            self._hidden = torch.zeros_like(student)
+        if self._weight is not None:
+            if self._weight_sum is None:
+                self._weight.zero_()
+            elif self._weight_sum is not self._weight:
+                self._weight.copy_(self._weight_sum)
+        bias = None if self._bias is None else self._bias.to(student.dtype)
+        return Gradients(self._hidden, self._weight, bias)

@@ -1,0 +1,175 @@
+"""The oracle: materialises [N, V] in plain torch, runs on every device.
+
+Each line is a line of docs/math.md. It computes in float64 on the CPU and in float32 elsewhere
+(not every device has float64); speed and memory are not its business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selfdistill_kernels.advantage import Gate
+from selfdistill_kernels.backends.interface import (
+    Entries,
+    Gradients,
+    LinearInputs,
+    Needs,
+    rows_with_gradient,
+)
+from selfdistill_kernels.backends.reference.divergence import (
+    divergence_gradient,
+    divergence_of,
+    expectation,
+)
+from selfdistill_kernels.objective import Objective
+from selfdistill_kernels.statistics import Column, statistics_dtype
+from selfdistill_kernels.token_loss import active_tokens, term_weights_of
+
+
+@dataclass(frozen=True)
+class _Distribution:
+    """Logits, log-probs and normalisers of n tokens."""
+
+    logits: Tensor  # [n, V]
+    logprobs: Tensor  # [n, V]
+    maximum: Tensor  # [n]
+    logsum: Tensor  # [n]
+
+    @classmethod
+    def of(cls, logits: Tensor) -> _Distribution:
+        maximum = logits.amax(dim=1)
+        centred = logits - maximum[:, None]
+        logsum = centred.exp().sum(dim=1).log()
+        return cls(logits, centred - logsum[:, None], maximum, logsum)
+
+    def entropy(self) -> Tensor:
+        return -expectation(self.logprobs, self.logprobs)
+
+
+class ReferenceBackend:
+    """Backend in plain torch."""
+
+    def statistics(self, inputs: LinearInputs, objective: Objective, workspace: int) -> Tensor:
+        rows = inputs.existing_rows()
+        student, teacher = _distributions(inputs, rows)
+        found = student.maximum.new_zeros((rows.numel(), len(Column)))
+        found[:, Column.STUDENT_SHIFT] = student.maximum
+        found[:, Column.STUDENT_LOGSUM] = student.logsum
+        found[:, Column.ENTROPY] = student.entropy()
+        if inputs.targets is not None:
+            target = inputs.targets[rows, None]
+            found[:, Column.STUDENT_LOGPROB] = student.logprobs.gather(1, target)[:, 0]
+        if teacher is not None:
+            found[:, Column.TEACHER_SHIFT] = teacher.maximum
+            found[:, Column.TEACHER_LOGSUM] = teacher.logsum
+            found[:, Column.TEACHER_ENTROPY] = teacher.entropy()
+            if inputs.targets is not None:
+                found[:, Column.TEACHER_LOGPROB] = teacher.logprobs.gather(1, target)[:, 0]
+            divergence, pivot = divergence_of(student.logprobs, teacher.logprobs, objective)
+            found[:, Column.DIVERGENCE] = divergence
+            found[:, Column.PIVOT] = pivot
+        size, dtype = inputs.student_hidden.shape[0], inputs.student_hidden.dtype
+        statistics = found.new_zeros((size, len(Column))).index_copy(0, rows, found)
+        return statistics.to(statistics_dtype(dtype))
+
+    def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) -> Tensor:
+        rows = inputs.existing_rows()
+        student, teacher = _distributions(inputs, rows)
+        found = teacher if of_teacher else student
+        assert found is not None
+        chosen = found.logits.topk(k, dim=1, sorted=False).indices
+        return chosen.new_zeros((inputs.student_hidden.shape[0], k)).index_copy_(0, rows, chosen)
+
+    def gradient(
+        self,
+        inputs: LinearInputs,
+        objective: Objective,
+        statistics: Tensor,
+        term_weights: Tensor,
+        needs: Needs,
+        workspace: int,
+        entries: Entries | None = None,
+    ) -> Gradients:
+        rows = rows_with_gradient(inputs, term_weights, entries).nonzero().squeeze(1)
+        student, teacher = _distributions(inputs, rows)
+        weights = term_weights[rows].to(student.logits.dtype)
+        log_s, p_s = student.logprobs, student.logprobs.exp()
+        gradient = torch.zeros_like(log_s)
+        if teacher is not None:
+            # Row constants anew rather than from `statistics`, which is rounded to float32.
+            constants = divergence_of(log_s, teacher.logprobs, objective)
+            slope = divergence_gradient(log_s, teacher.logprobs, *constants, objective)
+            # A weight of 0 is no gradient, whatever the row holds (an infinite KL that is clipped).
+            gradient += torch.where(weights[:, 0:1] == 0, 0.0, weights[:, 0:1] * slope)
+        gradient += weights[:, 1:2] * p_s
+        if inputs.targets is not None:
+            target = inputs.targets[rows, None]
+            gradient.scatter_add_(1, target, -weights[:, 1:2])
+        entropy = student.entropy()[:, None]
+        gradient -= weights[:, 2:3] * torch.where(p_s == 0, p_s, p_s * (log_s + entropy))
+        gradient = inputs.transform.chain(gradient, student.logits)
+        if entries is not None:
+            entries.write_into(gradient, rows, 0)
+        return _through_head(inputs, rows, gradient, needs)
+
+    def visit(
+        self,
+        inputs: LinearInputs,
+        objective: Objective,
+        gate: Gate | None,
+        loss_weight: Tensor,
+        old_logprobs: Tensor | None,
+        needs: Needs,
+        workspace: int,
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        statistics = self.statistics(inputs, objective, workspace)
+        active = active_tokens(statistics, loss_weight, inputs.exists, gate)
+        weights = term_weights_of(objective, statistics, loss_weight * active, old_logprobs)
+        return (
+            statistics,
+            active,
+            self.gradient(inputs, objective, statistics, weights, needs, workspace)
+            if needs
+            else Gradients(None, None, None),
+        )
+
+
+def _distributions(
+    inputs: LinearInputs, rows: Tensor
+) -> tuple[_Distribution, _Distribution | None]:
+    on_cpu = inputs.student_hidden.device.type == "cpu"
+    dtype = torch.float64 if on_cpu else torch.float32
+
+    def distribution(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> _Distribution:
+        raw = hidden[rows].to(dtype)
+        if weight is not None:
+            raw = raw @ weight.to(dtype).T
+        return _Distribution.of(
+            inputs.transform.apply(raw, None if bias is None else bias.to(dtype))
+        )
+
+    student = distribution(inputs.student_hidden, inputs.weight, inputs.bias)
+    if inputs.teacher_hidden is None:
+        return student, None
+    return student, distribution(inputs.teacher_hidden, inputs.teacher_head, inputs.teacher_bias)
+
+
+def _through_head(inputs: LinearInputs, rows: Tensor, gradient: Tensor, needs: Needs) -> Gradients:
+    """The gradient GEMMs: dH = dz W, dW = dz^T h, db = sum dz."""
+    hidden = weight = bias = None
+    if needs.hidden:
+        hidden = torch.zeros_like(inputs.student_hidden)
+        head = inputs.weight
+        made = gradient if head is None else gradient @ head.to(gradient.dtype)
+        hidden[rows] = made.to(hidden.dtype)
+    if needs.weight:
+        assert inputs.weight is not None
+        weight = gradient.T @ inputs.student_hidden[rows].to(gradient.dtype)
+        weight = weight.to(inputs.weight.dtype)
+    if needs.bias:
+        assert inputs.bias is not None
+        bias = gradient.sum(dim=0).to(inputs.bias.dtype)
+    return Gradients(hidden, weight, bias)

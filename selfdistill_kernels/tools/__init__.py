@@ -1,0 +1,1 @@
+"""Programs about the kernels: `doctor`, `audit`, and the clock that times a GPU."""
