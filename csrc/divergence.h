@@ -35,12 +35,12 @@ enum class Divergence : int {
 // Those over the mixture m need both normalisers first: a second sweep.
 SELFDISTILL_FN constexpr bool needs_mixture(Divergence d) { return (int)d >= (int)Divergence::kJSD; }
 
-// Columns of the float32 statistics. L = reference + logsum; the reference is L rounded to float32, so that a common
+// Columns of the float32 statistics. L = shift + logsum; the shift is L rounded to float32, so that a common
 // offset of the logits costs nothing and the pair holds L to about 14 digits.
 enum Statistic : int {
-  kStudentReference = 0,
-  kStudentLogsum = 1,  // log sum exp(z - reference)
-  kTeacherReference = 2,
+  kStudentShift = 0,
+  kStudentLogsum = 1,  // log sum exp(z - shift)
+  kTeacherShift = 2,
   kTeacherLogsum = 3,
   kStudentLogprob = 4,  // of the target; 0 without targets
   kTeacherLogprob = 5,
@@ -260,14 +260,14 @@ SELFDISTILL_FN void finish(RowState s, bool has_teacher, bool has_targets, Diver
   if (s.teacher_sum == 0.0) s.teacher_sum = s.excess = NAN;
   for (int i = 0; i < kStatistics; ++i) statistics[i] = 0.0f;
   const double log_s = log(s.student_sum), lse_s = s.student_max + log_s;
-  statistics[kStudentReference] = (float)lse_s;
-  statistics[kStudentLogsum] = (float)((s.student_max - (double)statistics[kStudentReference]) + log_s);
+  statistics[kStudentShift] = (float)lse_s;
+  statistics[kStudentLogsum] = (float)((s.student_max - (double)statistics[kStudentShift]) + log_s);
   statistics[kEntropy] = (float)(log_s - s.student_moment / s.student_sum);
   if (has_targets) statistics[kStudentLogprob] = logprob(s.student_target, s.student_max, log_s);
   if (!has_teacher) return;
   const double log_t = (s.student_max - s.teacher_max) + log_s + lse_difference(s, divergence);
-  statistics[kTeacherReference] = (float)(s.teacher_max + log_t);
-  statistics[kTeacherLogsum] = (float)((s.teacher_max - (double)statistics[kTeacherReference]) + log_t);
+  statistics[kTeacherShift] = (float)(s.teacher_max + log_t);
+  statistics[kTeacherLogsum] = (float)((s.teacher_max - (double)statistics[kTeacherShift]) + log_t);
   statistics[kTeacherEntropy] = (float)(log_t - s.teacher_moment / s.teacher_sum);
   if (has_targets) statistics[kTeacherLogprob] = logprob(s.teacher_target, s.teacher_max, log_t);
   switch (divergence) {
@@ -298,15 +298,15 @@ SELFDISTILL_FN void finish(RowState s, bool has_teacher, bool has_targets, Diver
 // ---- the two distributions of a finished row --------------------------------------------------------------------------
 
 struct Normalised {
-  float student, student_low, teacher, teacher_low;  // L = reference + low
+  float student, student_low, teacher, teacher_low;  // L = shift + low
   LogRatio ratio;
 };
 
 SELFDISTILL_FN Normalised normalised(const float* statistics) {
   Normalised n;
-  n.student = statistics[kStudentReference];
+  n.student = statistics[kStudentShift];
   n.student_low = statistics[kStudentLogsum];
-  n.teacher = statistics[kTeacherReference];
+  n.teacher = statistics[kTeacherShift];
   n.teacher_low = statistics[kTeacherLogsum];
   n.ratio = make_log_ratio((double)n.student + (double)n.student_low, (double)n.teacher + (double)n.teacher_low);
   return n;

@@ -8,9 +8,9 @@ from selfdistill_kernels.statistics import Column
 
 # statistics [N, STATISTICS], the values of a finished row.
 STATISTICS = tl.constexpr(len(Column))
-STUDENT_REFERENCE = tl.constexpr(Column.STUDENT_REFERENCE.value)
+STUDENT_SHIFT = tl.constexpr(Column.STUDENT_SHIFT.value)
 STUDENT_LOGSUM = tl.constexpr(Column.STUDENT_LOGSUM.value)
-TEACHER_REFERENCE = tl.constexpr(Column.TEACHER_REFERENCE.value)
+TEACHER_SHIFT = tl.constexpr(Column.TEACHER_SHIFT.value)
 TEACHER_LOGSUM = tl.constexpr(Column.TEACHER_LOGSUM.value)
 STUDENT_LOGPROB = tl.constexpr(Column.STUDENT_LOGPROB.value)
 TEACHER_LOGPROB = tl.constexpr(Column.TEACHER_LOGPROB.value)

@@ -28,11 +28,11 @@ from selfdistill_kernels.backends.triton.columns import (
     STUDENT_ENTROPY,
     STUDENT_LOGPROB,
     STUDENT_LOGSUM,
-    STUDENT_REFERENCE,
+    STUDENT_SHIFT,
     TEACHER_ENTROPY,
     TEACHER_LOGPROB,
     TEACHER_LOGSUM,
-    TEACHER_REFERENCE,
+    TEACHER_SHIFT,
 )
 
 # selfdistill_kernels.objective.DIVERGENCES
@@ -254,9 +254,9 @@ def moved_student(by, total, moment):
 
 @triton.jit
 def rounded(maximum, log_sum):
-    """The log-sum-exp max + log_sum as reference + rest, two float32."""
-    reference = (maximum + log_sum).to(tl.float32)
-    return reference, ((maximum - reference.to(tl.float64)) + log_sum).to(tl.float32)
+    """The log-sum-exp max + log_sum as shift + rest, two float32."""
+    shift = (maximum + log_sum).to(tl.float32)
+    return shift, ((maximum - shift.to(tl.float64)) + log_sum).to(tl.float32)
 
 
 @triton.jit
@@ -307,17 +307,17 @@ def finish_first(
 ):  # fmt: skip
     """Write columns 0 to 8 of the statistics (all that the first sweep knows) at `to`.
 
-    Returns reference and rest of both log-sum-exps.
+    Returns shift and rest of both log-sum-exps.
 
     Twin: finish.
     """
     # A model that rules out everything has no distribution.
     sum_s = tl.where(sum_s == 0.0, NAN, sum_s)
     log_s = tl.log(sum_s)
-    reference_s, low_s = rounded(max_s, log_s)
-    reference_t = reference_s
+    shift_s, low_s = rounded(max_s, log_s)
+    shift_t = shift_s
     low_t = low_s
-    tl.store(to + STUDENT_REFERENCE, reference_s, mask=inside)
+    tl.store(to + STUDENT_SHIFT, shift_s, mask=inside)
     tl.store(to + STUDENT_LOGSUM, low_s, mask=inside)
     tl.store(to + STUDENT_ENTROPY, (log_s - moment_s / sum_s).to(tl.float32), mask=inside)
     if HAS_TARGETS:
@@ -326,8 +326,8 @@ def finish_first(
         excess = tl.where(sum_t == 0.0, NAN, excess)
         sum_t = tl.where(sum_t == 0.0, NAN, sum_t)
         log_t = log_s + log_sums_ratio(sum_s, sum_t, excess, DIVERGENCE)[0]
-        reference_t, low_t = rounded(max_t, log_t)
-        tl.store(to + TEACHER_REFERENCE, reference_t, mask=inside)
+        shift_t, low_t = rounded(max_t, log_t)
+        tl.store(to + TEACHER_SHIFT, shift_t, mask=inside)
         tl.store(to + TEACHER_LOGSUM, low_t, mask=inside)
         tl.store(to + TEACHER_ENTROPY, (log_t - moment_t / sum_t).to(tl.float32), mask=inside)
         if HAS_TARGETS:
@@ -335,19 +335,19 @@ def finish_first(
         if DIVERGENCE == FORWARD_KL or DIVERGENCE == REVERSE_KL:
             kl = kl_of(sum_s, sum_t, excess, moment, curvature, DIVERGENCE)
             tl.store(to + ROW_DIVERGENCE, kl.to(tl.float32), mask=inside)
-    return reference_s, low_s, reference_t, low_t
+    return shift_s, low_s, shift_t, low_t
 
 
 # ---- the two distributions of a finished row -----------------------------------------------------
 
 
 @triton.jit
-def probability(z, reference, low):
-    """p of logits z whose log-sum-exp is reference + low.
+def probability(z, shift, low):
+    """p of logits z whose log-sum-exp is shift + low.
 
     Twin: student_probability, and teacher_probability.
     """
-    return tl.exp((z - reference) - low)
+    return tl.exp((z - shift) - low)
 
 
 @triton.jit
@@ -389,17 +389,17 @@ def mixture(x, beta):
 
 @triton.jit
 def mixture_sums(
-    z_s, z_t, reference_s, low_s, reference_t, low_t, beta,
+    z_s, z_t, shift_s, low_s, shift_t, low_t, beta,
     DIVERGENCE: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """KL(S||m), KL(T||m), pivot and kappa summed over a tile (zeros where nobody needs them).
 
     Twin: second_element.
     """
-    centre_s, centre_t, rest = log_ratio_centres(reference_s, low_s, reference_t, low_t)
+    centre_s, centre_t, rest = log_ratio_centres(shift_s, low_s, shift_t, low_t)
     x = log_ratio(z_s, z_t, centre_s, centre_t, rest)
-    p_s = probability(z_s, reference_s, low_s)
-    p_t = probability(z_t, reference_t, low_t)
+    p_s = probability(z_s, shift_s, low_s)
+    p_t = probability(z_t, shift_t, low_t)
     difference = probability_difference(p_s, p_t, x)
     log_s, log_t, share_s, share_t, deficit_s, deficit_t = mixture(x, beta)
     near = tl.abs(x) < NEAR
@@ -448,7 +448,7 @@ def target_factor(logprob):
 
 @triton.jit
 def gradient_tile(
-    z_s, z_t, is_target, logprob, reference_s, low_s, reference_t, low_t, entropy, divergence,
+    z_s, z_t, is_target, logprob, shift_s, low_s, shift_t, low_t, entropy, divergence,
     pivot, divergence_weight, token_weight, entropy_weight, beta,
     DIVERGENCE: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
@@ -458,15 +458,15 @@ def gradient_tile(
 
     Twin: gradient_element.
     """
-    p_s = probability(z_s, reference_s, low_s)
+    p_s = probability(z_s, shift_s, low_s)
     gradient = token_weight * tl.where(is_target, target_factor(logprob), p_s)
     if ENTROPY:
-        gradient -= entropy_weight * (p_s * (((z_s - reference_s) - low_s) + entropy))
+        gradient -= entropy_weight * (p_s * (((z_s - shift_s) - low_s) + entropy))
     if DIVERGENCE != NONE:
-        centre_s, centre_t, rest = log_ratio_centres(reference_s, low_s, reference_t, low_t)
+        centre_s, centre_t, rest = log_ratio_centres(shift_s, low_s, shift_t, low_t)
         x = log_ratio(z_s, z_t, centre_s, centre_t, rest)
         if DIVERGENCE == FORWARD_KL:
-            p_t = probability(z_t, reference_t, low_t)
+            p_t = probability(z_t, shift_t, low_t)
             of_divergence = -probability_difference(p_s, p_t, x)
         else:
             if DIVERGENCE == REVERSE_KL:

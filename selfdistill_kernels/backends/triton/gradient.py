@@ -15,9 +15,9 @@ from selfdistill_kernels.backends.triton.columns import (
     STUDENT_ENTROPY,
     STUDENT_LOGPROB,
     STUDENT_LOGSUM,
-    STUDENT_REFERENCE,
+    STUDENT_SHIFT,
     TEACHER_LOGSUM,
-    TEACHER_REFERENCE,
+    TEACHER_SHIFT,
     TERMS,
     TOKEN_WEIGHT,
 )
@@ -84,9 +84,9 @@ def gradient_kernel(
         if HAS_TARGETS:
             target = tl.load(targets + token, mask=inside, other=-1).to(tl.int32) - start
         of_row = statistics + token * STATISTICS
-        reference_s = tl.load(of_row + STUDENT_REFERENCE, mask=inside, other=0.0)[:, None]
+        shift_s = tl.load(of_row + STUDENT_SHIFT, mask=inside, other=0.0)[:, None]
         low_s = tl.load(of_row + STUDENT_LOGSUM, mask=inside, other=0.0)[:, None]
-        reference_t = tl.load(of_row + TEACHER_REFERENCE, mask=inside, other=0.0)[:, None]
+        shift_t = tl.load(of_row + TEACHER_SHIFT, mask=inside, other=0.0)[:, None]
         low_t = tl.load(of_row + TEACHER_LOGSUM, mask=inside, other=0.0)[:, None]
         logprob = tl.load(of_row + STUDENT_LOGPROB, mask=inside, other=0.0)[:, None]
         entropy = tl.load(of_row + STUDENT_ENTROPY, mask=inside, other=0.0)[:, None]
@@ -126,7 +126,7 @@ def gradient_kernel(
                 )  # fmt: skip
             is_target = column[None, :] == target[:, None]
             dz = gradient_tile(
-                z_s, z_t, is_target, logprob, reference_s, low_s, reference_t, low_t, entropy,
+                z_s, z_t, is_target, logprob, shift_s, low_s, shift_t, low_t, entropy,
                 divergence, pivot, divergence_weight, token_weight, entropy_weight, beta,
                 DIVERGENCE, ENTROPY,
             )  # fmt: skip

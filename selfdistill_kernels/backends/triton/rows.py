@@ -15,9 +15,9 @@ from selfdistill_kernels.backends.triton.columns import (
     STUDENT_ENTROPY,
     STUDENT_LOGPROB,
     STUDENT_LOGSUM,
-    STUDENT_REFERENCE,
+    STUDENT_SHIFT,
     TEACHER_LOGSUM,
-    TEACHER_REFERENCE,
+    TEACHER_SHIFT,
     TERMS,
     TOKEN_WEIGHT,
 )
@@ -180,7 +180,7 @@ def row_statistics_kernel(
             )  # fmt: skip
     to = statistics + token * STATISTICS + tl.zeros((1,), dtype=tl.int32)
     always = tl.full((1,), True, dtype=tl.int1)
-    reference_s, low_s, reference_t, low_t = finish_first(
+    shift_s, low_s, shift_t, low_t = finish_first(
         to, always, max_s.to(tl.float64), max_t.to(tl.float64), sum_s.to(tl.float64),
         sum_t.to(tl.float64), excess.to(tl.float64), moment.to(tl.float64),
         curvature.to(tl.float64), moment_s.to(tl.float64), moment_t.to(tl.float64),
@@ -213,7 +213,7 @@ def row_statistics_kernel(
                 CAPPED, MASKED, BLOCK,
             )  # fmt: skip
             add_student, add_teacher, add_pivot, add_kappa = mixture_sums(
-                z_s, z_t, reference_s[:, None], low_s[:, None], reference_t[:, None],
+                z_s, z_t, shift_s[:, None], low_s[:, None], shift_t[:, None],
                 low_t[:, None], beta, DIVERGENCE, 1,
             )  # fmt: skip
             student_sum += add_student
@@ -284,9 +284,9 @@ def row_gradient_kernel(
     if loss_scale is not None:
         factor = chain * tl.load(loss_scale)
     of_row = statistics + token * STATISTICS
-    reference_s = tl.load(of_row + STUDENT_REFERENCE)
+    shift_s = tl.load(of_row + STUDENT_SHIFT)
     low_s = tl.load(of_row + STUDENT_LOGSUM)
-    reference_t = tl.load(of_row + TEACHER_REFERENCE)
+    shift_t = tl.load(of_row + TEACHER_SHIFT)
     low_t = tl.load(of_row + TEACHER_LOGSUM)
     logprob = tl.load(of_row + STUDENT_LOGPROB)
     entropy = tl.load(of_row + STUDENT_ENTROPY)
@@ -319,7 +319,7 @@ def row_gradient_kernel(
                 CAPPED, MASKED, BLOCK,
             )  # fmt: skip
         dz = gradient_tile(
-            z_s, z_t, (column == target)[None, :], logprob, reference_s, low_s, reference_t,
+            z_s, z_t, (column == target)[None, :], logprob, shift_s, low_s, shift_t,
             low_t, entropy, divergence, pivot, factor * divergence_weight, factor * token_weight,
             factor * entropy_weight, beta, DIVERGENCE, ENTROPY,
         )  # fmt: skip

@@ -24,14 +24,14 @@ from selfdistill_kernels.backends.triton.columns import (
     STUDENT_MAX,
     STUDENT_MIXTURE,
     STUDENT_MOMENT,
-    STUDENT_REFERENCE,
+    STUDENT_SHIFT,
     STUDENT_SUM,
     STUDENT_TARGET,
     TEACHER_LOGSUM,
     TEACHER_MAX,
     TEACHER_MIXTURE,
     TEACHER_MOMENT,
-    TEACHER_REFERENCE,
+    TEACHER_SHIFT,
     TEACHER_SUM,
     TEACHER_TARGET,
 )
@@ -248,9 +248,9 @@ def mixture_kernel(
         inside = row < rows
         token = tl.load(tokens + row, mask=inside, other=0)
         of_row = statistics + token * STATISTICS
-        reference_s = tl.load(of_row + STUDENT_REFERENCE, mask=inside, other=0.0)[:, None]
+        shift_s = tl.load(of_row + STUDENT_SHIFT, mask=inside, other=0.0)[:, None]
         low_s = tl.load(of_row + STUDENT_LOGSUM, mask=inside, other=0.0)[:, None]
-        reference_t = tl.load(of_row + TEACHER_REFERENCE, mask=inside, other=0.0)[:, None]
+        shift_t = tl.load(of_row + TEACHER_SHIFT, mask=inside, other=0.0)[:, None]
         low_t = tl.load(of_row + TEACHER_LOGSUM, mask=inside, other=0.0)[:, None]
 
         sum_student = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
@@ -287,7 +287,7 @@ def mixture_kernel(
                     HAS_TEACHER_BIAS, SCALED, CAPPED, MASKED,
                 )  # fmt: skip
                 add_student, add_teacher, add_pivot, add_kappa = mixture_sums(
-                    z_s, z_t, reference_s, low_s, reference_t, low_t, beta, DIVERGENCE, 1
+                    z_s, z_t, shift_s, low_s, shift_t, low_t, beta, DIVERGENCE, 1
                 )
                 sum_student += add_student
                 sum_teacher += add_teacher
