@@ -236,7 +236,7 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _linear_loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    _refuse_double_backward()
+    refuse_double_backward()
     gradients: list[Tensor | None] = [None] * ctx.argument_count
     if grad_loss is None:
         return tuple(gradients)
@@ -275,7 +275,7 @@ class LogitsLossInPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-        _refuse_double_backward()
+        refuse_double_backward()
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise RuntimeError(
@@ -287,7 +287,7 @@ class LogitsLossInPlace(torch.autograd.Function):
         return (gradient, *(None,) * (ctx.argument_count - 1))
 
 
-def _refuse_double_backward() -> None:
+def refuse_double_backward() -> None:
     # The saved gradients are constants to autograd: a second derivative would be silently wrong.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
@@ -477,7 +477,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 
 def _linear_statistics_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    _refuse_double_backward()
+    refuse_double_backward()
     *tensors, statistics, support, logprobs = ctx.saved_tensors
     term_weights = torch.stack([sign * grad[:, column] for column, sign in _TERM_COLUMNS], dim=1)
     needs = [ctx.needs_input_grad[position] for position in (0, 2, 4)]
