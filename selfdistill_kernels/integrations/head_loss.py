@@ -49,7 +49,7 @@ def fused_head_distillation(
 
     With LoRA on a head the logits are h W^T + s (h A^T) B^T, a chunk of tokens at a time: neither
     W + s B A nor [tokens, vocabulary] is made, and gradients flow to A and B. So are two models
-    with different soft caps computed. Everything else takes the fused kernels.
+    with different soft caps or dtypes computed. Everything else takes the fused kernels.
 
     Args:
         student_hidden, teacher_hidden, targets, mask, token_weight, old_logprobs, objective,
@@ -79,7 +79,8 @@ def fused_head_distillation(
         "temperature": temperature,
         "backend": backend,
     }
-    if student.low_rank or teacher.low_rank or student.softcap != teacher.softcap:
+    two_dtypes = student.weight.dtype != teacher.weight.dtype
+    if student.low_rank or teacher.low_rank or student.softcap != teacher.softcap or two_dtypes:
         return _by_chunks(
             student_hidden, teacher_hidden, student, teacher, targets, mask, token_weight,
             old_logprobs, reduction, normalizer, workspace, shared,
@@ -131,11 +132,13 @@ def _by_chunks(
     check_reduction(reduction, leading)
     check_normalizer(normalizer)
     if reduction == "none":
-        raise ValueError("reduction: 'none' is not supported with LoRA on a head or two soft caps")
+        raise ValueError(
+            "reduction: 'none' is not supported with LoRA on a head, two soft caps or dtypes"
+        )
     if advantage_mask is not None and not advantage_mask.is_token_local:
         raise ValueError(
             "advantage_mask: top_fraction and per_step compare tokens with each other, which is "
-            "not supported with LoRA on a head or two soft caps; use a threshold or a sign"
+            "not supported with LoRA on a head, two soft caps or dtypes; use a threshold or a sign"
         )
     exists = student_hidden.new_ones(leading, dtype=torch.bool) if mask is None else mask != 0
     if targets is not None:
@@ -168,6 +171,8 @@ def _by_chunks(
             teacher_logits = teacher.logits(existing(teacher_hidden))
         hidden = existing(student_hidden.detach()).requires_grad_(student_hidden.requires_grad)
         logits = student.logits(hidden)
+        dtype = torch.promote_types(logits.dtype, teacher_logits.dtype)
+        logits, teacher_logits = logits.to(dtype), teacher_logits.to(dtype)
         output = distillation_from_logits(
             logits,
             teacher_logits,

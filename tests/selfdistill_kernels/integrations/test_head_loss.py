@@ -117,6 +117,21 @@ def test_each_model_has_its_own_scale_and_cap(student: dict, teacher: dict, back
     torch.testing.assert_close(ours.loss, theirs.loss)
 
 
+def test_each_model_has_its_own_dtype(backend: str) -> None:
+    student, teacher = head(low_rank=(), frozen=False), head(low_rank=())
+    half = HeadValues(teacher.weight.bfloat16(), teacher.bias.bfloat16())
+    hidden = STUDENT.clone().requires_grad_()
+    loss = fused_head_distillation(
+        hidden, TEACHER.bfloat16(), student, half, mask=MASK, backend=backend
+    ).loss
+    expected = distillation_from_logits(
+        student.logits(hidden), half.logits(TEACHER.bfloat16()).float(), mask=MASK
+    ).loss
+    torch.testing.assert_close(loss, expected)
+    (found,), (wanted,) = (torch.autograd.grad(one, [hidden]) for one in (loss, expected))
+    assert_close({"hidden": found}, {"hidden": wanted})
+
+
 def test_plain_heads_take_the_fused_kernel() -> None:
     student = head(low_rank=(), frozen=False)
     ours, found = run(fused_head_distillation, student, student, {})
