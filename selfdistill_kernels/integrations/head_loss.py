@@ -238,7 +238,7 @@ class _KnownGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *_: Tensor) -> Tensor:
         ctx.save_for_backward(*gradients)
-        return loss
+        return loss.clone()  # a result of its own, which callers may scale in place
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:

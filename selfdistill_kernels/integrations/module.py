@@ -30,7 +30,8 @@ class ModelWithLoss(nn.Module):
 
     Args:
         model: the student, a causal language model of transformers or peft's wrapper of one.
-        teacher: a frozen model with the student's vocabulary; "live" for the student itself;
+        teacher: a frozen model with the student's vocabulary; "live" for the student itself, which
+            should see more than the student then (the loss of cross entropy looks at no teacher);
             "adapters_off" for the student without its adapters (the model that LoRA started from).
         objective, advantage_mask, temperature, reduction, workspace, backend: as in
             `fused_linear_distillation`.
@@ -109,10 +110,13 @@ class ModelWithLoss(nn.Module):
         # Typed by peft as any object; disabled adapters take no part in the head either.
         context = cast(Any, self.model).disable_adapter() if self.adapters_off else nullcontext()
         with torch.no_grad(), context:
-            teacher_hidden = last_hidden_states(
-                self.model if self.teacher is None else self.teacher,
-                **(inputs if teacher_inputs is None else teacher_inputs),
-            )
+            if self.teacher is None and not self.adapters_off and teacher_inputs is None:
+                teacher_hidden = hidden.detach()  # the same model on the same inputs
+            else:
+                teacher_hidden = last_hidden_states(
+                    self.model if self.teacher is None else self.teacher,
+                    **(inputs if teacher_inputs is None else teacher_inputs),
+                )
             teacher_head = self.teacher_head.values
         hidden, teacher_hidden, targets = aligned(hidden, labels, teacher_hidden, teacher_labels)
         output = fused_head_distillation(
