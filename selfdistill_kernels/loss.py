@@ -18,10 +18,9 @@ from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.ops import (
     LogitsLossInPlace,
     LossOptions,
-    call_linear_loss,
-    linear_statistics,
 )
 from selfdistill_kernels.statistics import Column, advantage_of, statistics_dtype
+from selfdistill_kernels.transforms import call_linear_loss, call_linear_statistics
 from selfdistill_kernels.validation import (
     check_head,
     check_normalizer,
@@ -107,7 +106,8 @@ def fused_linear_distillation(
             and cross entropy.
         teacher_weight: [V, H_t], None when the teacher shares `weight` and `bias`.
         bias, teacher_bias: [V] or None. With a shared head, teacher_bias None means `bias`.
-        mask: [...] bool, False where no token exists; such rows are never read (NaN is fine).
+        mask: [...] bool, or integers of which 0 is False as in completion_mask of transformers and
+            TRL; False where no token exists; such rows are never read (NaN is fine).
         token_weight: [...] float, multiplies each token's loss (not the denominator).
         old_logprobs: [...] float, log-probs of the policy that sampled the tokens, for an
             objective's `importance_clip`.
@@ -318,8 +318,8 @@ def _distillation(
     if two_visits:
         # The loss of a token is not known when its row is visited: statistics first, and the
         # backward pass recomputes the logits of the tokens that carry a gradient.
-        statistics, *_ = linear_statistics(
-            *tensors, transform.logit_scale, transform.softcap, transform.temperature,
+        statistics, *_ = call_linear_statistics(
+            tensors, transform.logit_scale, transform.softcap, transform.temperature,
             objective.divergence, objective.beta,
             objective.top_k or 0, objective.top_k_of,
             objective.tail and objective.top_k != vocabulary, budget, name,
@@ -427,9 +427,12 @@ def fused_linear_logprobs(
     _check_tokens("hidden", leading, hidden, targets, mask, None)
     name = choose_backend(backend, device=hidden.device, dtype=hidden.dtype)
     exists = _existing(leading, hidden.device, targets, mask, ignore_index)
-    statistics, *_ = linear_statistics(
+    tensors = (
         hidden.reshape(-1, hidden.shape[-1]), None, weight, None, bias, None,
         _flat(targets).to(torch.int64), _flat(exists),
+    )  # fmt: skip
+    statistics, *_ = call_linear_statistics(
+        tensors,
         transform.logit_scale, transform.softcap, transform.temperature,
         "none", 0.5, 0, "student", True, budget, name,
     )  # fmt: skip
@@ -593,7 +596,7 @@ def _check_tokens(
     token_weight: Tensor | None,
 ) -> None:
     check_per_token("targets", targets, leading, input_name, hidden, "int")
-    check_per_token("mask", mask, leading, input_name, hidden, "bool")
+    check_per_token("mask", mask, leading, input_name, hidden, "mask")
     check_per_token("token_weight", token_weight, leading, input_name, hidden, "float")
 
 
@@ -664,6 +667,8 @@ def _existing(
     ignore_index: int,
 ) -> Tensor:
     """[...] bool, True where a token exists."""
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask != 0
     if targets is None:
         return torch.ones(leading, dtype=torch.bool, device=device) if mask is None else mask
     counted = targets != ignore_index

@@ -86,7 +86,7 @@ def check_per_token(
     like: Tensor,
     kind: str,
 ) -> None:
-    """Check an optional per-token tensor: shape [...], device, and "int", "bool" or "float"."""
+    """Check an optional per-token tensor: shape [...], device, and "int", "mask" or "float"."""
     if value is None:
         return
     require_tensor(name, value)
@@ -95,11 +95,12 @@ def check_per_token(
     integers = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
     fits = {
         "int": value.dtype in integers,
-        "bool": value.dtype == torch.bool,
+        "mask": value.dtype == torch.bool or value.dtype in integers,
         "float": value.dtype in FLOATS,
     }[kind]
     if not fits:
-        raise TypeError(f"{name}: expected a tensor of {kind} values, got {value.dtype}")
+        wanted = "bool or integer" if kind == "mask" else kind
+        raise TypeError(f"{name}: expected a tensor of {wanted} values, got {value.dtype}")
 
 
 def check_reduction(reduction: str, leading: tuple[int, ...]) -> None:
