@@ -119,6 +119,7 @@ def ranks(rank: int, kind: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_ranks_have_the_gradients_of_one_process(kind: str, tmp_path) -> None:
     model = tiny_model("llama")

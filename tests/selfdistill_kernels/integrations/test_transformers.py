@@ -150,6 +150,7 @@ def ranks(rank: int, folder: str) -> dict[str, Any]:
     return {"losses": losses, "weights": weights}
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path) -> None:
     model = tiny_model("llama")
     theirs, weights = train(MaterialisedKL, model, tmp_path, rows())
