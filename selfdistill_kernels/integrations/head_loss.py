@@ -111,6 +111,7 @@ def fused_head_distillation(
     )
 
 
+@torch.compiler.disable(reason="LoRA on a head and two soft caps or dtypes run eagerly")
 def _by_chunks(
     student_hidden: Tensor,
     teacher_hidden: Tensor,

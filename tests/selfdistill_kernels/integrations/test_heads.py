@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from host_models import FAMILIES, tiny_model, with_lora
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from selfdistill_kernels.integrations import Head, UnsupportedHeadError, head_of
 from selfdistill_kernels.integrations.heads import last_hidden_states
@@ -99,6 +105,26 @@ def test_layers_that_hide_their_weight_are_refused() -> None:
 
     with pytest.raises(UnsupportedHeadError, match="Packed without a weight tensor"):
         _ = Head(Packed()).weight
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """One process, which DTensors take for a group."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "tensor parallel"])
+def test_shards_of_a_head_are_refused(kind: str, mesh: DeviceMesh) -> None:
+    model = tiny_model("llama")
+    if kind == "fsdp2":
+        fully_shard(model, mesh=mesh)
+    else:
+        parallelize_module(model, mesh, {"lm_head": ColwiseParallel()})
+    with pytest.raises(UnsupportedHeadError, match=r"is a DTensor with placements \(Shard\(dim=0"):
+        head_of(model)
 
 
 def test_other_models_are_refused() -> None:

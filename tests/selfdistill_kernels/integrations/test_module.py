@@ -97,6 +97,21 @@ def test_bf16_of_accelerate_acts_on_model_and_loss() -> None:
     assert loss.item() == pytest.approx(exact.item(), rel=0.05)
 
 
+@pytest.mark.parametrize("kind", ["plain", "lora", "lora on the head"])
+def test_compiled_with_the_model(kind: str) -> None:
+    model = tiny_model("qwen3")
+    teacher = neighbour(model)
+    if kind != "plain":
+        model = with_lora(model, target_modules=["q_proj" if kind == "lora" else "lm_head"])
+    step = ModelWithLoss(model, teacher=teacher)
+    step({"input_ids": IDS}, LABELS)["loss"].backward()
+    expected = gradients(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=kind != "lora on the head")
+    compiled({"input_ids": IDS}, LABELS)["loss"].backward()
+    assert_close(gradients(model), expected)
+
+
 def ranks(rank: int, kind: str) -> dict[str, Any]:
     """Two rows of the batch on each rank; the whole batch's tokens are the normaliser."""
     model = tiny_model("llama")

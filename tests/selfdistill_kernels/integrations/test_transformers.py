@@ -126,6 +126,16 @@ def test_gradient_checkpointing(tmp_path) -> None:
     assert_close(our_weights, weights)
 
 
+def test_compiled_by_the_trainer(tmp_path) -> None:
+    model, dataset = tiny_model("llama"), plain(rows())
+    arguments = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    expected, weights = train(FusedLossTrainer, model, tmp_path, dataset)
+    torch._dynamo.reset()
+    found, found_weights = train(FusedLossTrainer, model, tmp_path, dataset, arguments=arguments)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert_close({k.removeprefix("_orig_mod."): v for k, v in found_weights.items()}, weights)
+
+
 def test_bf16_acts_on_model_and_loss(tmp_path) -> None:
     model, arguments = tiny_model("llama"), {"bf16": True}
     exact, _ = train(FusedLossTrainer, model, tmp_path, plain(rows()))
