@@ -253,9 +253,10 @@ def _logit_scale(config: Any) -> float:
 def _check(base: Any, head: Head) -> None:
     """Raise UnsupportedHeadError where the model's own logits are not those of its head."""
     weight = head.weight
-    with torch.no_grad(), _evaluating(base):
+    # The forward of the class: accelerate replaces the model's own by one that casts to bfloat16.
+    with torch.no_grad(), _evaluating(base), torch.autocast(weight.device.type, enabled=False):
         ids = torch.arange(1, 5, device=weight.device)[None] % weight.shape[0]
-        expected = base(input_ids=ids, use_cache=False).logits
+        expected = type(base).forward(base, input_ids=ids, use_cache=False).logits
         hidden = last_hidden_states(base, input_ids=ids)
         error = float((head.values.logits(hidden) - expected).abs().max() / expected.abs().max())
     tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 5e-2

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from host_models import FAMILIES, tiny_model, with_lora
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
@@ -42,6 +43,14 @@ def test_head_of_another_model_is_noticed() -> None:
     with pytest.raises(UnsupportedHeadError, match="does not make its logits by lm_head"):
         head_of(model)
     assert head_of(model, check=False).logit_scale == 1.0
+
+
+def test_autocast_of_accelerate_is_no_difference() -> None:
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model = accelerator.prepare_model(tiny_model("llama"))
+    head_of(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        head_of(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import trl
+from accelerate.state import AcceleratorState
 from host_models import FAMILIES, assert_close, neighbour, tiny_model
 from peft import LoraConfig
 from trl_hosts import batch, common, loss_and_gradients, make, prompts
@@ -77,6 +78,18 @@ def test_both_models_in_bfloat16(tmp_path) -> None:
         loss_and_gradients(trainer, batch()) for trainer in both(model, neighbour(model), tmp_path)
     )
     assert_close(our_grads, grads, 2e-2)
+
+
+def test_bf16_of_the_configuration_has_no_effect_on_float32_models(tmp_path) -> None:
+    """Nor has it in TRL, whose loss goes around the forward that accelerate casts in."""
+    model = tiny_model("llama")
+    losses = []
+    for bf16 in (False, True):
+        for trainer in both(model, neighbour(model), tmp_path, bf16=bf16):
+            wrapped = trainer.accelerator.prepare_model(trainer.model)
+            losses.append(trainer.compute_loss(wrapped, batch()).item())
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
 
 
 def test_runs_with_the_same_seed_have_the_same_losses(tmp_path) -> None:

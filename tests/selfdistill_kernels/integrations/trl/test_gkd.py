@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
-from host_models import FAMILIES, assert_close, neighbour, tiny_model
+from host_models import FAMILIES, assert_close, neighbour, tiny_model, with_lora
 from torch import Tensor
 from trl.experimental import gkd
 from trl_hosts import batch, common, make
@@ -24,12 +26,17 @@ def messages() -> Dataset:
     return Dataset.from_dict({"messages": turns})
 
 
-def both(model: Any, folder: Any, **options: Any) -> list[Any]:
+def both(model: Any, folder: Any, teacher: Any = None, **options: Any) -> list[Any]:
     found = []
+    teacher = neighbour(model) if teacher is None else teacher
     for trainer in (gkd.GKDTrainer, GKDTrainer):
         args = gkd.GKDConfig(**common(folder, max_length=64, **options))
-        teacher = neighbour(model)
-        found.append(make(trainer, model, args, teacher_model=teacher, train_dataset=messages()))
+        found.append(
+            make(
+                trainer, model, args, teacher_model=copy.deepcopy(teacher),
+                train_dataset=messages(),
+            )
+        )  # fmt: skip
     return found
 
 
@@ -74,6 +81,35 @@ def test_runs_with_the_same_seed_have_the_same_losses(tmp_path) -> None:
         losses.append([*history, trainer.evaluate(trainer.train_dataset)["eval_loss"]])
     assert len(losses[0]) == 4
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_lora(tmp_path) -> None:
+    model = tiny_model("llama")
+    teacher = neighbour(model)
+    trainers = both(with_lora(model, target_modules=["q_proj", "v_proj"]), tmp_path, teacher)
+    (loss, grads), (ours, our_grads) = (step(t) for t in trainers)
+    torch.testing.assert_close(ours, loss, rtol=1e-5, atol=1e-6)
+    assert_close(our_grads, grads)
+
+
+def test_trl_refuses_lora_on_the_head(tmp_path) -> None:
+    with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
+        both(with_lora(tiny_model("llama")), tmp_path)
+
+
+def test_bf16_acts_on_model_and_loss(tmp_path) -> None:
+    losses = []
+    for bf16 in (False, True):
+        for trainer in both(
+            tiny_model("llama"), tmp_path, max_steps=1, lmbda=0.0, bf16=bf16, logging_steps=1,
+        ):  # fmt: skip
+            torch.manual_seed(0)
+            trainer.train()
+            losses.append(trainer.state.log_history[0]["loss"])
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[3] == pytest.approx(losses[2], rel=2e-2)
+    assert losses[3] != losses[1]
 
 
 def test_metrics_of_logits_are_refused(tmp_path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from host_models import FAMILIES, assert_close, neighbour, tiny_model, with_lora
 from peft import LoraConfig
@@ -137,6 +138,22 @@ def test_runs_with_the_same_seed_have_the_same_losses(kind: str, tmp_path) -> No
     assert len(losses[0]) == 2
     assert max(losses[0]) > 0
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_bf16_acts_on_model_and_loss(tmp_path) -> None:
+    losses = []
+    for bf16 in (False, True):
+        for trainer in both(
+            "sdft", tiny_model("llama"), tmp_path, max_steps=1, max_completion_length=6,
+            distillation_mode="full_logits", bf16=bf16,
+        ):  # fmt: skip
+            torch.manual_seed(0)
+            trainer.train()
+            losses.append(trainer.state.log_history[0]["loss"])
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[3] == pytest.approx(losses[2], rel=5e-2)
+    assert losses[3] != losses[1]
 
 
 def test_what_is_not_supported_is_refused(tmp_path) -> None:
