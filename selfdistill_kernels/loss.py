@@ -583,7 +583,9 @@ def _check_in_place(student_logits: Tensor, teacher_logits: Tensor) -> None:
         raise ValueError(
             f"in_place: student_logits must be contiguous, got strides {student_logits.stride()}"
         )
-    if student_logits.untyped_storage().data_ptr() == teacher_logits.untyped_storage().data_ptr():
+    storages = (logits.untyped_storage() for logits in (student_logits, teacher_logits))
+    # Empty ones all lie at address 0.
+    if student_logits.numel() > 0 and len({storage.data_ptr() for storage in storages}) == 1:
         raise ValueError("in_place: student_logits and teacher_logits share their memory")
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from selfdistill_kernels.advantage import AdvantageMask
+from selfdistill_kernels.autocast import autocast_dtype
 from selfdistill_kernels.integrations.heads import Head, HeadValues
 from selfdistill_kernels.loss import (
     DistillationOutput,
@@ -79,7 +80,8 @@ def fused_head_distillation(
         "temperature": temperature,
         "backend": backend,
     }
-    two_dtypes = student.weight.dtype != teacher.weight.dtype
+    cast = autocast_dtype(student_hidden.device) is not None
+    two_dtypes = student.weight.dtype != teacher.weight.dtype and not cast
     if student.low_rank or teacher.low_rank or student.softcap != teacher.softcap or two_dtypes:
         return _by_chunks(
             student_hidden, teacher_hidden, student, teacher, targets, mask, token_weight,

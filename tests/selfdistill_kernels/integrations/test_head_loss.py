@@ -132,6 +132,27 @@ def test_each_model_has_its_own_dtype(backend: str) -> None:
     assert_close({"hidden": found}, {"hidden": wanted})
 
 
+def test_autocast_casts_the_products_with_adapters(backend: str) -> None:
+    student, teacher = head(), head()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, found = run(fused_head_distillation, student, teacher, {"backend": backend})
+        _, expected = run(materialised, student, teacher, {})
+    exact, _ = run(materialised, student, teacher, {})
+    assert_close(found, expected, 2e-2)
+    assert ours.loss != exact.loss
+    assert ours.loss.item() == pytest.approx(exact.loss.item(), rel=2e-2)
+
+
+def test_no_tokens_at_all(backend: str) -> None:
+    student = head()
+    hidden = STUDENT[:0].clone().requires_grad_()
+    output = fused_head_distillation(hidden, TEACHER[:0], student, backend=backend)
+    output.loss.backward()
+    assert output.loss == 0
+    assert hidden.grad.shape == hidden.shape
+    assert not student.low_rank[0].a.grad.any()
+
+
 def test_plain_heads_take_the_fused_kernel() -> None:
     student = head(low_rank=(), frozen=False)
     ours, found = run(fused_head_distillation, student, student, {})
