@@ -21,13 +21,12 @@ from selfdistill_kernels.arguments import (
 )
 from selfdistill_kernels.backends.dispatch import check_backend_name
 from selfdistill_kernels.backends.interface import LinearInputs
-from selfdistill_kernels.eager import call_linear_loss
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
-from selfdistill_kernels.ops import linear_statistics
 from selfdistill_kernels.options import LossOptions
 from selfdistill_kernels.statistics import Column, advantage_of
 from selfdistill_kernels.token_loss import token_losses
+from selfdistill_kernels.transforms import call_linear_loss, call_linear_statistics
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,8 @@ def fused_linear_distillation(
             and cross entropy.
         teacher_weight: [V, H_t], None when the teacher shares `weight` and `bias`.
         bias, teacher_bias: [V] or None. With a shared head, teacher_bias None means `bias`.
-        mask: [...] bool, False where no token exists; such rows are never read (NaN is fine).
+        mask: [...] bool, or integers of which 0 is False as in completion_mask of transformers and
+            TRL; False where no token exists; such rows are never read (NaN is fine).
         token_weight: [...] float, multiplies each token's loss (not the denominator).
         old_logprobs: [...] float, log-probs of the policy that sampled the tokens, for an
             objective's `importance_clip`.
@@ -208,9 +208,7 @@ def _distillation(
     else:
         # The loss of a token is not known when its row is visited: statistics first, and the
         # backward pass recomputes the logits of the tokens that carry a gradient.
-        statistics, *_ = linear_statistics(
-            *inputs.tensors(), *options.statistics_scalars(inputs.vocabulary)
-        )
+        statistics, *_ = call_linear_statistics(inputs, options)
         frozen = statistics.detach()
         kept, mask = terms.exists, terms.advantage_mask
         if mask is not None:
@@ -284,9 +282,7 @@ def fused_linear_logprobs(
     models = Models.of_one(hidden, weight, bias)
     tokens = PerToken(require_tensor("targets", targets), mask, ignore_index)
     inputs, terms, options = prepare(models, tokens, settings)
-    statistics, *_ = linear_statistics(
-        *inputs.tensors(), *options.statistics_scalars(inputs.vocabulary)
-    )
+    statistics, *_ = call_linear_statistics(inputs, options)
     return LogprobOutput(
         statistics[:, Column.STUDENT_LOGPROB].reshape(terms.leading),
         statistics[:, Column.ENTROPY].reshape(terms.leading),

@@ -372,14 +372,18 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.argument_count = len(inputs)
 
 
+def _term_weights(grad: Tensor) -> Tensor:
+    """The gradient of statistics [N, 10] as weights [N, 3] of divergence, -log S(y), entropy."""
+    return torch.stack([sign * grad[:, column] for column, sign in _TERM_COLUMNS], dim=1)
+
+
 def _linear_statistics_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     refuse_double_backward()
     *tensors, statistics, support, logprobs = ctx.saved_tensors
-    term_weights = torch.stack([sign * grad[:, column] for column, sign in _TERM_COLUMNS], dim=1)
     needs = [ctx.needs_input_grad[position] for position in (0, 2, 4)]
     made = linear_statistics_backward(
-        *tensors, statistics, support, logprobs, term_weights, *ctx.options, ctx.tail, *needs,
-        *ctx.execution,
+        *tensors, statistics, support, logprobs, _term_weights(grad), *ctx.options, ctx.tail,
+        *needs, *ctx.execution,
     )  # fmt: skip
     gradients: list[Tensor | None] = [None] * ctx.argument_count
     for position, needed, gradient in zip((0, 2, 4), needs, made, strict=True):

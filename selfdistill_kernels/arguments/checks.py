@@ -140,7 +140,9 @@ def check_in_place(student_logits: Tensor, teacher_logits: Tensor) -> None:
         raise ValueError(
             f"in_place: student_logits must be contiguous, got strides {student_logits.stride()}"
         )
-    if student_logits.untyped_storage().data_ptr() == teacher_logits.untyped_storage().data_ptr():
+    storages = (logits.untyped_storage() for logits in (student_logits, teacher_logits))
+    # Empty ones all lie at address 0.
+    if student_logits.numel() > 0 and len({storage.data_ptr() for storage in storages}) == 1:
         raise ValueError("in_place: student_logits and teacher_logits share their memory")
 
 
@@ -152,7 +154,7 @@ def check_per_token(
     like: Tensor,
     kind: str,
 ) -> None:
-    """Check an optional per-token tensor: shape [...], device, and "int", "bool" or "float"."""
+    """Check an optional per-token tensor: shape [...], device, and "int", "mask" or "float"."""
     if value is None:
         return
     require_tensor(name, value)
@@ -161,11 +163,12 @@ def check_per_token(
     integers = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
     fits = {
         "int": value.dtype in integers,
-        "bool": value.dtype == torch.bool,
+        "mask": value.dtype == torch.bool or value.dtype in integers,
         "float": value.dtype in FLOATS,
     }[kind]
     if not fits:
-        raise TypeError(f"{name}: expected a tensor of {kind} values, got {value.dtype}")
+        wanted = "bool or integer" if kind == "mask" else kind
+        raise TypeError(f"{name}: expected a tensor of {wanted} values, got {value.dtype}")
 
 
 def check_reduction(reduction: str, leading: tuple[int, ...]) -> None:

@@ -139,7 +139,7 @@ class PerToken:
         """Raise unless shapes, devices and kinds of value are right."""
         for name, value, kind in (
             ("targets", self.targets, "int"),
-            ("mask", self.mask, "bool"),
+            ("mask", self.mask, "mask"),
             ("token_weight", self.token_weight, "float"),
             ("old_logprobs", self.old_logprobs, "float"),
             ("step_ids", self.step_ids, "int"),
@@ -148,13 +148,18 @@ class PerToken:
 
     def existing(self, models: Models) -> Tensor:
         """[...] bool, True where a token exists."""
+        mask = self.mask
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask != 0
         if self.targets is None:
-            if self.mask is not None:
-                return self.mask
             device = models.student_hidden.device
-            return torch.ones(models.leading, dtype=torch.bool, device=device)
+            return (
+                torch.ones(models.leading, dtype=torch.bool, device=device)
+                if mask is None
+                else mask
+            )
         counted = self.targets != self.ignore_index
-        return counted if self.mask is None else self.mask & counted
+        return counted if mask is None else mask & counted
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ BAD = {
         r"targets: token id 31 .*\[0, 31\)",
     ),
     "negative target": ({"targets": torch.full((N,), -3)}, ValueError, "targets: token id -3"),
-    "integer mask": ({"mask": torch.ones(N, dtype=torch.int64)}, TypeError, "mask: .*bool.*int64"),
+    "float mask": ({"mask": torch.ones(N)}, TypeError, "mask: .*bool or integer.*float32"),
     "mask shape": ({"mask": torch.ones(N, 1, dtype=torch.bool)}, ValueError, "mask: expected"),
     "token_weight shape": ({"token_weight": torch.ones(2)}, ValueError, "token_weight: expected"),
     "integer token_weight": (
@@ -208,3 +208,21 @@ def test_logits_refuse():
         distillation_from_logits(torch.ones(2, 3), torch.ones(2, 3).double())
     with pytest.raises(ValueError, match=r"targets: policy_gradient.*student_logits"):
         distillation_from_logits(torch.ones(2, 3), torch.ones(2, 3), objective="policy_gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_integers_serve_as_masks(dtype):
+    """transformers and TRL keep attention_mask and completion_mask as 0 and 1."""
+    mask = torch.arange(N) % 3 != 0
+    student, teacher = torch.randn(N, H), torch.randn(N, H)
+    student[~mask] = torch.nan
+    weight, targets = torch.randn(V, H), torch.randint(0, V, (N,))
+    for function, inputs in (
+        (fused_linear_distillation, (student, teacher, weight, targets)),
+        (fused_linear_logprobs, (student, weight, targets)),
+        (distillation_from_logits, (student, teacher, targets % H)),
+    ):
+        expected, found = (function(*inputs, mask=one) for one in (mask, mask.to(dtype)))
+        names = ("loss", "active") if hasattr(found, "loss") else ("logprobs", "entropy")
+        for name in names:
+            assert torch.equal(getattr(found, name), getattr(expected, name))

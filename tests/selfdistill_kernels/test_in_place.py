@@ -107,3 +107,13 @@ def test_tensors_that_cannot_be_overwritten_are_refused():
         distillation_from_logits(student.mT.contiguous().mT, teacher, targets, in_place=True)
     with pytest.raises(ValueError, match="share their memory"):
         distillation_from_logits(student, student.detach(), targets, in_place=True)
+
+
+def test_no_tokens_at_all(backend):
+    student = torch.zeros(0, 5).requires_grad_()
+    loss = distillation_from_logits(
+        student * 1.0, torch.zeros(0, 5), in_place=True, backend=backend
+    ).loss
+    loss.backward()
+    assert loss == 0
+    assert student.grad.shape == (0, 5)

@@ -1,0 +1,69 @@
+"""Trainers of TRL around tiny models, and batches as their generation would leave them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from host_models import gradients
+from tiny_tokenizers import byte_level
+from torch import Tensor, nn
+
+PROMPTS = ["one and two", "three", "is it so", "again"]
+
+
+def common(folder: Path, **options: Any) -> dict[str, Any]:
+    """What every configuration needs here."""
+    return {
+        "output_dir": str(folder), "report_to": "none", "use_cpu": True, "bf16": False,
+        "per_device_train_batch_size": 4, "gradient_checkpointing": False, "logging_steps": 1,
+        "save_strategy": "no", "seed": 7, **options,
+    }  # fmt: skip
+
+
+def prompts() -> Dataset:
+    return Dataset.from_dict({"prompt": PROMPTS})
+
+
+def make(trainer: Any, model: nn.Module, args: Any, **options: Any) -> Any:
+    """Build a trainer around a copy of the model."""
+    return trainer(model=copy.deepcopy(model), args=args, processing_class=byte_level(), **options)
+
+
+def batch(vocabulary: int = 250) -> dict[str, Tensor]:
+    """Prompts padded on the left, completions on the right, one of them empty; 0/1 as integers."""
+    generator = torch.Generator().manual_seed(17)
+
+    def ids(*shape: int) -> Tensor:
+        return torch.randint(3, vocabulary, shape, generator=generator)
+
+    prompt_mask = torch.ones(4, 5, dtype=torch.long)
+    prompt_mask[0, :2] = 0
+    completion_mask = torch.ones(4, 7, dtype=torch.long)
+    completion_mask[1, 4:] = 0
+    completion_mask[3] = 0
+    context = ids(4, 3)
+    prompt, completion = ids(4, 5), ids(4, 7)
+    return {
+        "prompt_ids": prompt,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion,
+        "completion_mask": completion_mask,
+        "teacher_input_ids": torch.cat([context, prompt, completion], dim=1),
+        "teacher_attention_mask": torch.cat(
+            [torch.ones_like(context), prompt_mask, completion_mask], dim=1
+        ),
+    }
+
+
+def loss_and_gradients(trainer: Any, inputs: dict[str, Tensor], **options: Any) -> Any:
+    """The loss of a trainer on a batch, the gradients of its model, and what it logged."""
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 2
+    loss = trainer.compute_loss(trainer.model, copy.deepcopy(inputs), **options)
+    loss.backward()
+    logged = {name: list(values) for name, values in trainer._metrics["train"].items()}
+    return loss.detach(), gradients(trainer.model), logged
