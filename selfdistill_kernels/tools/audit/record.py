@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from triton.runtime.jit import mangle_type
 
 from selfdistill_kernels.advantage import Gate
@@ -131,6 +132,27 @@ def jobs(
     return list(found.values())
 
 
+class _NoLibraryProducts(TorchFunctionMode):
+    """Leaves out torch.mm and torch.addmm with `out_dtype`: they launch no kernel of ours.
+
+    On meta tensors torch 2.9 has neither of the two, and torch 2.11 no addmm.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Any = (), keywords: Any = None
+    ) -> Any:
+        keywords = keywords or {}
+        if "out_dtype" not in keywords:
+            return function(*arguments, **keywords)
+        *_, left, right = arguments
+        shape = (left.shape[0], right.shape[1])
+        made = keywords.get("out")
+        if made is None:
+            return left.new_empty(shape, dtype=keywords["out_dtype"])
+        assert made.shape == shape
+        return made
+
+
 def _launches(machine: Machine, dtype: torch.dtype, hidden: int, variant: Variant) -> Iterator[Job]:
     recorded: list[Job] = []
 
@@ -149,19 +171,20 @@ def _launches(machine: Machine, dtype: torch.dtype, hidden: int, variant: Varian
     needs = Needs(True, True, bias)
     weight = torch.empty(TOKENS, device="meta")
     objective = variant.objective
-    if not variant.teacher:
-        statistics = backend.statistics(inputs, objective, 0)
-        terms = torch.empty(TOKENS, 3, device="meta")
-        backend.gradient(inputs, objective, statistics, terms, needs, 0)
-    else:
-        backend.visit(inputs, objective, Gate(0, 0.0), weight, None, needs, 0)  # recompute
-        backend.visit(inputs, objective, None, weight, None, needs, 1 << 40)  # store
-        logits = torch.empty(TOKENS, VOCABULARY, dtype=dtype, device="meta")
-        given = replace(
-            inputs, student_hidden=logits, teacher_hidden=logits, weight=None,
-            teacher_weight=None, bias=None, teacher_bias=None,
-        )  # fmt: skip
-        backend.visit(given, objective, None, weight, None, Needs(True, False, False), 0)
+    with _NoLibraryProducts():
+        if not variant.teacher:
+            statistics = backend.statistics(inputs, objective, 0)
+            terms = torch.empty(TOKENS, 3, device="meta")
+            backend.gradient(inputs, objective, statistics, terms, needs, 0)
+        else:
+            backend.visit(inputs, objective, Gate(0, 0.0), weight, None, needs, 0)  # recompute
+            backend.visit(inputs, objective, None, weight, None, needs, 1 << 40)  # store
+            logits = torch.empty(TOKENS, VOCABULARY, dtype=dtype, device="meta")
+            given = replace(
+                inputs, student_hidden=logits, teacher_hidden=logits, weight=None,
+                teacher_weight=None, bias=None, teacher_bias=None,
+            )  # fmt: skip
+            backend.visit(given, objective, None, weight, None, Needs(True, False, False), 0)
     yield from recorded
 
 
