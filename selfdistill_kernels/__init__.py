@@ -1,6 +1,5 @@
 """Fused losses for self-distillation of language models, without [tokens, vocabulary] tensors."""
 
-from selfdistill_kernels import flops as _flops  # noqa: F401  tells torch what the operators cost
 from selfdistill_kernels.advantage import AdvantageMask
 from selfdistill_kernels.backends.native.memory import release_workspace
 from selfdistill_kernels.loss import (

@@ -1,4 +1,10 @@
-"""Tells torch.utils.flop_counter what the operators multiply."""
+"""Tells torch.utils.flop_counter what the operators multiply, when it is imported:
+
+    import selfdistill_kernels.flops
+
+Without it a counter sees nothing of the losses from hidden states. The package does not do it by
+itself, because torch's counter imports Triton.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import selfdistill_kernels.flops  # noqa: F401  the counter learns of the operators
 from selfdistill_kernels import (
     distillation_from_logits,
     fused_linear_distillation,
