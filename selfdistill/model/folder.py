@@ -93,8 +93,8 @@ def load_tokenizer(
         setting: where the name was written, for messages.
 
     Raises:
-        UnusableModelError: there is none, or it cannot be read; see `load_config`, too.
-        OSError: the template cannot be read.
+        UnusableModelError: there is none, or it or the template cannot be read; see `load_config`,
+            too.
     """
     load_config(name, setting=setting)  # which the tokenizer's class depends on
     try:
@@ -102,7 +102,13 @@ def load_tokenizer(
     except Exception as error:  # the tokenizers library raises plain ones
         raise _not_loaded(name, "tokenizer", error, setting) from error
     if chat_template is not None:
-        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = chat_template.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UnusableModelError(
+                f"{setting}: cannot read the chat template {chat_template} ({error}), expected "
+                "UTF-8 text: set chat_template beside it to a file with one"
+            ) from error
     return tokenizer
 
 
@@ -114,6 +120,7 @@ def load_causal_lm(name: str, *, dtype: torch.dtype, setting: str = "model") -> 
             model, fewer than the model has, or not numbers.
     """
     load_config(name, setting=setting)
+    _check_generation_file(name, setting)
     if Path(name).is_dir():
         for path in _weight_files(Path(name), setting):
             _check_weight_file(path, setting)
@@ -156,7 +163,12 @@ def load_causal_lm(name: str, *, dtype: torch.dtype, setting: str = "model") -> 
 
 
 def load_generation_config(name: str, config: PreTrainedConfig) -> GenerationConfig:
-    """Read a generation config; a model without one has what its own config says."""
+    """Read a generation config; a model without one has what its own config says.
+
+    Raises:
+        UnusableModelError: there is one, and it cannot be read.
+    """
+    _check_generation_file(name, "model")
     try:
         return GenerationConfig.from_pretrained(name)
     except OSError:
@@ -214,6 +226,13 @@ def _check_configuration_file(folder: Path, setting: str) -> None:
             f"{setting}: {path} has model_type {data['model_type']!r}, which transformers "
             f"{transformers.__version__} does not know: use another model, or update transformers"
         )
+
+
+def _check_generation_file(name: str, setting: str) -> None:
+    """Refuse a torn one: transformers takes it for none, and its tokens would end no answer."""
+    path = Path(name) / "generation_config.json"
+    if path.exists():
+        _read_json(path, setting)
 
 
 def _weight_files(folder: Path, setting: str) -> list[Path]:

@@ -215,6 +215,14 @@ WEIGHT_FILES = {
         lose_a_shard,
         r"model-00002-of-\d+\.safetensors \(named in model\.safetensors\.index\.json\) is missing",
     ),
+    "a torn generation_config.json": (
+        lambda f: cut(f / "generation_config.json"),
+        r"/generation_config\.json is not valid JSON \(.*\): copy it again",
+    ),
+    "a generation_config.json that is a list": (
+        lambda f: (f / "generation_config.json").write_text("[1]"),
+        r"/generation_config\.json holds a list, expected a JSON object",
+    ),
     "a torn index": (
         lambda f: (lose_a_shard(f), cut(f / "model.safetensors.index.json")),
         r"/model\.safetensors\.index\.json is not valid JSON",
@@ -321,6 +329,26 @@ def test_a_base_model_takes_a_template_from_a_file(folder: Path, tmp_path: Path)
         model=str(folder), max_new_tokens=8, chat_template=str(template)
     )
     load_local_generator(engine, device="cpu")
+
+
+@pytest.mark.parametrize("content", ["{{ messages }}".encode("utf-16"), b"caf\xe9", None])
+def test_a_template_that_cannot_be_read_is_named(
+    folder: Path, tmp_path: Path, content: bytes | None
+) -> None:
+    template = tmp_path / "turn.jinja"
+    if content is not None:
+        template.write_bytes(content)
+    expected = rf"cannot read the chat template {re.escape(str(template))} .*chat_template"
+    changed = settings(folder, prompt={"chat_template": str(template)})
+    engine = TransformersTextEngine(
+        model=str(folder), max_new_tokens=8, chat_template=str(template)
+    )
+    for action in (
+        lambda: load_solver(changed),
+        lambda: dry_run(changed, Console(file=io.StringIO())),
+        lambda: load_local_generator(engine, device="cpu"),
+    ):
+        assert re.search(expected, message(action))
 
 
 def test_the_command_line_prints_one_line(folder: Path, tmp_path: Path) -> None:
