@@ -18,12 +18,18 @@ def load_config(path: Path) -> Config:
     """Read a YAML file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ConfigError: the file is not a YAML mapping, or asks for something that does not exist; the
-            message has a line for every setting that is wrong, which names file and line.
+        OSError: the file cannot be read.
+        ConfigError: there is no such file, or it is not a YAML mapping, or it asks for something
+            that does not exist; the message has a line for every setting that is wrong, which names
+            file and line.
     """
     try:
         document = read_yaml(path.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path} is missing: give a configuration, such as those of examples/, or the folder "
+            "of a run that was started"
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
     except YAMLTextError as error:

@@ -334,3 +334,8 @@ def test_no_setting_takes_what_json_cannot_hold() -> None:
     for template in ({"day": __import__("datetime").date(2026, 1, 1)}, {"x": float("inf")}):
         with pytest.raises(ValueError, match="student_template"):
             Config.model_validate({**values, "prompt": {"student_template": template}})
+
+
+def test_a_missing_file_is_named_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml is missing: give a configuration"):
+        load_config(tmp_path / "nowhere.yaml")
