@@ -1,6 +1,6 @@
 """Eager calls of the scalar loss, around the operator `selfdistill::linear_loss`.
 
-The operator's Python layers cost more than the rest of a small problem (docs/decisions.md), and an
+The operator's Python layers cost more than the rest of a small problem (docs/decisions), and an
 operator may not overwrite its arguments. Same functions, same bits.
 """
 

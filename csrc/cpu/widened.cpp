@@ -1,7 +1,7 @@
 // Products of bfloat16 matrices in float32, for processors without bfloat16 tiles: a part of the large operand is widened into
 // memory that stays in a core's cache and multiplied there by the library, each thread for itself.
 //
-// Waiting for all threads between the copy and the product of every part cost a fifth of small problems (docs/decisions.md).
+// Waiting for all threads between the copy and the product of every part cost a fifth of small problems (docs/decisions).
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>

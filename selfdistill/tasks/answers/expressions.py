@@ -1,6 +1,6 @@
 r"""What of a normalised answer is handed to math-verify, and how it is written there.
 
-math-verify reads some texts as something else than a person does (docs/decisions.md, and
+math-verify reads some texts as something else than a person does (docs/decisions, and
 tests/selfdistill/tasks/answer_table.tsv with its verdicts beside ours). Those never reach it: they
 are written in another way here, or refused.
 """

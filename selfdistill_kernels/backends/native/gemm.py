@@ -68,7 +68,7 @@ class BrgemmHead:
     """bfloat16 products with float32 results (csrc/cpu/gemm.cpp), where the processor has them.
 
     The gradient of the logits is rounded to bfloat16 for its GEMMs, after it was made in float32;
-    the results are rounded to the inputs' dtype anyway (docs/decisions.md).
+    the results are rounded to the inputs' dtype anyway (docs/decisions).
 
     Args:
         weight: [V, H] bfloat16.
@@ -100,7 +100,7 @@ class WideningHead:
     """float32 products of 16-bit inputs: columns of the head are widened on the way.
 
     They are widened into one buffer, a few columns at a time: fresh memory for each of them would
-    cost as much as a product (docs/decisions.md).
+    cost as much as a product (docs/decisions).
 
     Args:
         weight: [V, H], 16-bit.

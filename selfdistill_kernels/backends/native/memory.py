@@ -18,7 +18,7 @@ _kept: list[Tensor] = []
 def empty(shape: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """Uninitialised tensor; on the CPU in large pages where there are some.
 
-    Page faults of fresh tiles and gradients cost a tenth of the GEMMs (docs/decisions.md).
+    Page faults of fresh tiles and gradients cost a tenth of the GEMMs (docs/decisions).
     """
     tensor = torch.empty(shape, dtype=dtype, device=device)
     if device.type == "cpu" and tensor.nbytes >= LARGE_PAGE:

@@ -8,7 +8,7 @@ from typing import Literal
 from selfdistill_kernels.backends.native.caches import Caches, machine_caches
 
 MEBIBYTE = 1 << 20
-# Constants of CPU GEMMs, measured; the figures are in docs/decisions.md. They follow from flops a
+# Constants of CPU GEMMs, measured; the figures are in docs/decisions. They follow from flops a
 # byte of memory traffic, which no cache changes: a tile of logits may lie in memory.
 # A tile of this many tokens is where the head is read seldom enough for the GEMMs to run at full
 # speed; the cap keeps large vocabularies from taking it all.
