@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from selfdistill_kernels.advantage import AdvantageMask
-from selfdistill_kernels.arguments.checks import check_normalizer, check_reduction, workspace_bytes
+from selfdistill_kernels.arguments.checks import (
+    check_normalizer,
+    check_per_token,
+    check_reduction,
+    workspace_bytes,
+)
 from selfdistill_kernels.autocast import autocast_dtype
 from selfdistill_kernels.integrations.heads import Head, HeadValues
 from selfdistill_kernels.loss import (
@@ -87,9 +92,14 @@ def fused_head_distillation(
             student_hidden, teacher_hidden, student, teacher, targets, mask, token_weight,
             old_logprobs, reduction, normalizer, workspace, shared,
         )  # fmt: skip
-    own = teacher.weight is not student.weight
-    teacher_bias = teacher.bias if own else None
     ratio = teacher.logit_scale / student.logit_scale
+    # A shared head shares its bias: another bias, or another scale of the same, makes two heads.
+    own = (
+        teacher.weight is not student.weight
+        or teacher.bias is not student.bias
+        or (ratio != 1.0 and teacher.bias is not None)
+    )
+    teacher_bias = teacher.bias if own else None
     if ratio != 1.0:
         teacher_hidden = teacher_hidden * ratio
         teacher_bias = None if teacher_bias is None else teacher_bias * ratio
@@ -143,6 +153,13 @@ def _by_chunks(
             "advantage_mask: top_fraction and per_step compare tokens with each other, which is "
             "not supported with LoRA on a head, two soft caps or dtypes; use a threshold or a sign"
         )
+    for name, value, kind in (
+        ("targets", targets, "int"),
+        ("mask", mask, "mask"),
+        ("token_weight", token_weight, "float"),
+        ("old_logprobs", old_logprobs, "float"),
+    ):
+        check_per_token(name, value, leading, "student_hidden", student_hidden, kind)
     exists = student_hidden.new_ones(leading, dtype=torch.bool) if mask is None else mask != 0
     if targets is not None:
         exists = exists & (targets != shared["ignore_index"])

@@ -117,6 +117,30 @@ def test_each_model_has_its_own_scale_and_cap(student: dict, teacher: dict, back
     torch.testing.assert_close(ours.loss, theirs.loss)
 
 
+@pytest.mark.parametrize("change", ["bias", "no bias", "scale"])
+def test_models_that_share_the_weight_alone(change: str, backend: str) -> None:
+    """The kernels take a shared head for a shared bias."""
+    student = head(frozen=False, low_rank=())
+    teacher = {
+        "bias": HeadValues(student.weight, randn(VOCABULARY)),
+        "no bias": HeadValues(student.weight),
+        "scale": HeadValues(student.weight, student.bias, logit_scale=2.0),
+    }[change]
+    ours, found = run(fused_head_distillation, student, teacher, {"backend": backend})
+    theirs, expected = run(materialised, student, teacher, {})
+    assert_close(found, expected)
+    torch.testing.assert_close(ours.loss, theirs.loss)
+
+
+@pytest.mark.parametrize("name", ["mask", "token_weight", "old_logprobs"])
+def test_tensors_of_another_shape_are_refused_and_not_broadcast(name: str) -> None:
+    values = {"mask": MASK, "token_weight": WEIGHTS, "old_logprobs": OLD}
+    with pytest.raises(ValueError, match=rf"{name}.*expected shape \(2, 7\)"):
+        fused_head_distillation(
+            STUDENT, TEACHER, head(), head(), TARGETS, **{name: values[name][:, :1]}
+        )
+
+
 def test_each_model_has_its_own_dtype(backend: str) -> None:
     student, teacher = head(low_rank=(), frozen=False), head(low_rank=())
     half = HeadValues(teacher.weight.bfloat16(), teacher.bias.bfloat16())
