@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 def in_two_processes(function: Callable[..., Any], argument: Any, folder: Path) -> list[Any]:
     """Return what `function(rank, argument)` of a module on sys.path returned on each rank."""
     mp.spawn(_run, args=(function, argument, folder), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def _run(rank: int, function: Callable[..., Any], argument: Any, folder: Path) -> None:

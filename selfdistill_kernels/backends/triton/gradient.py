@@ -106,18 +106,9 @@ def gradient_kernel(
         for part in tl.static_range(PARTS):
             column = first_column + part * WIDTH + tl.arange(0, WIDTH)
             z_s = logits_of(
-                parts_s[part],
-                bias,
-                column,
-                vocabulary,
-                slope,
-                rest,
-                ceiling,
-                HAS_BIAS,
-                SCALED,
-                CAPPED,
-                MASKED,
-            )
+                parts_s[part], bias, column, vocabulary, slope, rest, ceiling, HAS_BIAS, SCALED,
+                CAPPED, MASKED,
+            )  # fmt: skip
             z_t = z_s
             if HAS_TEACHER:
                 z_t = logits_of(

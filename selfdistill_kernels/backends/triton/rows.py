@@ -105,26 +105,15 @@ def row_statistics_kernel(
     moment_t = sum_s
     for first in range(0, vocabulary, BLOCK):
         z_s = load_logits(
-            raw_s,
-            bias,
-            first,
-            vocabulary,
-            slope,
-            rest,
-            ceiling,
-            HAS_BIAS,
-            SCALED,
-            CAPPED,
-            MASKED,
-            BLOCK,
-        )
+            raw_s, bias, first, vocabulary, slope, rest, ceiling, HAS_BIAS, SCALED, CAPPED,
+            MASKED, BLOCK,
+        )  # fmt: skip
         new_s = tl.maximum(max_s, tl.max(z_s, 1))
         add_s, add_moment_s = student_sums(z_s, new_s[:, None], 1)
         if HAS_TEACHER:
             z_t = load_logits(
                 raw_t, teacher_bias, first, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS,
-                SCALED,
-                CAPPED, MASKED, BLOCK,
+                SCALED, CAPPED, MASKED, BLOCK,
             )  # fmt: skip
             new_t = tl.maximum(max_t, tl.max(z_t, 1))
             add_t, add_moment_t = student_sums(z_t, new_t[:, None], 1)
@@ -152,32 +141,16 @@ def row_statistics_kernel(
     target_t = target_s
     if HAS_TARGETS:
         y = tl.load(targets + token).to(tl.int32)
-        target_s = tl.max(
-            load_logits(
-                raw_s,
-                bias,
-                y,
-                vocabulary,
-                slope,
-                rest,
-                ceiling,
-                HAS_BIAS,
-                SCALED,
-                CAPPED,
-                MASKED,
-                1,
-            ),
-            1,
-        )
+        at_target = load_logits(
+            raw_s, bias, y, vocabulary, slope, rest, ceiling, HAS_BIAS, SCALED, CAPPED, MASKED, 1,
+        )  # fmt: skip
+        target_s = tl.max(at_target, 1)
         if HAS_TEACHER:
-            target_t = tl.max(
-                load_logits(
-                    raw_t, teacher_bias, y, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS,
-                    SCALED,
-                    CAPPED, MASKED, 1,
-                ),
-                1,
+            at_target = load_logits(
+                raw_t, teacher_bias, y, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS,
+                SCALED, CAPPED, MASKED, 1,
             )  # fmt: skip
+            target_t = tl.max(at_target, 1)
     to = statistics + token * STATISTICS + tl.zeros((1,), dtype=tl.int32)
     always = tl.full((1,), True, dtype=tl.int1)
     shift_s, low_s, shift_t, low_t = finish_first(
@@ -194,23 +167,12 @@ def row_statistics_kernel(
         kappa = student_sum
         for first in range(0, vocabulary, BLOCK):
             z_s = load_logits(
-                raw_s,
-                bias,
-                first,
-                vocabulary,
-                slope,
-                rest,
-                ceiling,
-                HAS_BIAS,
-                SCALED,
-                CAPPED,
-                MASKED,
-                BLOCK,
-            )
+                raw_s, bias, first, vocabulary, slope, rest, ceiling, HAS_BIAS, SCALED, CAPPED,
+                MASKED, BLOCK,
+            )  # fmt: skip
             z_t = load_logits(
                 raw_t, teacher_bias, first, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS,
-                SCALED,
-                CAPPED, MASKED, BLOCK,
+                SCALED, CAPPED, MASKED, BLOCK,
             )  # fmt: skip
             add_student, add_teacher, add_pivot, add_kappa = mixture_sums(
                 z_s, z_t, shift_s[:, None], low_s[:, None], shift_t[:, None],
@@ -298,25 +260,14 @@ def row_gradient_kernel(
     for first in range(0, vocabulary, BLOCK):
         column = first + tl.arange(0, BLOCK)
         z_s = load_logits(
-            raw_s,
-            bias,
-            first,
-            vocabulary,
-            slope,
-            rest,
-            ceiling,
-            HAS_BIAS,
-            SCALED,
-            CAPPED,
-            MASKED,
-            BLOCK,
-        )
+            raw_s, bias, first, vocabulary, slope, rest, ceiling, HAS_BIAS, SCALED, CAPPED,
+            MASKED, BLOCK,
+        )  # fmt: skip
         z_t = z_s
         if HAS_TEACHER:
             z_t = load_logits(
                 raw_t, teacher_bias, first, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS,
-                SCALED,
-                CAPPED, MASKED, BLOCK,
+                SCALED, CAPPED, MASKED, BLOCK,
             )  # fmt: skip
         dz = gradient_tile(
             z_s, z_t, (column == target)[None, :], logprob, shift_s, low_s, shift_t,

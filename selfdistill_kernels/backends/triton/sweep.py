@@ -119,18 +119,9 @@ def sweep_kernel(
             for part in tl.static_range(PARTS):
                 columns = first_column + part * WIDTH + tl.arange(0, WIDTH)
                 z_s = logits_of(
-                    parts_s[part],
-                    bias,
-                    columns,
-                    vocabulary,
-                    slope,
-                    rest,
-                    ceiling,
-                    HAS_BIAS,
-                    SCALED,
-                    CAPPED,
-                    MASKED,
-                )
+                    parts_s[part], bias, columns, vocabulary, slope, rest, ceiling, HAS_BIAS,
+                    SCALED, CAPPED, MASKED,
+                )  # fmt: skip
                 new_s = tl.maximum(max_s, tl.max(z_s, 1))
                 add_s, add_moment_s = student_sums(z_s, new_s[:, None], 1)
                 if HAS_TARGETS:
@@ -270,18 +261,9 @@ def mixture_kernel(
             for part in tl.static_range(PARTS):
                 columns = first_column + part * WIDTH + tl.arange(0, WIDTH)
                 z_s = logits_of(
-                    parts_s[part],
-                    bias,
-                    columns,
-                    vocabulary,
-                    slope,
-                    rest,
-                    ceiling,
-                    HAS_BIAS,
-                    SCALED,
-                    CAPPED,
-                    MASKED,
-                )
+                    parts_s[part], bias, columns, vocabulary, slope, rest, ceiling, HAS_BIAS,
+                    SCALED, CAPPED, MASKED,
+                )  # fmt: skip
                 z_t = logits_of(
                     parts_t[part], teacher_bias, columns, vocabulary, slope, rest, ceiling,
                     HAS_TEACHER_BIAS, SCALED, CAPPED, MASKED,

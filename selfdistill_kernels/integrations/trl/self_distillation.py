@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -95,8 +96,9 @@ class _FusedSelfDistillation(Host):
         losses = _token_losses(objective, output, old)
         return output.loss, (losses * exists).sum() / exists.sum().clamp(min=1)
 
+    @abstractmethod
     def _loss_mask(self, inputs: dict[str, Any]) -> Tensor:
-        raise NotImplementedError
+        """[batch, length] bool, the tokens of the completions that carry the loss."""
 
     def _objective(self, *, clipped: bool) -> Objective:
         """What TRL's configuration asks for."""
