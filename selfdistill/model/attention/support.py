@@ -68,6 +68,9 @@ def check_model_supports_prefix_sharing(model: torch.nn.Module, *, backend: str 
     reason = _unsupported_reason(base)
     if reason is None:
         reason = _probe(base, backend_for(base, backend).name)
+        # Under autocast torch before 2.11 keeps weights that were cast without a gradient, and the
+        # pass that trains would take those.
+        torch.clear_autocast_cache()
     if reason is not None:
         raise UnsupportedModelError(f"{type(base).__name__} cannot share prefixes: {reason}")
 
