@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from selfdistill_kernels.advantage import AdvantageMask
 from selfdistill_kernels.integrations.head_loss import fused_head_distillation
 from selfdistill_kernels.integrations.heads import Head, head_of, last_hidden_states
+from selfdistill_kernels.loss import DistillationOutput
 from selfdistill_kernels.objective import Objective
 
 IGNORED = -100  # the label of a position that is not learned from, as everywhere in transformers
 TEACHERS = ("live", "adapters_off")
+RESULTS = tuple(field.name for field in fields(DistillationOutput))
 
 
 class ModelWithLoss(nn.Module):
@@ -123,7 +126,8 @@ class ModelWithLoss(nn.Module):
             hidden, teacher_hidden, self.head, teacher_head, targets, normalizer=normalizer,
             **self.options,
         )  # fmt: skip
-        return {name: value for name, value in vars(output).items() if value is not None}
+        named = ((name, getattr(output, name)) for name in RESULTS)
+        return {name: value for name, value in named if value is not None}
 
 
 def check_teacher(head: Head, model: nn.Module, teacher: nn.Module | str) -> Head:
