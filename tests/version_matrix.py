@@ -49,7 +49,7 @@ ROWS = {
         (
             "torch==2.9.1", "triton==3.5.1", "numpy==1.26.4", "filelock==4.1.0",
             "transformers==5.16.0", "tokenizers==0.23.1", "safetensors==0.8.0", "peft==0.20.0",
-            "pydantic==2.7.0", "pyyaml==6.0.1", "typer==0.15.1", "rich==13.9.4", "datasets==3.0.0",
+            "pydantic==2.7.0", "pyyaml==6.0.1", "typer==0.19.2", "rich==13.9.4", "datasets==3.0.0",
             "math-verify[antlr4_13_2]==0.8.0", "pytest==8.1.0",
         ),
         "the lower ends of pyproject.toml",
