@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processors import NEEDS_AMX
+from processors import NEEDS_BFLOAT16
 from slow import slow_but
 
 from selfdistill_kernels import (
@@ -206,7 +206,7 @@ def path(request, monkeypatch) -> torch.dtype:
         monkeypatch.setattr(native_backend, "is_widened", lambda weight: weight is not None)
         monkeypatch.setattr(recompute, "is_widened", lambda weight: weight is not None)
     elif request.param == "bfloat16 as it is" and not torch.ops.selfdistill.gemm_bf16_available():
-        pytest.skip(NEEDS_AMX)
+        pytest.skip(NEEDS_BFLOAT16)
     return PATHS[request.param]
 
 
