@@ -8,13 +8,13 @@ would fill it up with random numbers, or train something else than what was mean
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -28,9 +28,20 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from selfdistill.errors import UserError
+from selfdistill.json_text import parse_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack")
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
 _OTHER_SENSES = ("vision", "audio", "image", "video", "speech", "vq_")
 _LFS = b"version https://git-lfs"
 
@@ -249,14 +260,19 @@ def _weight_files(folder: Path, setting: str) -> list[Path]:
             if not shard.exists():
                 raise _incomplete(folder, f"{shard.name} (named in {INDEX})", setting)
         return shards
+    raise _other_weights(folder, str(folder), setting) or _incomplete(folder, WEIGHTS, setting)
+
+
+def _other_weights(folder: Path, name: str, setting: str) -> UnusableModelError | None:
+    """Return the refusal of a model whose weights are in files of another kind; None: in none."""
     others = sorted(path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern))
-    if others:
-        raise UnusableModelError(
-            f"{setting}: {folder} has its weights in {_some(others)}, expected {WEIGHTS}: pickled "
-            "files can run code and are not read, others lack what is trained. Load it once with "
-            "transformers where you trust it, and save it with save_pretrained"
-        )
-    raise _incomplete(folder, WEIGHTS, setting)
+    if not others:
+        return None
+    return UnusableModelError(
+        f"{setting}: {name} has its weights in {_some(others)}, expected {WEIGHTS}: pickled files "
+        "can run code and are not read, others lack what is trained. Load it once with "
+        "transformers where you trust it, and save it with save_pretrained"
+    )
 
 
 def _check_weight_file(path: Path, setting: str) -> None:
@@ -276,10 +292,23 @@ def _check_weight_file(path: Path, setting: str) -> None:
         raise UnusableModelError(f"{setting}: {path} {reason}") from error
 
 
+def _check_tokenizer_file(path: Path, setting: str) -> None:
+    if path.suffix == ".json":
+        _read_json(path, setting)
+        return
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UnusableModelError(
+            f"{setting}: {path} is no UTF-8 text ({error}): copy it again, or save it as UTF-8 (if "
+            "it is Latin-1: iconv -f ISO-8859-1 -t UTF-8)"
+        ) from error
+
+
 def _read_json(path: Path, setting: str) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        data = parse_json(path.read_bytes())
+    except ValueError as error:
         raise UnusableModelError(
             f"{setting}: {path} is not valid JSON ({error}): copy it again"
         ) from error
@@ -307,11 +336,18 @@ def _not_loaded(name: str, what: str, error: Exception, setting: str) -> Unusabl
             for file in ("tokenizer.json", "tokenizer_config.json"):
                 if not (folder / file).exists():
                     return _incomplete(folder, file, setting)
-                _read_json(folder / file, setting)
+            for path in sorted(path for path in folder.iterdir() if path.name in _TOKENIZER_FILES):
+                _check_tokenizer_file(path, setting)
         return UnusableModelError(f"{setting}: the {what} of {name} cannot be loaded: {reason}")
+    # The configuration was loaded before the weights, so it is in the cache, beside other files.
+    configuration = try_to_load_from_cache(name, "config.json") if what == "weights" else None
+    if isinstance(configuration, str):
+        refusal = _other_weights(Path(configuration).parent, repr(name), setting)
+        if refusal is not None:
+            return refusal
     return UnusableModelError(
-        f"{setting}: {name!r} is no local folder, and its {what} is neither in the cache nor to be "
-        f"had from the Hub. Where there is a network, run hf download {name} --local-dir FOLDER "
+        f"{setting}: {name!r} is no local folder, and neither the cache nor the Hub gave its "
+        f"{what}. Where there is a network, run hf download {name} --local-dir FOLDER "
         "(for a dry run alone add --include '*.json' '*.txt' '*.jinja'), copy FOLDER here and set "
         f"{setting}: FOLDER. transformers said: {reason}"
     )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +21,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     Gemma3Config,
@@ -32,6 +37,7 @@ from selfdistill.critic.textgen.local import load_local_generator
 from selfdistill.model.folder import UnusableModelError, load_causal_lm
 from selfdistill.model.weights import load_model
 from selfdistill.planning.dry_run import dry_run
+from selfdistill.rollout.engine import EngineError
 from selfdistill.rollout.vllm_engine import VLLMEngine
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
 from selfdistill.training.solver import load_solver
@@ -77,6 +83,10 @@ def cut(path: Path) -> None:
     path.write_bytes(data[: len(data) // 2])
 
 
+def change_to_latin_1(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\xe9")
+
+
 def change_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
     tensors = load_file(folder / WEIGHTS)
     edit(tensors)
@@ -113,6 +123,10 @@ CONFIGURATION = {
     "a torn config.json": (
         lambda f: cut(f / "config.json"),
         r"/config\.json is not valid JSON \(.*\): copy it again",
+    ),
+    "a number without end": (
+        lambda f: (f / "config.json").write_text('{"hidden_size": ' + "9" * 5000 + "}"),
+        r"/config\.json is not valid JSON \(it holds a number of thousands of digits\): copy it",
     ),
     "a list": (
         lambda f: (f / "config.json").write_text("[1, 2]"),
@@ -164,6 +178,18 @@ TOKENIZER = {
     "a torn tokenizer": (
         lambda f: cut(f / "tokenizer.json"),
         r"/tokenizer\.json is not valid JSON",
+    ),
+    "a tokenizer in Latin-1": (
+        lambda f: change_to_latin_1(f / "tokenizer.json"),
+        r"/tokenizer\.json is not valid JSON \(its byte \d+ is 0xe9, which is no UTF-8\)",
+    ),
+    "a tokenizer's settings in Latin-1": (
+        lambda f: change_to_latin_1(f / "tokenizer_config.json"),
+        r"/tokenizer_config\.json is not valid JSON \(its byte \d+ is 0xe9, which is no UTF-8\)",
+    ),
+    "a chat template in Latin-1": (
+        lambda f: change_to_latin_1(f / "chat_template.jinja"),
+        r"/chat_template\.jinja is no UTF-8 text \(.*\): copy it again, or save it as UTF-8",
     ),
     "a foreign tokenizer": (
         lambda f: (f / "tokenizer.json").write_text('{"model": {"type": "Telepathy"}}'),
@@ -368,7 +394,86 @@ def test_the_command_line_prints_one_line(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_code_of_a_model_is_never_run() -> None:
+def test_a_name_whose_only_weights_are_pickled_is_refused(folder: Path, tmp_path: Path) -> None:
+    """A folder is looked through before it is loaded; a name is known to the Hub's cache alone."""
+    pickle_weights(folder)
+    cached = tmp_path / "hub" / "models--some--pickled"
+    revision = "0" * 40
+    shutil.copytree(folder, cached / "snapshots" / revision)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(revision)
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: some/pickled\noutput_dir: {tmp_path / 'run'}\ndevice: cpu\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "selfdistill", "train", str(path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith(
+        "error: model: 'some/pickled' has its weights in pytorch_model.bin, expected "
+        "model.safetensors: pickled files can run code and are not read"
+    )
+
+
+def bring_code(folder: Path, ran: Path) -> None:
+    """Give a model code of its own, which writes down that it ran, and does nothing else."""
+    classes = {
+        "configuration": ("AutoConfig", "LlamaConfig"),
+        "modeling": ("AutoModelForCausalLM", "LlamaForCausalLM"),
+        "tokenization": ("AutoTokenizer", "PreTrainedTokenizerFast"),
+    }
+    for name, (_, base) in classes.items():
+        (folder / f"{name}_own.py").write_text(
+            f"import pathlib, transformers\n"
+            f"with pathlib.Path({str(ran)!r}).open('a') as file:\n"
+            f"    file.write('{name}\\n')\n"
+            f"class Own(transformers.{base}): pass\n"
+        )
+    auto_map = {auto: f"{name}_own.Own" for name, (auto, _) in classes.items()}
+    tokenizer = auto_map.pop("AutoTokenizer")
+    change(folder / "config.json", auto_map=auto_map)
+    change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, tokenizer]})
+
+
+def test_code_of_a_model_does_not_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through no door: solver, dry run, checkpoint, critic, nor the engine that has its own."""
+    ran = tmp_path / "ran"
+    bring_code(folder, ran)
+    config = settings(folder, rollout={"engine": {"name": "vllm"}})
+    asked: list[dict[str, Any]] = []
+
+    class Stop(Exception):
+        pass
+
+    def start(source: str, **options: Any) -> None:
+        asked.append(options)
+        raise Stop
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start))
+    solver = load_solver(config)
+    dry_run(config, Console(file=io.StringIO()))
+    load_model(config, folder)
+    critic = TransformersTextEngine(model=str(folder), max_new_tokens=8)
+    load_local_generator(critic, device="cpu")
+    with pytest.raises(EngineError, match="failed while starting: Stop"):
+        solver.engine.sync(solver.model)
+    assert [options["trust_remote_code"] for options in asked] == [False]
+    assert not ran.exists()
+    # And it is code that would run where it is trusted.
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", tmp_path / "modules")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for kind in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
+        with suppress(ValueError):  # the classes do not fit together, which is found afterwards
+            kind.from_pretrained(folder, trust_remote_code=True)
+    assert set(ran.read_text().split()) == {"configuration", "modeling", "tokenization"}
+
+
+def test_whatever_loads_by_name_trusts_no_code() -> None:
     """Everything that loads by name says so, whatever transformers' default may be."""
     calls = []
     # The scripts directly in examples/ are loops of a user, who decides.
