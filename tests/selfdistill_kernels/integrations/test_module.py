@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from host_models import FAMILIES, assert_close, gradients, neighbour, tiny_model, with_lora
-from process_groups import in_two_processes
+from process_groups import in_processes
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -140,7 +140,7 @@ def test_ranks_have_the_gradients_of_one_process(kind: str, tmp_path) -> None:
     model = tiny_model("llama")
     materialised(model, neighbour(model)).backward()
     expected = gradients(model)
-    for found in in_two_processes(ranks, kind, tmp_path):
+    for found in in_processes(ranks, kind, tmp_path):
         assert_close({name: torch.tensor(grad) for name, grad in found.items()}, expected)
 
 
