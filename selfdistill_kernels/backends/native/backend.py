@@ -38,7 +38,12 @@ class NativeBackend:
 
     def statistics(self, inputs: LinearInputs, objective: Objective, workspace: int) -> Tensor:
         statistics = _new_statistics(inputs)
-        plan = plan_for(inputs, NO_NEEDS, workspace)
+        # A shard's rows are not finished when they have been visited: other ranks have the rest.
+        plan = (
+            plan_for(inputs, NO_NEEDS, workspace)
+            if inputs.shard is None
+            else slabs_for(inputs, inputs.tokens.count, NO_NEEDS, workspace)
+        )
         kernels = RowKernels(inputs, objective, plan.widened)
         if plan.strategy == "recompute":
             inputs.tokens.put(statistics, recompute.sweep_statistics(kernels, plan))

@@ -19,12 +19,13 @@ from selfdistill_kernels.backends.native import memory
 from selfdistill_kernels.backends.native.gemm import head_for, is_widened
 from selfdistill_kernels.backends.native.plan import TilePlan
 from selfdistill_kernels.backends.native.rows import RowKernels, Tile
+from selfdistill_kernels.backends.native.state import add_mixture_sums, join_parts
 from selfdistill_kernels.backends.tokens import Tokens
 
 
 def sweep_statistics(kernels: RowKernels, plan: TilePlan) -> Tensor:
     """Statistics [n, 10] of the n tokens that exist."""
-    tokens = kernels.inputs.tokens
+    tokens, shard = kernels.inputs.tokens, kernels.inputs.shard
     state = kernels.new_state(tokens.count)
 
     def sweep(accumulate: Callable[[Tile, Tensor], None], buffer: Tensor) -> None:
@@ -35,8 +36,12 @@ def sweep_statistics(kernels: RowKernels, plan: TilePlan) -> Tensor:
 
     with memory.workspace(plan.tile_elements, kernels.inputs.device) as buffer:
         sweep(kernels.accumulate, buffer)
+        if shard is not None:
+            state = join_parts(state, kernels.divergence, shard)
         if kernels.needs_mixture:
             sweep(kernels.accumulate_mixture, buffer)
+            if shard is not None:
+                add_mixture_sums(state, shard)
     return kernels.finish(state)
 
 
