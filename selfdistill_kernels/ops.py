@@ -54,7 +54,7 @@ def _linear_inputs(
         transform,
     )
     if targets is not None:
-        _check_targets(inputs, targets)
+        check_targets(inputs, targets, inputs.vocabulary)
     return inputs
 
 
@@ -90,8 +90,8 @@ def _fake_gradients(
     return like(student_hidden, need_hidden), like(weight, need_weight), like(bias, need_bias)
 
 
-def _check_targets(inputs: LinearInputs, targets: Tensor) -> None:
-    vocabulary = inputs.vocabulary
+def check_targets(inputs: LinearInputs, targets: Tensor, vocabulary: int) -> None:
+    """Raise unless the targets [N] of tokens that exist lie in [0, vocabulary)."""
     if inputs.device.type in ("cuda", "meta"):
         # Reading a value would make the host wait for the device: the device checks by itself.
         valid = (targets >= 0) & (targets < vocabulary)

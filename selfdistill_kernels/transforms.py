@@ -16,10 +16,15 @@ from torch.autograd import forward_ad
 from selfdistill_kernels import eager, ops
 from selfdistill_kernels.backends.interface import LinearInputs
 from selfdistill_kernels.options import LossOptions
+from selfdistill_kernels.parallel.statistics import sharded_statistics
 
 NO_FORWARD_MODE = (
     "selfdistill_kernels: forward-mode derivatives (torch.func.jvp, jacfwd, hessian, forward_ad) "
     "are not supported; use backward, torch.func.grad or vjp"
+)
+NO_SHARDS = (
+    "selfdistill_kernels: the transforms of torch.func do not go through heads that are sharded "
+    "along the vocabulary; use backward"
 )
 NO_SECOND_DERIVATIVE = (
     "selfdistill_kernels: second derivatives (hessian, grad of grad) are not supported"
@@ -42,9 +47,13 @@ def call_linear_statistics(
     inputs: LinearInputs, options: LossOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.linear_statistics`, under the transforms of torch.func, too."""
-    scalars = options.statistics_scalars(inputs.vocabulary)
     refuse_forward_mode(inputs.tensors())
     tensors = tuple(map(_saveable, inputs.tensors()))
+    if inputs.shard is not None:
+        if _is_transformed():
+            raise NotImplementedError(NO_SHARDS)
+        return sharded_statistics(tensors, inputs.transform, inputs.shard, options)
+    scalars = options.statistics_scalars(inputs.vocabulary)
     if _is_transformed():
         statistics, support, logprobs = _TransformedStatistics.apply(*tensors, *scalars)
         return statistics, support, logprobs
