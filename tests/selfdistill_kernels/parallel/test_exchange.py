@@ -237,3 +237,44 @@ def test_what_is_told(name: str, told: list[dict[str, str]]) -> None:
             assert re.search(MESSAGES[name], said[name].replace("\n", " ")), said[name]
         else:
             assert said[name] == ""
+
+
+def gathered(rank: int, _: None) -> list[float]:
+    """The gradient of a head that FSDP2 has sharded, of tokens that each rank has for itself."""
+    case = make_case(seed=rank, dtype=torch.float32)
+    module = nn.Linear(HIDDEN, 101, bias=False)
+    module.weight = nn.Parameter(make_case().weight.float())
+    fully_shard(module)
+    case.weight = module.weight.full_tensor(grad_placements=[Partial("avg")])
+    call(case).backward()
+    return module.weight.grad.full_tensor().flatten().tolist()
+
+
+def test_a_head_of_fsdp2_gathered_with_placements_has_the_mean_gradient(tmp_path: Any) -> None:
+    expected = torch.zeros(101, HIDDEN)
+    for rank in range(2):
+        case = make_case(seed=rank, dtype=torch.float32)
+        case.weight = make_case().weight.float().requires_grad_()
+        expected += torch.autograd.grad(call(case), case.weight)[0] / 2
+    for found in in_processes(gathered, None, tmp_path):
+        torch.testing.assert_close(torch.tensor(found).view(101, HIDDEN), expected)
+
+
+def compiled(rank: int, _: None) -> list[list[float]]:
+    """Loss and dH, compiled and eager."""
+    found = []
+    for compile in (False, True):
+        case = halved(make_case(dtype=torch.float32), rank)
+        case.leaves()
+        function = torch.compile(call, backend="aot_eager") if compile else call
+        loss = function(case, group=dist.group.WORLD)
+        loss.backward()
+        found.append([loss.item(), *case.student_hidden.grad.flatten().tolist()])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo")
+def test_a_compiled_caller_breaks_its_graph_there(tmp_path: Any) -> None:
+    for eager, made in in_processes(compiled, None, tmp_path):
+        assert eager == made

@@ -15,6 +15,7 @@ from exactness import assert_no_worse_than_torch
 from kernel_cases import (
     DIVERGENCES,
     Case,
+    Compute,
     assert_results,
     make_case,
     materialised_losses,
@@ -24,7 +25,7 @@ from kernel_cases import (
 from process_groups import in_processes
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from selfdistill_kernels import (
     AdvantageMask,
@@ -68,6 +69,9 @@ PLAIN = {
     "top-k without tail": Problem(Objective("reverse_kl", top_k=9, tail=False, entropy=0.1)),
     "slabs": Problem(Objective("jsd", beta=0.3), {"tokens": 40}, {"workspace": 7000}),
 }
+PLAIN_JSD = Problem(Objective("jsd"))
+# Hidden states as DTensors: of a plain body, and of one with sequence parallelism.
+HIDDEN = {"replicated": Replicate(), "in parts": Shard(0)}
 MASK = torch.tensor([1, 0, 1, 1, 1, 0, 1], dtype=torch.bool)
 # Those that are compared with one process.
 OTHERS = {
@@ -116,7 +120,11 @@ def solve(case: Case, problem: Problem, **options: Any) -> dict[str, Tensor]:
         values = {"loss": out.loss, **{name: getattr(out, name) for name in STATISTICS}}
         return values, out.loss.sum()
 
-    return {name: local(value) for name, value in results(case, compute).items()}
+    found = results(case, compute)
+    hidden = found["d student_hidden"]
+    if isinstance(hidden, DTensor):
+        found["d student_hidden"] = hidden.full_tensor()
+    return {name: local(value) for name, value in found.items()}
 
 
 def logprobs(case: Case, **options: Any) -> dict[str, Tensor]:
@@ -136,6 +144,17 @@ def banned(case: Case) -> Case:
     return replace(case, bias=bias)
 
 
+EXPOSED = Problem(Objective("forward_kl"), {"teacher_hidden": 9}, {"reduction": "none"})
+
+
+def exposed() -> Case:
+    """The student alone rules out an entry of the last shard: an infinite forward KL."""
+    case = make_case(**EXPOSED.case).cast(torch.float32)
+    case.bias = torch.zeros(101)
+    case.bias[99] = -torch.inf
+    return case
+
+
 def on_ranks(rank: int, _: None) -> dict[str, dict[str, Tensor]]:
     """Every problem, on this rank."""
     found = {}
@@ -149,13 +168,22 @@ def on_ranks(rank: int, _: None) -> dict[str, dict[str, Tensor]]:
             part, how = shard(make_case(bias=True).cast(torch.float32), rank, form)
             found[f"logprobs {where}"] = logprobs(part, backend=backend, **how)
             part, how = shard(make_case(tokens=64).cast(torch.bfloat16), rank, form)
-            found[f"bfloat16 {where}"] = solve(
-                part, Problem(Objective("jsd")), backend=backend, **how
-            )
+            found[f"bfloat16 {where}"] = solve(part, PLAIN_JSD, backend=backend, **how)
         for name in DIVERGENCES:
             part, how = shard(banned(make_case().cast(torch.float32)), rank, form)
             problem = Problem(Objective(name, beta=0.3))
             found[f"banned {name} {form}"] = solve(part, problem, **how)
+        part, how = shard(exposed(), rank, form)
+        found[f"exposed {form}"] = solve(part, EXPOSED, **how)
+    for name, placement in HIDDEN.items():
+        part, _ = shard(make_case().cast(torch.float32), rank, "dtensor")
+        mesh = part.weight.device_mesh
+        part = replace(
+            part,
+            student_hidden=distribute_tensor(part.student_hidden, mesh, [placement]),
+            teacher_hidden=distribute_tensor(part.teacher_hidden, mesh, [placement]),
+        )
+        found[f"hidden {name}"] = solve(part, PLAIN_JSD)
     return found
 
 
@@ -180,6 +208,17 @@ def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return whole
 
 
+def plain_torch(problem: Problem) -> Compute:
+    """Loss and statistics of materialised logits."""
+
+    def compute(case: Case) -> tuple[dict[str, Tensor], Tensor]:
+        loss, divergence, extra = materialised_losses(case, problem.objective)
+        values = {"divergence": divergence, **extra}
+        return {"loss": loss.mean(), **{key: values[key] for key in STATISTICS}}, loss.mean()
+
+    return compute
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", PLAIN)
@@ -187,14 +226,8 @@ def test_losses_and_gradients(
     name: str, backend: str, form: str, found: dict[str, dict[str, Tensor]]
 ) -> None:
     problem = PLAIN[name]
-
-    def plain(case: Case) -> tuple[dict[str, Tensor], Tensor]:
-        loss, divergence, extra = materialised_losses(case, problem.objective)
-        values = {"divergence": divergence, **extra}
-        return {"loss": loss.mean(), **{key: values[key] for key in STATISTICS}}, loss.mean()
-
     case64 = make_case(**problem.case)
-    torchs, exact = plain_results(case64, plain)
+    torchs, exact = plain_results(case64, plain_torch(problem))
     size = float(materialised_losses(case64, problem.objective)[0].abs().mean())
     assert_results(found[f"{name} {backend} {form}"], torchs, exact, loss_size=size)
 
@@ -224,18 +257,17 @@ def test_logprobs(backend: str, form: str, found: dict[str, dict[str, Tensor]]) 
     assert_results(found[f"logprobs {backend} {form}"], *plain_results(make_case(bias=True), plain))
 
 
+@pytest.mark.parametrize("name", HIDDEN)
+def test_hidden_states_as_dtensors(name: str, found: dict[str, dict[str, Tensor]]) -> None:
+    torchs, exact = plain_results(make_case(), plain_torch(PLAIN_JSD))
+    assert_results(found[f"hidden {name}"], torchs, exact)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16(backend: str, form: str, found: dict[str, dict[str, Tensor]]) -> None:
     """Against the loss of materialised bfloat16 logits, which plain tensor parallelism makes."""
-    problem = Problem(Objective("jsd"))
-    case64 = make_case(tokens=64)
-
-    def plain(case: Case) -> tuple[dict[str, Tensor], Tensor]:
-        loss, divergence, extra = materialised_losses(case, problem.objective)
-        values = {"divergence": divergence, **extra}
-        return {"loss": loss.mean(), **{key: values[key] for key in STATISTICS}}, loss.mean()
-
+    case64, plain = make_case(tokens=64), plain_torch(PLAIN_JSD)
     torchs, exact = (results(case64.cast(d), plain) for d in (torch.bfloat16, torch.float64))
     for key, ours in found[f"bfloat16 {backend} {form}"].items():
         floor = 0.0 if key.startswith("d ") else 1.0
@@ -256,3 +288,13 @@ def test_a_rank_whose_entries_are_all_ruled_out(
     ours = found[f"banned {name} {form}"]
     assert all(value.isfinite().all() for value in ours.values())
     assert_results(ours, one, exact)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_infinite_divergence_is_seen_by_every_rank(
+    form: str, found: dict[str, dict[str, Tensor]]
+) -> None:
+    one, ours = solve(exposed(), EXPOSED), found[f"exposed {form}"]
+    assert one["loss"].isinf().all()
+    for name, value in one.items():
+        torch.testing.assert_close(ours[name], value, msg=name)
