@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from host_models import FAMILIES, assert_close, gradients, neighbour, tiny_model, with_lora
 from process_groups import in_processes
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Placement, Replicate
 from torch.distributed.tensor.parallel import (
@@ -155,7 +155,8 @@ def test_ranks_have_the_gradients_of_one_process(kind: str, tmp_path) -> None:
 
 COLUMNS = ["mlp.gate_proj", "mlp.up_proj"]
 ROWS = ["mlp.down_proj"]
-# Gemma 3 normalises each head, with a weight whose gradient a rank with some heads has in part.
+# Of Llama only: the others normalise queries and keys with a weight whose gradient is each rank's
+# own part where heads lie on several.
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 
 
@@ -165,10 +166,19 @@ def plan_of(family: str, output: Placement | None) -> dict[str, ParallelStyle]:
     columns = [*COLUMNS, *ATTENTION] if has_attention else COLUMNS
     rows = [*ROWS, "self_attn.o_proj"] if has_attention else ROWS
     return {
+        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate()),
         **{f"model.layers.*.{name}": ColwiseParallel() for name in columns},
         **{f"model.layers.*.{name}": RowwiseParallel() for name in rows},
         "lm_head": ColwiseParallel(output_layouts=output),
     }
+
+
+def in_tensor_parallel(model: Any, mesh: DeviceMesh, output: Placement | None) -> None:
+    """Shard a model; where its head is tied to its embedding, parallelize_module makes two
+    parameters of one, both with rows of the vocabulary."""
+    parallelize_module(model, mesh, plan_of(model.config.model_type, output))
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
 
 
 def vocabulary_ranks(rank: int, family: str) -> dict[str, dict[str, Any]]:
@@ -180,10 +190,10 @@ def vocabulary_ranks(rank: int, family: str) -> dict[str, dict[str, Any]]:
             continue
         mesh = init_device_mesh("cpu", (pairs, 2), mesh_dim_names=("data", "tensor"))
         for output in (None, Replicate()):
-            model = tiny_model(family, tie_word_embeddings=False)
+            model = tiny_model(family)
             teacher = neighbour(model)
             for each in (model, teacher):
-                parallelize_module(each, mesh["tensor"], plan_of(family, output))
+                in_tensor_parallel(each, mesh["tensor"], output)
             step: nn.Module = ModelWithLoss(model, teacher=teacher)
             if pairs > 1:
                 for layer in (*model.model.layers, *teacher.model.layers):
@@ -202,11 +212,11 @@ def vocabulary_ranks(rank: int, family: str) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_tensor_parallel_ranks_have_the_gradients_of_one_process(
     family: str, ranks: int, tmp_path
 ) -> None:
-    model = tiny_model(family, tie_word_embeddings=False)
+    model = tiny_model(family)
     materialised(model, neighbour(model)).backward()
     expected = gradients(model)
     for each in in_processes(vocabulary_ranks, family, tmp_path, ranks=ranks):
