@@ -12,14 +12,16 @@ With g = dD / d log-bucket (a softmax over buckets) and tail masses q:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from selfdistill_kernels.backends.interface import Backend, Entries, Gradients, LinearInputs, Needs
+from selfdistill_kernels.backends.interface import Entries, Gradients, LinearInputs
 from selfdistill_kernels.backends.reference.divergence import divergence_gradient, divergence_of
 from selfdistill_kernels.objective import Objective
+from selfdistill_kernels.parallel.shard import VocabularyShard
 from selfdistill_kernels.statistics import Column
 
 # A tail below this mass counts as this much: 1 - sum_K p has no digits left there.
@@ -53,6 +55,34 @@ def support_logprobs(inputs: LinearInputs, statistics: Tensor, support: Tensor) 
     return logprobs
 
 
+def joined_support(
+    shard: VocabularyShard, objective: Objective, support: Tensor, logprobs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The support [N, k] of the whole vocabulary and its log-probs [2, N, k].
+
+    Each rank offers its own most likely entries: 3 k numbers a token. Entries count from the
+    shard's start; those of other ranks lie outside of it.
+
+    Args:
+        shard: this rank's.
+        objective: says how many entries, and whose.
+        support: [N, min(k, size of the shard)], this rank's.
+        logprobs: [2, N, min(k, size of the shard)] float64.
+    """
+    k = objective.top_k
+    assert k is not None
+    # A shard of fewer than k entries offers some that no other can be worse than.
+    pad = (0, k - support.shape[1])
+    places = torch.nn.functional.pad(support + shard.start, pad, value=-1)
+    logprobs = torch.nn.functional.pad(logprobs, pad, value=-torch.inf)
+    offers = shard.gathered(torch.cat([logprobs, places.to(logprobs.dtype)[None]]))
+    offers = offers.permute(1, 2, 0, 3).flatten(2)  # [3, N, ranks k]
+    owner = offers[int(objective.top_k_of == "teacher")]
+    best = owner.topk(k, dim=1, sorted=False).indices
+    student, teacher, places = offers.gather(2, best.expand(3, -1, -1))
+    return places.to(torch.int64) - shard.start, torch.stack([student, teacher])
+
+
 def top_k_divergence(objective: Objective, logprobs: Tensor, *, tail: bool) -> Tensor:
     """Divergence [N] float64 of the log-probs [2, N, k] of the support."""
     student, teacher = (_buckets(side, tail=tail) for side in logprobs)
@@ -60,20 +90,19 @@ def top_k_divergence(objective: Objective, logprobs: Tensor, *, tail: bool) -> T
 
 
 def top_k_gradient(
-    backend: Backend,
+    gradient_of: Callable[[LinearInputs, Tensor, Entries], Gradients],
     inputs: LinearInputs,
     objective: Objective,
     statistics: Tensor,
     term_weights: Tensor,
     support: Tensor,
     logprobs: Tensor,
-    needs: Needs,
-    workspace: int,
-    *,
-    tail: bool,
 ) -> Gradients:
-    """`Backend.gradient` where the first of the weights [N, 3] is that of the top-k divergence."""
-    k = support.shape[1]
+    """The gradient where the first of the weights [N, 3] is that of the top-k divergence.
+
+    `gradient_of` makes a gradient without a divergence from inputs, term weights and entries.
+    """
+    k, tail = support.shape[1], objective.tail
     student, teacher = (_buckets(side.double(), tail=tail) for side in logprobs)
     constants = divergence_of(student, teacher, objective)
     slope = divergence_gradient(student, teacher, *constants, objective)
@@ -103,13 +132,9 @@ def top_k_gradient(
     weights = term_weights.clone()
     weights[:, 0] = 0
     weights[:, 1] += dense[:, 0].to(weights.dtype)
-    return backend.gradient(
+    return gradient_of(
         replace(inputs, targets=None),
-        replace(objective, divergence="none", entropy=1.0),
-        statistics,
         weights,
-        needs,
-        workspace,
         Entries(indices, torch.where(has_gradient, gradient, 0.0)),
     )
 

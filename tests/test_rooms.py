@@ -36,7 +36,7 @@ ROOMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "triton": ("backends.triton",),
         "backends": ("backends", "backends.registry"),
         "top-k": ("top_k",),
-        "operators": ("ops", "eager", "transforms", "flops", "parallel.statistics"),
+        "operators": ("passes", "ops", "eager", "transforms", "flops"),
         "arguments": ("arguments", "parallel.operands"),
         "public functions": ("loss", ""),
         "integrations": ("integrations",),

@@ -268,7 +268,7 @@ def prepare(
     if old_logprobs is not None:
         old_logprobs = _flat(_constant(old_logprobs)).to(loss_weight.dtype)
     inputs = _linear_inputs(models, tokens, exists, settings.transform)
-    check_top_k(objective, inputs.vocabulary if inputs.shard is None else inputs.shard.vocabulary)
+    check_top_k(objective, inputs.whole_vocabulary)
     terms = TokenTerms(
         leading=leading,
         exists=_flat(exists),
@@ -317,7 +317,8 @@ def _linear_inputs(
         exists=_flat(exists),
         targets=inputs.targets,
     )
-    return replace(inputs, shard=shard)
+    targets = None if inputs.targets is None else inputs.targets - shard.start
+    return replace(inputs, targets=targets, shard=shard)
 
 
 def _needs(models: Models, *, in_place: bool) -> Needs:

@@ -62,6 +62,11 @@ class LinearInputs:
         return self.student_hidden.shape[1] if self.weight is None else self.weight.shape[0]
 
     @property
+    def whole_vocabulary(self) -> int:
+        """V, or with a shard the entries of all ranks."""
+        return self.vocabulary if self.shard is None else self.shard.vocabulary
+
+    @property
     def device(self) -> torch.device:
         """Of all tensors."""
         return self.student_hidden.device
@@ -123,17 +128,64 @@ class Entries(NamedTuple):
         gradient[row, columns[row, entry]] = self.values[rows[row], entry].to(gradient.dtype)
 
 
+class Expected(NamedTuple):
+    """What is known in a forward pass of the gradient that its backward pass will ask for.
+
+    Attributes:
+        needs: the gradients that are wanted.
+        terms: which of the columns of `term_weights` may hold something else than 0.
+        gate: a token that it stops has no gradient.
+        is_ranked: whether tokens are still to be chosen, so that many may have none.
+    """
+
+    needs: Needs
+    terms: tuple[bool, bool, bool]
+    gate: Gate | None
+    is_ranked: bool
+
+    @property
+    def only_term(self) -> int | None:
+        """The column, where there is one."""
+        return self.terms.index(True) if sum(self.terms) == 1 else None
+
+
+class Kept(Protocol):
+    """What a sweep left for the backward pass of its tokens, so that it need not be repeated."""
+
+    def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool) -> Tensor | None:
+        """`Backend.top_k` for the same models, before `gradient`; None if this is no help."""
+        ...
+
+    def gradient(
+        self,
+        inputs: LinearInputs,
+        objective: Objective,
+        statistics: Tensor,
+        term_weights: Tensor,
+        needs: Needs,
+        entries: Entries | None = None,
+    ) -> Gradients | None:
+        """`Backend.gradient` for the same models; None if this is no help, as it may be for a
+        second backward pass."""
+        ...
+
+
 class Backend(Protocol):
     """The visits of the vocabulary that the operators are made of.
 
     `statistics` tensors are [N, 10] (see statistics.Column), zero in rows that do not exist. With
-    `inputs.shard`, which reaches `statistics`, `top_k` and `gradient` only, they are those of the
-    whole vocabulary; the most likely entries and the gradients are those of the shard, dH what its
-    entries add to the whole.
+    `inputs.shard`, which does not reach `visit`, they are those of the whole vocabulary; the most
+    likely entries and the gradients are those of the shard, dH what its entries add to the whole.
     """
 
     def statistics(self, inputs: LinearInputs, objective: Objective, workspace: int) -> Tensor:
         """One sweep, no gradient."""
+        ...
+
+    def keep(
+        self, inputs: LinearInputs, objective: Objective, expected: Expected, workspace: int
+    ) -> tuple[Tensor, Kept] | None:
+        """`statistics`, and what spares their gradient a sweep; None where that cannot be had."""
         ...
 
     def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) -> Tensor:

@@ -19,13 +19,12 @@ from selfdistill_kernels.backends.native import memory
 from selfdistill_kernels.backends.native.gemm import head_for, is_widened
 from selfdistill_kernels.backends.native.plan import TilePlan
 from selfdistill_kernels.backends.native.rows import RowKernels, Tile
-from selfdistill_kernels.backends.native.state import add_mixture_sums, join_parts
 from selfdistill_kernels.backends.tokens import Tokens
 
 
 def sweep_statistics(kernels: RowKernels, plan: TilePlan) -> Tensor:
     """Statistics [n, 10] of the n tokens that exist."""
-    tokens, shard = kernels.inputs.tokens, kernels.inputs.shard
+    tokens = kernels.inputs.tokens
     state = kernels.new_state(tokens.count)
 
     def sweep(accumulate: Callable[[Tile, Tensor], None], buffer: Tensor) -> None:
@@ -36,17 +35,17 @@ def sweep_statistics(kernels: RowKernels, plan: TilePlan) -> Tensor:
 
     with memory.workspace(plan.tile_elements, kernels.inputs.device) as buffer:
         sweep(kernels.accumulate, buffer)
-        if shard is not None:
-            state = join_parts(state, kernels.divergence, shard)
+        state = kernels.joined(state)
         if kernels.needs_mixture:
             sweep(kernels.accumulate_mixture, buffer)
-            if shard is not None:
-                add_mixture_sums(state, shard)
+            kernels.join_mixture(state)
     return kernels.finish(state)
 
 
-def sweep_top_k(inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) -> Tensor:
-    """`Backend.top_k` by library GEMMs, one model alone."""
+def sweep_top_k(
+    inputs: LinearInputs, k: int, of_teacher: bool, workspace: int, scores: Tensor | None = None
+) -> Tensor:
+    """`Backend.top_k` by library GEMMs, one model alone, or from its raw scores [n, V]."""
     tokens = inputs.tokens
     hidden = inputs.teacher_hidden if of_teacher else inputs.student_hidden
     bias = inputs.teacher_bias if of_teacher else inputs.bias
@@ -71,13 +70,16 @@ def sweep_top_k(inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) 
     with memory.workspace(plan.tile_elements, inputs.device) as buffer:
         for start, stop, first, last in _tiles(tokens.count, plan, inputs):
             rows, columns = last - first, stop - start
-            scores = buffer[: rows * columns].view(rows, columns)
-            head.logits(tokens.part(first, last).of(hidden), start, stop, out=scores)
+            tile = buffer[: rows * columns].view(rows, columns)
+            if scores is None:
+                head.logits(tokens.part(first, last).of(hidden), start, stop, out=tile)
+            else:
+                tile.copy_(scores[first:last, start:stop])
             if bias is not None:
-                scores += bias[start:stop]
+                tile += bias[start:stop]
             if inputs.transform.logit_scale < 0:
-                scores.neg_()
-            top = scores.topk(min(k, stop - start), dim=1, sorted=False)
+                tile.neg_()
+            top = tile.topk(min(k, stop - start), dim=1, sorted=False)
             merged.append((top.values, top.indices + start))
             if last < tokens.count:
                 continue
