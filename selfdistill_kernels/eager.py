@@ -43,11 +43,16 @@ def call_linear_statistics(
     inputs: LinearInputs, options: LossOptions, expected: Expected
 ) -> Tensor:
     """Return statistics [N, 10], differentiable as those of `linear_statistics` are."""
-    tensors, scalars = inputs.tensors(), options.statistics_scalars(inputs.vocabulary)
-    if _is_traced(tensors):
+    tensors, scalars = inputs.tensors(), options.statistics_scalars(inputs.whole_vocabulary)
+    if inputs.shard is None and _is_traced(tensors):
         statistics, *_ = linear_statistics(*tensors, *scalars)
         return statistics
-    return _EagerStatistics.apply(*tensors, scalars, expected if expected.needs else None)
+    apply = _EagerStatistics.apply
+    if torch.compiler.is_compiling():
+        # An operator takes no process group: the graph breaks here.
+        apply = torch.compiler.disable(apply)
+    wanted = expected if expected.needs else None
+    return apply(*tensors, scalars, wanted, inputs.shard)
 
 
 def _is_traced(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -83,16 +88,16 @@ class _EagerLoss(torch.autograd.Function):
 
 
 class _EagerStatistics(torch.autograd.Function):
-    """`linear_statistics` without its operator: its tensors, its scalars in a tuple, and what is
-    expected of the backward pass, if there is one. Returns statistics."""
+    """`linear_statistics` without its operator: its tensors, its scalars in a tuple, what is
+    expected of the backward pass, if there is one, and the shard. Returns statistics."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        tensors, (scalars, expected) = arguments[:8], arguments[8:]
+        tensors, (scalars, expected, ctx.shard) = arguments[:8], arguments[8:]
         *transform, divergence, beta, top_k, top_k_of, tail, workspace, backend = scalars
         ctx.transform, ctx.execution = LogitTransform(*transform), (workspace, backend)
         ctx.objective = divergence_alone(divergence, beta, top_k, top_k_of, tail)
-        inputs = linear_inputs(*(*tensors, ctx.transform))
+        inputs = linear_inputs(*(*tensors, ctx.transform, ctx.shard))
         found, ctx.kept = sweep(inputs, ctx.objective, workspace, backend, expected)
         ctx.save_for_backward(*tensors, *found)
         return found.statistics
@@ -105,8 +110,8 @@ class _EagerStatistics(torch.autograd.Function):
         workspace, backend = ctx.execution
         gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         gradients[0], gradients[2], gradients[4] = sweep_gradient(
-            linear_inputs(*(*tensors, ctx.transform)), ctx.objective, found, term_weights(grad),
-            needs, workspace, backend, ctx.kept,
+            linear_inputs(*(*tensors, ctx.transform, ctx.shard)), ctx.objective, found,
+            term_weights(grad), needs, workspace, backend, ctx.kept,
         )  # fmt: skip
         return tuple(gradients)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from selfdistill_kernels.advantage import AdvantageMask
@@ -82,6 +83,7 @@ def fused_linear_distillation(
     token_weight: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     step_ids: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
     objective: str | Objective = "forward_kl",
     advantage_mask: AdvantageMask | None = None,
     ignore_index: int = -100,
@@ -102,7 +104,8 @@ def fused_linear_distillation(
     Args:
         student_hidden: [..., H] last hidden states of the student (after the final norm).
         teacher_hidden: [..., H_t] of the self-teacher, aligned token by token; no gradient.
-        weight: [V, H] lm_head; frozen (requires_grad False) costs no dW.
+        weight: [V, H] lm_head; frozen (requires_grad False) costs no dW. A DTensor with Shard(0),
+            as ColwiseParallel makes of it, stays in its shards (docs/parallel.md).
         targets: [...] int, the sampled tokens y. Needed by log-probs, advantage, policy gradient
             and cross entropy.
         teacher_weight: [V, H_t], None when the teacher shares `weight` and `bias`.
@@ -114,6 +117,9 @@ def fused_linear_distillation(
             objective's `importance_clip`.
         step_ids: [..., time] int for AdvantageMask(per_step=True): the tokens of one step of a
             sequence share a number in [0, time); negative outside of steps.
+        group: makes plain tensors shards: its ranks hold the rows of the vocabulary in order, and
+            weight, teacher_weight, bias and teacher_bias are this rank's; all else is the same on
+            all ranks. Forward and backward are collectives then.
         objective: a divergence name or an Objective.
         advantage_mask: which tokens carry a gradient; dropped ones keep their statistics and stay
             in the denominator.
@@ -145,7 +151,7 @@ def fused_linear_distillation(
         normalizer,
     )
     models = Models.of_two(
-        student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias
+        student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, group
     )
     tokens = PerToken(targets, mask, ignore_index, token_weight, old_logprobs, step_ids)
     return _distillation(*prepare(models, tokens, settings))
@@ -262,6 +268,7 @@ def fused_linear_logprobs(
     *,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
     ignore_index: int = -100,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
@@ -297,7 +304,7 @@ def fused_linear_logprobs(
         backend,
         reduction="sum",
     )
-    models = Models.of_one(hidden, weight, bias)
+    models = Models.of_one(hidden, weight, bias, group)
     tokens = PerToken(require_tensor("targets", targets), mask, ignore_index)
     inputs, terms, options = prepare(models, tokens, settings)
     terms_wanted = (False, True, entropy == "differentiable")
@@ -360,6 +367,7 @@ class FusedLinearDistillationLoss(nn.Module):
         token_weight: Tensor | None = None,
         old_logprobs: Tensor | None = None,
         step_ids: Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
         normalizer: float | Tensor | None = None,
     ) -> DistillationOutput:
         """See `fused_linear_distillation`."""
@@ -375,6 +383,7 @@ class FusedLinearDistillationLoss(nn.Module):
             token_weight=token_weight,
             old_logprobs=old_logprobs,
             step_ids=step_ids,
+            group=group,
             normalizer=normalizer,
             objective=self.objective,
             advantage_mask=self.advantage_mask,

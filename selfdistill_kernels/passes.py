@@ -21,9 +21,15 @@ from selfdistill_kernels.backends.registry import get_backend
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.options import LossOptions
+from selfdistill_kernels.parallel.shard import VocabularyShard
 from selfdistill_kernels.statistics import Column
 from selfdistill_kernels.token_loss import token_losses
-from selfdistill_kernels.top_k import support_logprobs, top_k_divergence, top_k_gradient
+from selfdistill_kernels.top_k import (
+    joined_support,
+    support_logprobs,
+    top_k_divergence,
+    top_k_gradient,
+)
 
 
 class Sweep(NamedTuple):
@@ -90,11 +96,14 @@ def sweep(
         logprobs = statistics.new_empty((2, hidden.shape[0], 0))
         if top_k > 0:
             of_teacher = objective.top_k_of == "teacher"
-            best = None if kept is None else kept.top_k(inputs, top_k, of_teacher)
+            here = min(top_k, inputs.vocabulary)
+            best = None if kept is None else kept.top_k(inputs, here, of_teacher)
             if best is None:
-                best = chosen.top_k(inputs, top_k, of_teacher, workspace)
+                best = chosen.top_k(inputs, here, of_teacher, workspace)
             support = best
             exact = support_logprobs(inputs, statistics, support)
+            if inputs.shard is not None:
+                support, exact = joined_support(inputs.shard, objective, support, exact)
             divergences = top_k_divergence(objective, exact, tail=objective.tail)
             statistics[:, Column.DIVERGENCE] = divergences
             if inputs.exists is not None:
@@ -113,7 +122,8 @@ def sweep_gradient(
     backend: str,
     kept: Kept | None = None,
 ) -> Gradients:
-    """The gradient for the weights [N, 3] of divergence, -log S(y) and entropy."""
+    """The gradient for the weights [N, 3] of divergence, -log S(y) and entropy; dH of the whole
+    vocabulary, dW and db of the shard where there is one."""
 
     def gradient_of(
         inputs: LinearInputs, objective: Objective, weights: Tensor, entries: Entries | None
@@ -129,12 +139,18 @@ def sweep_gradient(
 
     with _float32_products(inputs.student_hidden):
         if objective.top_k is None:
-            return gradient_of(inputs, objective, term_weights, None)
-        without = _without_divergence(objective)
-        return top_k_gradient(
-            lambda inputs, weights, entries: gradient_of(inputs, without, weights, entries),
-            inputs, objective, found.statistics, term_weights, found.support, found.logprobs,
-        )  # fmt: skip
+            made = gradient_of(inputs, objective, term_weights, None)
+        else:
+            without = _without_divergence(objective)
+            made = top_k_gradient(
+                lambda inputs, weights, entries: gradient_of(inputs, without, weights, entries),
+                inputs, objective, found.statistics, term_weights, found.support, found.logprobs,
+            )  # fmt: skip
+    if inputs.shard is None or made.hidden is None:
+        return made
+    # In float32: each rank has rounded its part, and the sum is rounded once.
+    hidden = inputs.shard.total(made.hidden.to(found.statistics.dtype))
+    return made._replace(hidden=hidden.to(made.hidden.dtype))
 
 
 def _without_divergence(objective: Objective) -> Objective:
@@ -152,6 +168,7 @@ def linear_inputs(
     targets: Tensor | None,
     exists: Tensor | None,
     transform: LogitTransform,
+    shard: VocabularyShard | None = None,
 ) -> LinearInputs:
     """The operands of an operator, contiguous. Raises ValueError for a target that is no entry."""
     inputs = LinearInputs(
@@ -164,6 +181,7 @@ def linear_inputs(
         targets,
         exists,
         transform,
+        shard,
     )
     if targets is not None:
         _check_targets(inputs, targets)
@@ -171,17 +189,18 @@ def linear_inputs(
 
 
 def _check_targets(inputs: LinearInputs, targets: Tensor) -> None:
-    vocabulary = inputs.vocabulary
+    vocabulary = inputs.whole_vocabulary
+    start = 0 if inputs.shard is None else inputs.shard.start
     if inputs.device.type in ("cuda", "meta"):
         # Reading a value would make the host wait for the device: the device checks by itself.
-        valid = (targets >= 0) & (targets < vocabulary)
+        valid = (targets >= -start) & (targets < vocabulary - start)
         if inputs.exists is not None:
             valid |= ~inputs.exists
         torch._assert_async(valid.all(), "targets: a token id lies outside the vocabulary")
         return
     if inputs.tokens.count == 0:
         return
-    low, high = (int(bound) for bound in inputs.tokens.of(targets).aminmax())
+    low, high = (int(bound) + start for bound in inputs.tokens.of(targets).aminmax())
     if low < 0 or high >= vocabulary:
         bad = low if low < 0 else high
         raise ValueError(

@@ -21,6 +21,7 @@ from torch import Tensor
 from selfdistill_kernels.backends.interface import Entries, Gradients, LinearInputs
 from selfdistill_kernels.backends.reference.divergence import divergence_gradient, divergence_of
 from selfdistill_kernels.objective import Objective
+from selfdistill_kernels.parallel.shard import VocabularyShard
 from selfdistill_kernels.statistics import Column
 
 # A tail below this mass counts as this much: 1 - sum_K p has no digits left there.
@@ -52,6 +53,34 @@ def support_logprobs(inputs: LinearInputs, statistics: Tensor, support: Tensor) 
         normalizer = found[:, column] + found[:, column + 1]
         logprobs[side, rows] = inputs.transform.apply(raw, None) - normalizer[:, None]
     return logprobs
+
+
+def joined_support(
+    shard: VocabularyShard, objective: Objective, support: Tensor, logprobs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The support [N, k] of the whole vocabulary and its log-probs [2, N, k].
+
+    Each rank offers its own most likely entries: 3 k numbers a token. Entries count from the
+    shard's start; those of other ranks lie outside of it.
+
+    Args:
+        shard: this rank's.
+        objective: says how many entries, and whose.
+        support: [N, min(k, size of the shard)], this rank's.
+        logprobs: [2, N, min(k, size of the shard)] float64.
+    """
+    k = objective.top_k
+    assert k is not None
+    # A shard of fewer than k entries offers some that no other can be worse than.
+    pad = (0, k - support.shape[1])
+    places = torch.nn.functional.pad(support + shard.start, pad, value=-1)
+    logprobs = torch.nn.functional.pad(logprobs, pad, value=-torch.inf)
+    offers = shard.gathered(torch.cat([logprobs, places.to(logprobs.dtype)[None]]))
+    offers = offers.permute(1, 2, 0, 3).flatten(2)  # [3, N, ranks k]
+    owner = offers[int(objective.top_k_of == "teacher")]
+    best = owner.topk(k, dim=1, sorted=False).indices
+    student, teacher, places = offers.gather(2, best.expand(3, -1, -1))
+    return places.to(torch.int64) - shard.start, torch.stack([student, teacher])
 
 
 def top_k_divergence(objective: Objective, logprobs: Tensor, *, tail: bool) -> Tensor:

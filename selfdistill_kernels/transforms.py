@@ -21,6 +21,10 @@ NO_FORWARD_MODE = (
     "selfdistill_kernels: forward-mode derivatives (torch.func.jvp, jacfwd, hessian, forward_ad) "
     "are not supported; use backward, torch.func.grad or vjp"
 )
+NO_SHARDS = (
+    "selfdistill_kernels: the transforms of torch.func do not go through heads that are sharded "
+    "along the vocabulary; use backward"
+)
 NO_SECOND_DERIVATIVE = (
     "selfdistill_kernels: second derivatives (hessian, grad of grad) are not supported"
 )
@@ -43,9 +47,11 @@ def call_linear_statistics(
 ) -> Tensor:
     """`eager.call_linear_statistics`, under the transforms of torch.func, too."""
     refuse_forward_mode(inputs.tensors())
-    operands: tuple[Any, ...] = (*map(_saveable, inputs.tensors()), inputs.transform)
+    operands: tuple[Any, ...] = (*map(_saveable, inputs.tensors()), inputs.transform, inputs.shard)
     inputs = LinearInputs(*operands)
     if _is_transformed():
+        if inputs.shard is not None:
+            raise NotImplementedError(NO_SHARDS)
         scalars = options.statistics_scalars(inputs.vocabulary)
         statistics, *_ = _TransformedStatistics.apply(*inputs.tensors(), *scalars)
         return statistics

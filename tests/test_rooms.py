@@ -19,7 +19,15 @@ ROOT = Path(__file__).resolve().parents[1]
 # goes before a shorter one, wherever the two stand.
 ROOMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "selfdistill_kernels": {
-        "definitions": ("autocast", "logits", "objective", "advantage", "statistics"),
+        "definitions": (
+            "autocast",
+            "logits",
+            "objective",
+            "advantage",
+            "statistics",
+            "parallel",
+            "parallel.shard",
+        ),
         "token loss": ("token_loss",),
         "interface of a backend": ("backends.tokens", "backends.interface", "options"),
         "choice of a backend": ("backends.dispatch",),
@@ -29,7 +37,7 @@ ROOMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "backends": ("backends", "backends.registry"),
         "top-k": ("top_k",),
         "operators": ("passes", "ops", "eager", "transforms", "flops"),
-        "arguments": ("arguments",),
+        "arguments": ("arguments", "parallel.operands"),
         "public functions": ("loss", ""),
         "integrations": ("integrations",),
         "tools": ("tools",),

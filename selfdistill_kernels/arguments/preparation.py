@@ -8,9 +8,10 @@ A public function puts its arguments into three objects (`Models`, `PerToken`, `
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from selfdistill_kernels.advantage import SIGNS, AdvantageMask, Gate
@@ -33,6 +34,7 @@ from selfdistill_kernels.backends.registry import choose_backend
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.options import LossOptions
+from selfdistill_kernels.parallel.operands import agreed_shard, local_operands
 from selfdistill_kernels.statistics import statistics_dtype
 
 
@@ -45,6 +47,7 @@ class Models:
         student_hidden, teacher_hidden: [..., H] and [..., H_t], or logits [..., V] without a head;
             no teacher for log-probs of one model.
         weight, teacher_weight, bias, teacher_bias: as in LinearInputs.
+        group: the ranks that hold the other rows of the heads; None where they are whole.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Models:
     teacher_weight: Tensor | None = None
     bias: Tensor | None = None
     teacher_bias: Tensor | None = None
+    group: dist.ProcessGroup | None = None
 
     @classmethod
     def of_two(
@@ -64,11 +68,25 @@ class Models:
         teacher_weight: Tensor | None,
         bias: Tensor | None,
         teacher_bias: Tensor | None,
+        group: dist.ProcessGroup | None,
     ) -> Models:
         """Student and teacher, cast as autocast asks. Raises TypeError or ValueError."""
-        student_hidden = require_tensor("student_hidden", student_hidden)
-        teacher_hidden = require_tensor("teacher_hidden", teacher_hidden)
-        weight = require_tensor("weight", weight)
+        operands, group = local_operands(
+            {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden},
+            {
+                "weight": weight,
+                "teacher_weight": teacher_weight,
+                "bias": bias,
+                "teacher_bias": teacher_bias,
+            },
+            group,
+        )
+        student_hidden = require_tensor("student_hidden", operands["student_hidden"])
+        teacher_hidden = require_tensor("teacher_hidden", operands["teacher_hidden"])
+        weight = require_tensor("weight", operands["weight"])
+        teacher_weight, bias, teacher_bias = (
+            operands[name] for name in ("teacher_weight", "bias", "teacher_bias")
+        )
         autocast = autocast_dtype(student_hidden.device)
         if autocast is not None:
             student_hidden, teacher_hidden, weight = (
@@ -91,19 +109,30 @@ class Models:
             teacher_weight,
             bias,
             teacher_bias,
+            group,
         )
 
     @classmethod
-    def of_one(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Models:
+    def of_one(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        group: dist.ProcessGroup | None,
+    ) -> Models:
         """One model, cast as autocast asks. Raises TypeError or ValueError."""
-        hidden = require_tensor("hidden", hidden)
-        weight = require_tensor("weight", weight)
+        operands, group = local_operands(
+            {"hidden": hidden}, {"weight": weight, "bias": bias}, group
+        )
+        hidden = require_tensor("hidden", operands["hidden"])
+        weight = require_tensor("weight", operands["weight"])
+        bias = operands["bias"]
         autocast = autocast_dtype(hidden.device)
         if autocast is not None:
             hidden, weight = _cast(hidden, autocast), _cast(weight, autocast)
             bias = None if bias is None else _cast(bias, autocast)
         check_head("model", "hidden", hidden, "weight", weight, "bias", bias)
-        return cls("hidden", hidden, None, weight, bias=bias)
+        return cls("hidden", hidden, None, weight, bias=bias, group=group)
 
     @classmethod
     def of_logits(cls, student: Tensor, teacher: Tensor, *, in_place: bool) -> Models:
@@ -120,7 +149,7 @@ class Models:
 
     @property
     def vocabulary(self) -> int:
-        """V."""
+        """V, or with a group this rank's part of it."""
         return self.student_hidden.shape[-1] if self.weight is None else self.weight.shape[0]
 
 
@@ -216,12 +245,17 @@ def prepare(
     check_reduction(settings.reduction, leading)
     check_normalizer(settings.normalizer)
     check_targets_given(models.name, objective, mask, tokens.targets)
-    check_top_k(objective, models.vocabulary)
     check_companions(objective, mask, tokens.old_logprobs, tokens.step_ids)
-    backend = choose_backend(settings.backend, device=student.device, dtype=student.dtype)
+    is_sharded = models.group is not None
+    backend = choose_backend(
+        settings.backend, device=student.device, dtype=student.dtype, is_sharded=is_sharded
+    )
 
     token_local = mask is None or mask.is_token_local
-    in_one_visit = settings.reduction != "none" and objective.top_k is None and token_local
+    # The loss of a shard's row is known when the other ranks have seen theirs.
+    in_one_visit = (
+        settings.reduction != "none" and objective.top_k is None and token_local and not is_sharded
+    )
     if settings.in_place and not in_one_visit:
         raise ValueError(
             "in_place: needs the loss of each token in one visit, so no reduction='none', top_k, "
@@ -234,6 +268,7 @@ def prepare(
     if old_logprobs is not None:
         old_logprobs = _flat(_constant(old_logprobs)).to(loss_weight.dtype)
     inputs = _linear_inputs(models, tokens, exists, settings.transform)
+    check_top_k(objective, inputs.whole_vocabulary)
     terms = TokenTerms(
         leading=leading,
         exists=_flat(exists),
@@ -259,7 +294,7 @@ def _linear_inputs(
     models: Models, tokens: PerToken, exists: Tensor, transform: LogitTransform
 ) -> LinearInputs:
     """The models' tensors flattened; the teacher's without the graph behind them."""
-    return LinearInputs(
+    inputs = LinearInputs(
         _flat_rows(models.student_hidden),
         None if models.teacher_hidden is None else _flat_rows(_constant(models.teacher_hidden)),
         models.weight,
@@ -270,6 +305,20 @@ def _linear_inputs(
         _flat(exists),
         transform,
     )
+    if models.group is None:
+        return inputs
+    hidden = {models.name: inputs.student_hidden}
+    if inputs.teacher_hidden is not None:
+        hidden["teacher_hidden"] = inputs.teacher_hidden
+    shard = agreed_shard(
+        models.group,
+        size=models.vocabulary,
+        hidden=hidden,
+        exists=_flat(exists),
+        targets=inputs.targets,
+    )
+    targets = None if inputs.targets is None else inputs.targets - shard.start
+    return replace(inputs, targets=targets, shard=shard)
 
 
 def _needs(models: Models, *, in_place: bool) -> Needs:

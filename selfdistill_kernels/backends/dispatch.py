@@ -11,6 +11,9 @@ BACKENDS = ("auto", "triton", "native", "reference")
 # What "auto" tries on a device, best first; the reference is last everywhere.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "native"), "cpu": ("native",)}
 
+# Backends whose statistics join those of other ranks, where the vocabulary is sharded.
+JOINING = ("native", "reference")
+
 # Least compute capability of an NVIDIA GPU for the Triton kernels (bfloat16 tensor cores).
 TRITON_CAPABILITY = (8, 0)
 
@@ -90,7 +93,9 @@ def check_backend_name(name: str) -> None:
         raise ValueError(f"backend: unknown name {name!r}; expected one of {', '.join(BACKENDS)}")
 
 
-def decide(name: str, *, device: str, dtype: torch.dtype, found: Found) -> Choice:
+def decide(
+    name: str, *, device: str, dtype: torch.dtype, found: Found, is_sharded: bool = False
+) -> Choice:
     """Resolve "auto" and refuse a named backend that cannot serve these inputs.
 
     Args:
@@ -98,16 +103,23 @@ def decide(name: str, *, device: str, dtype: torch.dtype, found: Found) -> Choic
         device: type of the inputs' device, such as "cuda".
         dtype: of the inputs.
         found: what this process can use.
+        is_sharded: whether the vocabulary lies in parts on several ranks.
 
     Raises:
-        ValueError: unknown name, or a named backend that does not take the device or dtype.
+        ValueError: unknown name, or a named backend that does not take the device, the dtype or
+            shards.
         RuntimeError: a named backend that is not available here.
     """
     check_backend_name(name)
+    if is_sharded and name not in ("auto", *JOINING):
+        raise ValueError(
+            f"backend: {name!r} takes no heads that are sharded along the vocabulary; use "
+            "backend='auto', 'native' or 'reference'"
+        )
     if name == "auto":
         passed_over: list[tuple[str, str]] = []
         for backend in PREFERENCE.get(device, ()):
-            if dtype not in SERVED[backend, device]:
+            if dtype not in SERVED[backend, device] or (is_sharded and backend not in JOINING):
                 continue
             missing = found.missing(backend, device)
             if missing is None:

@@ -13,6 +13,7 @@ from selfdistill_kernels.advantage import Gate
 from selfdistill_kernels.backends.tokens import Tokens
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
+from selfdistill_kernels.parallel.shard import VocabularyShard
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class LinearInputs:
         targets: [N] int64 or None; only read where `exists`.
         exists: [N] bool or None (all tokens exist). Rows that do not exist are never read.
         transform: bias -> scale -> soft cap -> temperature.
+        shard: None where the heads are whole. Else they hold the shard's rows, V is the shard's
+            size, and targets count from its start: one outside of [0, V) is another rank's.
     """
 
     student_hidden: Tensor
@@ -39,6 +42,7 @@ class LinearInputs:
     targets: Tensor | None
     exists: Tensor | None
     transform: LogitTransform
+    shard: VocabularyShard | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The first eight attributes, in the order of the operators' schemas."""
@@ -56,6 +60,11 @@ class LinearInputs:
     def vocabulary(self) -> int:
         """V."""
         return self.student_hidden.shape[1] if self.weight is None else self.weight.shape[0]
+
+    @property
+    def whole_vocabulary(self) -> int:
+        """V, or with a shard the entries of all ranks."""
+        return self.vocabulary if self.shard is None else self.shard.vocabulary
 
     @property
     def device(self) -> torch.device:
@@ -164,7 +173,9 @@ class Kept(Protocol):
 class Backend(Protocol):
     """The visits of the vocabulary that the operators are made of.
 
-    `statistics` tensors are [N, 10] (see statistics.Column), zero in rows that do not exist.
+    `statistics` tensors are [N, 10] (see statistics.Column), zero in rows that do not exist. With
+    `inputs.shard`, which does not reach `visit`, they are those of the whole vocabulary; the most
+    likely entries and the gradients are those of the shard, dH what its entries add to the whole.
     """
 
     def statistics(self, inputs: LinearInputs, objective: Objective, workspace: int) -> Tensor:

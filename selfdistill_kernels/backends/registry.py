@@ -18,14 +18,18 @@ from selfdistill_kernels.backends.reference import ReferenceBackend
 CPU_TORCH = "this torch is built for CPUs only; install one for your GPU (pytorch.org/get-started)"
 
 
-def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> str:
+def choose_backend(
+    name: str, *, device: torch.device, dtype: torch.dtype, is_sharded: bool = False
+) -> str:
     """Resolve "auto" and refuse a backend that cannot serve these inputs (dispatch.decide).
 
     Raises:
         ValueError: unknown name, or a named backend that does not take the device or dtype.
         RuntimeError: a named backend that is not available here.
     """
-    choice = decide(name, device=device.type, dtype=dtype, found=found_on(device))
+    choice = decide(
+        name, device=device.type, dtype=dtype, found=found_on(device), is_sharded=is_sharded
+    )
     if choice.backend == "reference" and choice.passed_over and not torch.compiler.is_compiling():
         _warn_once(choice.passed_over)
     return choice.backend

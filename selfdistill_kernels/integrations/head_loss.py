@@ -18,7 +18,7 @@ from selfdistill_kernels.arguments.checks import (
     workspace_bytes,
 )
 from selfdistill_kernels.autocast import autocast_dtype
-from selfdistill_kernels.integrations.heads import Head, HeadValues
+from selfdistill_kernels.integrations.heads import Head, HeadValues, UnsupportedHeadError
 from selfdistill_kernels.loss import (
     DistillationOutput,
     distillation_from_logits,
@@ -26,6 +26,7 @@ from selfdistill_kernels.loss import (
 )
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.ops import refuse_double_backward
+from selfdistill_kernels.parallel.operands import is_dtensor
 
 AUTO_WORKSPACE = 256 * 2**20  # bytes; as much as the CPU kernels keep
 # Student, teacher, and what the transform of one of them needs in passing.
@@ -70,7 +71,8 @@ def fused_head_distillation(
         DistillationOutput.
 
     Raises:
-        UnsupportedHeadError: a head that cannot be read (see `Head`).
+        UnsupportedHeadError: a head that cannot be read (see `Head`), or chunks with a head in
+            shards.
         TypeError, ValueError: bad input; with chunks also reduction="none" and advantage masks that
             compare tokens with each other.
     """
@@ -88,6 +90,11 @@ def fused_head_distillation(
     cast = autocast_dtype(student_hidden.device) is not None
     two_dtypes = student.weight.dtype != teacher.weight.dtype and not cast
     if student.low_rank or teacher.low_rank or student.softcap != teacher.softcap or two_dtypes:
+        if is_dtensor(student.weight) or is_dtensor(teacher.weight):
+            raise UnsupportedHeadError(
+                "heads in shards (DTensors) need one soft cap and one dtype for both models, and "
+                "no LoRA on either head"
+            )
         return _by_chunks(
             student_hidden, teacher_hidden, student, teacher, targets, mask, token_weight,
             old_logprobs, reduction, normalizer, workspace, shared,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from selfdistill_kernels.arguments.checks import FLOATS
@@ -82,11 +83,11 @@ class Head:
 
     @property
     def weight(self) -> Tensor:
-        """[V, H], the model's own parameter, without what adapters add (see `low_rank`).
+        """[V, H], the model's own parameter, without what adapters add (see `low_rank`); a DTensor
+        where the head is sharded.
 
         Raises:
-            UnsupportedHeadError: a quantised head, a shard of a distributed one, or an adapter
-                other than LoRA.
+            UnsupportedHeadError: a quantised head, or an adapter other than LoRA.
         """
         base = _without_adapter(self.layer)
         weight = getattr(base, "weight", None)
@@ -95,15 +96,9 @@ class Head:
                 f"the head is a {type(base).__name__} without a weight tensor, as quantised layers "
                 "are; load the model with its lm_head left in float32, bfloat16 or float16"
             )
-        if isinstance(weight, DTensor):
-            raise UnsupportedHeadError(
-                f"the head's weight is a DTensor with placements {weight.placements}; compute the "
-                "loss inside the forward of the module that fully_shard was called on last "
-                "(ModelWithLoss does), where FSDP2 has gathered it. Heads that are sharded "
-                "otherwise, as by tensor parallelism, are not supported"
-            )
         # A FakeTensor stands for a plain one while torch.export looks at the model.
-        if weight.dtype not in FLOATS or type(weight) not in (Tensor, nn.Parameter, FakeTensor):
+        is_known = type(weight) in (Tensor, nn.Parameter, DTensor, FakeTensor)
+        if weight.dtype not in FLOATS or not is_known:
             raise UnsupportedHeadError(
                 f"the head's weight is a {type(weight).__name__} of {weight.dtype}: quantised "
                 "heads are not supported; leave lm_head out of the quantisation (for bitsandbytes "
@@ -122,12 +117,18 @@ class Head:
         disabled, and when they are merged into the weight.
 
         Raises:
-            UnsupportedHeadError: DoRA and other variants, a LoRA bias, or dropout in training.
+            UnsupportedHeadError: DoRA and other variants, a LoRA bias, dropout in training, or
+                adapters on a head in shards.
         """
         layer: Any = self.layer
         if not hasattr(layer, "lora_A") or layer.disable_adapters or layer.merged:
             return ()
         active = [name for name in layer.active_adapters if name in layer.lora_A]
+        if active and isinstance(self.weight, DTensor):
+            raise UnsupportedHeadError(
+                f"adapter {active[0]!r} is on a head whose weight is a DTensor with placements "
+                f"{self.weight.placements}; leave lm_head out of target_modules, or whole"
+            )
         for name in active:
             dropout = layer.lora_dropout[name]
             problem = (
@@ -163,20 +164,27 @@ def head_of(model: nn.Module, *, check: bool = True) -> Head:
     Args:
         model: a causal language model of transformers, or peft's wrapper of one.
         check: compare the head's logits with the model's own on four tokens, which costs two
-            forward passes. Not possible for a model that is sharded already.
+            forward passes, on all ranks of a model under tensor parallelism. Not possible for one
+            that FSDP2 has sharded already.
 
     Returns:
         Head.
 
     Raises:
         TypeError: no transformers model.
-        UnsupportedHeadError: the model's own logits differ from what the head gives, or the head is
-            quantised or adapted in a way that is not supported.
+        UnsupportedHeadError: the model's own logits differ from what the head gives, the head is
+            quantised or adapted in a way that is not supported, or FSDP2 has sharded the model.
     """
     base = causal_lm(model)
     layer = base.get_output_embeddings()
     if layer is None:
         raise UnsupportedHeadError(f"{type(base).__name__} has no output embeddings")
+    if check and (isinstance(base, FSDPModule) or isinstance(layer, FSDPModule)):
+        raise UnsupportedHeadError(
+            f"fully_shard was called on {type(base).__name__} or its head, so that its weights are "
+            "gathered in its own forward only, where the loss is not; make a ModelWithLoss of the "
+            "model first, then call fully_shard on its layers and last on the ModelWithLoss"
+        )
     config = base.get_decoder().config
     embedding = base.get_input_embeddings()
     head = Head(
@@ -260,13 +268,27 @@ def _check(base: Any, head: Head) -> None:
         ids = torch.arange(1, 5, device=weight.device)[None] % weight.shape[0]
         expected = type(base).forward(base, input_ids=ids, use_cache=False).logits
         hidden = last_hidden_states(base, input_ids=ids)
-        error = float((head.values.logits(hidden) - expected).abs().max() / expected.abs().max())
+        values = head.values
+        if isinstance(weight, DTensor):
+            values, expected = _of_this_rank(values, weight, expected)
+        error = float((values.logits(hidden) - expected).abs().max() / expected.abs().max())
     tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 5e-2
     if not error <= tolerance:
         raise UnsupportedHeadError(
             f"{type(base).__name__} does not make its logits by lm_head, scale and soft cap alone: "
             f"they differ by {error:.1e} (relative), expected at most {tolerance:.0e}"
         )
+
+
+def _of_this_rank(values: HeadValues, weight: DTensor, logits: Tensor) -> tuple[HeadValues, Tensor]:
+    """This rank's rows of a head in shards, and their logits among those that the model made."""
+    mesh = weight.device_mesh
+    if isinstance(logits, DTensor):
+        logits = logits.full_tensor()
+    if logits.shape[-1] == weight.shape[0]:
+        logits = logits.chunk(mesh.size(), dim=-1)[mesh.get_local_rank()]
+    bias = values.bias.to_local() if isinstance(values.bias, DTensor) else values.bias
+    return replace(values, weight=weight.to_local(), bias=bias), logits
 
 
 @contextmanager

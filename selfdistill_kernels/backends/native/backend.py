@@ -41,7 +41,12 @@ class NativeBackend:
 
     def statistics(self, inputs: LinearInputs, objective: Objective, workspace: int) -> Tensor:
         statistics = _new_statistics(inputs)
-        plan = plan_for(inputs, NO_NEEDS, workspace)
+        # A shard's rows are not finished when they have been visited: other ranks have the rest.
+        plan = (
+            plan_for(inputs, NO_NEEDS, workspace)
+            if inputs.shard is None
+            else slabs_for(inputs, inputs.tokens.count, NO_NEEDS, workspace)
+        )
         kernels = RowKernels(inputs, objective, plan.widened)
         if plan.strategy == "recompute":
             inputs.tokens.put(statistics, recompute.sweep_statistics(kernels, plan))
@@ -69,6 +74,8 @@ class NativeBackend:
                 statistics = _new_statistics(inputs)
                 kernels = RowKernels(inputs, objective, plan.widened)
                 return statistics, KeptScores(kernels, plan, lease, statistics)
+        if inputs.shard is not None:  # a visit cannot finish its rows
+            return None
         term = expected.only_term
         # The gradient of a top-k divergence is not that of the kernels.
         is_foreign = term == 0 and objective.divergence == "none"

@@ -35,8 +35,10 @@ def sweep_statistics(kernels: RowKernels, plan: TilePlan) -> Tensor:
 
     with memory.workspace(plan.tile_elements, kernels.inputs.device) as buffer:
         sweep(kernels.accumulate, buffer)
+        state = kernels.joined(state)
         if kernels.needs_mixture:
             sweep(kernels.accumulate_mixture, buffer)
+            kernels.join_mixture(state)
     return kernels.finish(state)
 
 

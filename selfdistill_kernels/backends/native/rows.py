@@ -10,6 +10,7 @@ from torch import Tensor
 from selfdistill_kernels.advantage import Gate
 from selfdistill_kernels.backends.interface import LinearInputs
 from selfdistill_kernels.backends.native.gemm import Head, head_for
+from selfdistill_kernels.backends.native.state import add_mixture_sums, join_parts
 from selfdistill_kernels.backends.tokens import Tokens
 from selfdistill_kernels.objective import DIVERGENCES, Objective
 from selfdistill_kernels.token_loss import active_tokens, term_weights_of
@@ -143,8 +144,10 @@ class RowKernels:
         """Statistics [r, 10] of whole rows; their scores stay as they are, unlike in `visit`."""
         state = self.new_state(tile.tokens.count)
         self.accumulate(tile, state)
+        state = self.joined(state)
         if self.needs_mixture:
             self.accumulate_mixture(tile, state)
+            self.join_mixture(state)
         return self.finish(state)
 
     def new_state(self, count: int) -> Tensor:
@@ -164,6 +167,16 @@ class RowKernels:
             tile.student, tile.teacher, *self._biases(tile),
             *self.transform, self.divergence, self.objective.beta, state,
         )  # fmt: skip
+
+    def joined(self, state: Tensor) -> Tensor:
+        """The state [r, 16] of the vocabulary between the sweeps, with what other ranks have."""
+        shard = self.inputs.shard
+        return state if shard is None else join_parts(state, self.divergence, shard)
+
+    def join_mixture(self, state: Tensor) -> None:
+        """Add what the second sweep of other ranks has found."""
+        if self.inputs.shard is not None:
+            add_mixture_sums(state, self.inputs.shard)
 
     def finish(self, state: Tensor) -> Tensor:
         """Statistics [r, 10] from a state that has seen the whole vocabulary."""

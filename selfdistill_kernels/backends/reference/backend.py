@@ -26,6 +26,7 @@ from selfdistill_kernels.backends.reference.divergence import (
     expectation,
 )
 from selfdistill_kernels.objective import Objective
+from selfdistill_kernels.parallel.shard import VocabularyShard
 from selfdistill_kernels.statistics import Column, statistics_dtype
 from selfdistill_kernels.token_loss import active_tokens, term_weights_of
 
@@ -40,14 +41,16 @@ class _Distribution:
     logsum: Tensor  # [n]
 
     @classmethod
-    def of(cls, logits: Tensor) -> _Distribution:
+    def of(cls, logits: Tensor, shard: VocabularyShard | None) -> _Distribution:
         maximum = logits.amax(dim=1)
+        if shard is not None:
+            maximum = shard.largest(maximum)
         centred = logits - maximum[:, None]
-        logsum = centred.exp().sum(dim=1).log()
+        logsum = _over_ranks(centred.exp().sum(dim=1), shard).log()
         return cls(logits, centred - logsum[:, None], maximum, logsum)
 
-    def entropy(self) -> Tensor:
-        return -expectation(self.logprobs, self.logprobs)
+    def entropy(self, shard: VocabularyShard | None) -> Tensor:
+        return _over_ranks(-expectation(self.logprobs, self.logprobs), shard)
 
 
 class ReferenceBackend:
@@ -59,17 +62,16 @@ class ReferenceBackend:
         found = student.maximum.new_zeros((rows.numel(), len(Column)))
         found[:, Column.STUDENT_SHIFT] = student.maximum
         found[:, Column.STUDENT_LOGSUM] = student.logsum
-        found[:, Column.ENTROPY] = student.entropy()
+        found[:, Column.ENTROPY] = student.entropy(inputs.shard)
         if inputs.targets is not None:
-            target = inputs.targets[rows, None]
-            found[:, Column.STUDENT_LOGPROB] = student.logprobs.gather(1, target)[:, 0]
+            found[:, Column.STUDENT_LOGPROB] = _at_targets(student.logprobs, inputs, rows)
         if teacher is not None:
             found[:, Column.TEACHER_SHIFT] = teacher.maximum
             found[:, Column.TEACHER_LOGSUM] = teacher.logsum
-            found[:, Column.TEACHER_ENTROPY] = teacher.entropy()
+            found[:, Column.TEACHER_ENTROPY] = teacher.entropy(inputs.shard)
             if inputs.targets is not None:
-                found[:, Column.TEACHER_LOGPROB] = teacher.logprobs.gather(1, target)[:, 0]
-            divergence, pivot = divergence_of(student.logprobs, teacher.logprobs, objective)
+                found[:, Column.TEACHER_LOGPROB] = _at_targets(teacher.logprobs, inputs, rows)
+            divergence, pivot = _row_constants(student, teacher, objective, inputs.shard)
             found[:, Column.DIVERGENCE] = divergence
             found[:, Column.PIVOT] = pivot
         size, dtype = inputs.student_hidden.shape[0], inputs.student_hidden.dtype
@@ -106,15 +108,15 @@ class ReferenceBackend:
         gradient = torch.zeros_like(log_s)
         if teacher is not None:
             # Row constants anew rather than from `statistics`, which is rounded to float32.
-            constants = divergence_of(log_s, teacher.logprobs, objective)
+            constants = _row_constants(student, teacher, objective, inputs.shard)
             slope = divergence_gradient(log_s, teacher.logprobs, *constants, objective)
             # A weight of 0 is no gradient, whatever the row holds (an infinite KL that is clipped).
             gradient += torch.where(weights[:, 0:1] == 0, 0.0, weights[:, 0:1] * slope)
         gradient += weights[:, 1:2] * p_s
         if inputs.targets is not None:
-            target = inputs.targets[rows, None]
-            gradient.scatter_add_(1, target, -weights[:, 1:2])
-        entropy = student.entropy()[:, None]
+            target, is_here = _targets(inputs, rows)
+            gradient.scatter_add_(1, target, torch.where(is_here, -weights[:, 1:2], 0.0))
+        entropy = student.entropy(inputs.shard)[:, None]
         gradient -= weights[:, 2:3] * torch.where(p_s == 0, p_s, p_s * (log_s + entropy))
         gradient = inputs.transform.chain(gradient, student.logits)
         if entries is not None:
@@ -154,13 +156,44 @@ def _distributions(
         if weight is not None:
             raw = raw @ weight.to(dtype).T
         return _Distribution.of(
-            inputs.transform.apply(raw, None if bias is None else bias.to(dtype))
+            inputs.transform.apply(raw, None if bias is None else bias.to(dtype)), inputs.shard
         )
 
     student = distribution(inputs.student_hidden, inputs.weight, inputs.bias)
     if inputs.teacher_hidden is None:
         return student, None
     return student, distribution(inputs.teacher_hidden, inputs.teacher_head, inputs.teacher_bias)
+
+
+def _over_ranks(sums: Tensor, shard: VocabularyShard | None) -> Tensor:
+    """Sums over the shard's entries as sums over the vocabulary."""
+    return sums if shard is None else shard.total(sums)
+
+
+def _row_constants(
+    student: _Distribution,
+    teacher: _Distribution,
+    objective: Objective,
+    shard: VocabularyShard | None,
+) -> tuple[Tensor, Tensor]:
+    """Divergence [n] and pivot [n]; both are sums over the vocabulary."""
+    divergence, pivot = divergence_of(student.logprobs, teacher.logprobs, objective)
+    return _over_ranks(divergence, shard), _over_ranks(pivot, shard)
+
+
+def _targets(inputs: LinearInputs, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The targets [n, 1] of some rows, and whether each is an entry of this shard."""
+    assert inputs.targets is not None
+    target = inputs.targets[rows, None]
+    is_here = (target >= 0) & (target < inputs.vocabulary)
+    return torch.where(is_here, target, 0), is_here
+
+
+def _at_targets(logprobs: Tensor, inputs: LinearInputs, rows: Tensor) -> Tensor:
+    """[n] the log-probs of the targets."""
+    target, is_here = _targets(inputs, rows)
+    found = torch.where(is_here, logprobs.gather(1, target), 0.0)
+    return _over_ranks(found[:, 0], inputs.shard)
 
 
 def _through_head(inputs: LinearInputs, rows: Tensor, gradient: Tensor, needs: Needs) -> Gradients:

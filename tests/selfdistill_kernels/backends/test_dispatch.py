@@ -55,6 +55,14 @@ def test_auto_says_what_it_passed_over():
     assert decide("auto", device="cpu", dtype=torch.float64, found=NOTHING) == Choice("reference")
 
 
+def test_shards_of_the_vocabulary_are_for_backends_that_join_them():
+    options = {"device": "cuda", "dtype": torch.bfloat16, "is_sharded": True}
+    assert decide("auto", **options, found=ALL) == Choice("native")
+    assert decide("auto", **options, found=NO_ROWS).backend == "reference"
+    with pytest.raises(ValueError, match="'triton' takes no heads that are sharded"):
+        decide("triton", **options, found=ALL)
+
+
 def test_a_gpu_too_old_for_triton_is_known_before_it_runs():
     old, new = (replace(ALL, capability=capability) for capability in ((7, 5), (8, 0)))
     assert decide("auto", device="cuda", dtype=torch.float16, found=new) == Choice("triton")

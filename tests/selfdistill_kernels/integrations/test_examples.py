@@ -12,8 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = sorted((ROOT / "examples").glob("kernels_*.py"))
-ALONE = [path for path in SCRIPTS if path.stem != "kernels_in_fsdp2"]
-RANKS = [ROOT / f"examples/kernels_in_{name}.py" for name in ("a_loop", "fsdp2")]
+ON_RANKS_ALONE = ("kernels_in_fsdp2", "kernels_in_tensor_parallel")
+ALONE = [path for path in SCRIPTS if path.stem not in ON_RANKS_ALONE]
+RANKS = [ROOT / f"examples/{name}.py" for name in ("kernels_in_a_loop", *ON_RANKS_ALONE)]
 
 
 def losses(command: list[str]) -> list[float]:

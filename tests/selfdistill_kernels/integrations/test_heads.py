@@ -125,14 +125,18 @@ def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "tensor parallel"])
-def test_shards_of_a_head_are_refused(kind: str, mesh: DeviceMesh) -> None:
+def test_a_model_that_fsdp2_has_sharded_is_refused(mesh: DeviceMesh) -> None:
     model = tiny_model("llama")
-    if kind == "fsdp2":
-        fully_shard(model, mesh=mesh)
-    else:
-        parallelize_module(model, mesh, {"lm_head": ColwiseParallel()})
-    with pytest.raises(UnsupportedHeadError, match=r"is a DTensor with placements \(Shard\(dim=0"):
+    fully_shard(model.lm_head, mesh=mesh)
+    with pytest.raises(UnsupportedHeadError, match=r"fully_shard was called on .* its head"):
+        head_of(model)
+    assert head_of(model, check=False).weight is model.lm_head.weight
+
+
+def test_lora_on_a_head_in_shards_is_refused(mesh: DeviceMesh) -> None:
+    model = with_lora(tiny_model("llama"))
+    parallelize_module(model.get_base_model().lm_head, mesh, {"base_layer": ColwiseParallel()})
+    with pytest.raises(UnsupportedHeadError, match="'default' is on a head whose weight is a DTe"):
         head_of(model)
 
 

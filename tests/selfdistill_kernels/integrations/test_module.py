@@ -7,11 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from host_models import FAMILIES, assert_close, gradients, neighbour, tiny_model, with_lora
-from process_groups import in_two_processes
+from process_groups import in_processes
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Placement, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.export import Dim, export
 from torch.nn.parallel import DistributedDataParallel
 
@@ -159,8 +168,80 @@ def test_ranks_have_the_gradients_of_one_process(kind: str, tmp_path) -> None:
     model = tiny_model("llama")
     materialised(model, neighbour(model)).backward()
     expected = gradients(model)
-    for found in in_two_processes(ranks, kind, tmp_path):
+    for found in in_processes(ranks, kind, tmp_path):
         assert_close({name: torch.tensor(grad) for name, grad in found.items()}, expected)
+
+
+COLUMNS = ["mlp.gate_proj", "mlp.up_proj"]
+ROWS = ["mlp.down_proj"]
+# Of Llama only: the others normalise queries and keys with a weight whose gradient is each rank's
+# own part where heads lie on several.
+ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+
+
+def plan_of(family: str, output: Placement | None) -> dict[str, ParallelStyle]:
+    """Tensor parallelism of the body and, last, of the head."""
+    has_attention = family == "llama"
+    columns = [*COLUMNS, *ATTENTION] if has_attention else COLUMNS
+    rows = [*ROWS, "self_attn.o_proj"] if has_attention else ROWS
+    return {
+        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate()),
+        **{f"model.layers.*.{name}": ColwiseParallel() for name in columns},
+        **{f"model.layers.*.{name}": RowwiseParallel() for name in rows},
+        "lm_head": ColwiseParallel(output_layouts=output),
+    }
+
+
+def in_tensor_parallel(model: Any, mesh: DeviceMesh, output: Placement | None) -> None:
+    """Shard a model; where its head is tied to its embedding, parallelize_module makes two
+    parameters of one, both with rows of the vocabulary."""
+    parallelize_module(model, mesh, plan_of(model.config.model_type, output))
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def vocabulary_ranks(rank: int, family: str) -> dict[str, dict[str, Any]]:
+    """Gradients with tensor parallelism of body and head: of two ranks, then of two such pairs,
+    which have two rows of the batch each and FSDP2 between them."""
+    found = {}
+    for name, pairs in (("pair", 1), ("pairs", 2)):
+        if dist.get_world_size() != 2 * pairs:
+            continue
+        mesh = init_device_mesh("cpu", (pairs, 2), mesh_dim_names=("data", "tensor"))
+        for output in (None, Replicate()):
+            model = tiny_model(family)
+            teacher = neighbour(model)
+            for each in (model, teacher):
+                in_tensor_parallel(each, mesh["tensor"], output)
+            step: nn.Module = ModelWithLoss(model, teacher=teacher)
+            if pairs > 1:
+                for layer in (*model.model.layers, *teacher.model.layers):
+                    fully_shard(layer, mesh=mesh["data"])
+                fully_shard(step, mesh=mesh["data"])
+            share = 4 // pairs
+            rows = slice(share * (rank // 2), share * (rank // 2) + share)
+            tokens = (LABELS[:, 1:] != -100).sum() / pairs
+            step({"input_ids": IDS[rows]}, LABELS[rows], normalizer=tokens)["loss"].backward()
+            found[f"{name} {output}"] = {
+                key: (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).tolist()
+                for key, grad in gradients(model).items()
+            }
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensor_parallel_ranks_have_the_gradients_of_one_process(
+    family: str, ranks: int, tmp_path
+) -> None:
+    model = tiny_model(family)
+    materialised(model, neighbour(model)).backward()
+    expected = gradients(model)
+    for each in in_processes(vocabulary_ranks, family, tmp_path, ranks=ranks):
+        assert len(each) == 2
+        for found in each.values():
+            assert_close({name: torch.tensor(grad) for name, grad in found.items()}, expected)
 
 
 def test_what_cannot_be_a_teacher_is_refused() -> None:

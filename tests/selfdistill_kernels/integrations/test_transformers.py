@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from host_models import FAMILIES, assert_close, neighbour, tiny_model, with_lora
-from process_groups import in_two_processes
+from process_groups import in_processes
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -164,7 +164,7 @@ def ranks(rank: int, folder: str) -> dict[str, Any]:
 def test_two_processes_train_as_one(tmp_path) -> None:
     model = tiny_model("llama")
     theirs, weights = train(MaterialisedKL, model, tmp_path, rows())
-    for found in in_two_processes(ranks, str(tmp_path), tmp_path):
+    for found in in_processes(ranks, str(tmp_path), tmp_path):
         assert found["losses"] == pytest.approx(theirs, rel=1e-5)
         assert_close(found["weights"], weights)
 

@@ -10,7 +10,7 @@ import torch
 import trl
 from datasets import Dataset
 from host_models import assert_close, gradients, neighbour, tiny_model
-from process_groups import in_two_processes
+from process_groups import in_processes
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from trl.experimental import sdft
@@ -59,5 +59,5 @@ def ranks(rank: int, argument: tuple[str, str]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", ["distillation", "sdft"])
 def test_gradients(kind: str, tmp_path) -> None:
     _, expected, _ = loss_and_gradients(trainer(kind, str(tmp_path), ours=False), inputs())
-    for found in in_two_processes(ranks, (kind, str(tmp_path)), tmp_path):
+    for found in in_processes(ranks, (kind, str(tmp_path)), tmp_path):
         assert_close(found, expected)

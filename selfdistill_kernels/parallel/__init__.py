@@ -1,0 +1,1 @@
+"""A vocabulary that lies in parts on several processes, and what they exchange."""
