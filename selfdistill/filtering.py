@@ -22,7 +22,6 @@ from rich.table import Table
 from selfdistill.config import Config, ConfigError
 from selfdistill.critic.interface import Critic
 from selfdistill.errors import UserError
-from selfdistill.methods.build import build_method
 from selfdistill.places import alone_in
 from selfdistill.progress import progress_bars
 from selfdistill.rollout.attempts import Attempts, sample_attempts
@@ -145,7 +144,7 @@ def _filter_problems(
         config = with_date(config, recorded_date(begun[0] if begun else {}) or date.today())
     examined = _resume(journal, _identity(config, settings))
     solver = load_solver(config)
-    critic = _critic(config, solver.task)
+    critic = _critic(solver)
     found = _problems(solver.task, settings)
     with_room, left_out = solver.with_room([problem for _, problem in found])
     fitting = {*with_room}
@@ -220,14 +219,14 @@ def _resume(journal: JsonLines, identity: dict[str, Any]) -> list[Examined]:
     return [Examined(**record) for record in records[1:]]
 
 
-def _critic(config: Config, task: Task) -> Critic:
-    critic = build_method(config, task).critic
-    if critic is None:
+def _critic(solver: Solver) -> Critic:
+    method = solver.build_method(solver.config.method)
+    if method.critic is None:
         raise ConfigError(
-            f"method: the filter asks the critic, and {config.method.name} has none: filter with "
+            f"method: the filter asks the critic, and {method.name} has none: filter with "
             "method stepalign, then train with any"
         )
-    return critic
+    return method.critic
 
 
 def _problems(task: Task, settings: FilterSettings) -> list[tuple[str, Problem]]:

@@ -37,7 +37,6 @@ from selfdistill.analysis.sections import method_labels, parse_methods
 from selfdistill.analysis.tokens import TokenAnalysis, analyze
 from selfdistill.config import Config, load_config
 from selfdistill.evaluation.intervals import Interval
-from selfdistill.methods.build import build_method
 from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.teacher import build_teacher
 from selfdistill.progress import progress_bars
@@ -259,7 +258,7 @@ def score_method(
     return analyze(
         solver,
         teacher,
-        build_method(config, solver.task),
+        solver.build_method(config.method),
         draw.attempts,
         draw.chosen,
         lm_heads=find_lm_heads(solver.model, teacher),

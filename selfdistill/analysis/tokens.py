@@ -102,7 +102,7 @@ def analyze(
         scored = score(
             solver.model,
             teacher,
-            render_groups(solver, [alone for alone, _ in batch], [[c] for _, c in batch]),
+            render_groups(solver, method, [alone for alone, _ in batch], [[c] for _, c in batch]),
             attention=solver.config.attention,
         )
         output = method.loss(scored, *lm_heads, normalizer=1.0)

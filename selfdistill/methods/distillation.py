@@ -43,9 +43,26 @@ def distillation_method(
     Raises:
         ConfigError: the loss asks for steps that the task does not know.
     """
-    _check_steps_known(settings.loss, task)
-    loss = DistillationLoss(settings.loss)
-    return Method(settings.name, settings.group_size, loss, contexts, critic=critic)
+    mask, stops = settings.loss.advantage_mask, settings.loss.stop_after_first_wrong_step
+    per_step = mask is not None and mask.per_step
+    for name, is_set in (
+        ("advantage_mask.per_step", per_step),
+        ("stop_after_first_wrong_step", stops),
+    ):
+        if is_set and not isinstance(task, SteppedTask):
+            raise ConfigError(
+                f"method.loss.{name} is set, but the task {task.name!r} does not know the steps of "
+                "a response: leave it out, or give the task `step_spans` and verdicts on steps"
+            )
+    return Method(
+        settings.name,
+        settings.group_size,
+        DistillationLoss(settings.loss),
+        contexts,
+        needs_steps=per_step,
+        stops_at_wrong_step=stops,
+        critic=critic,
+    )
 
 
 class DistillationLoss:
@@ -148,19 +165,3 @@ def _select_by_rollout(mask: AdvantageMask, advantage: Tensor, scored: ScoredTok
             for own, own_steps in zip(advantage.split(lengths), steps, strict=True)
         ]
     )
-
-
-def _check_steps_known(loss: LossConfig, task: Task) -> None:
-    if isinstance(task, SteppedTask):
-        return
-    mask = loss.advantage_mask
-    asked = {
-        "advantage_mask.per_step": mask is not None and mask.per_step,
-        "stop_after_first_wrong_step": loss.stop_after_first_wrong_step,
-    }
-    for name, is_set in asked.items():
-        if is_set:
-            raise ConfigError(
-                f"method.loss.{name} is set, but the task {task.name!r} does not know the steps of "
-                "a response: leave it out, or give the task `step_spans` and verdicts on steps"
-            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from selfdistill.config import Config, EnvironmentMethod
+from selfdistill.config import EnvironmentMethod
 from selfdistill.methods.distillation import distillation_method
 from selfdistill.methods.method import Contexts, Method
 from selfdistill.prompts.context import TeacherContext
@@ -13,7 +13,7 @@ from selfdistill.rollout.attempts import Attempts
 from selfdistill.tasks.interface import FeedbackDetail, FeedbackTask, Problem, Task, Verdict
 
 
-def environment(settings: EnvironmentMethod, task: Task, run: Config) -> Method:
+def environment(settings: EnvironmentMethod, task: Task) -> Method:
     """Build feedback by the checker's verdict on each rollout in words; no solution is shown."""
     return distillation_method(settings, task, partial(feedback, task, detail=settings.detail))
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from selfdistill.config import Distillation, MethodConfig
+from transformers import PreTrainedTokenizerBase
+
 from selfdistill.methods.method import Method
 from selfdistill.model.layout import PromptGroup
 from selfdistill.prompts.context import TeacherContext
@@ -36,20 +38,33 @@ class Batch:
 
 
 def build_batch(
-    solver: Solver, method: Method, attempts: Sequence[Attempts], contexts: Contexts
+    solver: Solver,
+    method: Method,
+    attempts: Sequence[Attempts],
+    contexts: Contexts,
+    *,
+    too_long: Literal["error", "drop"],
 ) -> Batch:
     """Choose the rollouts of a step and put them together as token ids.
 
+    Args:
+        solver: knows the prompts, how long they may be, and the task.
+        method: says which rollouts teach something, and how far.
+        attempts: judged rollouts.
+        contexts: what the teacher sees with each of them.
+        too_long: what happens to a rollout that does not fit, see `PromptConfig`.
+
     Raises:
-        PromptTooLongError: a rollout does not fit, and `prompt.too_long` is "error".
+        PromptTooLongError: a rollout does not fit, and `too_long` is "error".
     """
     with_context, contexts = leave_out(method, attempts, contexts)
     kept = with_context
-    if solver.config.prompt.too_long == "drop":
+    # Lengths are those before the cut, so that what fits does not depend on the loss.
+    if too_long == "drop":
         kept, contexts = leave_out_long_rollouts(solver, with_context, contexts)
-    groups = render_groups(solver, cut_rollouts(solver, solver.config.method, kept), contexts)
+    cut = cut_rollouts(solver.tokenizer, kept) if method.stops_at_wrong_step else kept
     return Batch(
-        groups,
+        render_groups(solver, method, cut, contexts),
         dropped=count_rollouts(attempts) - count_rollouts(with_context),
         too_long=count_rollouts(with_context) - count_rollouts(kept),
     )
@@ -137,14 +152,12 @@ def keep_rollouts(
 
 
 def cut_rollouts(
-    solver: Solver, method: MethodConfig, attempts: Sequence[Attempts]
+    tokenizer: PreTrainedTokenizerBase, attempts: Sequence[Attempts]
 ) -> list[Attempts]:
-    """Cut the tokens of each rollout behind its first wrong step, if the loss asks for it."""
-    if not isinstance(method, Distillation) or not method.loss.stop_after_first_wrong_step:
-        return list(attempts)
+    """Cut the tokens of each rollout behind its first wrong step."""
 
     def cut(rollout: Rollout, verdict: Verdict) -> Rollout:
-        span = token_span(solver.tokenizer, rollout, verdict.wrong_span)
+        span = token_span(tokenizer, rollout, verdict.wrong_span)
         stop = None if span is None else span[1]
         return replace(
             rollout, token_ids=rollout.token_ids[:stop], logprobs=rollout.logprobs[:stop]
@@ -156,14 +169,8 @@ def cut_rollouts(
     ]
 
 
-def rollout_steps(solver: Solver, rollouts: Sequence[Rollout]) -> list[list[int]] | None:
-    """Return the step of every token, if the loss asks for it; see `PromptGroup.steps`."""
-    method = solver.config.method
-    if not isinstance(method, Distillation):
-        return None
-    mask = method.loss.advantage_mask
-    if mask is None or not mask.per_step:
-        return None
+def rollout_steps(solver: Solver, rollouts: Sequence[Rollout]) -> list[list[int]]:
+    """Return the step of every token; see `PromptGroup.steps`."""
     task = solver.task
     assert isinstance(task, SteppedTask)  # `build_method` refuses the others
     return [
@@ -178,9 +185,7 @@ def count_rollouts(attempts: Sequence[Attempts]) -> int:
 
 
 def render_groups(
-    solver: Solver,
-    attempts: Sequence[Attempts],
-    contexts: Sequence[Sequence[TeacherContext | None]],
+    solver: Solver, method: Method, attempts: Sequence[Attempts], contexts: Contexts
 ) -> list[PromptGroup]:
     """Put questions, contexts and judged rollouts together as token ids."""
     return [
@@ -190,7 +195,7 @@ def render_groups(
             [rollout.token_ids for rollout in attempt.rollouts],
             rewards=[float(verdict.correct) for verdict in attempt.verdicts],
             old_logprobs=[rollout.logprobs for rollout in attempt.rollouts],
-            steps=rollout_steps(solver, attempt.rollouts),
+            steps=rollout_steps(solver, attempt.rollouts) if method.needs_steps else None,
         )
         for attempt, group_contexts in zip(attempts, contexts, strict=True)
     ]

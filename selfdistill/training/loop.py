@@ -16,7 +16,6 @@ from transformers.utils import logging as transformers_logging
 
 from selfdistill.config import Config
 from selfdistill.errors import UserError
-from selfdistill.methods.build import build_method
 from selfdistill.model.attention import enable_prefix_sharing
 from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.randomness import enable_activation_checkpointing, refuse_random_passes
@@ -125,7 +124,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
     sharded = config.shard and ranks.size > 1
     teacher = build_teacher(config.method.teacher, student, own_frozen=sharded)
     lm_heads = find_lm_heads(student, teacher)
-    method = build_method(config, solver.task)
+    method = solver.build_method(config.method)
     objective = StudentLoss(
         student, teacher, method.loss, lm_heads=lm_heads, attention=config.attention
     )
@@ -237,7 +236,9 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                 contexts = method.contexts(attempts)
                 kinds = ranks.gather(context_kinds(contexts))
             with clock("context"):
-                batch = build_batch(solver, method, attempts, contexts)
+                batch = build_batch(
+                    solver, method, attempts, contexts, too_long=config.prompt.too_long
+                )
             rate = settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
             taught = False
             for _ in range(config.updates_per_step):

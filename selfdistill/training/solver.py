@@ -10,7 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from selfdistill.config import Config, LocalTextEngine
+from selfdistill.config import Config, LocalTextEngine, MethodConfig
+from selfdistill.methods.build import build_method
+from selfdistill.methods.method import Method
 from selfdistill.model.device import resolve_device
 from selfdistill.model.folder import check_vocabulary, load_tokenizer
 from selfdistill.model.weights import Student, adapter_rank, load_adapter, load_model
@@ -34,6 +36,20 @@ class Solver:
     task: Task
     engine: RolloutEngine
     context: ContextRenderer
+
+    def build_method(self, settings: MethodConfig) -> Method:
+        """Build a method that teaches the solver's task from its rollouts.
+
+        Raises:
+            ConfigError: see `selfdistill.methods.build.build_method`.
+        """
+        return build_method(
+            settings,
+            self.task,
+            temperature=self.config.rollout.temperature,
+            device=self.config.device,
+            today=self.config.prompt.date,
+        )
 
     def attempt(
         self,

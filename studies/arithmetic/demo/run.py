@@ -32,7 +32,6 @@ from selfdistill.config import Config
 from selfdistill.evaluation.intervals import Interval
 from selfdistill.evaluation.scores import Evaluation, avg_difference, summarize
 from selfdistill.evaluation.tables import evaluation_table, percent
-from selfdistill.methods.build import build_method
 from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.teacher import build_teacher
 from selfdistill.places import alone_in
@@ -171,7 +170,7 @@ def held_out(name: str, config: Config, solver: Solver, console: Console) -> Hel
         records = analyze(
             solver,
             teacher,
-            build_method(config, solver.task),
+            solver.build_method(config.method),
             attempts,
             erroneous_attempts(attempts, limit=ANALYSED_ATTEMPTS, each=1, located=True),
             lm_heads=find_lm_heads(solver.model, teacher),
