@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from selfdistill.model.attention.backend import BackendName
 from selfdistill.model.attention.model import (
     backend_for,
     base_causal_lm,
@@ -104,7 +105,7 @@ def _unsupported_reason(model: PreTrainedModel) -> str | None:
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel, backend: str) -> str | None:
+def _probe(model: PreTrainedModel, backend: BackendName) -> str | None:
     """What is wrong with a short packed step, student and borrowing teacher; None: nothing."""
     decoder = model.get_decoder()
     before = decoder.config._attn_implementation
