@@ -1,6 +1,7 @@
 """Models as the trainer uses them.
 
-folder.py, weights.py      loading one whole; its trained weights and adapters
+folder.py, weights.py      loading one whole; its trained weights
+adapters.py                LoRA
 layout.py, scoring.py      packed rows of prompts and completions; one pass over them
 attention/                 attention over the packed rows
 lm_head.py                 how hidden states become logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -14,22 +15,21 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from selfdistill.config import Config
+from selfdistill.config import Config, RolloutConfig
 from selfdistill.errors import UserError
 from selfdistill.model.attention import enable_prefix_sharing
-from selfdistill.model.lm_head import find_lm_heads
+from selfdistill.model.lm_head import LMHead, find_lm_heads
 from selfdistill.model.randomness import enable_activation_checkpointing, refuse_random_passes
 from selfdistill.model.sharding import whole
 from selfdistill.model.teacher import build_teacher
-from selfdistill.model.weights import TrainedWeights
+from selfdistill.model.weights import Student, TrainedWeights
 from selfdistill.places import alone_in
 from selfdistill.progress import progress_bars
 from selfdistill.rollout.attempts import judge
-from selfdistill.rollout.engine import SamplingParams, sample
+from selfdistill.rollout.engine import Rollout, SamplingParams, sample
 from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
 from selfdistill.seeds import derive_seed
 from selfdistill.tasks.build import training_problems
-from selfdistill.training.agreement import check_engine
 from selfdistill.training.batch import build_batch, context_kinds, leave_out_long_questions
 from selfdistill.training.checkpoint import CheckpointStore, TrainState, fingerprint
 from selfdistill.training.distributed import Ranks, join_ranks
@@ -342,4 +342,41 @@ def refuse_divergence(step: int, loss: float, grad_norm: float, store: Checkpoin
         f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, expected finite "
         f"numbers. The step was not taken; the last good state is {store.last}. Lower "
         "optimizer.learning_rate, or look at the rollouts of this step."
+    )
+
+
+def check_engine(
+    settings: RolloutConfig,
+    step: int,
+    student: Student,
+    head: LMHead,
+    prompts: Sequence[Sequence[int]],
+    groups: Sequence[Sequence[Rollout]],
+    *,
+    attention: str,
+) -> float | None:
+    """Compare the log-probs of an engine that has weights of its own with the student's.
+
+    One prompt's rollouts are enough: wrong weights are wrong everywhere.
+
+    Returns:
+        The largest difference in nats, or None when there is nothing to compare at this step.
+
+    Raises:
+        EngineMismatchError: it is larger than the configured tolerance.
+    """
+    engine = settings.engine
+    if engine.name == "transformers" or step % engine.check_every != 0 or not groups:
+        return None
+    from selfdistill.training.agreement import check_agreement
+
+    exact = engine.dtype == "float32" and student.dtype == torch.float32
+    return check_agreement(
+        student,
+        head,
+        prompts[:1],
+        groups[:1],
+        temperature=settings.temperature,
+        tolerance=engine.tolerance or (1e-4 if exact else 1.0),
+        attention=attention,
     )
