@@ -52,7 +52,7 @@ def distillation_method(
         if is_set and not isinstance(task, SteppedTask):
             raise ConfigError(
                 f"method.loss.{name} is set, but the task {task.name!r} does not know the steps of "
-                "a response: leave it out, or give the task `step_spans` and verdicts on steps"
+                "a response: leave it out, or let the task implement `SteppedTask`"
             )
     return Method(
         settings.name,
