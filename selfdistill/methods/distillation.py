@@ -17,12 +17,8 @@ from selfdistill.model.lm_head import LMHead
 from selfdistill.model.scoring import ScoredTokens
 from selfdistill.rollout.attempts import Attempts
 from selfdistill.tasks.interface import SteppedTask, Task
-from selfdistill_kernels import (
-    AdvantageMask,
-    DistillationOutput,
-    Objective,
-    fused_linear_distillation,
-)
+from selfdistill_kernels import AdvantageMask, DistillationOutput, Objective
+from selfdistill_kernels.integrations import fused_head_distillation
 
 
 def distillation_method(
@@ -110,23 +106,18 @@ class DistillationLoss:
         """
         if scored.teacher_hidden is None:
             raise ValueError("scored.teacher_hidden is missing: score the groups with a teacher")
-        shared = teacher.weight is student.weight
         per_step = self.advantage_mask is not None and self.advantage_mask.per_step
         fused = partial(
-            fused_linear_distillation,
+            fused_head_distillation,
             scored.student_hidden,
             scored.teacher_hidden,
-            student.weight,
+            student,
+            teacher,
             scored.targets,
-            bias=student.bias,
-            teacher_weight=None if shared else teacher.weight,
-            teacher_bias=None if shared else teacher.bias,
             token_weight=_sequence_weights(scored) if self.sequence_mean else None,
             old_logprobs=scored.old_logprobs if self.objective.importance_clip else None,
             objective=self.objective,
             temperature=self.temperature,
-            logit_scale=student.logit_scale,
-            softcap=student.softcap,
             normalizer=normalizer,
         )
         if self.advantage_mask is None or self.advantage_mask.top_fraction is None:

@@ -229,7 +229,9 @@ def prepare(
         )
 
     exists = tokens.existing(models)
-    loss_weight = _loss_weight(exists, tokens.token_weight, settings, student.dtype)
+    loss_weight = loss_weights(
+        exists, tokens.token_weight, settings.reduction, settings.normalizer, student.dtype
+    )
     old_logprobs = tokens.old_logprobs
     if old_logprobs is not None:
         old_logprobs = _flat(_constant(old_logprobs)).to(loss_weight.dtype)
@@ -313,21 +315,31 @@ def _flat_step_ids(step_ids: Tensor, leading: tuple[int, ...]) -> Tensor:
     return torch.where(inside, step_ids + first, torch.full_like(step_ids, -1)).reshape(-1)
 
 
-def _loss_weight(
-    exists: Tensor, token_weight: Tensor | None, settings: Settings, dtype: torch.dtype
+def loss_weights(
+    exists: Tensor,
+    token_weight: Tensor | None,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """[N] what each token's loss is multiplied by: token weight over denominator."""
+    """[N] what each token's loss is multiplied by: token weight over denominator.
+
+    Args:
+        exists: [..., T] bool, False for tokens that count nowhere.
+        token_weight: [..., T] or None.
+        reduction, normalizer: as in `fused_linear_distillation`.
+        dtype: of the hidden states or logits; weights have that of their statistics.
+    """
     weight = exists.to(statistics_dtype(dtype))
     if token_weight is not None:
         token_weight = token_weight.detach().to(weight.dtype)
         weight = torch.where(exists, token_weight, torch.zeros_like(weight))
-    normalizer = settings.normalizer
-    if settings.reduction == "sequence_mean":
+    if reduction == "sequence_mean":
         weight = weight / exists.sum(dim=-1, keepdim=True).clamp(min=1)
         sequences = math.prod(exists.shape[:-1])
         weight = weight / (max(sequences, 1) if normalizer is None else normalizer)
     elif normalizer is not None:
         weight = weight / normalizer
-    elif settings.reduction == "mean":
+    elif reduction == "mean":
         weight = weight / exists.sum().clamp(min=1)
     return _flat(weight)
