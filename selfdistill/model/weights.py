@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from selfdistill.config import Config
 from selfdistill.model.float32_sum import sum_embedding_gradients_in_float32
 from selfdistill.model.folder import load_causal_lm
-from selfdistill.model.sharding import assign
+from selfdistill.model.parts import assign
 from selfdistill.seeds import derive_seed
 
 if TYPE_CHECKING:

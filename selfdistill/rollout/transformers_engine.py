@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from selfdistill.model.parts import whole
 from selfdistill.model.randomness import evaluation_mode
-from selfdistill.model.sharding import whole
 from selfdistill.rollout.engine import (
     NotANumberError,
     Rollout,

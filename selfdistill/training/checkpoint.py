@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from selfdistill.model.sharding import gather, like
+from selfdistill.model.parts import gather, like
 from selfdistill.model.teacher import Teacher
 from selfdistill.model.weights import TrainedWeights, copy_tensors
 from selfdistill.training.state_file import (

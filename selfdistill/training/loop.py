@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -19,8 +20,8 @@ from selfdistill.config import Config, RolloutConfig
 from selfdistill.errors import UserError
 from selfdistill.model.attention import enable_prefix_sharing
 from selfdistill.model.lm_head import LMHead, find_lm_heads
+from selfdistill.model.parts import whole
 from selfdistill.model.randomness import enable_activation_checkpointing, refuse_random_passes
-from selfdistill.model.sharding import whole
 from selfdistill.model.teacher import build_teacher
 from selfdistill.model.weights import Student, TrainedWeights
 from selfdistill.places import alone_in
@@ -184,10 +185,20 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
         deferred_interrupt(console, launched=ranks.size > 1) as interrupt,
         progress_bars(console) as bars,
     ):
+        evaluate_now = partial(
+            evaluate,
+            solver,
+            config.evaluation,
+            ranks=ranks,
+            interrupt=interrupt,
+            log=evaluation_log,
+            bars=bars,
+            seed=config.seed,
+        )
         interrupt.saved = state.step if os.path.lexists(store.last) else None
         bar = bars.add_task("train", total=config.steps, completed=state.step, note="")
-        if evaluation_is_due(state, config):
-            state = evaluate(solver, state, ranks, interrupt, evaluation_log, bars)
+        if evaluation_is_due(state, config.evaluation, steps=config.steps):
+            state = evaluate_now(state)
             if state.evaluated_step == state.step:
                 save()
                 interrupt.saved = state.step
@@ -276,9 +287,9 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             )
             unusable = Counter(ranks.gather(list(method.unusable.elements())))
             state = replace(state, step=step)
-            if evaluation_is_due(state, config):
+            if evaluation_is_due(state, config.evaluation, steps=config.steps):
                 with clock("evaluate"):
-                    state = evaluate(solver, state, ranks, interrupt, evaluation_log, bars)
+                    state = evaluate_now(state)
             metrics = StepMetrics(
                 step=step,
                 loss=totals.loss,

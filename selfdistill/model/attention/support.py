@@ -11,7 +11,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from selfdistill.model.attention.backend import BackendName
 from selfdistill.model.attention.model import (
     backend_for,
-    base_causal_lm,
     compute_dtype,
     layer_configs,
     run_tree,
@@ -23,6 +22,7 @@ from selfdistill.model.attention.tree import (
     UnsupportedModelError,
 )
 from selfdistill.model.layout import PromptGroup, pack_groups
+from selfdistill_kernels.integrations.heads import causal_lm
 
 _SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -40,7 +40,7 @@ def enable_prefix_sharing(model: torch.nn.Module, *, backend: str = "auto") -> N
         UnsupportedModelError: see `check_model_supports_prefix_sharing`.
         UnavailableBackendError: the backend that was asked for cannot run.
     """
-    base = base_causal_lm(model)
+    base: PreTrainedModel = causal_lm(model)
     if base.get_decoder().config._attn_implementation != IMPLEMENTATION:
         check_model_supports_prefix_sharing(model, backend=backend)
         base.set_attn_implementation(IMPLEMENTATION)
@@ -65,7 +65,7 @@ def check_model_supports_prefix_sharing(model: torch.nn.Module, *, backend: str 
             that reuse another layer's keys, or a measured difference.
         UnavailableBackendError: the backend that was asked for cannot run.
     """
-    base = base_causal_lm(model)
+    base: PreTrainedModel = causal_lm(model)
     reason = _unsupported_reason(base)
     if reason is None:
         reason = _probe(base, backend_for(base, backend).name)

@@ -8,9 +8,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
+from selfdistill.model.ema_teacher import EmaTeacher
 from selfdistill.model.layout import PromptGroup
 from selfdistill.model.scoring import score
-from selfdistill.model.teacher import BaseTeacher, EmaTeacher, LiveTeacher
+from selfdistill.model.teacher import BaseTeacher, LiveTeacher
 
 IDS = torch.tensor([[5, 6, 7]])
 

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from selfdistill.config import AdapterConfig, Config, LossConfig
 from selfdistill.methods.distillation import DistillationLoss
 from selfdistill.model.adapters import UnsupportedAdapterError, attach_adapter
+from selfdistill.model.ema_teacher import EmaTeacher
 from selfdistill.model.layout import PromptGroup
 from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.randomness import enable_activation_checkpointing
 from selfdistill.model.scoring import score
-from selfdistill.model.teacher import BaseTeacher, EmaTeacher, LiveTeacher, Teacher
+from selfdistill.model.teacher import BaseTeacher, LiveTeacher, Teacher
 from selfdistill.model.weights import TrainedWeights, copy_tensors, load_model
 from selfdistill.training.gradients import StudentLoss, accumulate_gradients
 from selfdistill_kernels.backends.interface import Needs
