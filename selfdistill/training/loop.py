@@ -115,13 +115,17 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
 
 def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
     store = CheckpointStore(config.output_dir / CHECKPOINTS)
+    # The day that prompts write comes first, because a checkpoint is compared with a configuration
+    # that holds it. All ranks take that of rank 0: it may be midnight.
     day = first_day(config) or date.today()
-    (day, *_) = ranks.gather([day])  # it may be midnight
+    (day, *_) = ranks.gather([day])
     solver = keep_date(load_solver(config), day)
     config = solver.config
     student = solver.model
-    enable_prefix_sharing(student, backend=config.attention)  # refuses a model that cannot share
+    # Refuses a model that cannot share prefixes, before anything is made of it.
+    enable_prefix_sharing(student, backend=config.attention)
     base_sha256 = fingerprint(student)
+    # A teacher with weights of its own copies them here, where the student has learned nothing yet.
     sharded = config.shard and ranks.size > 1
     teacher = build_teacher(config.method.teacher, student, own_frozen=sharded)
     lm_heads = find_lm_heads(student, teacher)
@@ -129,10 +133,14 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
     objective = StudentLoss(
         student, teacher, method.loss, lm_heads=lm_heads, attention=config.attention
     )
+    # Divided weights would be gathered for every sampled token, so a whole copy samples; it is made
+    # while there is a whole model to copy.
     if sharded:
         solver = replace(solver, engine=build_engine(config, deepcopy(student), solver.tokenizer))
     if config.activation_checkpointing:
         enable_activation_checkpointing(student)
+    # Random passes are looked for while the models are whole. FSDP2 divides them next, and only
+    # then does the optimiser get its parameters, which are the parts.
     refuse_random_passes(student)
     if sharded:
         objective.shard(compute_dtype=getattr(torch, config.precision))
@@ -153,6 +161,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
         base_sha256=base_sha256,
         inputs=digest_inputs(solver.task, solver.tokenizer),
     )
+    # Everything that has a state exists now, and a checkpoint puts its own in place.
     if os.path.lexists(store.last):
         found = store.load(
             store.last,
@@ -168,12 +177,14 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
         console.print(f"Resuming after step {state.step} of {config.steps}.")
     metrics_log = JsonLines(config.output_dir / METRICS_FILE)
     evaluation_log = JsonLines(config.output_dir / EVALUATIONS_FILE)
+    # The logs may have come further than the checkpoint: those steps are taken again.
     if ranks.is_main:
         keep_config(config, step=state.step)
         metrics_log.keep_until(state.step)
         evaluation_log.keep_until(-1 if state.evaluated_step is None else state.evaluated_step)
     warned = False
     empty = ranks.gather(trailing(metrics_log.read()) if ranks.is_main else [])
+    # Drawn for the whole run at once, so that a step has the same ones whenever it is taken.
     problems = training_problems(
         solver.task, count=config.steps * config.prompts_per_step, seed=config.seed
     )
@@ -217,6 +228,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             share = ranks.share(len(left))
             asked = left[share.start : share.stop]
 
+            # The student attempts the problems; nothing below changes what it wrote.
             with clock("rollout"):
                 prompts = [solver.context.student_prompt(problem) for problem in asked]
                 groups = sample(
@@ -231,6 +243,8 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                     ),
                     names=[f"step {step}, problem {problem.id!r}" for problem in asked],
                 )
+            # Attempts of other weights than the student's would teach the wrong thing, so they are
+            # refused before anybody judges them.
             with clock("check"):
                 disagreement = check_engine(
                     config.rollout,
@@ -243,13 +257,18 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                 )
             with clock("reward"):
                 attempts = judge(solver.task, asked, groups)
+            # The critic is called here, by methods that have one; others make what the teacher sees
+            # from the verdicts or the references.
             with clock("critique"):
                 contexts = method.contexts(attempts)
                 kinds = ranks.gather(context_kinds(contexts))
+            # Rollouts that teach nothing leave before the models read them.
             with clock("context"):
                 batch = build_batch(
                     solver, method, attempts, contexts, too_long=config.prompt.too_long
                 )
+            # Student and teacher score the same tokens once for each update; after the first update
+            # the student is no longer the one that sampled them.
             rate = settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
             taught = False
             for _ in range(config.updates_per_step):
@@ -277,9 +296,11 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                     weights.publish()
                     if teacher is not None:
                         teacher.update(weights.masters)
+            # Before the evaluation, which samples from the new weights.
             with clock("sync"):
                 solver.engine.sync(student)
 
+            # What each rank left out is added up on all of them; only then is the step done.
             unasked = (len(drawn) - len(left)) * method.group_size
             unsure = sum(verdict.undecided for a in attempts for verdict in a.verdicts)
             dropped, too_long, undecided = map(
@@ -314,6 +335,8 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                 seconds=clock.seconds,
                 peak_rss_mib=peak_rss_mib(),
             )
+            # The log is written before the checkpoint: a run that is killed in between takes the
+            # step again and writes the same line, where the other order would lose one.
             record = asdict(metrics)
             if ranks.is_main:
                 metrics_log.append(record)
