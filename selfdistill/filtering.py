@@ -142,9 +142,11 @@ def _filter_problems(
     if config.prompt.date is None:  # a filter keeps the day of its first start
         begun = journal.read()
         config = with_date(config, recorded_date(begun[0] if begun else {}) or date.today())
+    # What an earlier call examined is taken over before anything is loaded, or refused.
     examined = _resume(journal, _identity(config, settings))
     solver = load_solver(config)
     critic = _critic(solver)
+    # The problems follow from the settings alone, so those that are done are the first ones.
     found = _problems(solver.task, settings)
     with_room, left_out = solver.with_room([problem for _, problem in found])
     fitting = {*with_room}
@@ -176,6 +178,7 @@ def _filter_problems(
                 examined.append(record)
             kept = sum(record.outcome == "kept" for record in examined)
             bars.update(bar, completed=len(examined), note=f"{kept} kept")
+    # The result is written in one step at the end: where the file exists, it is whole.
     fields = ("id", "question", "answer", "reference", "split", "correct", "samples")
     kept_lines = "".join(
         json.dumps({field: getattr(record, field) for field in fields}) + "\n"
@@ -193,7 +196,7 @@ def _filter_problems(
 
 
 def _identity(config: Config, settings: FilterSettings) -> dict[str, Any]:
-    """What decides the result."""
+    """Return the settings that decide which problems are kept."""
     chosen = config.model_dump(mode="json", include={"model", "task", "method", "prompt"})
     rollout = {"temperature": config.rollout.temperature, "length": config.rollout.max_new_tokens}
     return {**chosen, "rollout": rollout, **asdict(settings), "below": str(settings.below)}

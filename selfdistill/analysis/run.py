@@ -172,6 +172,7 @@ def analyze_run(
         store = CheckpointStore(run / "checkpoints")
         weights = store.best if checkpoint == "best" else store.last
         step = read_state(weights).step
+    # The weights are checked against the run before they write anything.
     solver = load_solver(config, weights)
     if weights is None and (last := CheckpointStore(run / "checkpoints").last).exists():
         refuse_other(
@@ -192,6 +193,7 @@ def analyze_run(
             seed=derive_seed(seed, "analyze"),
             progress=lambda count: bars.update(bar, completed=min(count, attempts)),
         )
+        # All methods score the same attempts, so that only what the teacher sees differs.
         records = []
         for label, section in zip(method_labels(sections), sections, strict=True):
             bar = bars.add_task("score", total=len(draw.chosen), note=label)

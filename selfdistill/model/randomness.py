@@ -147,7 +147,7 @@ def _recomputes(module: nn.Module) -> bool:
 
 
 def _configs(owner: str, config: PretrainedConfig) -> Iterator[tuple[str, PretrainedConfig]]:
-    """A configuration and those inside it (DBRX and MPT have one for their attention)."""
+    """Yield a configuration and those inside it (DBRX and MPT have one for their attention)."""
     yield owner, config
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):

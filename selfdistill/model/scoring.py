@@ -80,6 +80,7 @@ def score(
     share = teacher is not None and teacher.has_student_weights
     pack = pack_groups(groups, share_student_prefix=share, with_teacher=teacher is not None)
 
+    # The student first: the teacher may borrow keys and values that this pass makes.
     stash = PrefixStash(pack.teacher.borrowed_index) if share and pack.teacher else None
     student_hidden = run_packed_row(student, pack.student, capture=stash, backend=attention)
     device = student_hidden.device
@@ -115,6 +116,6 @@ def score(
 
 
 def _concatenated(parts: Sequence[list[float] | None], device: torch.device) -> torch.Tensor | None:
-    """One tensor of all groups' numbers; None when a group does not know them."""
+    """Return one tensor of all groups' numbers, or None when a group does not know them."""
     numbers = [number for part in parts if part is not None for number in part]
     return None if None in parts else torch.tensor(numbers, device=device)

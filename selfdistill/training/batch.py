@@ -8,7 +8,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from selfdistill.methods.method import Method
+from selfdistill.methods.method import Contexts, Method
 from selfdistill.model.layout import PromptGroup
 from selfdistill.prompts.context import TeacherContext
 from selfdistill.rollout.attempts import Attempts
@@ -17,9 +17,6 @@ from selfdistill.rollout.spans import token_span, token_steps
 from selfdistill.tasks.interface import Problem, SteppedTask, TaskError, Verdict
 from selfdistill.training.distributed import ALONE, Ranks
 from selfdistill.training.solver import Solver
-
-# Judged rollouts by problem, and what the teacher sees with each of them.
-Contexts = Sequence[Sequence[TeacherContext | None]]
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def leave_out_long_questions(
 
 def leave_out_long_rollouts(
     solver: Solver, attempts: Sequence[Attempts], contexts: Contexts
-) -> tuple[list[Attempts], list[list[TeacherContext | None]]]:
+) -> tuple[list[Attempts], Contexts]:
     """Return the rollouts that fit behind the student's prompt and behind the teacher's."""
     return keep_rollouts(
         attempts,
@@ -119,10 +116,10 @@ def leave_out_long_rollouts(
 
 def leave_out(
     method: Method, attempts: Sequence[Attempts], contexts: Contexts
-) -> tuple[list[Attempts], list[list[TeacherContext | None]]]:
+) -> tuple[list[Attempts], Contexts]:
     """Return attempts and contexts without the rollouts that the method cannot learn from."""
     if not method.needs_context:
-        return list(attempts), list(map(list, contexts))
+        return list(attempts), contexts
     return keep_rollouts(attempts, contexts, lambda problem, context, rollout: context is not None)
 
 
@@ -130,13 +127,13 @@ def keep_rollouts(
     attempts: Sequence[Attempts],
     contexts: Contexts,
     keep: Callable[[Problem, TeacherContext | None, Rollout], bool],
-) -> tuple[list[Attempts], list[list[TeacherContext | None]]]:
+) -> tuple[list[Attempts], Contexts]:
     """Return the rollouts that `keep` wants, with their contexts.
 
     Prompts whose rollouts are all left out are left out, too: nothing may remain.
     """
     kept: list[Attempts] = []
-    kept_contexts: list[list[TeacherContext | None]] = []
+    kept_contexts: Contexts = []
     for attempt, group in zip(attempts, contexts, strict=True):
         places = [
             i

@@ -202,7 +202,7 @@ def choose_backend(
 def _obstacles(
     device: str, dtype: torch.dtype, head_dim: int | None, found: Facts
 ) -> dict[str, Obstacle]:
-    """Backend -> why it cannot run; those that can are left out."""
+    """Return why each backend cannot run; backends that can run are left out."""
     if device != "cuda":
         return dict.fromkeys(
             ("flash", "flex"), Obstacle(f"flash and flex need a GPU, not {device}")

@@ -102,7 +102,7 @@ def layer_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
 
 
 def _head_dim(config: PretrainedConfig) -> int:
-    """The largest of queries and keys; with latent attention values have another."""
+    """Return the largest head_dim of queries and keys; latent attention has another for values."""
     return max(
         getattr(layer, "qk_head_dim", None)
         or getattr(layer, "head_dim", None)

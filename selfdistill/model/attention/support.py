@@ -106,7 +106,7 @@ def _unsupported_reason(model: PreTrainedModel) -> str | None:
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel, backend: BackendName) -> str | None:
-    """What is wrong with a short packed step, student and borrowing teacher; None: nothing."""
+    """Run a short step of student and borrowing teacher; return what is wrong with it, or None."""
     decoder = model.get_decoder()
     before = decoder.config._attn_implementation
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -116,6 +116,7 @@ def _probe(model: PreTrainedModel, backend: BackendName) -> str | None:
     )
     group = PromptGroup(prompt, [first_context, second_context], completions)
 
+    # What the model says about each sequence alone, before its attention is replaced.
     def separate(prompts: list[list[int]]) -> torch.Tensor:
         hidden = []
         for before_completion, completion in zip(prompts, completions, strict=True):
@@ -125,6 +126,7 @@ def _probe(model: PreTrainedModel, backend: BackendName) -> str | None:
         return torch.cat(hidden)
 
     expected = separate([prompt, prompt]), separate(group.teacher_prompts)
+    # The same sequences in two packed rows; its own attention is put back whatever happens.
     pack = pack_groups([group], share_student_prefix=True)
     assert pack.teacher is not None  # asked for by default
     stash = PrefixStash(pack.teacher.borrowed_index)
@@ -150,6 +152,7 @@ def _probe(model: PreTrainedModel, backend: BackendName) -> str | None:
                 f"expected at most {tolerance:.0e}; some layer mixes tokens in another way than "
                 "causal attention"
             )
+    # The sequences are shorter than most windows, so numbers alone would not tell that one is lost.
     for layer, window in enumerate(_windows(decoder.config)):
         if student.windows.get(layer, window) != window:
             return (
@@ -160,7 +163,7 @@ def _probe(model: PreTrainedModel, backend: BackendName) -> str | None:
 
 
 def _windows(config: PretrainedConfig) -> list[int | None]:
-    """The sliding window of each layer, as the configuration has it."""
+    """Return the sliding window that the configuration gives to each layer."""
     layers = layer_configs(config)
     windows = [getattr(layer, "sliding_window", None) for layer in layers]
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(layers)
