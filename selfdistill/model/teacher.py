@@ -19,6 +19,9 @@ from selfdistill.config import TeacherConfig
 class Teacher(Protocol):
     """A teacher strategy: the weights that score the student's rollouts.
 
+    A strategy whose weights do not move by themselves has no state, and inherits the methods that
+    do nothing.
+
     Attributes:
         name: as written in a configuration.
         has_student_weights: True when its weights are the student's current ones, bit for bit: only
@@ -31,12 +34,12 @@ class Teacher(Protocol):
     @property
     def model(self) -> torch.nn.Module | None:
         """Weights of its own; None when it reads the student's."""
-        ...
+        return None
 
     @property
     def state(self) -> Mapping[str, torch.Tensor]:
         """Float32 tensors that a checkpoint must hold, by name; empty for most."""
-        ...
+        return {}
 
     def weights(self, student: torch.nn.Module) -> AbstractContextManager[torch.nn.Module]:
         """Return a context in which the yielded model has the teacher's weights."""
@@ -44,34 +47,18 @@ class Teacher(Protocol):
 
     def update(self, masters: Mapping[str, torch.Tensor]) -> None:
         """Follow the student after an optimiser step; `masters` are its float32 weights."""
-        ...
+        return
 
     def publish(self) -> None:
         """Put `state`, which a checkpoint has changed, to use."""
-        ...
+        return
 
     def hold_float32(self) -> None:
         """Let `model` hold `state` itself, for FSDP2, which rounds weights as it gathers them."""
-        ...
+        return
 
 
-class _Unchanging:
-    """What the strategies without a state have in common."""
-
-    model: torch.nn.Module | None = None
-    state: Mapping[str, torch.Tensor] = {}
-
-    def update(self, masters: Mapping[str, torch.Tensor]) -> None:
-        """Do nothing."""
-
-    def publish(self) -> None:
-        """Do nothing."""
-
-    def hold_float32(self) -> None:
-        """Do nothing."""
-
-
-class LiveTeacher(_Unchanging):
+class LiveTeacher(Teacher):
     """The student itself, with today's weights and without gradient."""
 
     name = "live"
@@ -82,7 +69,7 @@ class LiveTeacher(_Unchanging):
         return nullcontext(student)
 
 
-class BaseTeacher(_Unchanging):
+class BaseTeacher(Teacher):
     """The fixed base model, as in the paper: a frozen copy, or the student without its adapters.
 
     Args:
@@ -92,6 +79,7 @@ class BaseTeacher(_Unchanging):
 
     name = "base"
     has_student_weights = False
+    model: torch.nn.Module | None = None
 
     def __init__(self, model: torch.nn.Module | None = None) -> None:
         self.model = model.requires_grad_(False).eval() if model is not None else None

@@ -30,7 +30,7 @@ from selfdistill.analysis.localisation import localise
 from selfdistill.analysis.tokens import analyze, erroneous_attempts
 from selfdistill.config import Config
 from selfdistill.evaluation.intervals import Interval
-from selfdistill.evaluation.scores import Evaluation, avg_difference, summarize
+from selfdistill.evaluation.scores import Evaluation, summarize
 from selfdistill.evaluation.tables import evaluation_table, percent
 from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.teacher import build_teacher
@@ -44,6 +44,7 @@ from selfdistill.training.run_folder import RunExistsError
 from selfdistill.training.solver import Solver, load_solver
 from selfdistill.training.state_file import read_state
 from selfdistill.visible import say
+from studies.arithmetic.demo.difference import avg_difference
 from studies.arithmetic.demo.page import write_report
 
 HELD_OUT_PROBLEMS = 200
