@@ -59,14 +59,14 @@ def _linear_inputs(
 
 
 def _float32_products(like: Tensor) -> AbstractContextManager[Any]:
-    """Autocast has done its work before the operator; inside, nothing may be rounded again."""
+    """Turn autocast off: it has cast the operator's inputs, and nothing may be rounded again."""
     if autocast_dtype(like.device) is None:
         return nullcontext()
     return torch.autocast(like.device.type, enabled=False)
 
 
 def _returned(gradients: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dH, dW, db as an operator returns them: an empty tensor of its own where not needed."""
+    """Return dH, dW, db as an operator does: an empty tensor of its own where one is not needed."""
     hidden, weight, bias = (like.new_empty(0) if g is None else g for g in gradients)
     return hidden, weight, bias
 

@@ -73,6 +73,7 @@ def top_k_gradient(
     tail: bool,
 ) -> Gradients:
     """`Backend.gradient` where the first of the weights [N, 3] is that of the top-k divergence."""
+    # First over the k + 1 buckets, where the divergence is an ordinary one.
     k = support.shape[1]
     student, teacher = (_buckets(side.double(), tail=tail) for side in logprobs)
     constants = divergence_of(student, teacher, objective)
@@ -83,6 +84,7 @@ def top_k_gradient(
     # A weight of 0 is no gradient, whatever the row holds.
     dense, on_support = (torch.where(weight == 0, 0.0, weight * g) for g in (dense, slope[:, :k]))
 
+    # The other terms look at the target too, which is an entry of the support or one more.
     indices, log_s, gradient = support, logprobs[0].double(), on_support
     if inputs.targets is not None:
         target = inputs.targets[:, None]
@@ -115,7 +117,7 @@ def top_k_gradient(
 
 
 def _buckets(logprobs: Tensor, *, tail: bool) -> Tensor:
-    """Log-probs [N, k] of the support, and of the rest [N, k + 1], or normalised."""
+    """Return log-probs [N, k + 1] of the support and the rest; [N, k], normalised, without it."""
     inside = logprobs.logsumexp(dim=1, keepdim=True)
     if not tail:
         return logprobs - inside

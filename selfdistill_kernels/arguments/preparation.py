@@ -120,7 +120,7 @@ class Models:
 
     @property
     def vocabulary(self) -> int:
-        """V."""
+        """The size V of the vocabulary."""
         return self.student_hidden.shape[-1] if self.weight is None else self.weight.shape[0]
 
 
@@ -212,6 +212,7 @@ def prepare(
     """
     objective, mask = settings.objective, settings.advantage_mask
     leading, student = models.leading, models.student_hidden
+    # Everything that can be refused is refused before any tensor is made.
     tokens.check(models)
     check_reduction(settings.reduction, leading)
     check_normalizer(settings.normalizer)
@@ -220,6 +221,8 @@ def prepare(
     check_companions(objective, mask, tokens.old_logprobs, tokens.step_ids)
     backend = choose_backend(settings.backend, device=student.device, dtype=student.dtype)
 
+    # A backend may give loss and gradient in one visit of the logits where no token's loss waits
+    # for those of others; a gradient in the place of the logits needs just that.
     token_local = mask is None or mask.is_token_local
     in_one_visit = settings.reduction != "none" and objective.top_k is None and token_local
     if settings.in_place and not in_one_visit:
@@ -228,6 +231,7 @@ def prepare(
             "top_fraction or per_step; leave in_place out"
         )
 
+    # From here on there are N tokens, whatever shape they came in.
     exists = tokens.existing(models)
     loss_weight = loss_weights(
         exists, tokens.token_weight, settings.reduction, settings.normalizer, student.dtype
@@ -260,7 +264,7 @@ def prepare(
 def _linear_inputs(
     models: Models, tokens: PerToken, exists: Tensor, transform: LogitTransform
 ) -> LinearInputs:
-    """The models' tensors flattened; the teacher's without the graph behind them."""
+    """Flatten the models' tensors, and cut the teacher's off from the graph behind them."""
     return LinearInputs(
         _flat_rows(models.student_hidden),
         None if models.teacher_hidden is None else _flat_rows(_constant(models.teacher_hidden)),
@@ -275,7 +279,7 @@ def _linear_inputs(
 
 
 def _needs(models: Models, *, in_place: bool) -> Needs:
-    """The gradients that autograd would ask for."""
+    """Return which gradients autograd would ask for."""
     hidden, weight, bias = (
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (models.student_hidden, models.weight, models.bias)
@@ -284,24 +288,23 @@ def _needs(models: Models, *, in_place: bool) -> Needs:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast does: float64 stays, and so does what holds no floats."""
+    """Cast as autocast would: float64 and integers stay as they are."""
     if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype)
 
 
 def _constant(tensor: Tensor) -> Tensor:
-    """Without the graph behind it."""
     return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _flat(per_token: Tensor) -> Tensor:
-    """[...] as [N]."""
+    """Return [...] as [N]."""
     return per_token if per_token.dim() == 1 else per_token.reshape(-1)
 
 
 def _flat_rows(rows: Tensor) -> Tensor:
-    """[..., H] as [N, H]."""
+    """Return [..., H] as [N, H]."""
     return rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1])
 
 

@@ -140,7 +140,7 @@ def _by_chunks(
     workspace: str | int,
     shared: dict[str, Any],
 ) -> DistillationOutput:
-    """The loss with its gradients, by logits of a few tokens at a time."""
+    """Compute the loss with its gradients from logits of a few tokens at a time."""
     leading = tuple(student_hidden.shape[:-1])
     objective = Objective.of(shared["objective"])
     advantage_mask = shared["advantage_mask"]
@@ -168,6 +168,7 @@ def _by_chunks(
     # A chunk is summed with the weights that its tokens have among all of them.
     weights = loss_weights(exists, token_weight, reduction, normalizer, student_hidden.dtype)
 
+    # What gets a gradient: each is added up over the chunks, because no chunk's graph may stay.
     parts = student.low_rank
     candidates = [student.weight, student.bias, *(t for part in parts for t in (part.a, part.b))]
     learned = [t for t in candidates if t is not None and t.requires_grad]
@@ -178,6 +179,7 @@ def _by_chunks(
         learned = []
     totals = [torch.zeros_like(tensor) for tensor in learned]
 
+    # As many tokens as the workspace has room for, at least one.
     vocabulary = student.weight.shape[0]
     budget = workspace_bytes(workspace) or AUTO_WORKSPACE
     each = MATRICES_A_CHUNK * vocabulary * student_hidden.element_size()
@@ -228,7 +230,7 @@ def _chunks(tokens: int, size: int) -> Iterator[slice]:
 
 
 def _merge(outputs: list[DistillationOutput], leading: tuple[int, ...]) -> dict[str, Any]:
-    """The sum of the losses, and the per-token results of all chunks in the shape [...]."""
+    """Add up the losses, and put the per-token results together in the shape [...]."""
     merged: dict[str, Any] = {}
     for name in (field.name for field in fields(DistillationOutput)):
         values = [getattr(output, name) for output in outputs]

@@ -59,6 +59,7 @@ def sweep_top_k(inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) 
         widened_hidden=hidden.shape[1] if is_widened(weight) else 0,
     )
     head = head_for(weight, plan.widened)
+    # Of a slab only the k best of each token remain, so memory does not grow with the vocabulary.
     found = hidden.new_zeros((hidden.shape[0], k), dtype=torch.int64)
     best = hidden.new_empty((tokens.count, 0), dtype=torch.float32)
     entries = found.new_empty((tokens.count, 0))
@@ -70,6 +71,7 @@ def sweep_top_k(inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) 
             head.logits(tokens.part(first, last).of(hidden), start, stop, out=scores)
             if bias is not None:
                 scores += bias[start:stop]
+            # Scale and cap keep the order of scores, or turn it round, so neither is applied.
             if inputs.transform.logit_scale < 0:
                 scores.neg_()
             top = scores.topk(min(k, stop - start), dim=1, sorted=False)
@@ -181,7 +183,7 @@ class _Sweep:
 
 
 def _rounded(sums: Tensor, tokens: Tokens, plan: TilePlan, like: Tensor) -> Tensor:
-    """The sums [n, H] of some tokens as a gradient [N, H], without a second copy of them."""
+    """Return the sums [n, H] of some tokens as a gradient [N, H], without a second copy."""
     made = torch.zeros_like(like)
     for first in range(0, tokens.count, plan.rows):
         last = min(first + plan.rows, tokens.count)
