@@ -282,7 +282,7 @@ def _slab_columns(caches: Caches, rows: int, hidden: int, models: int, itemsize:
 
     All tiles of a slab, and both products with the head, read its rows of the head [c, H] and of
     float32 dW [c, H]; a tile of logits [models r, c] is written by one product and read by two. The
-    three together are held against CACHE_SHARE of the cache.
+    three together are compared with CACHE_SHARE of the cache.
     """
     column_bytes = hidden * (itemsize + 4) + 4 * models * rows
     fitting = int(CACHE_SHARE * caches.last) // column_bytes
