@@ -22,7 +22,6 @@ from rich.table import Table
 from selfdistill.config import Config, ConfigError
 from selfdistill.critic.interface import Critic
 from selfdistill.errors import UserError
-from selfdistill.methods.build import build_method
 from selfdistill.places import alone_in
 from selfdistill.progress import progress_bars
 from selfdistill.rollout.attempts import Attempts, sample_attempts
@@ -143,9 +142,11 @@ def _filter_problems(
     if config.prompt.date is None:  # a filter keeps the day of its first start
         begun = journal.read()
         config = with_date(config, recorded_date(begun[0] if begun else {}) or date.today())
+    # What an earlier call examined is taken over before anything is loaded, or refused.
     examined = _resume(journal, _identity(config, settings))
     solver = load_solver(config)
-    critic = _critic(config, solver.task)
+    critic = _critic(solver)
+    # The problems follow from the settings alone, so those that are done are the first ones.
     found = _problems(solver.task, settings)
     with_room, left_out = solver.with_room([problem for _, problem in found])
     fitting = {*with_room}
@@ -177,6 +178,7 @@ def _filter_problems(
                 examined.append(record)
             kept = sum(record.outcome == "kept" for record in examined)
             bars.update(bar, completed=len(examined), note=f"{kept} kept")
+    # The result is written in one step at the end: where the file exists, it is whole.
     fields = ("id", "question", "answer", "reference", "split", "correct", "samples")
     kept_lines = "".join(
         json.dumps({field: getattr(record, field) for field in fields}) + "\n"
@@ -194,7 +196,7 @@ def _filter_problems(
 
 
 def _identity(config: Config, settings: FilterSettings) -> dict[str, Any]:
-    """What decides the result."""
+    """Return the settings that decide which problems are kept."""
     chosen = config.model_dump(mode="json", include={"model", "task", "method", "prompt"})
     rollout = {"temperature": config.rollout.temperature, "length": config.rollout.max_new_tokens}
     return {**chosen, "rollout": rollout, **asdict(settings), "below": str(settings.below)}
@@ -220,14 +222,14 @@ def _resume(journal: JsonLines, identity: dict[str, Any]) -> list[Examined]:
     return [Examined(**record) for record in records[1:]]
 
 
-def _critic(config: Config, task: Task) -> Critic:
-    critic = build_method(config, task).critic
-    if critic is None:
+def _critic(solver: Solver) -> Critic:
+    method = solver.build_method(solver.config.method)
+    if method.critic is None:
         raise ConfigError(
-            f"method: the filter asks the critic, and {config.method.name} has none: filter with "
+            f"method: the filter asks the critic, and {method.name} has none: filter with "
             "method stepalign, then train with any"
         )
-    return critic
+    return method.critic
 
 
 def _problems(task: Task, settings: FilterSettings) -> list[tuple[str, Problem]]:

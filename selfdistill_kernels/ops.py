@@ -28,7 +28,7 @@ _TERM_COLUMNS = ((Column.DIVERGENCE, 1.0), (Column.STUDENT_LOGPROB, -1.0), (Colu
 
 
 def _returned(gradients: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dH, dW, db as an operator returns them: an empty tensor of its own where not needed."""
+    """Return dH, dW, db as an operator does: an empty tensor of its own where one is not needed."""
     hidden, weight, bias = (like.new_empty(0) if g is None else g for g in gradients)
     return hidden, weight, bias
 

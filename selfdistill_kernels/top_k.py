@@ -102,6 +102,7 @@ def top_k_gradient(
 
     `gradient_of` makes a gradient without a divergence from inputs, term weights and entries.
     """
+    # First over the k + 1 buckets, where the divergence is an ordinary one.
     k, tail = support.shape[1], objective.tail
     student, teacher = (_buckets(side.double(), tail=tail) for side in logprobs)
     constants = divergence_of(student, teacher, objective)
@@ -112,6 +113,7 @@ def top_k_gradient(
     # A weight of 0 is no gradient, whatever the row holds.
     dense, on_support = (torch.where(weight == 0, 0.0, weight * g) for g in (dense, slope[:, :k]))
 
+    # The other terms look at the target too, which is an entry of the support or one more.
     indices, log_s, gradient = support, logprobs[0].double(), on_support
     if inputs.targets is not None:
         target = inputs.targets[:, None]
@@ -140,7 +142,7 @@ def top_k_gradient(
 
 
 def _buckets(logprobs: Tensor, *, tail: bool) -> Tensor:
-    """Log-probs [N, k] of the support, and of the rest [N, k + 1], or normalised."""
+    """Return log-probs [N, k + 1] of the support and the rest; [N, k], normalised, without it."""
     inside = logprobs.logsumexp(dim=1, keepdim=True)
     if not tail:
         return logprobs - inside

@@ -68,7 +68,7 @@ def refuse_forward_mode(tensors: tuple[Any, ...]) -> None:
 
 
 def _saveable(tensor: Tensor | None) -> Tensor | None:
-    """A copy of what was made in inference mode, where autograd has to keep it for backward."""
+    """Copy what was made in inference mode, which autograd cannot keep for the backward pass."""
     if tensor is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return tensor
     return tensor.clone() if tensor.is_inference() else tensor
@@ -84,7 +84,7 @@ def _is_transformed() -> bool:
 
 
 class _Transformed(torch.autograd.Function):
-    """What the functions below share."""
+    """The base of the three functions below."""
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
@@ -179,7 +179,7 @@ class _StatisticsGradient(_Transformed):
 def _one_by_one(
     function: Any, info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """vmap by a loop: a problem is large, and several have no row kernel in common."""
+    """Run vmap as a loop: a problem is large, and several have no row kernel in common."""
     found = [
         function(
             *(

@@ -16,11 +16,18 @@ COLUMNS = {
     3: [*(KERNELS / "backends/reference").glob("*.py"), KERNELS / "logits.py"],
 }
 
+LOOPS = {
+    1: [ROOT / "csrc/cpu/rows.inl"],
+    2: [*(ROOT / "csrc/cuda").glob("*.cu")],
+    3: [KERNELS / "backends/triton/rows.py"],
+    4: [KERNELS / "backends/triton/sweep.py", KERNELS / "backends/triton/gradient.py"],
+}
 
-def table() -> list[list[str]]:
-    """The rows of "Where it is computed", each as its cells."""
+
+def table(title: str = "Where it is computed") -> list[list[str]]:
+    """The rows of a section's table, each as its cells."""
     page = (ROOT / "docs/math.md").read_text()
-    section = page.split("## Where it is computed\n")[1].split("\n## ")[0]
+    section = page.split(f"## {title}\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
@@ -38,6 +45,15 @@ def test_functions_exist(row: list[str]) -> None:
             assert re.search(rf"\b(def|class|R|float|double|void|Mixture<R>) {name}\b", source), (
                 name
             )
+
+
+@pytest.mark.parametrize("row", table("Who sums over a row"), ids=lambda row: row[0])
+def test_loops_exist(row: list[str]) -> None:
+    for column, files in LOOPS.items():
+        source = "\n".join(file.read_text() for file in files)
+        assert names(row[column])
+        for name in names(row[column]):
+            assert re.search(rf"(def |void |RowState |\)\s+){name}\(", source), name
 
 
 @pytest.mark.parametrize("row", table(), ids=lambda row: row[0])

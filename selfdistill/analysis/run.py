@@ -37,7 +37,6 @@ from selfdistill.analysis.sections import method_labels, parse_methods
 from selfdistill.analysis.tokens import TokenAnalysis, analyze
 from selfdistill.config import Config, load_config
 from selfdistill.evaluation.intervals import Interval
-from selfdistill.methods.build import build_method
 from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.teacher import build_teacher
 from selfdistill.progress import progress_bars
@@ -173,6 +172,7 @@ def analyze_run(
         store = CheckpointStore(run / "checkpoints")
         weights = store.best if checkpoint == "best" else store.last
         step = read_state(weights).step
+    # The weights are checked against the run before they write anything.
     solver = load_solver(config, weights)
     if weights is None and (last := CheckpointStore(run / "checkpoints").last).exists():
         refuse_other(
@@ -193,6 +193,7 @@ def analyze_run(
             seed=derive_seed(seed, "analyze"),
             progress=lambda count: bars.update(bar, completed=min(count, attempts)),
         )
+        # All methods score the same attempts, so that only what the teacher sees differs.
         records = []
         for label, section in zip(method_labels(sections), sections, strict=True):
             bar = bars.add_task("score", total=len(draw.chosen), note=label)
@@ -259,7 +260,7 @@ def score_method(
     return analyze(
         solver,
         teacher,
-        build_method(config, solver.task),
+        solver.build_method(config.method),
         draw.attempts,
         draw.chosen,
         lm_heads=find_lm_heads(solver.model, teacher),

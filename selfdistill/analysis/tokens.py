@@ -88,6 +88,7 @@ def analyze(
     Returns:
         One record for each chosen rollout, in that order.
     """
+    # What the teacher sees may come from the rest of a group, so whole groups are asked for it.
     groups = sorted({group for group, _ in chosen})
     contexts = dict(zip(groups, method.contexts([attempts[i] for i in groups]), strict=True))
     records: list[TokenAnalysis] = []
@@ -99,16 +100,18 @@ def analyze(
             )
             for i, j in chosen[start : start + batch_size]
         ]
+        # Each chosen rollout is scored as a group of its own: the others are not looked at.
         scored = score(
             solver.model,
             teacher,
-            render_groups(solver, [alone for alone, _ in batch], [[c] for _, c in batch]),
+            render_groups(solver, method, [alone for alone, _ in batch], [[c] for _, c in batch]),
             attention=solver.config.attention,
         )
         output = method.loss(scored, *lm_heads, normalizer=1.0)
         assert output.advantage is not None
         assert output.student_logprob is not None
         assert output.teacher_logprob is not None
+        # From one row of tokens back to a list for each rollout.
         lengths = [len(alone.rollouts[0].token_ids) for alone, _ in batch]
         columns = [
             [part.tolist() for part in column.split(lengths)]

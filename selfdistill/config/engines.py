@@ -17,7 +17,7 @@ class VLLMSettings(Section):
     """What any vLLM engine needs to know; it runs in the trainer's own process, on its device."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of its weights and its cache."""
+    """The dtype of its weights and of its cache."""
     max_length: PositiveInt | None = None
     """Most tokens of a prompt and its completion, which must fit into the cache; by default what
     the model has positions for."""
@@ -55,7 +55,7 @@ class TransformersTextEngine(LocalTextEngine):
 
     name: Literal["transformers"] = "transformers"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of its weights."""
+    """The dtype of its weights."""
     batch_size: PositiveInt = 16
     """Prompts answered at once."""
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from selfdistill.config.messages import describe_error
 from selfdistill.config.run import Config
 from selfdistill.config.section import ConfigError
 from selfdistill.config.yaml_text import YAMLTextError, read_yaml
@@ -41,6 +40,8 @@ def load_config(path: Path) -> Config:
     try:
         return Config.model_validate(document.data, context={"folder": path.parent})
     except ValidationError as error:
+        from selfdistill.config.messages import describe_error
+
         wrong = []
         for each in error.errors():
             line = document.line(each["loc"])

@@ -65,7 +65,7 @@ class AdapterConfig(Section):
     """LoRA adapters (peft) on a frozen model; no dropout, which would make the teacher disagree."""
 
     r: PositiveInt = 16
-    """The rank."""
+    """The rank of the adapters."""
     alpha: PositiveInt = 32
     """The update is scaled by alpha / r."""
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = (

@@ -35,7 +35,7 @@ class Section(BaseModel):
 
 
 def _no_boolean(value: Any) -> Any:
-    """YAML reads yes, no, on and off as booleans, and Python counts with them."""
+    """Refuse booleans: YAML reads yes, no, on and off as such, and Python counts with them."""
     if isinstance(value, bool):
         raise ValueError("expected a number; yes, no, on and off are true and false")
     return value
@@ -55,7 +55,7 @@ Rate = Annotated[Float, Field(ge=0, le=1)]
 
 
 def _next_to_file(name: str, info: ValidationInfo) -> str:
-    """A name that exists next to the YAML file means that; every other stays as it is."""
+    """Return the path of a name that exists beside the YAML file, any other name unchanged."""
     folder = (info.context or {}).get("folder")
     if folder is None or not (folder / name).exists():
         return name

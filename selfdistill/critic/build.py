@@ -7,7 +7,7 @@ from functools import partial
 
 from selfdistill.config import ConfigError, CriticConfig
 from selfdistill.critic.interface import Critic
-from selfdistill.tasks.interface import Task, check_all
+from selfdistill.tasks.interface import SteppedTask, Task, check_all
 
 
 def build_critic(
@@ -22,20 +22,20 @@ def build_critic(
         today: the date that its chat template is told; None: that of this day.
 
     Raises:
-        ConfigError: the scribe was asked for, and the task is not the arithmetic one; or a
-            language model has no room for an answer.
+        ConfigError: the scribe was asked for, and the task knows no steps; or a language model has
+            no room for an answer.
         UnusableModelError: a local model cannot be loaded.
         EngineError: its engine cannot start.
     """
     match config.name:
         case "scribe":
             from selfdistill.critic.scribe import ScribeCritic
-            from selfdistill.tasks.arithmetic import ArithmeticTask
 
-            if not isinstance(task, ArithmeticTask):
+            if not isinstance(task, SteppedTask):
                 raise ConfigError(
-                    "method.critic: the scribe writes steps of the arithmetic task only, and the "
-                    f"task is {task.name}: choose another critic or another method"
+                    "method.critic: the scribe rewrites steps that the task can check and write, "
+                    f"and the task is {task.name}, which knows no steps: choose another critic or "
+                    "another method"
                 )
             return ScribeCritic(task, copying=config.copying)
         case "llm":

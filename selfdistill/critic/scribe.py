@@ -8,24 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 from selfdistill.critic.interface import Critique, CritiqueCase
-from selfdistill.tasks.interface import Problem, Task, Verdict
+from selfdistill.tasks.interface import Problem, SteppedTask, Verdict
 
 Copying = Literal["partial_repetition", "full_repetition", "omission"]
-
-
-class StepTask(Task, Protocol):
-    """A task that can cut a response into steps and write any step rightly."""
-
-    def leading_steps(self, problem: Problem, response: str) -> list[str]:
-        """Return, verbatim, the right steps that a response starts with."""
-        ...
-
-    def write_steps(self, problem: Problem, *, first: int, like: str) -> list[str]:
-        """Write the right steps from number `first` on, and the answer, worded as in `like`."""
-        ...
 
 
 class ScribeCritic:
@@ -54,7 +42,7 @@ class ScribeCritic:
         copying: what is repeated of an attempt.
     """
 
-    def __init__(self, task: StepTask, *, copying: Copying = "partial_repetition") -> None:
+    def __init__(self, task: SteppedTask, *, copying: Copying = "partial_repetition") -> None:
         self.task = task
         self.copying = copying
         self.unusable: Counter[str] = Counter()  # a program's critiques all are usable

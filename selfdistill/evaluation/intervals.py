@@ -21,9 +21,9 @@ BOOTSTRAP_RESAMPLES = 10_000
 # Of the resampling: the same scores have the same interval.
 SEED = 0
 
-# Problems below which a bootstrap is not trusted alone.
+# With fewer problems than this a bootstrap is not trusted alone.
 FEW = 30
-# Effective problems at either bound below which it is not, either.
+# Nor is it with fewer effective problems than this at either bound.
 RARE = 10.0
 
 _NORMAL = 1.959964  # 97.5 % of a normal distribution lie below

@@ -7,6 +7,6 @@
     distillation.py   the loss of all methods with a teacher; loss.py: what any loss offers
 
 A new method is a file here, with a function that builds it, its section in config/methods.py (a
-class, and its place in `MethodConfig`), and its line in `build.BUILDERS`. Pages and dry runs call
+class, and its place in `MethodConfig`), and its case in `build_method`. Pages and dry runs call
 its context by the method's own name until they are told a better one.
 """

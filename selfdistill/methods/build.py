@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from datetime import date
 
-from selfdistill.config import (
-    Config,
-    EnvironmentMethod,
-    GRPOMethod,
-    PeerMethod,
-    RefSolMethod,
-    StepAlignMethod,
-)
-from selfdistill.methods.environment import environment
-from selfdistill.methods.grpo import grpo
+from selfdistill.config import MethodConfig
 from selfdistill.methods.method import Method
-from selfdistill.methods.peer import peer
-from selfdistill.methods.refsol import refsol
-from selfdistill.methods.stepalign import stepalign
 from selfdistill.tasks.interface import Task
 
-# Who builds the method of a configuration section: called with it, the task and the whole run.
-BUILDERS: dict[type[Any], Callable[[Any, Task, Config], Method]] = {
-    StepAlignMethod: stepalign,
-    RefSolMethod: refsol,
-    PeerMethod: peer,
-    EnvironmentMethod: environment,
-    GRPOMethod: grpo,
-}
 
+def build_method(
+    settings: MethodConfig, task: Task, *, temperature: float, device: str, today: date | None
+) -> Method:
+    """Build the configured method; the others are not loaded.
 
-def build_method(config: Config, task: Task) -> Method:
-    """Build the configured method.
+    Args:
+        settings: which method, and how.
+        task: what it teaches.
+        temperature: at which the rollouts are sampled.
+        device: where a critic that is a language model of this process runs.
+        today: the date that its chat template is told; None: that of this day.
 
     Raises:
         ConfigError: the loss asks for steps that the task does not know; or see `build_critic`.
     """
-    return BUILDERS[type(config.method)](config.method, task, config)
+    match settings.name:
+        case "stepalign":
+            from selfdistill.methods.stepalign import stepalign
+
+            return stepalign(settings, task, device=device, today=today)
+        case "refsol":
+            from selfdistill.methods.refsol import refsol
+
+            return refsol(settings, task)
+        case "peer":
+            from selfdistill.methods.peer import peer
+
+            return peer(settings, task)
+        case "environment":
+            from selfdistill.methods.environment import environment
+
+            return environment(settings, task)
+        case "grpo":
+            from selfdistill.methods.grpo import grpo
+
+            return grpo(settings, temperature=temperature)

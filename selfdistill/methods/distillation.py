@@ -17,12 +17,8 @@ from selfdistill.model.lm_head import LMHead
 from selfdistill.model.scoring import ScoredTokens
 from selfdistill.rollout.attempts import Attempts
 from selfdistill.tasks.interface import SteppedTask, Task
-from selfdistill_kernels import (
-    AdvantageMask,
-    DistillationOutput,
-    Objective,
-    fused_linear_distillation,
-)
+from selfdistill_kernels import AdvantageMask, DistillationOutput, Objective
+from selfdistill_kernels.integrations import fused_head_distillation
 
 
 def distillation_method(
@@ -43,9 +39,26 @@ def distillation_method(
     Raises:
         ConfigError: the loss asks for steps that the task does not know.
     """
-    _check_steps_known(settings.loss, task)
-    loss = DistillationLoss(settings.loss)
-    return Method(settings.name, settings.group_size, loss, contexts, critic=critic)
+    mask, stops = settings.loss.advantage_mask, settings.loss.stop_after_first_wrong_step
+    per_step = mask is not None and mask.per_step
+    for name, is_set in (
+        ("advantage_mask.per_step", per_step),
+        ("stop_after_first_wrong_step", stops),
+    ):
+        if is_set and not isinstance(task, SteppedTask):
+            raise ConfigError(
+                f"method.loss.{name} is set, but the task {task.name!r} does not know the steps of "
+                "a response: leave it out, or let the task implement `SteppedTask`"
+            )
+    return Method(
+        settings.name,
+        settings.group_size,
+        DistillationLoss(settings.loss),
+        contexts,
+        needs_steps=per_step,
+        stops_at_wrong_step=stops,
+        critic=critic,
+    )
 
 
 class DistillationLoss:
@@ -93,23 +106,18 @@ class DistillationLoss:
         """
         if scored.teacher_hidden is None:
             raise ValueError("scored.teacher_hidden is missing: score the groups with a teacher")
-        shared = teacher.weight is student.weight
         per_step = self.advantage_mask is not None and self.advantage_mask.per_step
         fused = partial(
-            fused_linear_distillation,
+            fused_head_distillation,
             scored.student_hidden,
             scored.teacher_hidden,
-            student.weight,
+            student,
+            teacher,
             scored.targets,
-            bias=student.bias,
-            teacher_weight=None if shared else teacher.weight,
-            teacher_bias=None if shared else teacher.bias,
             token_weight=_sequence_weights(scored) if self.sequence_mean else None,
             old_logprobs=scored.old_logprobs if self.objective.importance_clip else None,
             objective=self.objective,
             temperature=self.temperature,
-            logit_scale=student.logit_scale,
-            softcap=student.softcap,
             normalizer=normalizer,
         )
         if self.advantage_mask is None or self.advantage_mask.top_fraction is None:
@@ -148,19 +156,3 @@ def _select_by_rollout(mask: AdvantageMask, advantage: Tensor, scored: ScoredTok
             for own, own_steps in zip(advantage.split(lengths), steps, strict=True)
         ]
     )
-
-
-def _check_steps_known(loss: LossConfig, task: Task) -> None:
-    if isinstance(task, SteppedTask):
-        return
-    mask = loss.advantage_mask
-    asked = {
-        "advantage_mask.per_step": mask is not None and mask.per_step,
-        "stop_after_first_wrong_step": loss.stop_after_first_wrong_step,
-    }
-    for name, is_set in asked.items():
-        if is_set:
-            raise ConfigError(
-                f"method.loss.{name} is set, but the task {task.name!r} does not know the steps of "
-                "a response: leave it out, or give the task `step_spans` and verdicts on steps"
-            )

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from selfdistill.config import Config, EnvironmentMethod
+from selfdistill.config import EnvironmentMethod
 from selfdistill.methods.distillation import distillation_method
 from selfdistill.methods.method import Contexts, Method
 from selfdistill.prompts.context import TeacherContext
 from selfdistill.rollout.attempts import Attempts
-from selfdistill.tasks.interface import FeedbackDetail, FeedbackTask, Problem, Task, Verdict
+from selfdistill.tasks.interface import FeedbackDetail, Problem, SteppedTask, Task, Verdict
 
 
-def environment(settings: EnvironmentMethod, task: Task, run: Config) -> Method:
+def environment(settings: EnvironmentMethod, task: Task) -> Method:
     """Build feedback by the checker's verdict on each rollout in words; no solution is shown."""
     return distillation_method(settings, task, partial(feedback, task, detail=settings.detail))
 
@@ -22,7 +22,7 @@ def feedback(task: Task, attempts: Sequence[Attempts], *, detail: FeedbackDetail
     """Return the feedback on every rollout; None where the task has nothing to say.
 
     Args:
-        task: gives the feedback, if it has a way of its own to say it (`FeedbackTask`).
+        task: gives the feedback in words of its own, if it knows steps (`SteppedTask`).
         attempts: judged rollouts.
         detail: "answer" tells whether the final answer is right, "step" also the first wrong step.
     """
@@ -38,7 +38,7 @@ def feedback(task: Task, attempts: Sequence[Attempts], *, detail: FeedbackDetail
 def _context(
     task: Task, problem: Problem, response: str, verdict: Verdict, detail: FeedbackDetail
 ) -> TeacherContext | None:
-    if isinstance(task, FeedbackTask):
+    if isinstance(task, SteppedTask):
         text = task.feedback(problem, response, verdict, detail=detail)
     else:
         text = plain_feedback(verdict, detail=detail)

@@ -8,23 +8,26 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from selfdistill.config import Config, GRPOMethod
+from selfdistill.config import GRPOMethod
 from selfdistill.methods.method import Contexts, Method
 from selfdistill.model.layout import PromptGroup
 from selfdistill.model.lm_head import LMHead
 from selfdistill.model.scoring import ScoredTokens
 from selfdistill.rollout.attempts import Attempts
-from selfdistill.tasks.interface import Task
 from selfdistill_kernels import DistillationOutput, fused_linear_logprobs
 
 
-def grpo(settings: GRPOMethod, task: Task, run: Config) -> Method:
+def grpo(settings: GRPOMethod, *, temperature: float) -> Method:
     """Build group-relative policy optimisation (arXiv 2402.03300).
 
     The baseline of arXiv 2606.11173: the rollouts of a prompt are compared with each other.
+
+    Args:
+        settings: of the method.
+        temperature: at which the rollouts are sampled.
     """
     loss = GRPOLoss(
-        temperature=run.rollout.temperature,
+        temperature=temperature,
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
         normalize_std=settings.normalize_std,

@@ -28,6 +28,8 @@ class Method:
         contexts: says what the teacher sees with each of the judged rollouts.
         needs_context: True when a rollout without context teaches nothing and is left out; False
             when the teacher (of GRPO: the base model) then sees what the student sees.
+        needs_steps: True when the loss must know the step of each token.
+        stops_at_wrong_step: True when nothing behind a rollout's first wrong step counts.
         critic: who writes the contexts, if somebody does.
     """
 
@@ -36,6 +38,8 @@ class Method:
     loss: Loss
     contexts: Callable[[Sequence[Attempts]], Contexts]
     needs_context: bool = True
+    needs_steps: bool = False
+    stops_at_wrong_step: bool = False
     critic: Critic | None = None
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from selfdistill.config import Config, PeerMethod
+from selfdistill.config import PeerMethod
 from selfdistill.methods.distillation import distillation_method
 from selfdistill.methods.method import Contexts, Method
 from selfdistill.prompts.context import TeacherContext
@@ -12,7 +12,7 @@ from selfdistill.rollout.attempts import Attempts
 from selfdistill.tasks.interface import Task
 
 
-def peer(settings: PeerMethod, task: Task, run: Config) -> Method:
+def peer(settings: PeerMethod, task: Task) -> Method:
     """Build feedback by a successful peer's rollout, verbatim, as the reference solution.
 
     No solution from outside is needed: the group teaches itself, as far as one of it succeeds.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from selfdistill.config import Config, RefSolMethod
+from selfdistill.config import RefSolMethod
 from selfdistill.methods.distillation import distillation_method
 from selfdistill.methods.method import Contexts, Method
 from selfdistill.prompts.context import TeacherContext
@@ -12,7 +12,7 @@ from selfdistill.rollout.attempts import Attempts
 from selfdistill.tasks.interface import Task
 
 
-def refsol(settings: RefSolMethod, task: Task, run: Config) -> Method:
+def refsol(settings: RefSolMethod, task: Task) -> Method:
     """Build reference-solution feedback (arXiv 2606.11173)."""
     return distillation_method(settings, task, references)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import date
 from functools import partial
 from typing import Literal, TypeAlias
 
-from selfdistill.config import Config, StepAlignMethod
+from selfdistill.config import StepAlignMethod
 from selfdistill.critic.build import build_critic
 from selfdistill.critic.interface import Critic, Critique
 from selfdistill.methods.distillation import distillation_method
@@ -19,18 +20,21 @@ from selfdistill.tasks.interface import Problem, Task
 Fallback: TypeAlias = Literal["drop", "reference"]
 
 
-def stepalign(settings: StepAlignMethod, task: Task, run: Config) -> Method:
+def stepalign(settings: StepAlignMethod, task: Task, *, device: str, today: date | None) -> Method:
     """Build step-aligned feedback (arXiv 2606.11173).
 
     The critic copies what is right word by word and rewrites from the first wrong step on, so that
     the teacher agrees with the attempt up to the error and disagrees sharply at it.
 
+    Args:
+        settings: of the method; the critic is among them.
+        task: see `build_critic`.
+        device, today: see `build_method`.
+
     Raises:
         ConfigError: see `build_critic`.
     """
-    critic = build_critic(
-        settings.critic, task, device=resolve_device(run.device), today=run.prompt.date
-    )
+    critic = build_critic(settings.critic, task, device=resolve_device(device), today=today)
     fallback = settings.critic.fallback if settings.critic.name == "llm" else "drop"
     contexts = partial(critiques, critic, fallback=fallback)
     return distillation_method(settings, task, contexts, critic=critic)

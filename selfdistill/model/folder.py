@@ -130,6 +130,7 @@ def load_causal_lm(name: str, *, dtype: torch.dtype, setting: str = "model") -> 
         UnusableModelError: see `load_config`; or the weights are missing, torn, pickled, of another
             model, fewer than the model has, or not numbers.
     """
+    # Files first, because a message about a file says more than what transformers makes of it.
     load_config(name, setting=setting)
     _check_generation_file(name, setting)
     if Path(name).is_dir():
@@ -146,6 +147,7 @@ def load_causal_lm(name: str, *, dtype: torch.dtype, setting: str = "model") -> 
         )
     except Exception as error:  # whatever the files make transformers raise
         raise _not_loaded(name, "weights", error, setting) from error
+    # transformers fills up what is missing or does not fit with random numbers.
     wrong = [
         f"{key} is {list(found)} instead of {list(wanted)}"
         for key, found, wanted in sorted(report["mismatched_keys"])
@@ -240,7 +242,7 @@ def _check_configuration_file(folder: Path, setting: str) -> None:
 
 
 def _check_generation_file(name: str, setting: str) -> None:
-    """Refuse a torn one: transformers takes it for none, and its tokens would end no answer."""
+    """Refuse a torn file, which transformers would ignore: its tokens would then end no answer."""
     path = Path(name) / "generation_config.json"
     if path.exists():
         _read_json(path, setting)

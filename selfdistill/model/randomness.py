@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from selfdistill.model.attention import UnsupportedModelError, base_causal_lm
+from selfdistill.model.attention import UnsupportedModelError
+from selfdistill_kernels.integrations.heads import causal_lm
 
 # Dropout of heads that a causal LM does not have.
 _OTHER_HEADS = ("classifier", "summary")
@@ -47,7 +48,7 @@ def enable_activation_checkpointing(model: nn.Module) -> None:
     transformers does so only for layers in train mode. The layers alone get that mode: whatever
     drops or adds noise inside them stays in eval mode, so the numbers stay the same.
     """
-    base = base_causal_lm(model)
+    base: PreTrainedModel = causal_lm(model)
     # transformers 5.2x renamed it.
     enable = getattr(base, "activation_checkpointing_enable", None)
     enable = enable or base.gradient_checkpointing_enable
@@ -67,7 +68,7 @@ def check_not_random(model: nn.Module) -> None:
     Raises:
         RandomModelError: names the configuration field, or the module, and its value.
     """
-    base = base_causal_lm(model)
+    base: PreTrainedModel = causal_lm(model)
     configs = dict(_configs("config", base.get_decoder().config))
     configs |= {f"peft_config[{k!r}]": v for k, v in getattr(model, "peft_config", {}).items()}
     trains = any(module.training and not _recomputes(module) for module in base.modules())
@@ -105,7 +106,7 @@ def refuse_random_passes(model: nn.Module) -> None:
         RandomModelError: names the innermost module that takes them.
     """
     check_not_random(model)
-    base = base_causal_lm(model)
+    base: PreTrainedModel = causal_lm(model)
     decoder = base.get_decoder()
     vocabulary = base.get_input_embeddings().num_embeddings
     ids = torch.arange(1, 5, device=decoder.device)[None] % vocabulary
@@ -146,7 +147,7 @@ def _recomputes(module: nn.Module) -> bool:
 
 
 def _configs(owner: str, config: PretrainedConfig) -> Iterator[tuple[str, PretrainedConfig]]:
-    """A configuration and those inside it (DBRX and MPT have one for their attention)."""
+    """Yield a configuration and those inside it (DBRX and MPT have one for their attention)."""
     yield owner, config
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):

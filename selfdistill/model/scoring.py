@@ -55,7 +55,6 @@ def score(
     teacher: Teacher | None,
     groups: Sequence[PromptGroup],
     *,
-    share_student_prefix: bool | None = None,
     attention: str = "auto",
 ) -> ScoredTokens:
     """Score every completion token by student and teacher, each over one packed row.
@@ -67,29 +66,21 @@ def score(
         student: a transformers causal LM, or a PEFT wrapper of one.
         teacher: the teacher strategy; None scores by the student alone.
         groups: the prompt groups of this step; memory grows with their tokens.
-        share_student_prefix: let the teacher borrow the student's prefix keys and values; None does
-            so whenever that is exact.
         attention: who computes the attention, see `selfdistill.model.attention.choose_backend`.
 
     Raises:
-        ValueError: sharing was asked for a teacher with other weights.
         RandomModelError: a pass would be random, see `selfdistill.model.randomness`.
         UnsupportedModelError: the architecture cannot share prefixes exactly.
         UnavailableBackendError: the attention backend that was asked for cannot run.
     """
-    can_share = teacher is not None and teacher.has_student_weights
-    share = can_share if share_student_prefix is None else share_student_prefix
-    if share and not can_share:
-        name = "no" if teacher is None else f"the {teacher.name!r}"
-        raise ValueError(
-            f"share_student_prefix=True with {name} teacher: keys and values made by "
-            "the student's weights are wrong for other weights (after 10 LoRA steps the error was "
-            "78 % of the signal). Leave it out: this teacher then reads the prefix once itself"
-        )
     check_not_random(student)
     enable_prefix_sharing(student, backend=attention)
+    # Keys and values of the student's weights are wrong for other weights: after 10 LoRA steps the
+    # error was 78 % of the signal.
+    share = teacher is not None and teacher.has_student_weights
     pack = pack_groups(groups, share_student_prefix=share, with_teacher=teacher is not None)
 
+    # The student first: the teacher may borrow keys and values that this pass makes.
     stash = PrefixStash(pack.teacher.borrowed_index) if share and pack.teacher else None
     student_hidden = run_packed_row(student, pack.student, capture=stash, backend=attention)
     device = student_hidden.device
@@ -125,6 +116,6 @@ def score(
 
 
 def _concatenated(parts: Sequence[list[float] | None], device: torch.device) -> torch.Tensor | None:
-    """One tensor of all groups' numbers; None when a group does not know them."""
+    """Return one tensor of all groups' numbers, or None when a group does not know them."""
     numbers = [number for part in parts if part is not None for number in part]
     return None if None in parts else torch.tensor(numbers, device=device)

@@ -51,6 +51,7 @@ def dry_run(config: Config, console: Console) -> None:
         UnusableModelError: the tokenizer or the model's config cannot be had or used.
         TaskError: the problems cannot be read.
     """
+    # Only small files are read: a plan must not wait for weights.
     model_config = load_config(config.model)
     tokenizer = load_solver_tokenizer(config)
     task = build_task(config.task)
@@ -67,6 +68,7 @@ def dry_run(config: Config, console: Console) -> None:
         for student, problem, context in zip(students, problems, contexts, strict=True)
     ]
 
+    # First what the models will read, because a wrong template is the likeliest mistake.
     show = partial(say, console)
     show(
         f"{config.model}: {config.method.name} on the {task.name} task"
@@ -100,6 +102,7 @@ def dry_run(config: Config, console: Console) -> None:
         f"at most; {too_long} leave no room for {room} new tokens (prompt.too_long: "
         f"{config.prompt.too_long}).\n"
     )
+    # Then what it costs: the measured lengths stand for those of the run.
     context = statistics.mean(
         len(teacher) - len(student) for student, teacher in zip(students, teachers, strict=True)
     )

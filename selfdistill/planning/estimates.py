@@ -46,7 +46,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from selfdistill.config import AdapterConfig
-from selfdistill.model.weights import attach_adapter
+from selfdistill.model.adapters import attach_adapter
 from selfdistill_kernels.backends.native.plan import TilePlan
 
 # Sampling against reading, tokens a second: 70 against 500 with SmolLM2-135M at batch 8 on a CPU.

@@ -131,7 +131,7 @@ class ChatTemplate:
             )
 
     def _rendered(self, today: date | None, variables: Mapping[str, Any] | None) -> str:
-        """Render a turn on that day; None: by the clock."""
+        """Render a turn with that date; None leaves the date to the clock of the template."""
         try:
             template = self._tokenizer.get_chat_template()
             told: dict[str, Any] = {}

@@ -87,6 +87,9 @@ class ContextRenderer:
             they share is decided by their tokens.
         today: the date that the chat template is told; None: that of this day.
 
+    Attributes:
+        max_length: the one that was given.
+
     Raises:
         ValueError: max_length is not positive.
         UnusableModelError: see `ChatTemplate`.
@@ -105,14 +108,9 @@ class ContextRenderer:
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length is {max_length}, expected at least 1 or None")
         self._instruction = instruction
-        self._max_length = max_length
+        self.max_length = max_length
         self._student_chat = ChatTemplate(tokenizer, student_template, today=today)
         self._teacher_chat = self._student_chat.with_variables(teacher_template)
-
-    @property
-    def max_length(self) -> int | None:
-        """Most tokens that a prompt and its completion may have together; None: no limit."""
-        return self._max_length
 
     @property
     def writes_date(self) -> bool:
@@ -135,20 +133,20 @@ class ContextRenderer:
 
     def leaves_room(self, problem: Problem, *, max_new_tokens: int) -> bool:
         """True when a completion of that length fits behind the student's prompt."""
-        if self._max_length is None:
+        if self.max_length is None:
             return True
-        return len(self.student_prompt(problem)) + max_new_tokens <= self._max_length
+        return len(self.student_prompt(problem)) + max_new_tokens <= self.max_length
 
     def fits(
         self, problem: Problem, context: TeacherContext | None, completion: Sequence[int]
     ) -> bool:
         """True when a completion fits behind the student's prompt and behind the teacher's."""
-        if self._max_length is None:
+        if self.max_length is None:
             return True
         prompts = [self.student_prompt(problem)]
         if context is not None:
             prompts.append(self.teacher_prompt(problem, context))
-        return max(map(len, prompts)) + len(completion) <= self._max_length
+        return max(map(len, prompts)) + len(completion) <= self.max_length
 
     def prompt_group(
         self,
@@ -184,14 +182,14 @@ class ContextRenderer:
             old_logprobs=None if old_logprobs is None else [list(row) for row in old_logprobs],
             steps=None if steps is None else [list(row) for row in steps],
         )
-        if self._max_length is not None:
+        if self.max_length is not None:
             for i, completion in enumerate(group.completions):
                 prompts = {"student": group.student_prompt, "teacher": group.teacher_prompts[i]}
                 for role, prompt in prompts.items():
                     length = len(prompt) + len(completion)
-                    if length > self._max_length:
+                    if length > self.max_length:
                         raise PromptTooLongError(
-                            role, rollout=i, length=length, max_length=self._max_length
+                            role, rollout=i, length=length, max_length=self.max_length
                         )
         return group
 

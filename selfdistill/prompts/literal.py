@@ -74,7 +74,7 @@ def _is_in_model(backend: Tokenizer, token: str) -> bool:
 
 
 def _renamed(backend: Tokenizer, names: dict[str, str]) -> dict[str, Any]:
-    """The tokenizer's own JSON with other names for some tokens, which keep their places."""
+    """Return the tokenizer's own JSON with other names for some tokens, which keep their places."""
     data: dict[str, Any] = json.loads(backend.to_str())
     data.update(truncation=None, padding=None, post_processor=None)
     for token in data["added_tokens"]:

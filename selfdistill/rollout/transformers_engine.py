@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from selfdistill.model.parts import whole
 from selfdistill.model.randomness import evaluation_mode
-from selfdistill.model.sharding import whole
 from selfdistill.rollout.engine import (
     NotANumberError,
     Rollout,
@@ -92,6 +92,7 @@ class TransformersEngine:
         *,
         first: int,
     ) -> list[list[Rollout]]:
+        # Each prompt is read once, and its cache is then repeated for the rows of its group.
         device = self.model.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         width = int(lengths.max())
@@ -105,6 +106,7 @@ class TransformersEngine:
         mask = mask.repeat_interleave(group_size, 0)
         position = lengths.repeat_interleave(group_size)[:, None]
 
+        # Every random number is drawn now, so that a row's depend on no other row.
         draws = torch.cat(
             [
                 _uniforms(params.seed + first + i, group_size, params.max_new_tokens)
@@ -131,6 +133,7 @@ class TransformersEngine:
             ):
                 tokens[row].append(token)
                 logprobs[row].append(score)
+            # Rows that have ended leave the batch and its cache.
             alive = (~torch.isin(drawn[:, 0], eos)).nonzero()[:, 0]
             if len(alive) == 0 or len(tokens[rows[alive[0]]]) == params.max_new_tokens:
                 break
@@ -168,7 +171,7 @@ class TransformersEngine:
 
 
 def _uniforms(seed: int, group_size: int, length: int) -> torch.Tensor:
-    """All random numbers of one prompt, [group_size, length] in [0, 1), the same on any device."""
+    """Draw all random numbers of one prompt, [group_size, length] in [0, 1), on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(group_size, length, generator=generator, dtype=torch.float64)
 

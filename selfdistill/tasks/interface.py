@@ -106,25 +106,28 @@ class BatchTask(Protocol):
 
 
 @runtime_checkable
-class FeedbackTask(Protocol):
-    """What a task may offer: its checker's verdict in the task's own words."""
-
-    def feedback(
-        self, problem: Problem, response: str, verdict: Verdict, *, detail: FeedbackDetail
-    ) -> str:
-        """Say what the checker found; an empty text when there is nothing to say."""
-        ...
-
-
-@runtime_checkable
-class SteppedTask(Protocol):
-    """What a task may offer: where the steps of a response lie, its checker judging each of them.
+class SteppedTask(Task, Protocol):
+    """A task that knows the steps of a response, judges each of them and can write it rightly.
 
     A task with this gives `Verdict.first_wrong_step` and `Verdict.wrong_span`.
     """
 
     def step_spans(self, response: str) -> list[tuple[int, int]]:
         """Return the character span (start, stop) of each step, in order, the answer included."""
+        ...
+
+    def leading_steps(self, problem: Problem, response: str) -> list[str]:
+        """Return, verbatim, the right steps that a response starts with."""
+        ...
+
+    def write_steps(self, problem: Problem, *, first: int, like: str) -> list[str]:
+        """Write the right steps from number `first` on, and the answer, worded as in `like`."""
+        ...
+
+    def feedback(
+        self, problem: Problem, response: str, verdict: Verdict, *, detail: FeedbackDetail
+    ) -> str:
+        """Say what the checker found; an empty text when there is nothing to say."""
         ...
 
 

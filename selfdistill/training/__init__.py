@@ -8,6 +8,6 @@ held_out.py, metrics.py      evaluations on the way; what a step says of itself
 agreement.py                 does the engine sample from the weights that are trained?
 checkpoint.py, state_file.py states on disk, and whose they are
 run_folder.py                what a run may find in its folder
-distributed.py               the ranks that share a step
+distributed.py               the ranks that share a step; rank_failures.py: which one failed
 interrupt.py, empty_steps.py stopping in good order; steps that teach nothing
 """

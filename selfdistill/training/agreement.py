@@ -12,12 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from selfdistill.config import RolloutConfig
 from selfdistill.errors import UserError
 from selfdistill.model.attention import enable_prefix_sharing, run_packed_row
 from selfdistill.model.layout import PromptGroup, pack_groups
 from selfdistill.model.lm_head import LMHead
-from selfdistill.model.weights import Student
 from selfdistill.rollout.engine import Rollout
 from selfdistill_kernels import fused_linear_logprobs
 
@@ -97,38 +95,3 @@ def check_agreement(
             tolerance=tolerance,
         )
     return difference
-
-
-def check_engine(
-    settings: RolloutConfig,
-    step: int,
-    student: Student,
-    head: LMHead,
-    prompts: Sequence[Sequence[int]],
-    groups: Sequence[Sequence[Rollout]],
-    *,
-    attention: str,
-) -> float | None:
-    """Compare the log-probs of an engine that has weights of its own with the student's.
-
-    One prompt's rollouts are enough: wrong weights are wrong everywhere.
-
-    Returns:
-        The largest difference in nats, or None when there is nothing to compare at this step.
-
-    Raises:
-        EngineMismatchError: it is larger than the configured tolerance.
-    """
-    engine = settings.engine
-    if engine.name == "transformers" or step % engine.check_every != 0 or not groups:
-        return None
-    exact = engine.dtype == "float32" and student.dtype == torch.float32
-    return check_agreement(
-        student,
-        head,
-        prompts[:1],
-        groups[:1],
-        temperature=settings.temperature,
-        tolerance=engine.tolerance or (1e-4 if exact else 1.0),
-        attention=attention,
-    )

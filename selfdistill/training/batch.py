@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from selfdistill.config import Distillation, MethodConfig
-from selfdistill.methods.method import Method
+from transformers import PreTrainedTokenizerBase
+
+from selfdistill.methods.method import Contexts, Method
 from selfdistill.model.layout import PromptGroup
 from selfdistill.prompts.context import TeacherContext
 from selfdistill.rollout.attempts import Attempts
@@ -15,9 +17,6 @@ from selfdistill.rollout.spans import token_span, token_steps
 from selfdistill.tasks.interface import Problem, SteppedTask, TaskError, Verdict
 from selfdistill.training.distributed import ALONE, Ranks
 from selfdistill.training.solver import Solver
-
-# Judged rollouts by problem, and what the teacher sees with each of them.
-Contexts = Sequence[Sequence[TeacherContext | None]]
 
 
 @dataclass(frozen=True)
@@ -36,20 +35,33 @@ class Batch:
 
 
 def build_batch(
-    solver: Solver, method: Method, attempts: Sequence[Attempts], contexts: Contexts
+    solver: Solver,
+    method: Method,
+    attempts: Sequence[Attempts],
+    contexts: Contexts,
+    *,
+    too_long: Literal["error", "drop"],
 ) -> Batch:
     """Choose the rollouts of a step and put them together as token ids.
 
+    Args:
+        solver: knows the prompts, how long they may be, and the task.
+        method: says which rollouts teach something, and how far.
+        attempts: judged rollouts.
+        contexts: what the teacher sees with each of them.
+        too_long: what happens to a rollout that does not fit, see `PromptConfig`.
+
     Raises:
-        PromptTooLongError: a rollout does not fit, and `prompt.too_long` is "error".
+        PromptTooLongError: a rollout does not fit, and `too_long` is "error".
     """
     with_context, contexts = leave_out(method, attempts, contexts)
     kept = with_context
-    if solver.config.prompt.too_long == "drop":
+    # Lengths are those before the cut, so that what fits does not depend on the loss.
+    if too_long == "drop":
         kept, contexts = leave_out_long_rollouts(solver, with_context, contexts)
-    groups = render_groups(solver, cut_rollouts(solver, solver.config.method, kept), contexts)
+    cut = cut_rollouts(solver.tokenizer, kept) if method.stops_at_wrong_step else kept
     return Batch(
-        groups,
+        render_groups(solver, method, cut, contexts),
         dropped=count_rollouts(attempts) - count_rollouts(with_context),
         too_long=count_rollouts(with_context) - count_rollouts(kept),
     )
@@ -93,7 +105,7 @@ def leave_out_long_questions(
 
 def leave_out_long_rollouts(
     solver: Solver, attempts: Sequence[Attempts], contexts: Contexts
-) -> tuple[list[Attempts], list[list[TeacherContext | None]]]:
+) -> tuple[list[Attempts], Contexts]:
     """Return the rollouts that fit behind the student's prompt and behind the teacher's."""
     return keep_rollouts(
         attempts,
@@ -104,10 +116,10 @@ def leave_out_long_rollouts(
 
 def leave_out(
     method: Method, attempts: Sequence[Attempts], contexts: Contexts
-) -> tuple[list[Attempts], list[list[TeacherContext | None]]]:
+) -> tuple[list[Attempts], Contexts]:
     """Return attempts and contexts without the rollouts that the method cannot learn from."""
     if not method.needs_context:
-        return list(attempts), list(map(list, contexts))
+        return list(attempts), contexts
     return keep_rollouts(attempts, contexts, lambda problem, context, rollout: context is not None)
 
 
@@ -115,13 +127,13 @@ def keep_rollouts(
     attempts: Sequence[Attempts],
     contexts: Contexts,
     keep: Callable[[Problem, TeacherContext | None, Rollout], bool],
-) -> tuple[list[Attempts], list[list[TeacherContext | None]]]:
+) -> tuple[list[Attempts], Contexts]:
     """Return the rollouts that `keep` wants, with their contexts.
 
     Prompts whose rollouts are all left out are left out, too: nothing may remain.
     """
     kept: list[Attempts] = []
-    kept_contexts: list[list[TeacherContext | None]] = []
+    kept_contexts: Contexts = []
     for attempt, group in zip(attempts, contexts, strict=True):
         places = [
             i
@@ -137,14 +149,12 @@ def keep_rollouts(
 
 
 def cut_rollouts(
-    solver: Solver, method: MethodConfig, attempts: Sequence[Attempts]
+    tokenizer: PreTrainedTokenizerBase, attempts: Sequence[Attempts]
 ) -> list[Attempts]:
-    """Cut the tokens of each rollout behind its first wrong step, if the loss asks for it."""
-    if not isinstance(method, Distillation) or not method.loss.stop_after_first_wrong_step:
-        return list(attempts)
+    """Cut the tokens of each rollout behind its first wrong step."""
 
     def cut(rollout: Rollout, verdict: Verdict) -> Rollout:
-        span = token_span(solver.tokenizer, rollout, verdict.wrong_span)
+        span = token_span(tokenizer, rollout, verdict.wrong_span)
         stop = None if span is None else span[1]
         return replace(
             rollout, token_ids=rollout.token_ids[:stop], logprobs=rollout.logprobs[:stop]
@@ -156,14 +166,8 @@ def cut_rollouts(
     ]
 
 
-def rollout_steps(solver: Solver, rollouts: Sequence[Rollout]) -> list[list[int]] | None:
-    """Return the step of every token, if the loss asks for it; see `PromptGroup.steps`."""
-    method = solver.config.method
-    if not isinstance(method, Distillation):
-        return None
-    mask = method.loss.advantage_mask
-    if mask is None or not mask.per_step:
-        return None
+def rollout_steps(solver: Solver, rollouts: Sequence[Rollout]) -> list[list[int]]:
+    """Return the step of every token; see `PromptGroup.steps`."""
     task = solver.task
     assert isinstance(task, SteppedTask)  # `build_method` refuses the others
     return [
@@ -178,9 +182,7 @@ def count_rollouts(attempts: Sequence[Attempts]) -> int:
 
 
 def render_groups(
-    solver: Solver,
-    attempts: Sequence[Attempts],
-    contexts: Sequence[Sequence[TeacherContext | None]],
+    solver: Solver, method: Method, attempts: Sequence[Attempts], contexts: Contexts
 ) -> list[PromptGroup]:
     """Put questions, contexts and judged rollouts together as token ids."""
     return [
@@ -190,7 +192,7 @@ def render_groups(
             [rollout.token_ids for rollout in attempt.rollouts],
             rewards=[float(verdict.correct) for verdict in attempt.verdicts],
             old_logprobs=[rollout.logprobs for rollout in attempt.rollouts],
-            steps=rollout_steps(solver, attempt.rollouts),
+            steps=rollout_steps(solver, attempt.rollouts) if method.needs_steps else None,
         )
         for attempt, group_contexts in zip(attempts, contexts, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and that are refused by name when they are neither.
+"""Checkpoints: written whole or not at all, and refused by name when they are damaged.
 
     checkpoints/
       step-000042/   model.safetensors config.json tokenizer...   (a transformers folder), or
@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from selfdistill.model.sharding import gather, like
+from selfdistill.model.parts import gather, like
 from selfdistill.model.teacher import Teacher
 from selfdistill.model.weights import TrainedWeights, copy_tensors
 from selfdistill.training.state_file import (
@@ -123,12 +123,15 @@ class CheckpointStore:
         Raises:
             CheckpointError: the disk refused (full, read-only); earlier checkpoints are intact.
         """
+        # All ranks hand over their parts before any of them may leave.
         masters = gather(weights.masters, keep=writes)
         averages = gather(teacher.state, keep=writes) if teacher is not None else {}
         moments, groups = _flatten_optimizer(optimizer)
         tensors = gather(moments, keep=writes)
         if not writes:
             return None
+        # Everything is written beside the place where it goes, with a digest of each file in the
+        # document that is written last.
         name = self._free_name(state.step)
         temporary = self.directory / f".writing-{name}"
         try:
@@ -149,6 +152,8 @@ class CheckpointStore:
                 "sha256": {p.name: sha256_of(p) for p in sorted(temporary.iterdir())},
             }
             (temporary / STATE_FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
+            # Flushed before it gets its name, and named before a link points at it: whatever a
+            # crash leaves behind, `last` is whole.
             for path in [*temporary.iterdir(), temporary]:
                 _flush(path)
             shutil.rmtree(self.directory / name, ignore_errors=True)

@@ -10,30 +10,19 @@ because every problem has random numbers of its own. Only rank 0 writes.
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from selfdistill.errors import UserError
-
 T = TypeVar("T")
-
-# Seconds in which ranks that still run notice that another one failed.
-_PATIENCE = 3.0
 
 # Gradients travel in pieces of this many elements: few calls, and a small copy (64 MiB).
 _PIECE = 1 << 24
-
-
-class RankFailedError(UserError):
-    """Another rank failed or disappeared; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +127,8 @@ def join_ranks() -> Iterator[Ranks]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    from selfdistill.training.rank_failures import failure_elsewhere
+
     # The store outlives the group: what a failing rank has to say is left there.
     store, rank, size = next(iter(dist.rendezvous("env://")))
     dist.init_process_group(
@@ -150,80 +141,12 @@ def join_ranks() -> Iterator[Ranks]:
     try:
         yield ranks
     except BaseException as error:
-        named = _failure_elsewhere(dist.PrefixStore("failures", store), ranks, error)
+        named = failure_elsewhere(
+            dist.PrefixStore("failures", store), rank=rank, size=size, error=error
+        )
         if named is None:
             raise
         raise named from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _failure_elsewhere(store: dist.Store, ranks: Ranks, error: BaseException) -> Exception | None:
-    """Tell the other ranks about this one's error, or find out whose error it follows from.
-
-    Args:
-        store: shared by the ranks, for failures only.
-        ranks: this rank and how many there are.
-        error: what ended this rank.
-
-    Returns:
-        The error that names the other rank; None when this rank is the one that failed.
-    """
-    if not _is_broken_connection(error):
-        with suppress(dist.DistError):
-            why = f"{type(error).__name__}: {error}".removesuffix(": ")
-            # The first one that fails is the cause; what others say follows from it.
-            store.compare_set("first", "", json.dumps({"rank": ranks.rank, "why": why}))
-            _leave(store, ranks, gone={ranks.rank})
-        return None
-    try:
-        if store.check(["first"]):
-            found = json.loads(store.get("first"))
-            gone = {found["rank"]}
-            why = f"rank {found['rank']} failed with {found['why'].rstrip('.')}"
-        else:
-            gone = _silent_ranks(store, ranks)
-            names = " and ".join(map(str, sorted(gone)))
-            why = f"rank {names} does not answer (killed, perhaps for want of memory)"
-            if not gone:
-                why = f"the connection to another rank broke ({error})"
-        _leave(store, ranks, gone=gone)
-    except dist.DistError:  # the store lives in rank 0, unless torchrun keeps it
-        why = "rank 0 does not answer (killed, perhaps for want of memory)"
-    return RankFailedError(
-        f"{why}. Rank {ranks.rank} of {ranks.size} cannot go on without it; the last checkpoint is "
-        "intact: mend the cause, then start all ranks again with --resume"
-    )
-
-
-def _leave(store: dist.Store, ranks: Ranks, *, gone: set[int]) -> None:
-    """Let the others notice; the rank that keeps the store stays until they have read it."""
-    if dist.is_initialized():
-        dist.destroy_process_group()  # closes the connections that the others wait at
-    store.set(f"heard/{ranks.rank}", "")
-    if ranks.is_main:
-        _wait_for(store, [f"heard/{rank}" for rank in range(ranks.size) if rank not in gone])
-
-
-def _is_broken_connection(error: BaseException) -> bool:
-    """Tell whether an error says no more than that a rank cannot be reached."""
-    # Gloo raises nothing more special than this.
-    return isinstance(error, RuntimeError) and (
-        isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
-    )
-
-
-def _silent_ranks(store: dist.Store, ranks: Ranks) -> set[int]:
-    """Return the ranks that do not say that they are still there."""
-    names = {rank: f"there/{rank}" for rank in range(ranks.size)}
-    store.set(names[ranks.rank], "")
-    _wait_for(store, list(names.values()))
-    return {rank for rank, name in names.items() if not store.check([name])}
-
-
-def _wait_for(store: dist.Store, names: list[str]) -> None:
-    """Wait a few seconds until the store has all of these names, or not."""
-    deadline = time.monotonic() + _PATIENCE
-    while not store.check(names) and time.monotonic() < deadline:
-        time.sleep(0.05)

@@ -11,8 +11,8 @@ from torch import nn
 from selfdistill.methods.loss import Loss
 from selfdistill.model.layout import PromptGroup
 from selfdistill.model.lm_head import LMHead
+from selfdistill.model.parts import is_sharded
 from selfdistill.model.scoring import ScoredTokens, score
-from selfdistill.model.sharding import is_sharded, shard
 from selfdistill.model.teacher import Teacher
 from selfdistill.model.weights import Student
 from selfdistill.training.distributed import ALONE, Ranks
@@ -63,6 +63,8 @@ class StudentLoss(nn.Module):
         Args:
             compute_dtype: what the models compute in, and are in now.
         """
+        from selfdistill.model.sharding import shard
+
         if self.teacher is not None:
             self.teacher.hold_float32()
         models = [m for m in (self.student, self.teacher_model) if m is not None]

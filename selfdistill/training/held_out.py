@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from rich.progress import Progress
 
-from selfdistill.config import Config
+from selfdistill.config import EvaluationConfig
 from selfdistill.evaluation.scores import summarize
 from selfdistill.rollout.attempts import Attempts
 from selfdistill.runlog import Clock, JsonLines
@@ -19,9 +19,15 @@ from selfdistill.training.interrupt import Interrupt
 from selfdistill.training.solver import Solver
 
 
-def evaluation_is_due(state: TrainState, config: Config) -> bool:
-    """Return whether the state ends a step that is to be evaluated and was not."""
-    wanted = state.step % config.evaluation.every == 0 or state.step == config.steps
+def evaluation_is_due(state: TrainState, settings: EvaluationConfig, *, steps: int) -> bool:
+    """Return whether the state ends a step that is to be evaluated and was not.
+
+    Args:
+        state: of the run, after a step.
+        settings: how often to evaluate.
+        steps: of the whole run, whose last one is evaluated in any case.
+    """
+    wanted = state.step % settings.every == 0 or state.step == steps
     return wanted and state.evaluated_step != state.step
 
 
@@ -31,18 +37,30 @@ class _EvaluationStopped(Exception):
 
 def evaluate(
     solver: Solver,
+    settings: EvaluationConfig,
     state: TrainState,
     ranks: Ranks,
     interrupt: Interrupt,
     log: JsonLines,
     bars: Progress,
+    *,
+    seed: int,
 ) -> TrainState:
     """Evaluate on the dev split, log it, and return the state with the best step so far.
 
     The ranks share the problems. An interrupt on a rank that is not done yet ends it for all; then
     the state comes back as it was, not evaluated.
+
+    Args:
+        solver: the student as it is now.
+        settings: how many problems and attempts.
+        state: of the run, after a step.
+        ranks: the processes that share the problems.
+        interrupt: is told what is under way, and asked whether to stop.
+        log: gets the result.
+        bars: show the progress.
+        seed: of the run.
     """
-    settings = solver.config.evaluation
     interrupt.doing, interrupt.step = "evaluation", state.step
     clock = Clock()
     asked, left_out = solver.with_room(solver.task.problems(split="dev", count=settings.problems))
@@ -65,7 +83,7 @@ def evaluate(
             problems=settings.problems,
             part=share,
             samples=settings.samples,
-            seed=derive_seed(solver.config.seed, "evaluate", state.step),
+            seed=derive_seed(seed, "evaluate", state.step),
             progress=progress,
         )
     bars.remove_task(bar)

@@ -20,7 +20,7 @@ class Interrupt:
     """Whether somebody asked the run to stop, and what would become of what is under way.
 
     Attributes:
-        requested: somebody did.
+        requested: whether somebody asked the run to stop.
         doing: what is under way.
         step: the step that is taken, or the one that is evaluated.
         saved: the step of the last checkpoint, or None.

@@ -5,32 +5,32 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from functools import partial
 
 import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from selfdistill.config import Config
+from selfdistill.config import Config, RolloutConfig
 from selfdistill.errors import UserError
-from selfdistill.methods.build import build_method
 from selfdistill.model.attention import enable_prefix_sharing
-from selfdistill.model.lm_head import find_lm_heads
+from selfdistill.model.lm_head import LMHead, find_lm_heads
+from selfdistill.model.parts import whole
 from selfdistill.model.randomness import enable_activation_checkpointing, refuse_random_passes
-from selfdistill.model.sharding import whole
 from selfdistill.model.teacher import build_teacher
-from selfdistill.model.weights import TrainedWeights
+from selfdistill.model.weights import Student, TrainedWeights
 from selfdistill.places import alone_in
 from selfdistill.progress import progress_bars
 from selfdistill.rollout.attempts import judge
-from selfdistill.rollout.engine import SamplingParams, sample
+from selfdistill.rollout.engine import Rollout, SamplingParams, sample
 from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
 from selfdistill.seeds import derive_seed
 from selfdistill.tasks.build import training_problems
-from selfdistill.training.agreement import check_engine
 from selfdistill.training.batch import build_batch, context_kinds, leave_out_long_questions
 from selfdistill.training.checkpoint import CheckpointStore, TrainState, fingerprint
 from selfdistill.training.distributed import Ranks, join_ranks
@@ -115,24 +115,32 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
 
 def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
     store = CheckpointStore(config.output_dir / CHECKPOINTS)
+    # The day that prompts write comes first, because a checkpoint is compared with a configuration
+    # that holds it. All ranks take that of rank 0: it may be midnight.
     day = first_day(config) or date.today()
-    (day, *_) = ranks.gather([day])  # it may be midnight
+    (day, *_) = ranks.gather([day])
     solver = keep_date(load_solver(config), day)
     config = solver.config
     student = solver.model
-    enable_prefix_sharing(student, backend=config.attention)  # refuses a model that cannot share
+    # Refuses a model that cannot share prefixes, before anything is made of it.
+    enable_prefix_sharing(student, backend=config.attention)
     base_sha256 = fingerprint(student)
+    # A teacher with weights of its own copies them here, where the student has learned nothing yet.
     sharded = config.shard and ranks.size > 1
     teacher = build_teacher(config.method.teacher, student, own_frozen=sharded)
     lm_heads = find_lm_heads(student, teacher)
-    method = build_method(config, solver.task)
+    method = solver.build_method(config.method)
     objective = StudentLoss(
         student, teacher, method.loss, lm_heads=lm_heads, attention=config.attention
     )
+    # Divided weights would be gathered for every sampled token, so a whole copy samples; it is made
+    # while there is a whole model to copy.
     if sharded:
         solver = replace(solver, engine=build_engine(config, deepcopy(student), solver.tokenizer))
     if config.activation_checkpointing:
         enable_activation_checkpointing(student)
+    # Random passes are looked for while the models are whole. FSDP2 divides them next, and only
+    # then does the optimiser get its parameters, which are the parts.
     refuse_random_passes(student)
     if sharded:
         objective.shard(compute_dtype=getattr(torch, config.precision))
@@ -153,6 +161,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
         base_sha256=base_sha256,
         inputs=digest_inputs(solver.task, solver.tokenizer),
     )
+    # Everything that has a state exists now, and a checkpoint puts its own in place.
     if os.path.lexists(store.last):
         found = store.load(
             store.last,
@@ -168,11 +177,13 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
         console.print(f"Resuming after step {state.step} of {config.steps}.")
     metrics_log = JsonLines(config.output_dir / METRICS_FILE)
     evaluation_log = JsonLines(config.output_dir / EVALUATIONS_FILE)
+    # The logs may have come further than the checkpoint: those steps are taken again.
     if ranks.is_main:
         metrics_log.keep_until(state.step)
         evaluation_log.keep_until(-1 if state.evaluated_step is None else state.evaluated_step)
     warned = False
     empty = ranks.gather(trailing(metrics_log.read()) if ranks.is_main else [])
+    # Drawn for the whole run at once, so that a step has the same ones whenever it is taken.
     problems = training_problems(
         solver.task, count=config.steps * config.prompts_per_step, seed=config.seed
     )
@@ -184,11 +195,21 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
         deferred_interrupt(console, launched=ranks.size > 1) as interrupt,
         progress_bars(console) as bars,
     ):
+        evaluate_now = partial(
+            evaluate,
+            solver,
+            config.evaluation,
+            ranks=ranks,
+            interrupt=interrupt,
+            log=evaluation_log,
+            bars=bars,
+            seed=config.seed,
+        )
         interrupt.saved = state.step if os.path.lexists(store.last) else None
         bar = bars.add_task("train", total=config.steps, completed=state.step, note="")
-        evaluates = evaluation_is_due(state, config)
+        evaluates = evaluation_is_due(state, config.evaluation, steps=config.steps)
         if evaluates:
-            state = evaluate(solver, state, ranks, interrupt, evaluation_log, bars)
+            state = evaluate_now(state)
         # Not before: after a start that failed, the mended configuration must not meet the first
         # one, which would make it another run.
         if ranks.is_main:
@@ -211,6 +232,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             share = ranks.share(len(left))
             asked = left[share.start : share.stop]
 
+            # The student attempts the problems; nothing below changes what it wrote.
             with clock("rollout"):
                 prompts = [solver.context.student_prompt(problem) for problem in asked]
                 groups = sample(
@@ -225,6 +247,8 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                     ),
                     names=[f"step {step}, problem {problem.id!r}" for problem in asked],
                 )
+            # Attempts of other weights than the student's would teach the wrong thing, so they are
+            # refused before anybody judges them.
             with clock("check"):
                 disagreement = check_engine(
                     config.rollout,
@@ -237,11 +261,18 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                 )
             with clock("reward"):
                 attempts = judge(solver.task, asked, groups)
+            # The critic is called here, by methods that have one; others make what the teacher sees
+            # from the verdicts or the references.
             with clock("critique"):
                 contexts = method.contexts(attempts)
                 kinds = ranks.gather(context_kinds(contexts))
+            # Rollouts that teach nothing leave before the models read them.
             with clock("context"):
-                batch = build_batch(solver, method, attempts, contexts)
+                batch = build_batch(
+                    solver, method, attempts, contexts, too_long=config.prompt.too_long
+                )
+            # Student and teacher score the same tokens once for each update; after the first update
+            # the student is no longer the one that sampled them.
             rate = settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
             taught = False
             for _ in range(config.updates_per_step):
@@ -269,9 +300,11 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                     weights.publish()
                     if teacher is not None:
                         teacher.update(weights.masters)
+            # Before the evaluation, which samples from the new weights.
             with clock("sync"):
                 solver.engine.sync(student)
 
+            # What each rank left out is added up on all of them; only then is the step done.
             unasked = (len(drawn) - len(left)) * method.group_size
             unsure = sum(verdict.undecided for a in attempts for verdict in a.verdicts)
             dropped, too_long, undecided = map(
@@ -279,9 +312,9 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             )
             unusable = Counter(ranks.gather(list(method.unusable.elements())))
             state = replace(state, step=step)
-            if evaluation_is_due(state, config):
+            if evaluation_is_due(state, config.evaluation, steps=config.steps):
                 with clock("evaluate"):
-                    state = evaluate(solver, state, ranks, interrupt, evaluation_log, bars)
+                    state = evaluate_now(state)
             metrics = StepMetrics(
                 step=step,
                 loss=totals.loss,
@@ -306,6 +339,8 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                 seconds=clock.seconds,
                 peak_rss_mib=peak_rss_mib(),
             )
+            # The log is written before the checkpoint: a run that is killed in between takes the
+            # step again and writes the same line, where the other order would lose one.
             record = asdict(metrics)
             if ranks.is_main:
                 metrics_log.append(record)
@@ -345,4 +380,41 @@ def refuse_divergence(step: int, loss: float, grad_norm: float, store: Checkpoin
         f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, expected finite "
         f"numbers. The step was not taken; the last good state is {store.last}. Lower "
         "optimizer.learning_rate, or look at the rollouts of this step."
+    )
+
+
+def check_engine(
+    settings: RolloutConfig,
+    step: int,
+    student: Student,
+    head: LMHead,
+    prompts: Sequence[Sequence[int]],
+    groups: Sequence[Sequence[Rollout]],
+    *,
+    attention: str,
+) -> float | None:
+    """Compare the log-probs of an engine that has weights of its own with the student's.
+
+    One prompt's rollouts are enough: wrong weights are wrong everywhere.
+
+    Returns:
+        The largest difference in nats, or None when there is nothing to compare at this step.
+
+    Raises:
+        EngineMismatchError: it is larger than the configured tolerance.
+    """
+    engine = settings.engine
+    if engine.name == "transformers" or step % engine.check_every != 0 or not groups:
+        return None
+    from selfdistill.training.agreement import check_agreement
+
+    exact = engine.dtype == "float32" and student.dtype == torch.float32
+    return check_agreement(
+        student,
+        head,
+        prompts[:1],
+        groups[:1],
+        temperature=settings.temperature,
+        tolerance=engine.tolerance or (1e-4 if exact else 1.0),
+        attention=attention,
     )

@@ -13,7 +13,7 @@ class StepMetrics:
     """One line of metrics.jsonl; per-token figures are means over the completion tokens read.
 
     None stands for what the step does not have: no teacher, or no token that was read. With several
-    updates a step, the figures of the loss are those of the last one.
+    updates a step, the loss and what belongs to it are those of the last update.
 
     Attributes:
         step: the training step, from 1.
@@ -32,8 +32,8 @@ class StepMetrics:
         engine_disagreement: largest difference between the rollout engine's log-prob of a token and
             the trainer's own, in nats; None where nothing was compared.
         contexts: how many rollouts had which kind of context; "none" had none.
-        grad_norm: before clipping.
-        learning_rate: of this step.
+        grad_norm: norm of the gradient before clipping.
+        learning_rate: that this step was taken with.
         tokens: completion tokens of the rollouts that were not left out.
         packed_tokens: tokens that student and teacher read.
         unshared_tokens: what they would have read without prefix sharing.

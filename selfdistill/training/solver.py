@@ -10,10 +10,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from selfdistill.config import Config, LocalTextEngine
+from selfdistill.config import Config, LocalTextEngine, MethodConfig
+from selfdistill.methods.build import build_method
+from selfdistill.methods.method import Method
 from selfdistill.model.device import resolve_device
 from selfdistill.model.folder import check_vocabulary, load_tokenizer
-from selfdistill.model.weights import Student, adapter_rank, load_adapter, load_model
+from selfdistill.model.weights import Student, load_model
 from selfdistill.prompts.context import ContextRenderer
 from selfdistill.rollout.attempts import Attempts, sample_attempts
 from selfdistill.rollout.engine import RolloutEngine, SamplingParams
@@ -34,6 +36,20 @@ class Solver:
     task: Task
     engine: RolloutEngine
     context: ContextRenderer
+
+    def build_method(self, settings: MethodConfig) -> Method:
+        """Build a method that teaches the solver's task from its rollouts.
+
+        Raises:
+            ConfigError: see `selfdistill.methods.build.build_method`.
+        """
+        return build_method(
+            settings,
+            self.task,
+            temperature=self.config.rollout.temperature,
+            device=self.config.device,
+            today=self.config.prompt.date,
+        )
 
     def attempt(
         self,
@@ -161,6 +177,8 @@ def _load_checkpoint(config: Config, checkpoint: Path, inputs: dict[str, str]) -
     refuse_other(checkpoint, state, config=config.model_dump(mode="json"), inputs=inputs)
     if config.adapter is None:
         return load_model(config, checkpoint)
+    from selfdistill.model.adapters import load_adapter
+
     model = load_model(config)
     refuse_other(checkpoint, state, base_sha256=fingerprint(model))
     load_adapter(model, checkpoint)
@@ -206,6 +224,7 @@ def build_engine(
     settings = config.rollout.engine
     if settings.name == "transformers":
         return TransformersEngine(model, tokenizer, batch_size=settings.batch_size)
+    from selfdistill.model.adapters import adapter_rank
     from selfdistill.rollout.vllm_engine import VLLMEngine
 
     return VLLMEngine(config.model, tokenizer, settings, adapter_rank=adapter_rank(model))

@@ -39,7 +39,7 @@ MAY_DIFFER = (
     "checkpoint",
 )
 
-# Of a task without end so many problems stand for all.
+# A task without end is recognised by this many of its problems.
 _SAMPLED = 8
 
 
@@ -68,7 +68,7 @@ class StateFile(BaseModel):
     """Digests of what the configuration only names; older checkpoints have none."""
     optimizer_groups: list[dict[str, Any]]
     sha256: dict[FileName, str]
-    """Of every other file."""
+    """The SHA-256 of every other file."""
 
 
 def read_state(path: Path) -> StateFile:

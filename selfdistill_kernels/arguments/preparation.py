@@ -149,7 +149,7 @@ class Models:
 
     @property
     def vocabulary(self) -> int:
-        """V, or with a group this rank's part of it."""
+        """The size V of the vocabulary, or with a group of this rank's part of it."""
         return self.student_hidden.shape[-1] if self.weight is None else self.weight.shape[0]
 
 
@@ -241,6 +241,7 @@ def prepare(
     """
     objective, mask = settings.objective, settings.advantage_mask
     leading, student = models.leading, models.student_hidden
+    # Everything that can be refused is refused before any tensor is made.
     tokens.check(models)
     check_reduction(settings.reduction, leading)
     check_normalizer(settings.normalizer)
@@ -251,6 +252,8 @@ def prepare(
         settings.backend, device=student.device, dtype=student.dtype, is_sharded=is_sharded
     )
 
+    # A backend may give loss and gradient in one visit of the logits where no token's loss waits
+    # for those of others; a gradient in the place of the logits needs just that.
     token_local = mask is None or mask.is_token_local
     # The loss of a shard's row is known when the other ranks have seen theirs.
     in_one_visit = (
@@ -262,8 +265,11 @@ def prepare(
             "top_fraction or per_step; leave in_place out"
         )
 
+    # From here on there are N tokens, whatever shape they came in.
     exists = tokens.existing(models)
-    loss_weight = _loss_weight(exists, tokens.token_weight, settings, student.dtype)
+    loss_weight = loss_weights(
+        exists, tokens.token_weight, settings.reduction, settings.normalizer, student.dtype
+    )
     old_logprobs = tokens.old_logprobs
     if old_logprobs is not None:
         old_logprobs = _flat(_constant(old_logprobs)).to(loss_weight.dtype)
@@ -293,7 +299,7 @@ def prepare(
 def _linear_inputs(
     models: Models, tokens: PerToken, exists: Tensor, transform: LogitTransform
 ) -> LinearInputs:
-    """The models' tensors flattened; the teacher's without the graph behind them."""
+    """Flatten the models' tensors, and cut the teacher's off from the graph behind them."""
     inputs = LinearInputs(
         _flat_rows(models.student_hidden),
         None if models.teacher_hidden is None else _flat_rows(_constant(models.teacher_hidden)),
@@ -322,7 +328,7 @@ def _linear_inputs(
 
 
 def _needs(models: Models, *, in_place: bool) -> Needs:
-    """The gradients that autograd would ask for."""
+    """Return which gradients autograd would ask for."""
     hidden, weight, bias = (
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (models.student_hidden, models.weight, models.bias)
@@ -331,24 +337,23 @@ def _needs(models: Models, *, in_place: bool) -> Needs:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast does: float64 stays, and so does what holds no floats."""
+    """Cast as autocast would: float64 and integers stay as they are."""
     if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype)
 
 
 def _constant(tensor: Tensor) -> Tensor:
-    """Without the graph behind it."""
     return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _flat(per_token: Tensor) -> Tensor:
-    """[...] as [N]."""
+    """Return [...] as [N]."""
     return per_token if per_token.dim() == 1 else per_token.reshape(-1)
 
 
 def _flat_rows(rows: Tensor) -> Tensor:
-    """[..., H] as [N, H]."""
+    """Return [..., H] as [N, H]."""
     return rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1])
 
 
@@ -362,21 +367,31 @@ def _flat_step_ids(step_ids: Tensor, leading: tuple[int, ...]) -> Tensor:
     return torch.where(inside, step_ids + first, torch.full_like(step_ids, -1)).reshape(-1)
 
 
-def _loss_weight(
-    exists: Tensor, token_weight: Tensor | None, settings: Settings, dtype: torch.dtype
+def loss_weights(
+    exists: Tensor,
+    token_weight: Tensor | None,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """[N] what each token's loss is multiplied by: token weight over denominator."""
+    """[N] what each token's loss is multiplied by: token weight over denominator.
+
+    Args:
+        exists: [..., T] bool, False for tokens that count nowhere.
+        token_weight: [..., T] or None.
+        reduction, normalizer: as in `fused_linear_distillation`.
+        dtype: of the hidden states or logits; weights have that of their statistics.
+    """
     weight = exists.to(statistics_dtype(dtype))
     if token_weight is not None:
         token_weight = token_weight.detach().to(weight.dtype)
         weight = torch.where(exists, token_weight, torch.zeros_like(weight))
-    normalizer = settings.normalizer
-    if settings.reduction == "sequence_mean":
+    if reduction == "sequence_mean":
         weight = weight / exists.sum(dim=-1, keepdim=True).clamp(min=1)
         sequences = math.prod(exists.shape[:-1])
         weight = weight / (max(sequences, 1) if normalizer is None else normalizer)
     elif normalizer is not None:
         weight = weight / normalizer
-    elif settings.reduction == "mean":
+    elif reduction == "mean":
         weight = weight / exists.sum().clamp(min=1)
     return _flat(weight)

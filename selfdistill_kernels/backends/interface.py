@@ -58,7 +58,7 @@ class LinearInputs:
 
     @property
     def vocabulary(self) -> int:
-        """V."""
+        """The size V of the vocabulary."""
         return self.student_hidden.shape[1] if self.weight is None else self.weight.shape[0]
 
     @property
@@ -68,7 +68,7 @@ class LinearInputs:
 
     @property
     def device(self) -> torch.device:
-        """Of all tensors."""
+        """The device of all tensors."""
         return self.student_hidden.device
 
     @functools.cached_property

@@ -49,11 +49,11 @@ class Tokens:
 
     @property
     def is_range(self) -> bool:
-        """Whether `of` gives views."""
+        """Whether the tokens follow each other, so that `of` gives views."""
         return self._indices is None
 
     def indices(self, device: torch.device) -> Tensor:
-        """[n] int64."""
+        """The tokens' places, [n] int64."""
         if self._indices is not None:
             return self._indices
         return torch.arange(self._first, self._first + self.count, device=device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -17,6 +16,7 @@ from selfdistill_kernels.arguments.checks import (
     check_reduction,
     workspace_bytes,
 )
+from selfdistill_kernels.arguments.preparation import loss_weights
 from selfdistill_kernels.autocast import autocast_dtype
 from selfdistill_kernels.integrations.heads import Head, HeadValues, UnsupportedHeadError
 from selfdistill_kernels.loss import (
@@ -45,6 +45,7 @@ def fused_head_distillation(
     old_logprobs: Tensor | None = None,
     objective: str | Objective = "forward_kl",
     advantage_mask: AdvantageMask | None = None,
+    step_ids: Tensor | None = None,
     ignore_index: int = -100,
     temperature: float = 1.0,
     reduction: str = "mean",
@@ -60,7 +61,7 @@ def fused_head_distillation(
 
     Args:
         student_hidden, teacher_hidden, targets, mask, token_weight, old_logprobs, objective,
-        advantage_mask, ignore_index, temperature, reduction, normalizer, backend: as in
+        advantage_mask, step_ids, ignore_index, temperature, reduction, normalizer, backend: as in
             `fused_linear_distillation`.
         student: its head; gradients flow to the weight, bias and adapters that require them.
         teacher: its head, None when the teacher is the student; no gradient.
@@ -121,6 +122,7 @@ def fused_head_distillation(
         mask=mask,
         token_weight=token_weight,
         old_logprobs=old_logprobs,
+        step_ids=step_ids,
         logit_scale=student.logit_scale,
         softcap=student.softcap,
         reduction=reduction,
@@ -145,7 +147,7 @@ def _by_chunks(
     workspace: str | int,
     shared: dict[str, Any],
 ) -> DistillationOutput:
-    """The loss with its gradients, by logits of a few tokens at a time."""
+    """Compute the loss with its gradients from logits of a few tokens at a time."""
     leading = tuple(student_hidden.shape[:-1])
     objective = Objective.of(shared["objective"])
     advantage_mask = shared["advantage_mask"]
@@ -170,8 +172,10 @@ def _by_chunks(
     exists = student_hidden.new_ones(leading, dtype=torch.bool) if mask is None else mask != 0
     if targets is not None:
         exists = exists & (targets != shared["ignore_index"])
-    weights, normalizer = _weights(exists, token_weight, reduction, normalizer)
+    # A chunk is summed with the weights that its tokens have among all of them.
+    weights = loss_weights(exists, token_weight, reduction, normalizer, student_hidden.dtype)
 
+    # What gets a gradient: each is added up over the chunks, because no chunk's graph may stay.
     parts = student.low_rank
     candidates = [student.weight, student.bias, *(t for part in parts for t in (part.a, part.b))]
     learned = [t for t in candidates if t is not None and t.requires_grad]
@@ -182,6 +186,7 @@ def _by_chunks(
         learned = []
     totals = [torch.zeros_like(tensor) for tensor in learned]
 
+    # As many tokens as the workspace has room for, at least one.
     vocabulary = student.weight.shape[0]
     budget = workspace_bytes(workspace) or AUTO_WORKSPACE
     each = MATRICES_A_CHUNK * vocabulary * student_hidden.element_size()
@@ -205,10 +210,9 @@ def _by_chunks(
             teacher_logits,
             None if targets is None else targets.reshape(-1)[rows],
             mask=present,
-            token_weight=None if weights is None else weights.reshape(-1)[rows],
+            token_weight=weights[rows],
             old_logprobs=None if old_logprobs is None else old_logprobs.reshape(-1)[rows],
             reduction="sum",
-            normalizer=normalizer,
             in_place=bool(learned) and objective.top_k is None,
             **shared,
         )
@@ -227,28 +231,13 @@ def _by_chunks(
     return DistillationOutput(**merged)
 
 
-def _weights(
-    exists: Tensor, token_weight: Tensor | None, reduction: str, normalizer: float | Tensor | None
-) -> tuple[Tensor | None, float | Tensor | None]:
-    """Token weights and the normalizer of a plain sum that is the reduction that was asked for."""
-    if reduction == "sequence_mean":
-        lengths = exists.sum(dim=-1, keepdim=True).clamp(min=1)
-        each = (1.0 / lengths).expand(exists.shape)
-        weights = each if token_weight is None else token_weight * each
-        sequences = max(math.prod(exists.shape[:-1]), 1)
-        return weights, sequences if normalizer is None else normalizer
-    if reduction == "mean" and normalizer is None:
-        normalizer = exists.sum().clamp(min=1)
-    return token_weight, normalizer
-
-
 def _chunks(tokens: int, size: int) -> Iterator[slice]:
     for start in range(0, max(tokens, 1), size):
         yield slice(start, start + size)
 
 
 def _merge(outputs: list[DistillationOutput], leading: tuple[int, ...]) -> dict[str, Any]:
-    """The sum of the losses, and the per-token results of all chunks in the shape [...]."""
+    """Add up the losses, and put the per-token results together in the shape [...]."""
     merged: dict[str, Any] = {}
     for name in (field.name for field in fields(DistillationOutput)):
         values = [getattr(output, name) for output in outputs]

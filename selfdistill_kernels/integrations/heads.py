@@ -231,7 +231,7 @@ def last_hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
 
 
 def _without_adapter(layer: nn.Module) -> nn.Module:
-    """The layer that peft wrapped, or the layer itself."""
+    """Return the layer that peft wrapped, or the layer itself."""
     saved = getattr(layer, "modules_to_save", None)
     if saved is not None:  # peft trains a copy of the whole layer
         if getattr(layer, "disable_adapters", False):
@@ -249,7 +249,7 @@ def _without_adapter(layer: nn.Module) -> nn.Module:
 
 
 def _logit_scale(config: Any) -> float:
-    """What models multiply their logits by, under the names that they have for it."""
+    """Return what a model multiplies its logits by, under the name that its family has for it."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Falcon-H1
         value = getattr(config, name, None)
         if value is not None:
@@ -293,7 +293,7 @@ def _of_this_rank(values: HeadValues, weight: DTensor, logits: Tensor) -> tuple[
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off, and each module's mode as it was afterwards."""
+    """Turn dropout off for a while; afterwards each module has its own mode again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

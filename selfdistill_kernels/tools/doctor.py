@@ -290,7 +290,7 @@ def _step(
     objective: str = "reverse_kl",
     frozen: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Loss, dH and, with a trained head, dW."""
+    """Return the loss, dH and, with a trained head, dW."""
     student, teacher, head, targets = inputs
     leaves = [student.detach().requires_grad_()]
     head = head.detach().requires_grad_(not frozen)

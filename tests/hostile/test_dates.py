@@ -16,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdistill.config import Config, load_config
 from selfdistill.filtering import FilterSettings, filter_problems
-from selfdistill.methods.build import build_method
 from selfdistill.model.folder import UnusableModelError
 from selfdistill.planning.dry_run import dry_run
 from selfdistill.prompts.chat import ChatTemplate
@@ -219,7 +218,7 @@ def test_a_critic_is_told_the_day_of_the_run(
     days = []
     for day in (None, "2020-01-01"):
         config = settings(solver, tmp_path / "run", method=method, prompt={"date": day})
-        generator = build_method(config, load_solver(config).task).critic._generator
+        generator = load_solver(config).build_method(config.method).critic._generator
         ids = generator._chat.encode("47")
         days.append((str(build_tokenizer().decode(ids[1:9])), generator.identity))
     assert [day for day, _ in days] == ["28112026", "01012020"]

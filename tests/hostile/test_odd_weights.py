@@ -24,15 +24,10 @@ from transformers import (
 )
 
 from selfdistill.config import AdapterConfig, Config, VLLMSettings
+from selfdistill.model.adapters import UnsupportedAdapterError, adapter_rank, attach_adapter
 from selfdistill.model.folder import UnusableModelError
 from selfdistill.model.sharding import UnshardableModelError, shard
-from selfdistill.model.weights import (
-    TrainedWeights,
-    UnsupportedAdapterError,
-    adapter_rank,
-    attach_adapter,
-    load_model,
-)
+from selfdistill.model.weights import TrainedWeights, load_model
 from selfdistill.planning.estimates import ModelShape
 from selfdistill.rollout.engine import EngineError, NotANumberError, SamplingParams, sample
 from selfdistill.rollout.transformers_engine import TransformersEngine

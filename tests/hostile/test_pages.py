@@ -23,7 +23,6 @@ from selfdistill.analysis.report.text import isolated, plain
 from selfdistill.analysis.tokens import TokenAnalysis, analyze
 from selfdistill.config import Config
 from selfdistill.evaluation.tables import TextTable
-from selfdistill.methods.build import build_method
 from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.teacher import build_teacher
 from selfdistill.planning.dry_run import dry_run
@@ -136,7 +135,7 @@ def test_an_analysis_says_whether_steps_were_judged(
     (found,) = analyze(
         solver,
         teacher,
-        build_method(config, solver.task),
+        solver.build_method(config.method),
         attempts,
         [(0, 0)],
         lm_heads=find_lm_heads(solver.model, teacher),

@@ -91,7 +91,7 @@ class World:
             }
         )
         monkeypatch.setattr(selfdistill.filtering, "load_solver", Solver)
-        monkeypatch.setattr(selfdistill.filtering, "_critic", lambda config, task: self.critic)
+        monkeypatch.setattr(selfdistill.filtering, "_critic", lambda solver: self.critic)
         monkeypatch.setattr(selfdistill.filtering, "sample_attempts", self.sample)
         monkeypatch.setattr(selfdistill.filtering, "PORTION", 3)
 

@@ -34,7 +34,7 @@ import selfdistill.training.checkpoint
 import selfdistill.training.gradients
 import selfdistill.training.loop
 from selfdistill.config import Config
-from selfdistill.model.sharding import gather
+from selfdistill.model.parts import gather
 from selfdistill.model.weights import TrainedWeights
 from selfdistill.rollout.engine import EngineError
 from selfdistill.training.distributed import join_ranks

@@ -250,6 +250,7 @@ def line_plot(
         scale: what values are multiplied with to be shown, 100 for percent.
         note: a line below the title.
     """
+    # The axes follow from all lines together, and end where a tick stands.
     xs = [x for line in lines for x, _ in line.points]
     names = list(x_names) or [(x, f"{x:g}") for x in ticks(max(xs))]
     values = [v for line in lines for _, i in line.points for v in (i.low, i.high)]
@@ -265,6 +266,7 @@ def line_plot(
         share = (shown - levels[0]) / (levels[-1] - levels[0])
         return height - bottom - share * (height - top - bottom)
 
+    # The grid is drawn first, so that curves lie above it.
     parts = [_start(title, note, height)]
     for level in levels:
         parts.append(_grid_line(left, down(level), _WIDTH - right, down(level), strong=level == 0))

@@ -19,7 +19,7 @@ from selfdistill.model.attention.backend import (
     UnavailableBackendError,
     choose_backend,
 )
-from selfdistill.model.attention.model import base_causal_lm, run_packed_row
+from selfdistill.model.attention.model import run_packed_row
 from selfdistill.model.attention.support import (
     check_model_supports_prefix_sharing,
     enable_prefix_sharing,
@@ -41,7 +41,6 @@ __all__ = [
     "PrefixTree",
     "UnavailableBackendError",
     "UnsupportedModelError",
-    "base_causal_lm",
     "check_model_supports_prefix_sharing",
     "choose_backend",
     "enable_prefix_sharing",

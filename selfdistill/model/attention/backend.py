@@ -11,17 +11,13 @@ dtype and `Facts`.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias, get_args
 
 import torch
 
 from selfdistill.errors import UserError
-from selfdistill.model.attention.flash import FlashAttention
-from selfdistill.model.attention.flex import FlexAttention
-from selfdistill.model.attention.loop import LoopAttention
 from selfdistill.model.layout import PackedRow
 
 INSTALL_FLASH = "pip install --no-build-isolation 'flash-attn>=2.4.1'"
@@ -61,11 +57,34 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: dict[str, Callable[[PackedRow, torch.device], Backend]] = {
-    "loop": LoopAttention,
-    "flash": FlashAttention,
-    "flex": FlexAttention,
-}
+BackendName: TypeAlias = Literal["loop", "flash", "flex"]
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
+
+
+def build_backend(name: BackendName, row: PackedRow, device: torch.device) -> Backend:
+    """Return a backend for one row; the others are not loaded.
+
+    Args:
+        name: which one, as `choose_backend` chose.
+        row: the packed row.
+        device: where the model computes.
+
+    Raises:
+        ImportError: flash-attn was asked for and is not installed.
+    """
+    match name:
+        case "loop":
+            from selfdistill.model.attention.loop import LoopAttention
+
+            return LoopAttention(row, device)
+        case "flash":
+            from selfdistill.model.attention.flash import FlashAttention
+
+            return FlashAttention(row, device)
+        case "flex":
+            from selfdistill.model.attention.flex import FlexAttention
+
+            return FlexAttention(row, device)
 
 
 class UnavailableBackendError(UserError):
@@ -98,12 +117,12 @@ class Choice:
     """The backend that computes.
 
     Attributes:
-        name: a key of BACKENDS.
+        name: one of BACKENDS.
         reason: why this one.
         mend: what would bring a faster one, if anything.
     """
 
-    name: str
+    name: BackendName
     reason: str
     mend: str | None = None
 
@@ -148,7 +167,7 @@ def choose_backend(
     """Choose the backend: flash where it runs, else flex where it runs, else loop.
 
     Args:
-        requested: "auto" or a key of BACKENDS.
+        requested: "auto" or one of BACKENDS.
         device: type of device, such as "cpu" or "cuda".
         dtype: in which the attention computes (that of autocast, where it is on).
         head_dim: of queries and keys; None: unknown, taken to fit.
@@ -165,8 +184,9 @@ def choose_backend(
         obstacle = obstacles[requested]
         mend = f"; to mend it: {obstacle.mend}" if obstacle.mend else "; use attention: auto"
         raise UnavailableBackendError(f"attention: {requested} cannot run: {obstacle.reason}{mend}")
-    if requested != "auto":
-        return Choice(requested, "asked for")
+    for name in BACKENDS:
+        if requested == name:
+            return Choice(name, "asked for")
     if "flash" not in obstacles:
         return Choice("flash", "one call of flash-attn for the whole row")
     flash = obstacles["flash"]
@@ -182,7 +202,7 @@ def choose_backend(
 def _obstacles(
     device: str, dtype: torch.dtype, head_dim: int | None, found: Facts
 ) -> dict[str, Obstacle]:
-    """Backend -> why it cannot run; those that can are left out."""
+    """Return why each backend cannot run; backends that can run are left out."""
     if device != "cuda":
         return dict.fromkeys(
             ("flash", "flex"), Obstacle(f"flash and flex need a GPU, not {device}")

@@ -104,5 +104,5 @@ def _for_device(function: F, device: torch.device) -> F:
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled once for the process; lengths become symbols when they first change."""
+    """Compile once for the process; lengths become symbols when they first change."""
     return torch.compile(function)

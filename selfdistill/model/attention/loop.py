@@ -1,6 +1,6 @@
 """Runs anywhere: one `scaled_dot_product_attention` call for segments of similar shape.
 
-The other backends are held against this one. Each segment attends the keys before it (borrowed
+The other backends are compared with this one. Each segment attends the keys before it (borrowed
 prefix, trunk) and its own under a lower-right causal mask. Gathering those keys repeats the prefix
 for every branch, and their gradients are summed over the branches: the prefix is read once but
 trained by all.

@@ -9,18 +9,7 @@ from selfdistill.model.attention.backend import Choice, choose_backend
 from selfdistill.model.attention.tree import IMPLEMENTATION, PrefixStash, PrefixTree
 from selfdistill.model.float32_sum import select_rows
 from selfdistill.model.layout import PackedRow
-
-
-def base_causal_lm(model: torch.nn.Module) -> PreTrainedModel:
-    """Return the transformers model inside a PEFT wrapper, or the model itself."""
-    unwrap = getattr(model, "get_base_model", None)
-    inner = unwrap() if callable(unwrap) else model
-    if not isinstance(inner, PreTrainedModel):
-        raise TypeError(
-            f"model is a {type(inner).__name__}, expected a transformers PreTrainedModel or a PEFT "
-            "wrapper of one"
-        )
-    return inner
+from selfdistill_kernels.integrations.heads import causal_lm
 
 
 def run_packed_row(
@@ -47,7 +36,7 @@ def run_packed_row(
         ValueError: the model does not use prefix-tree attention, or the backend is unknown.
         UnavailableBackendError: the backend that was asked for cannot run.
     """
-    decoder = base_causal_lm(model).get_decoder()
+    decoder = causal_lm(model).get_decoder()
     if decoder.config._attn_implementation != IMPLEMENTATION:
         raise ValueError(
             f"model uses {decoder.config._attn_implementation!r} attention, expected "
@@ -84,7 +73,7 @@ def run_tree(decoder: PreTrainedModel, row: PackedRow, tree: PrefixTree) -> torc
 
 def compute_dtype(model: torch.nn.Module) -> torch.dtype:
     """Return the dtype of matrix products: autocast's where it is on, else the model's."""
-    decoder = base_causal_lm(model).get_decoder()
+    decoder = causal_lm(model).get_decoder()
     device = decoder.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else decoder.dtype
 
@@ -96,7 +85,7 @@ def backend_for(model: torch.nn.Module, requested: str = "auto") -> Choice:
         ValueError: there is no such backend.
         UnavailableBackendError: the requested one cannot run.
     """
-    decoder = base_causal_lm(model).get_decoder()
+    decoder = causal_lm(model).get_decoder()
     return choose_backend(
         requested,
         device=decoder.device.type,
@@ -113,7 +102,7 @@ def layer_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
 
 
 def _head_dim(config: PretrainedConfig) -> int:
-    """The largest of queries and keys; with latent attention values have another."""
+    """Return the largest head_dim of queries and keys; latent attention has another for values."""
     return max(
         getattr(layer, "qk_head_dim", None)
         or getattr(layer, "head_dim", None)

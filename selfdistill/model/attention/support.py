@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from selfdistill.model.attention.backend import BackendName
 from selfdistill.model.attention.model import (
     backend_for,
-    base_causal_lm,
     compute_dtype,
     layer_configs,
     run_tree,
@@ -22,6 +22,7 @@ from selfdistill.model.attention.tree import (
     UnsupportedModelError,
 )
 from selfdistill.model.layout import PromptGroup, pack_groups
+from selfdistill_kernels.integrations.heads import causal_lm
 
 _SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -39,7 +40,7 @@ def enable_prefix_sharing(model: torch.nn.Module, *, backend: str = "auto") -> N
         UnsupportedModelError: see `check_model_supports_prefix_sharing`.
         UnavailableBackendError: the backend that was asked for cannot run.
     """
-    base = base_causal_lm(model)
+    base: PreTrainedModel = causal_lm(model)
     if base.get_decoder().config._attn_implementation != IMPLEMENTATION:
         check_model_supports_prefix_sharing(model, backend=backend)
         base.set_attn_implementation(IMPLEMENTATION)
@@ -64,7 +65,7 @@ def check_model_supports_prefix_sharing(model: torch.nn.Module, *, backend: str 
             that reuse another layer's keys, or a measured difference.
         UnavailableBackendError: the backend that was asked for cannot run.
     """
-    base = base_causal_lm(model)
+    base: PreTrainedModel = causal_lm(model)
     reason = _unsupported_reason(base)
     if reason is None:
         reason = _probe(base, backend_for(base, backend).name)
@@ -104,8 +105,8 @@ def _unsupported_reason(model: PreTrainedModel) -> str | None:
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel, backend: str) -> str | None:
-    """What is wrong with a short packed step, student and borrowing teacher; None: nothing."""
+def _probe(model: PreTrainedModel, backend: BackendName) -> str | None:
+    """Run a short step of student and borrowing teacher; return what is wrong with it, or None."""
     decoder = model.get_decoder()
     before = decoder.config._attn_implementation
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -115,6 +116,7 @@ def _probe(model: PreTrainedModel, backend: str) -> str | None:
     )
     group = PromptGroup(prompt, [first_context, second_context], completions)
 
+    # What the model says about each sequence alone, before its attention is replaced.
     def separate(prompts: list[list[int]]) -> torch.Tensor:
         hidden = []
         for before_completion, completion in zip(prompts, completions, strict=True):
@@ -124,6 +126,7 @@ def _probe(model: PreTrainedModel, backend: str) -> str | None:
         return torch.cat(hidden)
 
     expected = separate([prompt, prompt]), separate(group.teacher_prompts)
+    # The same sequences in two packed rows; its own attention is put back whatever happens.
     pack = pack_groups([group], share_student_prefix=True)
     assert pack.teacher is not None  # asked for by default
     stash = PrefixStash(pack.teacher.borrowed_index)
@@ -149,6 +152,7 @@ def _probe(model: PreTrainedModel, backend: str) -> str | None:
                 f"expected at most {tolerance:.0e}; some layer mixes tokens in another way than "
                 "causal attention"
             )
+    # The sequences are shorter than most windows, so numbers alone would not tell that one is lost.
     for layer, window in enumerate(_windows(decoder.config)):
         if student.windows.get(layer, window) != window:
             return (
@@ -159,7 +163,7 @@ def _probe(model: PreTrainedModel, backend: str) -> str | None:
 
 
 def _windows(config: PretrainedConfig) -> list[int | None]:
-    """The sliding window of each layer, as the configuration has it."""
+    """Return the sliding window that the configuration gives to each layer."""
     layers = layer_configs(config)
     windows = [getattr(layer, "sliding_window", None) for layer in layers]
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(layers)

@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from selfdistill.errors import UserError
-from selfdistill.model.attention.backend import BACKENDS, Backend
+from selfdistill.model.attention.backend import BackendName, build_backend
 from selfdistill.model.layout import PackedRow
 
 IMPLEMENTATION = "selfdistill_prefix_tree"
@@ -77,7 +77,7 @@ class PrefixTree:
     Args:
         row: the packed row.
         device: where the model computes.
-        backend: a key of `backend.BACKENDS`.
+        backend: who computes the scores.
         capture: fill this stash in the student's pass.
         borrow: read the borrowed keys from this stash in the teacher's pass.
 
@@ -93,7 +93,7 @@ class PrefixTree:
         row: PackedRow,
         *,
         device: torch.device,
-        backend: str = "loop",
+        backend: BackendName = "loop",
         capture: PrefixStash | None = None,
         borrow: PrefixStash | None = None,
     ) -> None:
@@ -106,7 +106,7 @@ class PrefixTree:
         self.windows: dict[int, int | None] = {}
         self._capture = capture
         self._borrow = borrow if num_borrowed else None
-        self._backend: Backend = BACKENDS[backend](row, device)
+        self._backend = build_backend(backend, row, device)
 
     def attend(
         self,

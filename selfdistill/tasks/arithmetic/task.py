@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from selfdistill.tasks.arithmetic.noise import SHIPPED_SOLVER
 from selfdistill.tasks.arithmetic.traces import (
     ANSWER_TAG,
     DIALECTS,
@@ -143,6 +142,8 @@ class ArithmeticTask:
     def _is_as_hard_as_asked(self, question: Question) -> bool:
         if self.predicted_success is None:
             return True
+        from selfdistill.tasks.arithmetic.noise import SHIPPED_SOLVER
+
         low, high = self.predicted_success
         return low <= SHIPPED_SOLVER.success(question) < high
 

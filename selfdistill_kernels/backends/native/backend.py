@@ -147,7 +147,7 @@ def _recomputed(
     workspace: int,
     entries: Entries | None = None,
 ) -> Gradients:
-    """The gradients of tokens with a weight or an entry, from their logits made again."""
+    """Return the gradients of tokens with a weight or an entry, whose logits are made again."""
     if not needs:
         return Gradients(None, None, None)
     inputs = kernels.inputs
@@ -164,7 +164,7 @@ def _recomputed(
 
 
 def plan_for(inputs: LinearInputs, needs: Needs, workspace: int) -> TilePlan:
-    """The tiles of one visit."""
+    """Plan the tiles of one visit."""
     if workspace == 0 and inputs.student_hidden.is_cuda:
         workspace = _gpu_workspace(inputs, needs)
     return TilePlan.choose(**_problem(inputs, inputs.tokens.count, needs), workspace=workspace)
@@ -176,7 +176,7 @@ def slabs_for(inputs: LinearInputs, tokens: int, needs: Needs, workspace: int) -
 
 
 class _Problem(TypedDict):
-    """What a plan needs to know."""
+    """The sizes and wishes that a plan is made from."""
 
     tokens: int
     hidden: int
@@ -211,7 +211,7 @@ def _problem(inputs: LinearInputs, tokens: int, needs: Needs) -> _Problem:
 
 
 def _row_bytes(inputs: LinearInputs) -> int:
-    """What the products take for a token of a tile, beside the tile."""
+    """Bytes that the products take for each token of a tile, beside the tile."""
     if inputs.weight is not None:
         widest = inputs.student_hidden
         if inputs.teacher_hidden is not None and inputs.teacher_hidden.shape[1] > widest.shape[1]:

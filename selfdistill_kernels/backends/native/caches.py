@@ -68,5 +68,5 @@ def read_sysconf() -> Caches | None:
 
 
 def _bytes(text: str) -> int:
-    """Bytes of "2048K"."""
+    """Read a size as Linux writes it, such as "2048K", in bytes."""
     return int(text[:-1]) * UNITS[text[-1]] if text[-1:] in UNITS else int(text)

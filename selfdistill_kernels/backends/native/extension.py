@@ -77,7 +77,7 @@ def read_record(file: Path) -> BuiltFor | None:
 
 
 def _release(version: str) -> str:
-    """Without "+cpu" or "+cu130": one release has one interface. Other versions stay whole."""
+    """Drop "+cpu" or "+cu130": a release has one interface. Other versions stay as they are."""
     public = version.partition("+")[0]
     return public if re.fullmatch(r"[\d.]+", public) else version
 

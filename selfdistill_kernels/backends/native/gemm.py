@@ -149,7 +149,7 @@ class WideningHead:
             yield slice(low, min(low + self.columns, stop))
 
     def _widened(self, part: slice) -> Tensor:
-        """Columns of the head in float32, until the next call."""
+        """Return columns of the head in float32; the next call overwrites them."""
         return self.buffer[: part.stop - part.start].copy_(self.weight[part])
 
 

@@ -170,6 +170,7 @@ class TilePlan:
         Raises:
             ValueError: the workspace cannot hold the smallest tile and the sums beside it.
         """
+        # On a CPU a slab's columns follow from the caches; on a GPU the library cuts its products.
         tokens, widest = max(tokens, 1), min(SLAB_COLUMNS, vocabulary)
         rows = min(SLAB_TOKENS, tokens)
         if on_gpu:
@@ -177,6 +178,7 @@ class TilePlan:
         else:
             caches = caches or machine_caches()
             widest = min(_slab_columns(caches, rows, hidden, models, itemsize), widest)
+        # What is held whatever the tile: sums of half-precision gradients, and widened columns.
         hidden_sums = 4 * tokens * hidden if itemsize < 4 and need_hidden else 0
         copies = copied_bytes(hidden, models) if row_bytes is None else row_bytes
         spare = max(workspace - hidden_sums, 1) if workspace else 0
@@ -216,7 +218,7 @@ class TilePlan:
 
     @property
     def tile_elements(self) -> int:
-        """float32 logits of a tile."""
+        """Number of float32 logits in a tile."""
         return self.models * self.rows * self.columns
 
     @property
@@ -235,7 +237,7 @@ class TilePlan:
         return 4 * self.widened * self.widened_hidden
 
     def describe(self) -> str:
-        """One line for a person."""
+        """Return the plan in one line, for a person to read."""
         order = {
             "store": "one visit, 2 + 2 rho GEMMs",
             "recompute": "two sweeps over slabs, 2 + 4 rho GEMMs",
@@ -262,7 +264,7 @@ def widened_bytes(hidden: int) -> int:
 
 
 def _widened_columns(hidden: int, vocabulary: int, workspace: int) -> int:
-    """Columns of the head that are widened at a time; `hidden` is 0 where none is."""
+    """Columns of the head that are widened at a time; `hidden` is 0 for a head that is not."""
     if not hidden:
         return 0
     columns = WIDENED_BYTES // (4 * hidden)
@@ -280,7 +282,7 @@ def _slab_columns(caches: Caches, rows: int, hidden: int, models: int, itemsize:
 
     All tiles of a slab, and both products with the head, read its rows of the head [c, H] and of
     float32 dW [c, H]; a tile of logits [models r, c] is written by one product and read by two. The
-    three together are held against CACHE_SHARE of the cache.
+    three together are compared with CACHE_SHARE of the cache.
     """
     column_bytes = hidden * (itemsize + 4) + 4 * models * rows
     fitting = int(CACHE_SHARE * caches.last) // column_bytes

@@ -63,6 +63,7 @@ def sweep_top_k(
         widened_hidden=hidden.shape[1] if is_widened(weight) else 0,
     )
     head = head_for(weight, plan.widened)
+    # Of a slab only the k best of each token remain, so memory does not grow with the vocabulary.
     found = hidden.new_zeros((hidden.shape[0], k), dtype=torch.int64)
     best = hidden.new_empty((tokens.count, 0), dtype=torch.float32)
     entries = found.new_empty((tokens.count, 0))
@@ -77,6 +78,7 @@ def sweep_top_k(
                 tile.copy_(scores[first:last, start:stop])
             if bias is not None:
                 tile += bias[start:stop]
+            # Scale and cap keep the order of scores, or turn it round, so neither is applied.
             if inputs.transform.logit_scale < 0:
                 tile.neg_()
             top = tile.topk(min(k, stop - start), dim=1, sorted=False)
@@ -188,7 +190,7 @@ class _Sweep:
 
 
 def _rounded(sums: Tensor, tokens: Tokens, plan: TilePlan, like: Tensor) -> Tensor:
-    """The sums [n, H] of some tokens as a gradient [N, H], without a second copy of them."""
+    """Return the sums [n, H] of some tokens as a gradient [N, H], without a second copy."""
     made = torch.zeros_like(like)
     for first in range(0, tokens.count, plan.rows):
         last = min(first + plan.rows, tokens.count)

@@ -148,7 +148,7 @@ class _Pending:
         self._count += tokens.count
 
     def _flush(self, *, last: bool) -> None:
-        """The gradient GEMMs of the waiting rows. Only the last may round dW to its dtype."""
+        """Multiply the waiting rows into the gradients; only the last call may round dW."""
         if self._count == 0:
             return
         inputs, head = self._inputs, self._kernels.head

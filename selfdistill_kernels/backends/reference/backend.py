@@ -54,7 +54,7 @@ class _Distribution:
 
 
 class ReferenceBackend:
-    """Backend in plain torch."""
+    """The backend in plain torch, which the others are compared with."""
 
     def statistics(self, inputs: LinearInputs, objective: Objective, workspace: int) -> Tensor:
         rows = inputs.existing_rows()
@@ -197,7 +197,7 @@ def _at_targets(logprobs: Tensor, inputs: LinearInputs, rows: Tensor) -> Tensor:
 
 
 def _through_head(inputs: LinearInputs, rows: Tensor, gradient: Tensor, needs: Needs) -> Gradients:
-    """The gradient GEMMs: dH = dz W, dW = dz^T h, db = sum dz."""
+    """Multiply the gradient through the head: dH = dz W, dW = dz^T h, db = sum dz."""
     hidden = weight = bias = None
     if needs.hidden:
         hidden = torch.zeros_like(inputs.student_hidden)

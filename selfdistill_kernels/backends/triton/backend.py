@@ -189,7 +189,7 @@ def _slab_gradients(
     dense: bool,
     entries: Entries | None,
 ) -> Gradients:
-    """Slabs of the vocabulary outermost: each slab of dW is written once, dH is a float32 sum."""
+    """Take slabs of the vocabulary in turn: dW is written slab by slab, dH is a float32 sum."""
     inputs, launch = problem.inputs, problem.launch
     assert inputs.weight is not None
     hidden, head = inputs.student_hidden, inputs.weight
@@ -258,7 +258,7 @@ def _store(
     needs: Needs,
     statistics: Tensor,
 ) -> Gradients:
-    """Tiles of `rows` tokens that span the vocabulary; statistics [N, 10] are filled."""
+    """Take tiles of `rows` tokens that span the vocabulary, and fill statistics [N, 10]."""
     inputs, launch = problem.inputs, problem.launch
     assert inputs.weight is not None
     hidden, head = inputs.student_hidden, inputs.weight
@@ -268,6 +268,7 @@ def _store(
     capacity, vocabulary = selection.capacity, problem.vocabulary
     scale, unscale = _loss_scale(loss_weight, dtype)
 
+    # One tile of scores serves all tiles; a float32 gradient takes its place.
     scores = hidden.new_empty((rows, vocabulary), dtype=torch.float32)
     teacher_scores = None if teacher is None else torch.empty_like(scores)
     gradient = scores if dtype == torch.float32 else hidden.new_empty((rows, vocabulary))
@@ -293,6 +294,7 @@ def _store(
             None if teacher_scores is None else teacher_scores[:size],
             selection.tokens[part],
         )
+        # Statistics, weights and gradient while the tile is in memory: nothing is computed twice.
         row_statistics(problem, tile, statistics)
         weights = term_weights_of(problem.objective, statistics, loss_weight, old_logprobs)
         dz = gradient[:size]
@@ -319,7 +321,7 @@ def _store(
 def _logits_gradient(
     problem: Problem, statistics: Tensor, term_weights: Tensor, entries: Entries | None
 ) -> Gradients:
-    """The caller's logits: the gradient is the result."""
+    """Return the gradient of the caller's logits, which is the result itself."""
     inputs = problem.inputs
     made = torch.empty_like(inputs.student_hidden)
     row_gradient(problem, _whole_tile(inputs), statistics, term_weights, None, made)

@@ -66,7 +66,7 @@ def compiler_options(shape: Shape) -> dict[str, Any]:
 
 @cache
 def _knows(option: str) -> bool:
-    """Whether this Triton has an option for NVIDIA GPUs; older ones refuse unknown names."""
+    """Whether this Triton has an option for NVIDIA GPUs; an older one refuses unknown names."""
     from triton.backends.nvidia.compiler import CUDAOptions
 
     return option in CUDAOptions.__dataclass_fields__

@@ -89,11 +89,11 @@ class Problem:
 
     @property
     def vocabulary(self) -> int:
-        """V."""
+        """The size V of the vocabulary."""
         return self.inputs.vocabulary
 
     def configuration(self, kind: Kind) -> Configuration:
-        """Tile of a GEMM kernel."""
+        """Return the tile of a kernel that multiplies matrices."""
         inputs = self.inputs
         heavy = (
             self.needs_mixture
@@ -169,6 +169,7 @@ class Problem:
             teacher_head = (
                 head if inputs.teacher_weight is None else inputs.teacher_weight[start:stop]
             )
+        # The kernels are compiled for one way of reading, so one matrix decides for all.
         matrices = [student, head, *(m for m in (teacher, teacher_head) if m is not None)]
         descriptors = self.machine.descriptors and all(map(fits_descriptor, matrices))
 
@@ -221,7 +222,7 @@ class RowTile:
     tokens: Tensor
 
     def arguments(self, problem: Problem) -> dict[str, Any]:
-        """What both row kernels take."""
+        """The arguments that both row kernels take."""
         assert self.teacher is None or self.teacher.stride() == self.student.stride()
         inputs = problem.inputs
         return {

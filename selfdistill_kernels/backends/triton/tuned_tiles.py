@@ -53,7 +53,7 @@ def tiles_in_use() -> Tiles:
 
 
 def cache_file() -> Path:
-    """Where tuned tiles are kept."""
+    """Return the file in which tuned tiles are kept."""
     named = os.environ.get("SELFDISTILL_AUTOTUNE_FILE")
     return Path(named) if named else Path.home() / ".cache" / "selfdistill" / "triton.json"
 

@@ -109,7 +109,7 @@ class _FusedSelfDistillation(Host):
         """[batch, length] bool, the tokens of the completions that carry the loss."""
 
     def _objective(self, *, clipped: bool) -> Objective:
-        """What TRL's configuration asks for."""
+        """Return the objective that TRL's configuration asks for."""
         args = self.args
         clip = args.distillation_is_clip if clipped else None
         if args.distillation_mode == "sampled_token":

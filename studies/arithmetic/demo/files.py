@@ -13,8 +13,9 @@ from pydantic import TypeAdapter
 from selfdistill.analysis.localisation import Localisation, localise
 from selfdistill.analysis.tokens import TokenAnalysis
 from selfdistill.evaluation.intervals import Interval
-from selfdistill.evaluation.scores import Evaluation, avg_difference
+from selfdistill.evaluation.scores import Evaluation
 from selfdistill.runlog import JsonLines
+from studies.arithmetic.demo.difference import avg_difference
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,8 @@ from selfdistill.analysis.localisation import localise
 from selfdistill.analysis.tokens import analyze, erroneous_attempts
 from selfdistill.config import Config
 from selfdistill.evaluation.intervals import Interval
-from selfdistill.evaluation.scores import Evaluation, avg_difference, summarize
+from selfdistill.evaluation.scores import Evaluation, summarize
 from selfdistill.evaluation.tables import evaluation_table, percent
-from selfdistill.methods.build import build_method
 from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.teacher import build_teacher
 from selfdistill.places import alone_in
@@ -45,6 +44,7 @@ from selfdistill.training.run_folder import RunExistsError
 from selfdistill.training.solver import Solver, load_solver
 from selfdistill.training.state_file import read_state
 from selfdistill.visible import say
+from studies.arithmetic.demo.difference import avg_difference
 from studies.arithmetic.demo.page import write_report
 
 HELD_OUT_PROBLEMS = 200
@@ -171,7 +171,7 @@ def held_out(name: str, config: Config, solver: Solver, console: Console) -> Hel
         records = analyze(
             solver,
             teacher,
-            build_method(config, solver.task),
+            solver.build_method(config.method),
             attempts,
             erroneous_attempts(attempts, limit=ANALYSED_ATTEMPTS, each=1, located=True),
             lm_heads=find_lm_heads(solver.model, teacher),

@@ -32,7 +32,6 @@ from selfdistill.config import Config
 from selfdistill.errors import UserError
 from selfdistill.evaluation.intervals import Interval
 from selfdistill.evaluation.scores import Evaluation, summarize
-from selfdistill.methods.build import build_method
 from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.teacher import build_teacher
 from selfdistill.rollout.attempts import Attempts, judge
@@ -279,7 +278,7 @@ def _evaluate_base(job: BaseEvaluation, folder: Path) -> None:
     _evaluate(solver, job.test, _held_out_file(folder))
     few = replace(job.test, samples=min(TEACHER_SAMPLES, job.test.samples))
     attempts = _attempts(solver, few, seed=derive_seed("attempts with context"))
-    contexts = build_method(job.config, solver.task).contexts(attempts)
+    contexts = solver.build_method(job.config.method).contexts(attempts)
     prompts = [
         solver.context.teacher_prompt(attempt.problem, context)
         for attempt, of_group in zip(attempts, contexts, strict=True)
@@ -318,7 +317,7 @@ def _score_tokens(job: TokenScores, folder: Path) -> None:
         records = analyze(
             solver,
             teacher,
-            build_method(config, solver.task),
+            solver.build_method(config.method),
             attempts,
             erroneous_attempts(attempts, limit=job.test.problems * job.test.samples, located=True),
             lm_heads=find_lm_heads(solver.model, teacher),

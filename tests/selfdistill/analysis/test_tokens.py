@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,9 +10,8 @@ from padded_step import in_float64
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from selfdistill.analysis.tokens import analyze, erroneous_attempts
-from selfdistill.config import Config
-from selfdistill.methods.build import build_method
-from selfdistill.methods.loss import Loss
+from selfdistill.config import AdvantageMaskConfig, Config, LossConfig, RefSolMethod
+from selfdistill.methods.method import Contexts
 from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.teacher import LiveTeacher, build_teacher
 from selfdistill.prompts.context import ContextRenderer, TeacherContext
@@ -87,7 +87,7 @@ def test_figures_are_those_of_the_models_own_logits(
         config, student, tokenizer, TASK, TransformersEngine(student, tokenizer), renderer
     )
     teacher = build_teacher(config.method.teacher, student, base=base)
-    method = build_method(config, TASK)
+    method = solver.build_method(config.method)
     problems = TASK.problems(split="test", count=3)
     groups = [
         [encode(tokenizer, text) for text in (p.reference, wrong_attempt(p.reference))]
@@ -137,21 +137,12 @@ def test_wrong_attempts_are_picked_problem_by_problem(
     assert erroneous_attempts(attempts, limit=2, located=True) == [(1, 1), (1, 2)]
 
 
-class Peers:
-    """A method whose contexts come from the other rollouts of the group."""
-
-    name = "peers"
-    group_size = 2
-    needs_context = True
-
-    def __init__(self, loss: Loss) -> None:
-        self.loss = loss
-
-    def contexts(self, attempts: Sequence[Attempts]) -> list[list[TeacherContext | None]]:
-        return [
-            [TeacherContext("reference", other.text) for other in reversed(attempt.rollouts)]
-            for attempt in attempts
-        ]
+def others(attempts: Sequence[Attempts]) -> Contexts:
+    """What the other rollout of each group says."""
+    return [
+        [TeacherContext("reference", other.text) for other in reversed(attempt.rollouts)]
+        for attempt in attempts
+    ]
 
 
 def test_contexts_see_the_whole_group(
@@ -176,7 +167,7 @@ def test_contexts_see_the_whole_group(
     (record,) = analyze(
         solver,
         LiveTeacher(),
-        Peers(build_method(config, TASK).loss),
+        replace(solver.build_method(config.method), contexts=others),
         judge(TASK, problems, groups),
         [(1, 1)],
         lm_heads=find_lm_heads(student, LiveTeacher()),
@@ -185,3 +176,31 @@ def test_contexts_see_the_whole_group(
     assert record.response == groups[1][1].text
     assert record.context == groups[1][0].text
     assert seen == [1]
+
+
+def test_a_method_is_scored_with_its_own_loss(
+    make_model: Callable[..., LlamaForCausalLM], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Not with that of the run, which has no use for steps here."""
+    config = Config(model="unused", output_dir=Path("unused"))
+    student = make_model()
+    solver = Solver(
+        config,
+        student,
+        tokenizer,
+        TASK,
+        TransformersEngine(student, tokenizer),
+        ContextRenderer(tokenizer),
+    )
+    loss = LossConfig(advantage_mask=AdvantageMaskConfig(per_step=True))
+    (problem,) = TASK.problems(split="test", count=1)
+    attempts = judge(TASK, [problem], [[encode(tokenizer, problem.reference)]])
+    (record,) = analyze(
+        solver,
+        LiveTeacher(),
+        solver.build_method(RefSolMethod(loss=loss)),
+        attempts,
+        [(0, 0)],
+        lm_heads=find_lm_heads(student, LiveTeacher()),
+    )
+    assert len(record.advantage) == len(attempts[0].rollouts[0].token_ids)

@@ -9,7 +9,6 @@ import pytest
 from selfdistill.evaluation.intervals import bootstrap
 from selfdistill.evaluation.scores import (
     Evaluation,
-    avg_difference,
     majorities_are_correct,
     pass_at_k,
     summarize,
@@ -43,11 +42,11 @@ def verdict(answer: str | None, *, correct: bool, strict: bool = False) -> Verdi
     return Verdict(answer, correct, strict, None, None, answer is not None)
 
 
-def evaluation(correct: list[int], *, samples: int = 4, prefix: str = "p") -> Evaluation:
+def evaluation(correct: list[int], *, samples: int = 4) -> Evaluation:
     rollout = Rollout([1], [0.0], "", True)
     attempts = [
         Attempts(
-            Problem(f"{prefix}{i}", "", "1", ""),
+            Problem(f"p{i}", "", "1", ""),
             [rollout] * samples,
             [verdict("1", correct=True)] * c + [verdict("2", correct=False)] * (samples - c),
         )
@@ -144,15 +143,3 @@ def test_unequal_attempts_are_refused() -> None:
             TASK,
             split="dev",
         )
-
-
-def test_paired_difference_is_sharper_than_two_intervals() -> None:
-    before = evaluation([0, 1, 2, 3] * 10)
-    after = evaluation([1, 2, 3, 4] * 10)
-    difference = avg_difference(before, after)
-    assert difference.value == pytest.approx(0.25)
-    # Every problem rose alike: the pairs know it, the two intervals alone do not.
-    assert difference.low == pytest.approx(0.25)
-    assert after.avg_at_k.low - before.avg_at_k.high < 0.1
-    with pytest.raises(ValueError, match="same problems"):
-        avg_difference(before, evaluation([1, 2, 3, 4] * 10, prefix="q"))

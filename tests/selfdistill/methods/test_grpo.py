@@ -362,7 +362,6 @@ def test_sampling_and_scoring_agree_on_the_log_probs(
 ) -> None:
     """On-policy the ratio is 1: the engine's log-probs are those that the loss compares with."""
     from selfdistill.config import Config
-    from selfdistill.methods.build import build_method
     from selfdistill.rollout.attempts import judge
     from selfdistill.rollout.engine import SamplingParams
     from selfdistill.training.solver import load_solver
@@ -384,8 +383,10 @@ def test_sampling_and_scoring_agree_on_the_log_probs(
         params=SamplingParams(temperature=0.7, max_new_tokens=12),
     )
     attempts = judge(solver.task, problems, rollouts)
-    method = build_method(config, solver.task)
-    groups = selfdistill.training.batch.render_groups(solver, attempts, method.contexts(attempts))
+    method = solver.build_method(config.method)
+    groups = selfdistill.training.batch.render_groups(
+        solver, method, attempts, method.contexts(attempts)
+    )
     scored = score(solver.model, None, groups)
     head = find_lm_head(solver.model)
     output = method.loss(scored, head, head, normalizer=1.0)

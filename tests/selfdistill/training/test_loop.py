@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 import selfdistill.training.batch
 import selfdistill.training.gradients
 import selfdistill.training.loop
-from selfdistill.config import AdapterConfig, Config, load_config
+from selfdistill.config import AdapterConfig, Config, LossConfig, RefSolMethod, load_config
 from selfdistill.evaluation.scores import Evaluation
 from selfdistill.model.attention import UnavailableBackendError, UnsupportedModelError
 from selfdistill.model.scoring import score
@@ -587,15 +587,19 @@ def test_rollouts_are_cut_behind_the_first_wrong_step(solver_dir: Path, tmp_path
         ids = solver.tokenizer(text, add_special_tokens=False)["input_ids"]
         rollouts.append(Rollout(ids, [-float(i) for i in range(len(ids))], text, False))
     (whole,) = judge(solver.task, [problem], [rollouts])
-    (cut,) = selfdistill.training.batch.cut_rollouts(solver, config.method, [whole])
+    (cut,) = selfdistill.training.batch.cut_rollouts(solver.tokenizer, [whole])
     assert cut.rollouts[0] == rollouts[0]
     kept = cut.rollouts[1].token_ids
     assert solver.tokenizer.decode(kept) == f"{one} {wrong_two}"
     assert cut.rollouts[1].logprobs == [-float(i) for i in range(len(kept))]
-    unchanged = selfdistill.training.batch.cut_rollouts(
-        solver, make_config(solver_dir, tmp_path).method, [whole]
-    )
-    assert unchanged == [whole]
+    contexts = [[None, None]]
+    for stops in (False, True):
+        loss = LossConfig(stop_after_first_wrong_step=stops)
+        method = replace(solver.build_method(RefSolMethod(loss=loss)), needs_context=False)
+        batch = selfdistill.training.batch.build_batch(
+            solver, method, [whole], contexts, too_long="error"
+        )
+        assert batch.groups[0].completions[1] == (kept if stops else rollouts[1].token_ids)
 
 
 def test_seeds_of_different_uses_differ() -> None:

@@ -117,6 +117,16 @@ def test_each_model_has_its_own_scale_and_cap(student: dict, teacher: dict, back
     torch.testing.assert_close(ours.loss, theirs.loss)
 
 
+def test_steps_reach_the_kernels(backend: str) -> None:
+    steps = torch.tensor([[0, 0, 0, 1, 1, -1, -1], [0, 0, 1, 1, 1, 2, 2]])
+    options = {"advantage_mask": AdvantageMask(sign="positive", per_step=True), "step_ids": steps}
+    heads = head(frozen=False, low_rank=()), head(low_rank=())
+    ours, found = run(fused_head_distillation, *heads, {**options, "backend": backend})
+    theirs, expected = run(materialised, *heads, options)
+    assert torch.equal(ours.active, theirs.active)
+    assert_close(found, expected)
+
+
 @pytest.mark.parametrize("change", ["bias", "no bias", "scale"])
 def test_models_that_share_the_weight_alone(change: str, backend: str) -> None:
     """The kernels take a shared head for a shared bias."""

@@ -27,7 +27,7 @@ from varlen import flash_attn_varlen_func
 
 from selfdistill.model.attention import Choice, PrefixTree
 from selfdistill.model.attention import model as attention_model
-from selfdistill.model.attention.backend import BACKENDS
+from selfdistill.model.attention.backend import BackendName, build_backend
 from selfdistill.model.attention.flex import FlexAttention
 from selfdistill.model.layout import PackedRow, PromptGroup, pack_groups
 from selfdistill.model.scoring import score
@@ -69,7 +69,7 @@ def rows(ragged_groups: list[PromptGroup]) -> dict[str, PackedRow]:
 
 
 def attend(
-    backend: str,
+    backend: BackendName,
     row: PackedRow,
     *,
     window: int | None = None,
@@ -92,14 +92,14 @@ def attend(
         states(kv_heads, keys, 16),
         states(kv_heads, keys, value_width),
     ]
-    out = BACKENDS[backend](row, CPU).attend(*inputs, scaling=scaling, sliding_window=window)
+    out = build_backend(backend, row, CPU).attend(*inputs, scaling=scaling, sliding_window=window)
     assert out.shape == (1, length, 4, value_width)
     loss = (out * torch.randn(out.shape, generator=generator)).sum()
     found = (out.detach(), *torch.autograd.grad(loss, inputs))
     return dict(zip(("out", "dq", "dk", "dv"), found, strict=True))
 
 
-def assert_as_exact_as_the_loop(backend: str, row: PackedRow, **options: Any) -> None:
+def assert_as_exact_as_the_loop(backend: BackendName, row: PackedRow, **options: Any) -> None:
     """The loop is torch's own attention, prefix by prefix."""
     exact = attend("loop", row, dtype=torch.float64, **options)
     torchs = attend("loop", row, **options)

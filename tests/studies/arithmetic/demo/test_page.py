@@ -18,9 +18,10 @@ from selfdistill.analysis.localisation import localise
 from selfdistill.analysis.tokens import TokenAnalysis
 from selfdistill.config import Config, save_config
 from selfdistill.evaluation.intervals import bootstrap
-from selfdistill.evaluation.scores import Evaluation, ProblemScore, avg_difference
+from selfdistill.evaluation.scores import Evaluation, ProblemScore
 from selfdistill.runlog import JsonLines
 from selfdistill.training.metrics import StepMetrics
+from studies.arithmetic.demo.difference import avg_difference
 from studies.arithmetic.demo.page import write_report
 from studies.arithmetic.demo.run import demo
 
