@@ -95,7 +95,8 @@ def readme_lines() -> list[str]:
     """The commands of README's section "Install"."""
     section = (ROOT / "README.md").read_text().split("## Install\n")[1].split("\n## ")[0]
     blocks = re.findall(r"```sh\n(.*?)```", section, flags=re.DOTALL)
-    return [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = (line.partition("#")[0].strip() for block in blocks for line in block.splitlines())
+    return [line for line in lines if line]
 
 
 def test_lines_of_the_readme(environment: Environment, source: Path) -> None:
