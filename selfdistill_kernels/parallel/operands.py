@@ -125,7 +125,7 @@ def agreed_shard(
 def _refuse_unreduced(name: str, head: Tensor | None) -> None:
     """Raise ValueError for a whole head made of a DTensor in such a way that autograd takes each
     rank's gradient for that of all ranks."""
-    if torch.compiler.is_compiling() or head is None or not head.requires_grad:
+    if torch.compiler.is_compiling() or not isinstance(head, Tensor) or not head.requires_grad:
         return
     made_by: Any = head.grad_fn
     if type(made_by).__name__ != "_ToTorchTensorBackward" or made_by.grad_placements is not None:

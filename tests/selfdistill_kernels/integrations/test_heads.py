@@ -16,10 +16,16 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from selfdistill_kernels.integrations import Head, UnsupportedHeadError, head_of
-from selfdistill_kernels.integrations.heads import last_hidden_states
+from selfdistill_kernels.integrations import (
+    Head,
+    UnsupportedHeadError,
+    fused_head_distillation,
+    head_of,
+)
+from selfdistill_kernels.integrations.heads import HeadValues, last_hidden_states
 
 IDS = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(3))
 
@@ -138,6 +144,14 @@ def test_lora_on_a_head_in_shards_is_refused(mesh: DeviceMesh) -> None:
     parallelize_module(model.get_base_model().lm_head, mesh, {"base_layer": ColwiseParallel()})
     with pytest.raises(UnsupportedHeadError, match="'default' is on a head whose weight is a DTe"):
         head_of(model)
+
+
+def test_two_soft_caps_with_a_head_in_shards_are_refused(mesh: DeviceMesh) -> None:
+    weight = distribute_tensor(torch.randn(7, 5), mesh, [Shard(0)])
+    hidden = torch.randn(3, 5)
+    capped, plain = HeadValues(weight, softcap=4.0), HeadValues(weight)
+    with pytest.raises(UnsupportedHeadError, match=r"heads in shards \(DTensors\) need one soft"):
+        fused_head_distillation(hidden, hidden, capped, plain)
 
 
 def test_other_models_are_refused() -> None:
