@@ -80,7 +80,7 @@ $(VLLM_VENV)/.requirements: requirements-vllm.txt
 $(VLLM_VENV)/.package: $(VLLM_VENV)/.requirements $(SOURCES) $(PACKAGES)
 	mkdir -p $(VLLM_BUILD)
 	find $(VLLM_BUILD) \( -name '*.py' -o -name '*.whl' \) -delete
-	SELFDISTILL_KERNELS_BUILD=1 $(VLLM_BIN)/python setup.py --quiet \
+	$(VLLM_BIN)/python setup.py --quiet \
 	build --build-base $(VLLM_BUILD) bdist_wheel --dist-dir $(VLLM_BUILD)
 	$(VLLM_BIN)/python -m pip install --quiet --no-deps --force-reinstall $(VLLM_BUILD)/*.whl
 	touch $@

@@ -1,15 +1,23 @@
 """Builds the native rows (csrc/) as ``selfdistill_kernels._C``, and those for NVIDIA GPUs as
 ``selfdistill_kernels._cuda``; the rest is in pyproject.toml.
 
-The extensions are optional: where torch or a C++ compiler is missing, the installation goes on
-without them and says so in one line. ``SELFDISTILL_KERNELS_BUILD=0`` skips them, ``=1`` makes a
-failure an error. They are compiled against the installed torch, so use
-``pip install --no-build-isolation``, and serve that torch under every Python: each carries a record
-of its torch (csrc/built_for.cpp), and what was built for another one is built anew. ``_cuda`` needs
-a torch with CUDA and the nvcc of that CUDA (CUDA_HOME or PATH), and is built for
-TORCH_CUDA_ARCH_LIST: by default for the GPUs that are there, without any for CUDA_ARCHITECTURES.
+An installation without its kernels would be slow and say nothing, for pip hides what a build prints
+that succeeds. So a build that cannot make them fails, and what it should make is said by
+``SELFDISTILL_KERNELS_BUILD``:
+
+- ``auto``, the default: ``_C``, and ``_cuda`` where torch has CUDA and its nvcc is there
+- ``cuda``: both
+- ``cpu``: ``_C``
+- ``none``: neither; the Triton and reference backends need no compiler
+
+They are compiled against the torch of the environment that pip installs into, with and without
+build isolation, and serve that torch under every Python: each carries a record of its torch
+(csrc/built_for.cpp), and what was built for another one is built anew. ``_cuda`` needs the nvcc of
+torch's CUDA (CUDA_HOME or PATH), and is built for TORCH_CUDA_ARCH_LIST: by default for the GPUs
+that are there, without any for CUDA_ARCHITECTURES.
 """
 
+import importlib.util
 import os
 import platform
 import re
@@ -18,11 +26,15 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from setuptools import Command, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
 
 BUILD = os.environ.get("SELFDISTILL_KERNELS_BUILD", "auto")
+WITHOUT = "set SELFDISTILL_KERNELS_BUILD=none to install without compiled kernels"
 # The flags of single files. csrc/cpu/ops.cpp chooses among the rows_* (one source) at run time.
 # Never -march=native: what is built here may run elsewhere.
 FILE_FLAGS: dict[str, str] = {"rows_default": ""}
@@ -38,11 +50,21 @@ CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
-def skip(reason: str, kernels: str = "native CPU kernels") -> None:
-    """Go on without the extension, or fail if it was asked for."""
-    if BUILD == "1":
-        raise SystemExit(f"selfdistill_kernels: SELFDISTILL_KERNELS_BUILD=1, but {reason}")
-    print(f"selfdistill_kernels: {kernels} not built ({reason}).", file=sys.stderr)
+def fail(reason: str, remedy: str) -> NoReturn:
+    """End the build with what is wrong and what mends it."""
+    raise SystemExit(f"selfdistill_kernels: {reason}; {remedy}, or {WITHOUT}")
+
+
+def find_torch() -> bool:
+    """Whether this build can import the torch that the extensions will meet.
+
+    A build in isolation runs with the interpreter of the environment that pip installs into, whose
+    packages pip hides; a torch of the build's own could be another release. So they are shown
+    again, after what the build itself asked for.
+    """
+    if importlib.util.find_spec("torch") is None:
+        sys.path.append(sysconfig.get_path("platlib"))
+    return importlib.util.find_spec("torch") is not None
 
 
 def find_nvcc(environment: dict[str, str]) -> str | None:
@@ -90,41 +112,61 @@ def cuda_extensions(flags: list[str]) -> list[Extension]:
     nvcc = find_nvcc(dict(os.environ))
     reason = cuda_reason(torch.version.cuda, nvcc, nvcc and nvcc_release(nvcc))
     if reason is not None:
-        if torch.version.cuda is not None:  # nobody misses them with a CPU build of torch
-            skip(reason, "CUDA kernels")
+        if BUILD == "cuda":
+            fail(f"no CUDA kernels: {reason}", "set SELFDISTILL_KERNELS_BUILD=cpu for the others")
         return []
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
     sources = ["csrc/cuda/ops.cpp", "csrc/built_for.cpp"]
-    extension = CUDAExtension(
-        "selfdistill_kernels._cuda",
-        [*sources, *(str(path) for path in sorted(Path("csrc/cuda").glob("*.cu")))],
-        depends=["setup.py", *(str(path) for path in sorted(Path("csrc").rglob("*.*h")))],
-        extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
-        extra_link_args=["-Wl,-s"] if sys.platform == "linux" else [],
-        define_macros=[("SELFDISTILL_BUILT_FOR", f'"{built_for()}"')],
-        py_limited_api=LIMITED_API,
-    )
-    extension.optional = BUILD != "1"  # its failure does not take the CPU rows along
-    return [extension]
+    return [
+        CUDAExtension(
+            "selfdistill_kernels._cuda",
+            [*sources, *(str(path) for path in sorted(Path("csrc/cuda").glob("*.cu")))],
+            depends=["setup.py", *(str(path) for path in sorted(Path("csrc").rglob("*.*h")))],
+            extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
+            extra_link_args=["-Wl,-s"] if sys.platform == "linux" else [],
+            define_macros=[("SELFDISTILL_BUILT_FOR", f'"{built_for()}"')],
+            py_limited_api=LIMITED_API,
+        )
+    ]
 
 
-def native_extension() -> tuple[list[Extension], dict[str, type[Command]]]:
-    """The extension and its build command, or nothing where it cannot or should not be built."""
-    if BUILD not in ("auto", "0", "1"):
-        raise SystemExit(f"SELFDISTILL_KERNELS_BUILD: got {BUILD!r}, expected 0, 1 or auto")
-    if BUILD == "0":
-        skip("SELFDISTILL_KERNELS_BUILD=0")
+def without_torch(command: type[Command]) -> type[Command]:
+    """The command as it fails where there is no torch."""
+
+    class WithoutTorch(command):
+        def run(self) -> None:
+            fail(
+                "the compiled kernels are built for the torch that is installed, and there is "
+                f"none for {sys.executable}",
+                "install torch first (a build tool that makes an environment of its own, unlike "
+                "pip, must be told to build without isolation)",
+            )
+
+    return WithoutTorch
+
+
+def native_extensions() -> tuple[list[Extension], dict[str, type[Command]]]:
+    """The extensions and the commands that build them."""
+    if BUILD not in ("auto", "cuda", "cpu", "none"):
+        raise SystemExit(
+            f"SELFDISTILL_KERNELS_BUILD: got {BUILD!r}, expected auto, cuda, cpu or none"
+        )
+    if BUILD == "none":
         return [], {}
-    try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError:
-        skip("torch is not installed here; install it first and use --no-build-isolation")
-        return [], {}
+    if not find_torch():
+        # Metadata come first, so that pip ends before it has fetched anything. A source
+        # distribution needs none of these.
+        return [], {
+            "dist_info": without_torch(dist_info),
+            "bdist_wheel": without_torch(bdist_wheel),
+            "build_ext": without_torch(build_ext),
+        }
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class BuildNative(BuildExtension):
-        """Adds each file's own flags, builds anew for another torch, and survives a missing
-        compiler."""
+        """Adds each file's own flags, builds anew for another torch, and says what a failure
+        means."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs | {"use_ninja": False})
@@ -145,9 +187,12 @@ def native_extension() -> tuple[list[Extension], dict[str, type[Command]]]:
                     self.force = True
             try:
                 super().build_extensions()
-            except Exception as error:  # compilers fail in many ways, none of which is fatal here
-                skip(f"the C++ build failed: {error}")
-                self.extensions.clear()
+            except Exception as error:  # compilers fail in many ways
+                fail(
+                    f"the build of the kernels failed ({error})",
+                    "mend what the compiler says above, set SELFDISTILL_KERNELS_BUILD=cpu where "
+                    "it is the CUDA kernels that fail",
+                )
 
         def copy_extensions_to_source(self) -> None:
             self.force = True  # what lies there may be younger, and of another torch
@@ -185,10 +230,11 @@ def native_extension() -> tuple[list[Extension], dict[str, type[Command]]]:
         define_macros=[("SELFDISTILL_BUILT_FOR", f'"{built_for()}"')],
         py_limited_api=LIMITED_API,
     )
-    return [extension, *cuda_extensions(flags)], {"build_ext": BuildNative}
+    cuda = [] if BUILD == "cpu" else cuda_extensions(flags)
+    return [extension, *cuda], {"build_ext": BuildNative}
 
 
 if __name__ == "__main__":
-    extensions, commands = native_extension()
+    extensions, commands = native_extensions()
     tag = {"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {}
     setup(ext_modules=extensions, cmdclass=commands, options=tag)

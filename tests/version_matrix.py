@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+from support import working_tree
+
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "matrix"
 TABLE = ROOT / "docs" / "compatibility.md"
@@ -138,22 +140,15 @@ def make_environment(row: Row, folder: Path) -> Path:
 def build(python: Path, folder: Path) -> None:
     """Copy the working tree and build the extension in the copy."""
     source = folder / "source"
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
     shutil.rmtree(source, ignore_errors=True)
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, source / name)
+    working_tree.copy_to(source)
     subprocess.run(
         [
             python, "setup.py", "--quiet", "build_ext", "--inplace",
             f"--build-lib={folder / 'built'}", f"--build-temp={folder / 'objects'}",
         ],
         # No CUDA rows: they take an nvcc of the very release, and most of an hour.
-        cwd=source, check=True, env=os.environ | {"CUDA_HOME": str(folder / "no-cuda")},
+        cwd=source, check=True, env=os.environ | {"SELFDISTILL_KERNELS_BUILD": "cpu"},
     )  # fmt: skip
 
 

@@ -15,9 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-REBUILD = (
-    "run `pip install --no-build-isolation --force-reinstall --no-deps .` in the source folder"
-)
+REBUILD = "run `pip install --force-reinstall --no-deps .` in the source folder"
 _RECORD = re.compile(rb"selfdistill_kernels was built for torch=(\S+) cuda=(\S+)\0")
 
 

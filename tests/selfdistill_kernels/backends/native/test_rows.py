@@ -33,9 +33,7 @@ from row_cases import (
 )
 from torch import Tensor
 
-pytest.importorskip(
-    "selfdistill_kernels._C", reason="native rows not built: pip install --no-build-isolation -e ."
-)
+pytest.importorskip("selfdistill_kernels._C", reason="native rows not built: pip install -e .")
 ops = torch.ops.selfdistill
 
 CAPABILITIES = ["avx512", "avx2", "default"]
