@@ -2,7 +2,7 @@
 # `make test-all` every test, `make lint` ruff and mypy, `make clean` removes what these made.
 # All but `clean` set up .venv first. `make test-vllm` tests the vLLM engine with vLLM itself, in an
 # environment of its own, and `make test-matrix` what hangs on versions under others than the pinned
-# ones (hours; it writes docs/compatibility.md).
+# ones (hours; it writes docs/compatibility.md). `make docs` builds the site in build/site.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 # what was skipped, and why.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=10 -n 2 --dist worksteal
 
-.PHONY: demo test test-all test-portable test-matrix test-vllm lint setup clean
+.PHONY: demo docs test test-all test-portable test-matrix test-vllm lint setup clean
 
 demo: setup
 	$(BIN)/selfdistill demo
@@ -85,5 +85,22 @@ $(VLLM_VENV)/.package: $(VLLM_VENV)/.requirements $(SOURCES) $(PACKAGES)
 	$(VLLM_BIN)/python -m pip install --quiet --no-deps --force-reinstall $(VLLM_BUILD)/*.whl
 	touch $@
 
+# The pages lie in build/pages as they do here, so that a link is right in both places; files that only a
+# link names are copied, too. Warnings, a dead link among them, are errors; with --quiet they would not be.
+DOCS_VENV := .venv-docs
+PAGES := README.md CHANGELOG.md CONTRIBUTING.md LICENSE docs examples csrc/cuda/README.md \
+	benchmarks/cost.py requirements-vllm.txt selfdistill/training/loop.py
+
+docs: $(DOCS_VENV)/.requirements
+	rm -rf build/pages
+	mkdir -p build/pages
+	cp -r --parents $(PAGES) build/pages
+	PATH="$(CURDIR)/$(DOCS_VENV)/bin:$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
+$(DOCS_VENV)/.requirements: requirements-docs.txt
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --requirement requirements-docs.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build runs *.egg-info selfdistill_kernels/_C*.so
+	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) build runs *.egg-info selfdistill_kernels/_C*.so
