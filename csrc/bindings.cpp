@@ -6,9 +6,10 @@
 // float32 for each column of the tile. divergence: 0 none, 1 KL(T||S), 2 KL(S||T), 3 JSD, 4 KL(T||m), 5 KL(S||m), where
 // m = beta T + (1 - beta) S. statistics: float32 [rows, 10], state: float64 [rows, 16] (columns in csrc/divergence.h).
 #include <Python.h>
-#include <torch/library.h>
 
-TORCH_LIBRARY(selfdistill, m) {
+#include "library.h"
+
+SELFDISTILL_LIBRARY(m) {
   // One visit of every row while it is in the cache: transform in place, statistics, advantage gate, gradient in place.
   // Loss of a token: loss_weight * (divergence - policy_gradient * A * log p_s(y) - cross_entropy * log p_s(y) +
   // entropy * H(p_s)), A = log p_t(y) - log p_s(y) held constant. Without loss_weight: statistics only.
@@ -61,8 +62,5 @@ TORCH_LIBRARY(selfdistill, m) {
   m.def("set_cpu_capability(str capability) -> ()");
 }
 
-// Importing the module loads the library; nothing else is in it.
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
-}
+// Torch's build command says the name: _C, but for a kernel of the hub.
+SELFDISTILL_MODULE(TORCH_EXTENSION_NAME)

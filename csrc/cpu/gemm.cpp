@@ -9,7 +9,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -17,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "../library.h"
 #include "pack.h"
 
 namespace selfdistill {
@@ -253,12 +253,12 @@ void gemm_bf16_weight_gradient_(const Tensor& gradient, const Tensor& hidden, co
 }  // namespace
 }  // namespace selfdistill
 
-TORCH_LIBRARY_IMPL(selfdistill, CPU, m) {
+SELFDISTILL_LIBRARY_IMPL(CPU, m) {
   m.impl("gemm_bf16_logits_", selfdistill::gemm_bf16_logits_);
   m.impl("gemm_bf16_hidden_gradient_", selfdistill::gemm_bf16_hidden_gradient_);
   m.impl("gemm_bf16_weight_gradient_", selfdistill::gemm_bf16_weight_gradient_);
 }
 
-TORCH_LIBRARY_IMPL(selfdistill, CompositeExplicitAutograd, m) {
+SELFDISTILL_LIBRARY_IMPL(CompositeExplicitAutograd, m) {
   m.impl("gemm_bf16_available", selfdistill::gemm_bf16_available);
 }

@@ -3,13 +3,14 @@
 // The first touch of a fresh 100 MiB tensor is 25,000 page faults, as dear as several percent of the GEMMs that fill it; with
 // pages of 2 MiB it is 50. Linux hands them out on request only (transparent_hugepage/enabled = madvise).
 #include <ATen/core/Tensor.h>
-#include <torch/library.h>
 
 #include <cstdint>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+
+#include "../library.h"
 
 namespace selfdistill {
 namespace {
@@ -30,4 +31,4 @@ void advise_huge_pages_(const at::Tensor& tensor) {
 }  // namespace
 }  // namespace selfdistill
 
-TORCH_LIBRARY_IMPL(selfdistill, CPU, m) { m.impl("advise_huge_pages_", selfdistill::advise_huge_pages_); }
+SELFDISTILL_LIBRARY_IMPL(CPU, m) { m.impl("advise_huge_pages_", selfdistill::advise_huge_pages_); }

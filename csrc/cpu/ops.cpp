@@ -2,7 +2,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -12,6 +11,7 @@
 #include "vector.h"
 // (divergence.h is written in the functions of vector.h)
 #include "../checks.h"
+#include "../library.h"
 #include "rows.h"
 
 namespace selfdistill {
@@ -189,7 +189,7 @@ Tensor gather_active_rows_(Tensor& tile, const Tensor& active) {
 }  // namespace
 }  // namespace selfdistill
 
-TORCH_LIBRARY_IMPL(selfdistill, CPU, m) {
+SELFDISTILL_LIBRARY_IMPL(CPU, m) {
   m.impl("row_visit_", selfdistill::row_visit_);
   m.impl("row_statistics_", selfdistill::row_statistics_);
   m.impl("row_mixture_", selfdistill::row_mixture_);
@@ -198,7 +198,7 @@ TORCH_LIBRARY_IMPL(selfdistill, CPU, m) {
   m.impl("gather_active_rows_", selfdistill::gather_active_rows_);
 }
 
-TORCH_LIBRARY_IMPL(selfdistill, CompositeExplicitAutograd, m) {
+SELFDISTILL_LIBRARY_IMPL(CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", selfdistill::cpu_capability);
   m.impl("set_cpu_capability", selfdistill::set_cpu_capability);
 }

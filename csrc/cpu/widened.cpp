@@ -8,7 +8,6 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <optional>
@@ -16,6 +15,8 @@
 #include "vector.h"
 // (rows.h reads divergence.h, which is written in the functions of vector.h)
 #include "rows.h"
+
+#include "../library.h"
 
 namespace selfdistill {
 
@@ -162,7 +163,7 @@ void gemm_widened_weight_gradient_(const Tensor& gradient, const Tensor& hidden,
 }  // namespace
 }  // namespace selfdistill
 
-TORCH_LIBRARY_IMPL(selfdistill, CPU, m) {
+SELFDISTILL_LIBRARY_IMPL(CPU, m) {
   m.impl("gemm_widened_logits_", selfdistill::gemm_widened_logits_);
   m.impl("gemm_widened_hidden_gradient_", selfdistill::gemm_widened_hidden_gradient_);
   m.impl("gemm_widened_weight_gradient_", selfdistill::gemm_widened_weight_gradient_);

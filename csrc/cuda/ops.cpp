@@ -8,11 +8,11 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include "device.h"
 // (divergence.h is written in the functions of device.h)
 #include "../checks.h"
+#include "../library.h"
 #include "rows.h"
 
 namespace selfdistill {
@@ -122,7 +122,7 @@ Tensor gather_active_rows_(Tensor& tile, const Tensor& active) {
 }  // namespace
 }  // namespace selfdistill
 
-TORCH_LIBRARY_IMPL(selfdistill, CUDA, m) {
+SELFDISTILL_LIBRARY_IMPL(CUDA, m) {
   m.impl("row_visit_", selfdistill::row_visit_);
   m.impl("row_statistics_", selfdistill::row_statistics_);
   m.impl("row_mixture_", selfdistill::row_mixture_);
@@ -131,8 +131,4 @@ TORCH_LIBRARY_IMPL(selfdistill, CUDA, m) {
   m.impl("gather_active_rows_", selfdistill::gather_active_rows_);
 }
 
-// Importing the module loads the library; nothing else is in it.
-PyMODINIT_FUNC PyInit__cuda() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
-}
+SELFDISTILL_MODULE(_cuda)

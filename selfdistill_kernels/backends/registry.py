@@ -35,7 +35,7 @@ def get_backend(name: str) -> Backend:
     """Return the backend for a resolved name."""
     if name == "triton":
         # By name: the package imports triton.
-        module = importlib.import_module("selfdistill_kernels.backends.triton")
+        module = importlib.import_module(f"{__package__}.triton")
         backend: Backend = module.TritonBackend()
         return backend
     return NativeBackend() if name == "native" else ReferenceBackend()
