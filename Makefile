@@ -2,7 +2,8 @@
 # `make test-all` every test, `make lint` ruff and mypy, `make clean` removes what these made.
 # All but `clean` set up .venv first. `make test-vllm` tests the vLLM engine with vLLM itself, in an
 # environment of its own, and `make test-matrix` what hangs on versions under others than the pinned
-# ones (hours; it writes docs/compatibility.md). `make docs` builds the site in build/site.
+# ones (hours; it writes docs/compatibility.md). `make docs` builds the site in build/site,
+# `make kernel-hub` a kernel for Hugging Face's hub in build/kernel-hub.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 # what was skipped, and why.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=10 -n 2 --dist worksteal
 
-.PHONY: demo docs test test-all test-portable test-matrix test-vllm lint setup clean
+.PHONY: demo docs kernel-hub test test-all test-portable test-matrix test-vllm lint setup clean
 
 demo: setup
 	$(BIN)/selfdistill demo
@@ -32,6 +33,9 @@ test-portable: setup
 
 test-matrix:
 	$(PYTHON) tests/version_matrix.py
+
+kernel-hub: setup
+	$(BIN)/python -m kernel_hub
 
 lint: setup
 	$(BIN)/ruff format --check .

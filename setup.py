@@ -37,14 +37,16 @@ BUILD = os.environ.get("SELFDISTILL_KERNELS_BUILD", "auto")
 WITHOUT = "set SELFDISTILL_KERNELS_BUILD=none to install without compiled kernels"
 # The flags of single files. csrc/cpu/ops.cpp chooses among the rows_* (one source) at run time.
 # Never -march=native: what is built here may run elsewhere.
-FILE_FLAGS: dict[str, str] = {"rows_default": ""}
-if platform.machine().lower() in ("x86_64", "amd64"):
-    FILE_FLAGS["rows_avx2"] = "-mavx2 -mfma"
-    FILE_FLAGS["rows_avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma"
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma"
+X86_FLAGS = {
+    "rows_avx2": "-mavx2 -mfma",
+    "rows_avx512": AVX512,
     # GCC warns of its own intrinsics (bug 105593).
-    FILE_FLAGS["pack_avx512"] = (
-        FILE_FLAGS["rows_avx512"] + " -Wno-uninitialized -Wno-maybe-uninitialized"
-    )
+    "pack_avx512": f"{AVX512} -Wno-uninitialized -Wno-maybe-uninitialized",
+}
+FILE_FLAGS = {"rows_default": ""}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    FILE_FLAGS |= X86_FLAGS
 CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 # A free-threaded Python has no limited API.
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")

@@ -53,7 +53,15 @@ ROOMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 # Whose imports of our own packages must name a file here: an editable installation would find a
 # module that moved in the clone that was installed.
-READERS = ("selfdistill_kernels", "selfdistill", "benchmarks", "examples", "studies", "tests")
+READERS = (
+    "selfdistill_kernels",
+    "selfdistill",
+    "benchmarks",
+    "examples",
+    "kernel_hub",
+    "studies",
+    "tests",
+)
 
 
 def modules(package: str) -> dict[str, Path]:
@@ -191,7 +199,7 @@ def test_a_circle_is_found() -> None:
 
 
 def test_imports_name_files_of_this_tree() -> None:
-    owned = ("selfdistill_kernels", "selfdistill", "benchmarks", "studies")
+    owned = ("selfdistill_kernels", "selfdistill", "benchmarks", "kernel_hub", "studies")
     files = {module: file for package in owned for module, file in modules(package).items()}
     # Built, not written.
     built = {"selfdistill_kernels._C", "selfdistill_kernels._cuda"}

@@ -1,0 +1,1 @@
+"""Makes a kernel for Hugging Face's hub of this repository: python -m kernel_hub."""
