@@ -132,7 +132,7 @@ def compare(
     problem = StepProblem(shape, size)
     keys = [key for key in CONTENDERS if key in {"naive", *args.contenders}]
     if "trl" in keys and importlib.util.find_spec("trl") is None:
-        console.print("without trl, which is not installed: pip install 'selfdistill[dev]'")
+        console.print("without trl, which is not installed: pip install trl==1.16.0")
         keys.remove("trl")
     steps = {key: CONTENDERS[key](problem) for key in keys}
     errors = check(problem, keys)
@@ -267,7 +267,7 @@ def _problem(shape: StepShape) -> StepProblem:
 def test_step(benchmark: BenchmarkFixture, shape: StepShape, key: str) -> None:
     """Check against the naive step, then time."""
     if key == "trl":
-        pytest.importorskip("trl", reason="pip install 'selfdistill[dev]'")
+        pytest.importorskip("trl", reason="pip install trl==1.16.0")
     problem = _problem(shape)
     check(problem, [key])
     benchmark.group = f"step, P/R/C/G {shape}"

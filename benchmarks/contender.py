@@ -51,7 +51,7 @@ class Contender:
     rounds_logits: bool = False
     compiled: bool = False
     requires: str = "torch"
-    package: str = "selfdistill[dev]"
+    package: str = "torch"
     backend: str | None = None
     gpu_capability: tuple[int, int] | None = None
     dtypes: tuple[str, ...] = ()

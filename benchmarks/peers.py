@@ -31,6 +31,8 @@ from selfdistill_kernels.backends.registry import found_on
 
 # Rows that Liger scores at a time. Its default, 1024, materialises all logits of the small shapes.
 LIGER_ROWS = (128, 1024)
+# The versions that are compared with, as pip installs them (requirements.txt).
+TRL, LIGER = "trl==1.16.0", "liger-kernel==0.8.5"
 RHOS = (0.5, 0.2, 0.05)
 
 
@@ -74,7 +76,7 @@ def _divergence_contenders(workspace: str | int, device: str) -> list[Contender]
             rounds_logits=True,
             compiled=True,
         ),
-        Contender("trl", "TRL", trl, requires="trl"),
+        Contender("trl", "TRL", trl, requires="trl", package=TRL),
         *(
             Contender(
                 f"liger_{rows}",
@@ -82,6 +84,7 @@ def _divergence_contenders(workspace: str | int, device: str) -> list[Contender]
                 partial(liger, rows=rows),
                 rounds_logits=True,
                 requires="liger_kernel",
+                package=LIGER,
             )
             for rows in LIGER_ROWS
         ),
@@ -109,6 +112,7 @@ def _divergence_contenders(workspace: str | int, device: str) -> list[Contender]
             partial(trl, trained_head=False),
             False,
             requires="trl",
+            package=TRL,
         ),
     ]
 
@@ -131,6 +135,7 @@ def _cross_entropy_contenders() -> list[Contender]:
             liger_cross_entropy,
             rounds_logits=True,
             requires="liger_kernel",
+            package=LIGER,
             gpu_capability=(8, 0),
         ),
         *(
