@@ -169,7 +169,6 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
     metrics_log = JsonLines(config.output_dir / METRICS_FILE)
     evaluation_log = JsonLines(config.output_dir / EVALUATIONS_FILE)
     if ranks.is_main:
-        keep_config(config, step=state.step)
         metrics_log.keep_until(state.step)
         evaluation_log.keep_until(-1 if state.evaluated_step is None else state.evaluated_step)
     warned = False
@@ -187,11 +186,16 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
     ):
         interrupt.saved = state.step if os.path.lexists(store.last) else None
         bar = bars.add_task("train", total=config.steps, completed=state.step, note="")
-        if evaluation_is_due(state, config):
+        evaluates = evaluation_is_due(state, config)
+        if evaluates:
             state = evaluate(solver, state, ranks, interrupt, evaluation_log, bars)
-            if state.evaluated_step == state.step:
-                save()
-                interrupt.saved = state.step
+        # Not before: after a start that failed, the mended configuration must not meet the first
+        # one, which would make it another run.
+        if ranks.is_main:
+            keep_config(config, step=state.step)
+        if evaluates and state.evaluated_step == state.step:
+            save()
+            interrupt.saved = state.step
         stopping = ranks.any(interrupt.requested)
 
         while state.step < config.steps and not stopping:

@@ -25,6 +25,7 @@ from selfdistill.config import Config, load_config, save_config
 from selfdistill.filtering import FilterExistsError, FilterSettings, filter_problems
 from selfdistill.places import PlaceTakenError, alone_in, try_files
 from selfdistill.runlog import JsonLines, LogError, write_atomically
+from selfdistill.tasks.interface import TaskError
 from selfdistill.training.checkpoint import CheckpointStore
 from selfdistill.training.loop import train
 from selfdistill.training.run_folder import RunExistsError, keep_config, refuse_other_run
@@ -133,6 +134,36 @@ def test_a_configuration_of_something_else_stays(
     with pytest.raises(RunExistsError, match=rf"config\.yaml is that of another run: .*{message}"):
         train(config, resume=resume)
     assert path.read_bytes() == before
+
+
+def test_a_first_start_that_failed_takes_the_mended_configuration(
+    solver_dir: Path, tmp_path: Path
+) -> None:
+    """It found its own config.yaml, with the setting that was wrong, and called it another run."""
+    source = tmp_path / "problems.jsonl"
+    lines = [json.dumps({"question": f"{n} + 1", "answer": n + 1}) for n in range(10, 13)]
+    source.write_text("\n".join(lines))
+    dev = tmp_path / "dev.jsonl"
+    dev.write_text(json.dumps({"question": "1 + 1", "answer": 2}))
+    config = make_config(
+        solver_dir,
+        tmp_path / "run",
+        task={
+            "name": "jsonl",
+            "splits": {"train": str(source), "dev": str(dev)},
+            "checker": "plain",
+        },
+        method={"name": "grpo", "group_size": 2},
+        max_empty_steps=None,
+        evaluation={"every": 9, "problems": 2, "samples": 1},
+    )
+    with pytest.raises(TaskError, match="2 dev problems were asked for"):
+        train(config)
+    assert not (config.output_dir / "config.yaml").exists()
+    few = config.evaluation.model_copy(update={"problems": 1})
+    mended = config.model_copy(update={"evaluation": few})
+    assert train(mended).step == 1
+    assert load_config(config.output_dir / "config.yaml") == mended
 
 
 def test_a_run_killed_before_its_first_checkpoint_may_begin_again(
