@@ -264,7 +264,8 @@ def stages(request: dict[str, Any]) -> dict[str, Any]:
 def failures(request: dict[str, Any]) -> dict[str, Any]:
     """Let one of the ranks fail when it judges rollouts; return what each of them said.
 
-    A case names the `rank`, what it `does` (raise, kill) and the number of ranks, its `size`.
+    A case names the `rank` (null: all go on), what it `does` (raise, kill) and the number of ranks,
+    its `size`.
     """
     answers = {}
     for name, case in request["cases"].items():

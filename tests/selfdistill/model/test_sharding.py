@@ -115,6 +115,7 @@ def test_a_run_goes_on_with_other_ranks_sharded_or_not(
         "sharded 2 to whole 2": [(2, True), (2, False)],
         "whole 2 to sharded 2": [(2, False), (2, True)],
         "sharded 3 to sharded 2": [(3, True), (2, True)],
+        "whole 3 to whole 2": [(3, False), (2, False)],
     }
     cases = {
         name: {

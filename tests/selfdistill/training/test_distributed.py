@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,40 @@ def test_what_is_left_out_does_not_depend_on_the_ranks(
     answer = forked_runs("ranks", {"cases": {"drop": config}}, tmp_path)
     assert answer["drop"]["ranks_agree"]
     assert_close_runs(tmp_path / "drop" / "1", tmp_path / "drop" / "2")
+
+
+def test_a_message_counts_what_all_ranks_left_out(solver_dir: Path, tmp_path: Path) -> None:
+    """Some problems of a step do not fit and the rest earns no reward; then none of a step fits."""
+    changes = {
+        "task": {"step_counts": [1, 9]},
+        "method": {"name": "grpo", "group_size": 2},
+        "rollout": {"max_new_tokens": 6},
+        "prompt": {"max_length": 32, "too_long": "drop"},
+        "evaluation": {"every": 99, "problems": 1, "samples": 1},
+        "seed": 2,
+    }
+    kinds = {
+        "some": {"prompts_per_step": 4, "max_empty_steps": 3},
+        "none": {"prompts_per_step": 2, "steps": 12},
+    }
+    cases = {
+        f"{name} {size}": {
+            "config": ranks_settings(solver_dir, tmp_path / f"{name}-{size}", **changes, **kind),
+            "does": "raise",
+            "rank": None,
+            "size": size,
+        }
+        for name, kind in kinds.items()
+        for size in (1, 3)
+    }
+    said = forked_runs("failures", {"cases": cases}, tmp_path)
+    for name, expected in {
+        "some": r"NothingLearnedError: .* of 24 rollouts ([2-9]|1\d) did not fit, \d+ gave no",
+        "none": r"TaskError: none of the 2 problems of a step leaves room for 6 new tokens",
+    }.items():
+        alone = said[f"{name} 1"]["0"]
+        assert re.match(expected, alone), alone
+        assert set(said[f"{name} 3"].values()) == {alone}
 
 
 def test_the_rank_that_failed_is_named_by_the_others(solver_dir: Path, tmp_path: Path) -> None:
