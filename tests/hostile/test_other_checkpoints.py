@@ -139,23 +139,43 @@ def with_data(folder: Path) -> dict[str, Any]:
     for split in ("train", "dev", "test"):
         problems = ArithmeticTask(step_counts=(1,)).problems(split=split, count=3)
         splits[split] = str(folder / f"{split}.jsonl")
-        lines = [json.dumps({"question": p.question, "answer": p.answer}) for p in problems]
+        fields = ("question", "answer", "reference")
+        lines = [json.dumps({name: getattr(p, name) for name in fields}) for p in problems]
         (folder / f"{split}.jsonl").write_text("\n".join(lines))
-    method = {"name": "environment", "group_size": 1}
-    task = {"name": "jsonl", "splits": splits, "instruction": "", "checker": "plain"}
-    return {"task": task, "method": method}
+    task = {
+        "name": "jsonl",
+        "splits": splits,
+        "reference": "reference",
+        "instruction": "",
+        "checker": "plain",
+    }
+    return {"task": task, "method": {"name": "environment", "group_size": 1}}
+
+
+def change_first(path: Path, field: str) -> None:
+    first, *rest = path.read_text().splitlines()
+    path.write_text(
+        "\n".join([json.dumps({**json.loads(first), field: f"7777 {path.stem}"}), *rest])
+    )
+
+
+def other_question(path: Path) -> None:
+    change_first(path, "question")
 
 
 def other_answer(path: Path) -> None:
-    first, *rest = path.read_text().splitlines()
-    path.write_text("\n".join([json.dumps({**json.loads(first), "answer": "7777"}), *rest]))
+    change_first(path, "answer")
+
+
+def other_reference(path: Path) -> None:
+    change_first(path, "reference")
 
 
 def one_less(path: Path) -> None:
     path.write_text("\n".join(path.read_text().splitlines()[1:]))
 
 
-@pytest.mark.parametrize("change", [other_answer, one_less])
+@pytest.mark.parametrize("change", [other_question, other_answer, other_reference, one_less])
 @pytest.mark.parametrize(("split", "said"), [("train", "training problems"), ("dev", "dev")])
 def test_a_run_does_not_go_on_with_other_data(
     solver_dir: Path, tmp_path: Path, split: str, said: str, change: Callable[[Path], None]
