@@ -6,6 +6,7 @@ The first of these that a response has counts, and of several of its kind the la
 2. `\boxed{42}`
 3. a line `#### 42`
 4. "the answer is 42", "Answer: 42"
+5. "the answers are 4 and 2", "the answer would be 42", which are also said of something else
 """
 
 from __future__ import annotations
@@ -16,9 +17,15 @@ _ANSWER_TAG = re.compile(r"<answer>", re.IGNORECASE)
 _ANSWER_END = re.compile(r"</answer>", re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
-_PHRASE = re.compile(
-    r"\banswer(?:\s+to\s+(?:the|this)\s+(?:question|problem))?[\s*_]*(?:\bis\b|\bare\b|:|=)[\s*_:]*",
-    re.IGNORECASE,
+_THUS = r"(?:[\s,*_]*\b(?:then|therefore|thus|hence)\b,?)?[\s*_]*"
+_ASKED = rf"(?:\s+to\s+(?:the|this)\s+(?:question|problem))?{_THUS}"
+_PHRASES = tuple(
+    re.compile(rf"\b{phrase}{_THUS}[\s*_:]*", re.IGNORECASE)
+    for phrase in (
+        rf"answer{_ASKED}(?:\bis\b|\bare\b|:|=)",
+        rf"(?:answers{_ASKED}(?:\bare\b|:|=)"
+        rf"|answers?{_ASKED}\b(?:would|will|should|must)\b{_THUS}\bbe\b)",
+    )
 )
 # Where a sentence that states an answer goes on to something else.
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|,?\s+(?:because|since|so|which|as)\b|</?\w+>")
@@ -44,7 +51,7 @@ def read_answer(text: str) -> str | None:
     hashes = _last(_HASHES, text)
     if hashes is not None:
         return hashes[1].strip()
-    phrase = _last(_PHRASE, text)
+    phrase = next(filter(None, (_last(pattern, text) for pattern in _PHRASES)), None)
     if phrase is None:
         return None
     statement = read_first_statement(text[phrase.end() :])

@@ -96,6 +96,7 @@ def test_reading_and_comparing_pass_over_a_response_a_few_times_only() -> None:
         "<answer>",
         "#### 1\n",
         "The answer is ",
+        "The answers would then ",
         " ",
         "$",
         "**1",
