@@ -98,8 +98,9 @@ class DatasetTaskConfig(Section):
     checker: Literal["auto", "math-verify", "plain"] = "auto"
     """Compares answers: math-verify, or plain numbers and strings; auto takes what is there."""
     checker_seconds: Float = Field(default=60.0, gt=0, allow_inf_nan=False)
-    """Most time for comparing the answers of one step, or of 16 problems of an evaluation. What is
-    not decided by then counts as wrong (`undecided` in the metrics)."""
+    """Most time for comparing the answers of one step, or of 16 problems of an evaluation; and for
+    the votes of an evaluation. What is not decided by then counts as wrong (`undecided` in the
+    metrics); among votes, as different."""
 
 
 class JsonlTaskConfig(DatasetTaskConfig):

@@ -100,10 +100,12 @@ def summarize(
             problem_id=a.problem.id,
             correct=sum(v.correct for v in a.verdicts),
             strict=sum(v.strict for v in a.verdicts),
-            majority=majority_is_correct(task, a.verdicts),
+            majority=majority,
             mean_tokens=sum(len(r.token_ids) for r in a.rollouts) / samples,
         )
-        for a in attempts
+        for a, majority in zip(
+            attempts, majorities_are_correct(task, [a.verdicts for a in attempts]), strict=True
+        )
     )
     rollouts = [rollout for a in attempts for rollout in a.rollouts]
     return Evaluation(
@@ -122,13 +124,18 @@ def summarize(
     )
 
 
-def majority_is_correct(task: Task, verdicts: Sequence[Verdict]) -> bool:
-    """True when the most frequent answer is the answer of a right attempt.
+def majorities_are_correct(task: Task, groups: Sequence[Sequence[Verdict]]) -> list[bool]:
+    """Return for each problem whether the most frequent answer is that of a right attempt.
 
     An answer that the checker could not decide has no vote: comparing it took too long already.
     """
-    majority = task.responses_agree([v.answer for v in verdicts if v.answer and not v.undecided])
-    return any(v.correct and v.answer == majority for v in verdicts)
+    majorities = task.majorities(
+        [[v.answer for v in verdicts if v.answer and not v.undecided] for verdicts in groups]
+    )
+    return [
+        any(v.correct and v.answer == majority for v in verdicts)
+        for verdicts, majority in zip(groups, majorities, strict=True)
+    ]
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

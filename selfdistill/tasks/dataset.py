@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import random
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from selfdistill.config import (
     NamedSplits,
     Shares,
 )
-from selfdistill.tasks.answers import AnswerChecker, build_checker, majority
+from selfdistill.tasks.answers import AnswerChecker, build_checker, majorities
 from selfdistill.tasks.final_answer import read_answer
 from selfdistill.tasks.hub import hub_rows
 from selfdistill.tasks.interface import SPLITS, Problem, TaskError, Verdict
@@ -34,7 +32,8 @@ class DatasetTask:
         splits: the problems of each split, already without overlap.
         instruction: how to write the answer.
         checker: compares answers.
-        checker_seconds: a limit for the answers that are compared in one call of `check_all`.
+        checker_seconds: a limit for the answers that are compared in one call of `check_all`, or of
+            `majorities`.
     """
 
     strict_means = "in the step format"
@@ -102,19 +101,12 @@ class DatasetTask:
             for (problem, response), answer in zip(attempts, answers, strict=True)
         ]
 
-    def responses_agree(self, answers: Sequence[str]) -> str | None:
-        """Return the first answer of the largest class of equal ones; ties go to the earliest.
+    def majorities(self, groups: Sequence[Sequence[str]]) -> list[str | None]:
+        """Return of each group the first answer of its largest class of equal ones (see `Task`).
 
-        `checker_seconds` limits the time for all comparisons; what is left then is not equal.
+        `checker_seconds` limits the time for all groups together; what is left then is not equal.
         """
-        end = math.inf if self.checker_seconds is None else time.monotonic() + self.checker_seconds
-
-        def equal(first: str, second: str) -> bool:
-            left = max(0.0, end - time.monotonic())
-            seconds = None if left == math.inf else left
-            return self.checker.decide([(first, second)], seconds=seconds)[0] is True
-
-        return majority(answers, equal)
+        return majorities(groups, self.checker, seconds=self.checker_seconds)
 
 
 def _verdict(response: str, answer: str | None, equal: bool | None) -> Verdict:

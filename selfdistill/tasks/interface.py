@@ -88,8 +88,11 @@ class Task(Protocol):
         """Judge one response; never raises on malformed text."""
         ...
 
-    def responses_agree(self, answers: Sequence[str]) -> str | None:
-        """Return the majority answer (Maj@k) among non-empty `answers`; ties go to the earliest."""
+    def majorities(self, groups: Sequence[Sequence[str]]) -> list[str | None]:
+        """Return the majority answer (Maj@k) of each group; ties go to the earliest.
+
+        Empty answers have no vote; None where no other is there.
+        """
         ...
 
 

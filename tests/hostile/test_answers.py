@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from slow_workers import SLOW, answering_pool
 
-from selfdistill.evaluation.scores import majority_is_correct, summarize
+from selfdistill.evaluation.scores import majorities_are_correct, summarize
 from selfdistill.rollout.attempts import judge
 from selfdistill.rollout.engine import Rollout
 from selfdistill.tasks.answers import AnswerChecker, MathVerifyChecker, PlainChecker
@@ -163,14 +163,17 @@ def test_a_step_of_slow_answers_ends_at_its_limit_and_they_are_counted(tmp_path:
 def test_an_undecided_answer_has_no_vote_and_is_not_compared_again(tmp_path: Path) -> None:
     task = slow_task(tmp_path, seconds=1.0)
     (judged,) = judge(task, [PROBLEM], [[attempt(SLOW), attempt(SLOW), attempt("x+1")]])
-    assert majority_is_correct(task, judged.verdicts)
+    assert majorities_are_correct(task, [judged.verdicts]) == [True]
     asked = (tmp_path / "log").read_text().split()
     assert asked == [SLOW]
 
 
-def test_a_vote_among_slow_answers_ends_at_its_limit(tmp_path: Path) -> None:
+def test_votes_among_slow_answers_end_at_one_limit(tmp_path: Path) -> None:
+    """Each problem had a limit of its own: an evaluation of many took as many times as long."""
     task = slow_task(tmp_path, seconds=1.0, size=1)
-    assert task.responses_agree(["x+1", SLOW, "x-1", "x + 1"]) == "x+1"
+    groups = [["x+1", SLOW, "x-1", "x + 1"], ["y+1", "y-1", "y + 1", SLOW], ["z", SLOW, "z"]]
+    assert task.majorities(groups) == ["x+1", "y+1", "z"]
+    assert (tmp_path / "log").read_text().split() == [SLOW]  # no other had its turn
 
 
 def test_one_answer_is_judged_like_many(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from selfdistill.tasks.answers.checkers import (
     MathVerifyChecker,
     PlainChecker,
     build_checker,
-    majority,
+    majorities,
 )
 
 __all__ = [
@@ -15,5 +15,5 @@ __all__ = [
     "MathVerifyChecker",
     "PlainChecker",
     "build_checker",
-    "majority",
+    "majorities",
 ]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 from typing import Literal, Protocol
 
 from selfdistill.tasks.answers.equality import compare
@@ -145,12 +146,45 @@ class MathVerifyChecker:
         return bool(self.decide([(gold, answer)])[0])
 
 
-def majority(answers: Sequence[str], equal: Callable[[str, str], bool]) -> str | None:
-    """Return the first answer of the largest class of equal ones; ties go to the earliest class."""
+def majorities(
+    groups: Sequence[Sequence[str]], checker: AnswerChecker, *, seconds: float | None = None
+) -> list[str | None]:
+    """Return of each group the first answer of the largest class of equal ones.
+
+    Ties go to the earliest class. Empty answers belong to none; a group without others has None.
+
+    Args:
+        groups: answers that vote together.
+        checker: says which are equal; what it leaves undecided is not.
+        seconds: a limit for all groups together.
+    """
+    end = None if seconds is None else time.monotonic() + seconds
+    votes = [_vote(answers) for answers in groups]
+    winners: dict[int, str | None] = {}
+    verdicts: dict[int, bool | None] = dict.fromkeys(range(len(votes)))
+    while True:
+        # A group compares one pair after the other, all groups at once.
+        pairs: dict[int, Question] = {}
+        for place, verdict in verdicts.items():
+            try:
+                pairs[place] = votes[place].send(verdict)
+            except StopIteration as stop:
+                winners[place] = stop.value
+        if not pairs:
+            return [winners[place] for place in range(len(votes))]
+        left = None if end is None else max(0.0, end - time.monotonic())
+        decided = checker.decide(list(pairs.values()), seconds=left)
+        verdicts = dict(zip(pairs, decided, strict=True))
+
+
+def _vote(answers: Sequence[str]) -> Generator[Question, bool | None, str | None]:
+    """Ask about pairs of answers, one after the other, and return the winner."""
     counts: dict[str, int] = {}
-    for answer in answers:
-        if not answer:
-            continue
-        known = next((other for other in counts if equal(other, answer)), answer)
-        counts[known] = counts.get(known, 0) + 1
-    return max(counts, key=lambda answer: counts[answer]) if counts else None
+    for answer in filter(None, answers):
+        for known in counts:
+            if known == answer or (yield known, answer):
+                counts[known] += 1
+                break
+        else:
+            counts[answer] = 1
+    return max(counts, key=lambda answer: counts[answer], default=None)

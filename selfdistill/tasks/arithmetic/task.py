@@ -180,10 +180,10 @@ class ArithmeticTask:
             complete=answer is not None,
         )
 
-    def responses_agree(self, answers: Sequence[str]) -> str | None:
-        """Return the majority answer among non-empty `answers`; ties go to the earliest."""
-        counts = Counter(answer for answer in answers if answer)
-        return max(counts, key=lambda answer: counts[answer]) if counts else None
+    def majorities(self, groups: Sequence[Sequence[str]]) -> list[str | None]:
+        """Return the majority answer of each group (see `Task`); answers are equal as texts."""
+        counts = [Counter(filter(None, answers)) for answers in groups]
+        return [max(count, key=lambda answer: count[answer], default=None) for count in counts]
 
     def leading_steps(self, problem: Problem, response: str) -> list[str]:
         """Return, verbatim, the right steps that a response starts with (the answer is none)."""

@@ -197,8 +197,8 @@ class AnswersOnly:
         correct = self.solved(problem.id)
         return Verdict("1", correct, correct, None, None, True)
 
-    def responses_agree(self, answers: Sequence[str]) -> str | None:
-        return answers[0] if answers else None
+    def majorities(self, groups: Sequence[Sequence[str]]) -> list[str | None]:
+        return [answers[0] if answers else None for answers in groups]
 
 
 class ReferenceEngine:

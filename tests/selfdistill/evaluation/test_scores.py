@@ -10,7 +10,7 @@ from selfdistill.evaluation.intervals import bootstrap
 from selfdistill.evaluation.scores import (
     Evaluation,
     avg_difference,
-    majority_is_correct,
+    majorities_are_correct,
     pass_at_k,
     summarize,
 )
@@ -87,9 +87,12 @@ def test_bootstrap_interval_is_that_of_a_mean() -> None:
 def test_majority_counts_by_answer_not_by_attempt() -> None:
     wrong = [verdict(answer, correct=False) for answer in ("10", "20", "30")]
     right = [verdict("42", correct=True)] * 2
-    assert majority_is_correct(TASK, [*wrong, *right])
-    assert not majority_is_correct(TASK, [*wrong, wrong[1], wrong[1], *right])
-    assert not majority_is_correct(TASK, [verdict(None, correct=False)] * 3)
+    groups = [
+        [*wrong, *right],
+        [*wrong, wrong[1], wrong[1], *right],
+        [verdict(None, correct=False)] * 3,
+    ]
+    assert majorities_are_correct(TASK, groups) == [True, False, False]
 
 
 def test_summary_counts_each_metric() -> None:

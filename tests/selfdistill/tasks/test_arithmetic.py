@@ -202,10 +202,8 @@ def test_check_never_raises_on_damaged_traces() -> None:
 
 
 def test_majority_ignores_missing_answers_and_ties_go_to_the_earliest() -> None:
-    assert TASK.responses_agree(["", "12", "34", "34"]) == "34"
-    assert TASK.responses_agree(["12", "34", "34", "12"]) == "12"
-    assert TASK.responses_agree(["", ""]) is None
-    assert TASK.responses_agree([]) is None
+    groups = [["", "12", "34", "34"], ["12", "34", "34", "12"], ["", ""], []]
+    assert TASK.majorities(groups) == ["34", "12", None, None]
 
 
 def test_steps_are_written_in_the_words_of_the_attempt() -> None:

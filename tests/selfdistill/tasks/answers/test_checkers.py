@@ -13,7 +13,7 @@ from selfdistill.tasks.answers import (
     MathVerifyChecker,
     PlainChecker,
     build_checker,
-    majority,
+    majorities,
 )
 from selfdistill.tasks.interface import TaskError
 
@@ -96,9 +96,13 @@ def test_without_math_verify_the_fallback_says_so(monkeypatch: pytest.MonkeyPatc
 
 
 def test_majority_counts_classes_of_equal_answers() -> None:
-    equal = PlainChecker().equal
-    assert majority(["3", "1/2", "4", "0.5", "3"], equal) == "3"
-    assert majority(["1/2", "3", "0.5", "3", r"\frac{1}{2}"], equal) == "1/2"
-    assert majority(["4", "3"], equal) == "4"  # a tie goes to the earliest
-    assert majority(["", ""], equal) is None
-    assert majority([], equal) is None
+    groups = [
+        ["3", "1/2", "4", "0.5", "3"],
+        ["1/2", "3", "0.5", "3", r"\frac{1}{2}"],
+        ["4", "3"],  # a tie goes to the earliest
+        ["", "", "5"],
+        ["", ""],
+        [],
+    ]
+    assert majorities(groups, PlainChecker()) == ["3", "1/2", "4", "5", None, None]
+    assert majorities([], PlainChecker()) == []
