@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from selfdistill.errors import UserError
+from selfdistill.json_text import parse_json
 
 
 class LogError(UserError):
@@ -50,10 +51,10 @@ class JsonLines:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 if not isinstance(record, dict):
                     raise ValueError(f"it is a {type(record).__name__}")
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 if number > len(lines):
                     break
                 raise LogError(

@@ -35,7 +35,17 @@ ROOMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "tools": ("tools",),
     },
     "selfdistill": {
-        "ground": ("errors", "seeds", "visible", "checkout", "places", "progress", "runlog", ""),
+        "ground": (
+            "errors",
+            "seeds",
+            "visible",
+            "checkout",
+            "json_text",
+            "places",
+            "progress",
+            "runlog",
+            "",
+        ),
         "config": ("config",),
         "model": ("model",),
         "tasks": ("tasks",),

@@ -8,7 +8,6 @@ would fill it up with random numbers, or train something else than what was mean
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,20 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from selfdistill.errors import UserError
+from selfdistill.json_text import parse_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack")
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
 _OTHER_SENSES = ("vision", "audio", "image", "video", "speech", "vq_")
 _LFS = b"version https://git-lfs"
 
@@ -276,10 +286,23 @@ def _check_weight_file(path: Path, setting: str) -> None:
         raise UnusableModelError(f"{setting}: {path} {reason}") from error
 
 
+def _check_tokenizer_file(path: Path, setting: str) -> None:
+    if path.suffix == ".json":
+        _read_json(path, setting)
+        return
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UnusableModelError(
+            f"{setting}: {path} is no UTF-8 text ({error}): copy it again, or save it as UTF-8 (if "
+            "it is Latin-1: iconv -f ISO-8859-1 -t UTF-8)"
+        ) from error
+
+
 def _read_json(path: Path, setting: str) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        data = parse_json(path.read_bytes())
+    except ValueError as error:
         raise UnusableModelError(
             f"{setting}: {path} is not valid JSON ({error}): copy it again"
         ) from error
@@ -307,7 +330,8 @@ def _not_loaded(name: str, what: str, error: Exception, setting: str) -> Unusabl
             for file in ("tokenizer.json", "tokenizer_config.json"):
                 if not (folder / file).exists():
                     return _incomplete(folder, file, setting)
-                _read_json(folder / file, setting)
+            for path in sorted(path for path in folder.iterdir() if path.name in _TOKENIZER_FILES):
+                _check_tokenizer_file(path, setting)
         return UnusableModelError(f"{setting}: the {what} of {name} cannot be loaded: {reason}")
     return UnusableModelError(
         f"{setting}: {name!r} is no local folder, and its {what} is neither in the cache nor to be "

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from selfdistill.config import Config
 from selfdistill.errors import UserError
+from selfdistill.json_text import parse_json
 from selfdistill.tasks.interface import Task
 
 FORMAT = "selfdistill-checkpoint"
@@ -79,11 +80,14 @@ def read_state(path: Path) -> StateFile:
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint at {path}")
     try:
-        document = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        document = parse_json((path / STATE_FILE).read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not a checkpoint: it has no {STATE_FILE}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"checkpoint {path} is torn: {STATE_FILE}: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"checkpoint {path} is torn: {STATE_FILE} cannot be read ({error}). Take another "
+            "checkpoint"
+        ) from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of selfdistill ({STATE_FILE} says so)")
     if document.get("version") != VERSION:

@@ -77,6 +77,10 @@ def cut(path: Path) -> None:
     path.write_bytes(data[: len(data) // 2])
 
 
+def change_to_latin_1(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\xe9")
+
+
 def change_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
     tensors = load_file(folder / WEIGHTS)
     edit(tensors)
@@ -113,6 +117,10 @@ CONFIGURATION = {
     "a torn config.json": (
         lambda f: cut(f / "config.json"),
         r"/config\.json is not valid JSON \(.*\): copy it again",
+    ),
+    "a number without end": (
+        lambda f: (f / "config.json").write_text('{"hidden_size": ' + "9" * 5000 + "}"),
+        r"/config\.json is not valid JSON \(it holds a number of thousands of digits\): copy it",
     ),
     "a list": (
         lambda f: (f / "config.json").write_text("[1, 2]"),
@@ -164,6 +172,18 @@ TOKENIZER = {
     "a torn tokenizer": (
         lambda f: cut(f / "tokenizer.json"),
         r"/tokenizer\.json is not valid JSON",
+    ),
+    "a tokenizer in Latin-1": (
+        lambda f: change_to_latin_1(f / "tokenizer.json"),
+        r"/tokenizer\.json is not valid JSON \(its byte \d+ is 0xe9, which is no UTF-8\)",
+    ),
+    "a tokenizer's settings in Latin-1": (
+        lambda f: change_to_latin_1(f / "tokenizer_config.json"),
+        r"/tokenizer_config\.json is not valid JSON \(its byte \d+ is 0xe9, which is no UTF-8\)",
+    ),
+    "a chat template in Latin-1": (
+        lambda f: change_to_latin_1(f / "chat_template.jinja"),
+        r"/chat_template\.jinja is no UTF-8 text \(.*\): copy it again, or save it as UTF-8",
     ),
     "a foreign tokenizer": (
         lambda f: (f / "tokenizer.json").write_text('{"model": {"type": "Telepathy"}}'),

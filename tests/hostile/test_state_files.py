@@ -19,6 +19,7 @@ from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
 from selfdistill.training.checkpoint import CheckpointStore, TrainState, fingerprint
 from selfdistill.training.state_file import CheckpointError, read_checkpoint, sha256_of
 
+TORN = r"is torn: state\.json cannot be read \("
 Change = Callable[[dict[str, Any]], object]
 
 
@@ -71,11 +72,14 @@ def saved(tmp_path: Path) -> Saved:
         (b"[]", "not a checkpoint of selfdistill"),
         (b"7", "not a checkpoint of selfdistill"),
         (b'{"epoch": 3, "global_step": 20}', "not a checkpoint of selfdistill"),
-        (b"[" * 100_000, "is torn: state.json"),
-        (b'{"format": ' + b"9" * 5000 + b"}", "is torn: state.json"),
-        ('{"format": "\xe9"}'.encode("latin-1"), "is torn: state.json"),
-        ('{"format": 1}'.encode("utf-16"), "is torn: state.json"),
-        (b"", "is torn: state.json"),
+        (b"[" * 100_000, TORN + r"it is nested too deeply\). Take another"),
+        (
+            b'{"format": ' + b"9" * 5000 + b"}",
+            TORN + r"it holds a number of thousands of digits\). Take another checkpoint$",
+        ),
+        ('{"format": "\xe9"}'.encode("latin-1"), TORN + "its byte 12 is 0xe9, which is no UTF-8"),
+        ('{"format": 1}'.encode("utf-16"), TORN + "its byte 0 is 0xff, which is no UTF-8"),
+        (b"", TORN + "Expecting value"),
     ],
     ids=["list", "number", "trainer", "deep", "digits", "latin-1", "utf-16", "empty"],
 )
