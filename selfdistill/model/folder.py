@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -259,14 +260,19 @@ def _weight_files(folder: Path, setting: str) -> list[Path]:
             if not shard.exists():
                 raise _incomplete(folder, f"{shard.name} (named in {INDEX})", setting)
         return shards
+    raise _other_weights(folder, str(folder), setting) or _incomplete(folder, WEIGHTS, setting)
+
+
+def _other_weights(folder: Path, name: str, setting: str) -> UnusableModelError | None:
+    """Return the refusal of a model whose weights are in files of another kind; None: in none."""
     others = sorted(path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern))
-    if others:
-        raise UnusableModelError(
-            f"{setting}: {folder} has its weights in {_some(others)}, expected {WEIGHTS}: pickled "
-            "files can run code and are not read, others lack what is trained. Load it once with "
-            "transformers where you trust it, and save it with save_pretrained"
-        )
-    raise _incomplete(folder, WEIGHTS, setting)
+    if not others:
+        return None
+    return UnusableModelError(
+        f"{setting}: {name} has its weights in {_some(others)}, expected {WEIGHTS}: pickled files "
+        "can run code and are not read, others lack what is trained. Load it once with "
+        "transformers where you trust it, and save it with save_pretrained"
+    )
 
 
 def _check_weight_file(path: Path, setting: str) -> None:
@@ -333,9 +339,15 @@ def _not_loaded(name: str, what: str, error: Exception, setting: str) -> Unusabl
             for path in sorted(path for path in folder.iterdir() if path.name in _TOKENIZER_FILES):
                 _check_tokenizer_file(path, setting)
         return UnusableModelError(f"{setting}: the {what} of {name} cannot be loaded: {reason}")
+    # The configuration was loaded before the weights, so it is in the cache, beside other files.
+    configuration = try_to_load_from_cache(name, "config.json") if what == "weights" else None
+    if isinstance(configuration, str):
+        refusal = _other_weights(Path(configuration).parent, repr(name), setting)
+        if refusal is not None:
+            return refusal
     return UnusableModelError(
-        f"{setting}: {name!r} is no local folder, and its {what} is neither in the cache nor to be "
-        f"had from the Hub. Where there is a network, run hf download {name} --local-dir FOLDER "
+        f"{setting}: {name!r} is no local folder, and neither the cache nor the Hub gave its "
+        f"{what}. Where there is a network, run hf download {name} --local-dir FOLDER "
         "(for a dry run alone add --include '*.json' '*.txt' '*.jinja'), copy FOLDER here and set "
         f"{setting}: FOLDER. transformers said: {reason}"
     )

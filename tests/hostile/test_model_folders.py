@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -386,6 +387,30 @@ def test_the_command_line_prints_one_line(folder: Path, tmp_path: Path) -> None:
     assert result.stderr.startswith(f"error: model: {folder / WEIGHTS} (")
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_name_whose_only_weights_are_pickled_is_refused(folder: Path, tmp_path: Path) -> None:
+    """A folder is looked through before it is loaded; a name is known to the Hub's cache alone."""
+    pickle_weights(folder)
+    cached = tmp_path / "hub" / "models--some--pickled"
+    revision = "0" * 40
+    shutil.copytree(folder, cached / "snapshots" / revision)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(revision)
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: some/pickled\noutput_dir: {tmp_path / 'run'}\ndevice: cpu\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "selfdistill", "train", str(path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith(
+        "error: model: 'some/pickled' has its weights in pytorch_model.bin, expected "
+        "model.safetensors: pickled files can run code and are not read"
+    )
 
 
 def test_code_of_a_model_is_never_run() -> None:
