@@ -10,8 +10,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     Gemma3Config,
@@ -33,6 +37,7 @@ from selfdistill.critic.textgen.local import load_local_generator
 from selfdistill.model.folder import UnusableModelError, load_causal_lm
 from selfdistill.model.weights import load_model
 from selfdistill.planning.dry_run import dry_run
+from selfdistill.rollout.engine import EngineError
 from selfdistill.rollout.vllm_engine import VLLMEngine
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
 from selfdistill.training.solver import load_solver
@@ -413,7 +418,62 @@ def test_a_name_whose_only_weights_are_pickled_is_refused(folder: Path, tmp_path
     )
 
 
-def test_code_of_a_model_is_never_run() -> None:
+def bring_code(folder: Path, ran: Path) -> None:
+    """Give a model code of its own, which writes down that it ran, and does nothing else."""
+    classes = {
+        "configuration": ("AutoConfig", "LlamaConfig"),
+        "modeling": ("AutoModelForCausalLM", "LlamaForCausalLM"),
+        "tokenization": ("AutoTokenizer", "PreTrainedTokenizerFast"),
+    }
+    for name, (_, base) in classes.items():
+        (folder / f"{name}_own.py").write_text(
+            f"import pathlib, transformers\n"
+            f"with pathlib.Path({str(ran)!r}).open('a') as file:\n"
+            f"    file.write('{name}\\n')\n"
+            f"class Own(transformers.{base}): pass\n"
+        )
+    auto_map = {auto: f"{name}_own.Own" for name, (auto, _) in classes.items()}
+    tokenizer = auto_map.pop("AutoTokenizer")
+    change(folder / "config.json", auto_map=auto_map)
+    change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, tokenizer]})
+
+
+def test_code_of_a_model_does_not_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through no door: solver, dry run, checkpoint, critic, nor the engine that has its own."""
+    ran = tmp_path / "ran"
+    bring_code(folder, ran)
+    config = settings(folder, rollout={"engine": {"name": "vllm"}})
+    asked: list[dict[str, Any]] = []
+
+    class Stop(Exception):
+        pass
+
+    def start(source: str, **options: Any) -> None:
+        asked.append(options)
+        raise Stop
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start))
+    solver = load_solver(config)
+    dry_run(config, Console(file=io.StringIO()))
+    load_model(config, folder)
+    critic = TransformersTextEngine(model=str(folder), max_new_tokens=8)
+    load_local_generator(critic, device="cpu")
+    with pytest.raises(EngineError, match="failed while starting: Stop"):
+        solver.engine.sync(solver.model)
+    assert [options["trust_remote_code"] for options in asked] == [False]
+    assert not ran.exists()
+    # And it is code that would run where it is trusted.
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", tmp_path / "modules")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for kind in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
+        with suppress(ValueError):  # the classes do not fit together, which is found afterwards
+            kind.from_pretrained(folder, trust_remote_code=True)
+    assert set(ran.read_text().split()) == {"configuration", "modeling", "tokenization"}
+
+
+def test_whatever_loads_by_name_trusts_no_code() -> None:
     """Everything that loads by name says so, whatever transformers' default may be."""
     calls = []
     # The scripts directly in examples/ are loops of a user, who decides.
