@@ -56,6 +56,12 @@ class DistillationOutput:
     active: Tensor
 
 
+# For torch.export, torch.func and whoever else looks for the tensors of a result.
+torch.export.register_dataclass(
+    DistillationOutput, serialized_type_name=f"{__name__}.{DistillationOutput.__name__}"
+)
+
+
 class LogprobOutput(NamedTuple):
     """Per-token results of `fused_linear_logprobs`, [...] float32, both differentiable."""
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from selfdistill_kernels.arguments.checks import FLOATS
@@ -101,7 +102,8 @@ class Head:
                 "(ModelWithLoss does), where FSDP2 has gathered it. Heads that are sharded "
                 "otherwise, as by tensor parallelism, are not supported"
             )
-        if weight.dtype not in FLOATS or type(weight) not in (Tensor, nn.Parameter):
+        # A FakeTensor stands for a plain one while torch.export looks at the model.
+        if weight.dtype not in FLOATS or type(weight) not in (Tensor, nn.Parameter, FakeTensor):
             raise UnsupportedHeadError(
                 f"the head's weight is a {type(weight).__name__} of {weight.dtype}: quantised "
                 "heads are not supported; leave lm_head out of the quantisation (for bitsandbytes "

@@ -12,6 +12,7 @@ from host_models import FAMILIES, assert_close, gradients, neighbour, tiny_model
 from process_groups import in_two_processes
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.export import Dim, export
 from torch.nn.parallel import DistributedDataParallel
 
 from selfdistill_kernels.integrations import ModelWithLoss
@@ -110,6 +111,24 @@ def test_compiled_with_the_model(kind: str) -> None:
     compiled = torch.compile(step, backend="aot_eager", fullgraph=kind != "lora on the head")
     compiled({"input_ids": IDS}, LABELS)["loss"].backward()
     assert_close(gradients(model), expected)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_with_the_model(strict: bool) -> None:
+    model = tiny_model("gemma3")
+    step = ModelWithLoss(model, teacher=neighbour(model))
+    sizes = {0: Dim("batch", min=2), 1: Dim("time", min=6, max=64)}
+    first = ({"input_ids": IDS}, LABELS)
+    program = export(step, first, dynamic_shapes=({"input_ids": sizes}, sizes), strict=strict)
+    exported = program.module()
+    for inputs, labels in (first, ({"input_ids": IDS[:3, :8]}, LABELS[:3, :8])):
+        got, expected = exported(inputs, labels), step(inputs, labels)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    expected["loss"].backward()
+    theirs = gradients(model)
+    model.zero_grad()
+    got["loss"].backward()  # its parameters are the model's own
+    assert_close(gradients(model), theirs)
 
 
 def ranks(rank: int, kind: str) -> dict[str, Any]:
