@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     record = environment("cpu") | {
         "rows": torch.ops.selfdistill.cpu_capability(),
-        "bfloat16 tiles": torch.ops.selfdistill.gemm_bf16_available(),
+        "bfloat16 products": torch.ops.selfdistill.gemm_bf16_available(),
     }
     print(", ".join(f"{name} {value}" for name, value in record.items()), HEADER, sep="\n\n")
     for shape in args.shapes:

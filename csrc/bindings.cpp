@@ -42,7 +42,7 @@ TORCH_LIBRARY(selfdistill, m) {
   m.def("gather_active_rows_(Tensor(a!) tile, Tensor active) -> Tensor");
   // Asks for large pages before a fresh tensor is touched. Values stay undefined.
   m.def("advise_huge_pages_(Tensor tensor) -> ()");
-  // bfloat16 x bfloat16 -> float32, where the processor has AMX. Operands with contiguous rows, any row stride.
+  // bfloat16 x bfloat16 -> float32, where the processor has AMX or AVX512-BF16. Operands with contiguous rows, any row stride.
   m.def("gemm_bf16_available() -> bool");
   // out [R, V] = hidden [R, H] weight [V, H]^T
   m.def("gemm_bf16_logits_(Tensor hidden, Tensor weight, Tensor(a!) out) -> ()");

@@ -1,7 +1,8 @@
-"""Eager calls of the scalar loss, around the operator `selfdistill::linear_loss`.
+"""Eager calls, around the operators linear_loss and linear_statistics of ops.py.
 
-The operator's Python layers cost more than the rest of a small problem (docs/decisions), and an
-operator may not overwrite its arguments. Same functions, same bits.
+The operators' Python layers cost more than the rest of a small problem (docs/decisions). An
+operator may not overwrite its arguments either, nor lend memory from its forward to its backward
+pass.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfdistill_kernels.backends.interface import LinearInputs
+from selfdistill_kernels.backends.interface import Expected, LinearInputs, Needs
+from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.ops import (
+    divergence_alone,
     linear_loss,
     linear_loss_backward,
+    linear_statistics,
     refuse_double_backward,
-    visit,
+    term_weights,
 )
 from selfdistill_kernels.options import LossOptions
+from selfdistill_kernels.passes import Sweep, linear_inputs, sweep, sweep_gradient, visit
 
 
 def call_linear_loss(
@@ -32,6 +37,17 @@ def call_linear_loss(
         loss, statistics, active, *_ = linear_loss(*tensors, *options.loss_scalars())
         return loss, statistics, active
     return _EagerLoss.apply(*tensors, options)
+
+
+def call_linear_statistics(
+    inputs: LinearInputs, options: LossOptions, expected: Expected
+) -> Tensor:
+    """Return statistics [N, 10], differentiable as those of `linear_statistics` are."""
+    tensors, scalars = inputs.tensors(), options.statistics_scalars(inputs.vocabulary)
+    if _is_traced(tensors):
+        statistics, *_ = linear_statistics(*tensors, *scalars)
+        return statistics
+    return _EagerStatistics.apply(*tensors, scalars, expected if expected.needs else None)
 
 
 def _is_traced(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -64,6 +80,35 @@ class _EagerLoss(torch.autograd.Function):
         return loss, statistics, active
 
     backward = staticmethod(linear_loss_backward)
+
+
+class _EagerStatistics(torch.autograd.Function):
+    """`linear_statistics` without its operator: its tensors, its scalars in a tuple, and what is
+    expected of the backward pass, if there is one. Returns statistics."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        tensors, (scalars, expected) = arguments[:8], arguments[8:]
+        *transform, divergence, beta, top_k, top_k_of, tail, workspace, backend = scalars
+        ctx.transform, ctx.execution = LogitTransform(*transform), (workspace, backend)
+        ctx.objective = divergence_alone(divergence, beta, top_k, top_k_of, tail)
+        inputs = linear_inputs(*(*tensors, ctx.transform))
+        found, ctx.kept = sweep(inputs, ctx.objective, workspace, backend, expected)
+        ctx.save_for_backward(*tensors, *found)
+        return found.statistics
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        refuse_double_backward()
+        tensors, found = ctx.saved_tensors[:8], Sweep(*ctx.saved_tensors[8:])
+        needs = Needs(*(ctx.needs_input_grad[position] for position in (0, 2, 4)))
+        workspace, backend = ctx.execution
+        gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        gradients[0], gradients[2], gradients[4] = sweep_gradient(
+            linear_inputs(*(*tensors, ctx.transform)), ctx.objective, found, term_weights(grad),
+            needs, workspace, backend, ctx.kept,
+        )  # fmt: skip
+        return tuple(gradients)
 
 
 class LogitsLossInPlace(torch.autograd.Function):

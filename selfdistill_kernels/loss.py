@@ -20,7 +20,7 @@ from selfdistill_kernels.arguments import (
     workspace_bytes,
 )
 from selfdistill_kernels.backends.dispatch import check_backend_name
-from selfdistill_kernels.backends.interface import LinearInputs
+from selfdistill_kernels.backends.interface import Expected, LinearInputs
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.options import LossOptions
@@ -206,11 +206,17 @@ def _distillation(
         )
         frozen = statistics.detach()
     else:
-        # The loss of a token is not known when its row is visited: statistics first, and the
-        # backward pass recomputes the logits of the tokens that carry a gradient.
-        statistics, *_ = call_linear_statistics(inputs, options)
-        frozen = statistics.detach()
+        # The loss of a token, or its gradient, is not known when its row is visited: statistics
+        # first, and the backward pass makes the gradients of the tokens that carry one.
         kept, mask = terms.exists, terms.advantage_mask
+        expected = Expected(
+            options.needs,
+            options.objective.terms,
+            options.gate,
+            is_ranked=mask is not None and not mask.is_token_local,
+        )
+        statistics = call_linear_statistics(inputs, options, expected)
+        frozen = statistics.detach()
         if mask is not None:
             kept = mask.select(advantage_of(frozen), kept, terms.step_ids)
         active = kept & (terms.loss_weight != 0)
@@ -254,17 +260,21 @@ def fused_linear_logprobs(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    entropy: str = "differentiable",
     workspace: str | int = "auto",
     backend: str = "auto",
 ) -> LogprobOutput:
     """log-probs of the targets and entropy, without materialising [tokens, vocabulary].
 
-    Both results are differentiable with respect to hidden, weight and bias; the backward pass
-    recomputes the logits of tokens with a non-zero upstream gradient.
+    The results are differentiable with respect to hidden, weight and bias. Where all tokens fit the
+    workspace, one call at a time keeps it until its backward pass; else that makes the logits of
+    tokens with a non-zero upstream gradient again.
 
     Args:
-        hidden: [..., H]; weight: [V, H]; targets: [...] int; the rest as in
-            `fused_linear_distillation`.
+        hidden: [..., H]; weight: [V, H]; targets: [...] int.
+        entropy: "differentiable", or "detached" for one without a gradient: with a frozen head,
+            however many tokens there are, dH then needs no second look at the logits.
+        the rest: as in `fused_linear_distillation`.
 
     Returns:
         LogprobOutput(logprobs, entropy), [...] float32, 0 where no token exists.
@@ -272,6 +282,8 @@ def fused_linear_logprobs(
     Raises:
         TypeError, ValueError: bad input; the message names the argument.
     """
+    if entropy not in ("differentiable", "detached"):
+        raise ValueError(f"entropy: expected 'differentiable' or 'detached', got {entropy!r}")
     settings = Settings(
         Objective(divergence="none", entropy=1.0),
         LogitTransform(logit_scale, softcap, temperature),
@@ -282,10 +294,13 @@ def fused_linear_logprobs(
     models = Models.of_one(hidden, weight, bias)
     tokens = PerToken(require_tensor("targets", targets), mask, ignore_index)
     inputs, terms, options = prepare(models, tokens, settings)
-    statistics, *_ = call_linear_statistics(inputs, options)
+    terms_wanted = (False, True, entropy == "differentiable")
+    expected = Expected(options.needs, terms_wanted, None, is_ranked=False)
+    statistics = call_linear_statistics(inputs, options, expected)
+    entropies = statistics if entropy == "differentiable" else statistics.detach()
     return LogprobOutput(
         statistics[:, Column.STUDENT_LOGPROB].reshape(terms.leading),
-        statistics[:, Column.ENTROPY].reshape(terms.leading),
+        entropies[:, Column.ENTROPY].reshape(terms.leading),
     )
 
 

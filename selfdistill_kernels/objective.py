@@ -132,6 +132,12 @@ class Objective:
         return self.divergence
 
     @property
+    def terms(self) -> tuple[bool, bool, bool]:
+        """Whether the loss has a divergence, a multiple of log S(y), the student's entropy."""
+        likelihood = bool(self.policy_gradient or self.cross_entropy)
+        return self.divergence != "none", likelihood, bool(self.entropy)
+
+    @property
     def needs_targets(self) -> bool:
         """True when a term is defined by the sampled token."""
         return bool(self.policy_gradient or self.cross_entropy or self.importance_clip)

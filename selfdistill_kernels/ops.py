@@ -2,7 +2,7 @@
 
     selfdistill::linear_loss                 scalar loss; makes its gradients in the forward visit
     selfdistill::linear_statistics           per-token statistics [N, 10]; differentiable
-    selfdistill::linear_statistics_backward  recomputes the logits of tokens with a gradient
+    selfdistill::linear_statistics_backward  makes the logits of tokens with a gradient again
 
 All three are functional, so torch.compile and AOT autograd take them whole. With `weight` None the
 "hidden states" are logits already (distillation_from_logits).
@@ -10,59 +10,21 @@ All three are functional, so torch.compile and AOT autograd take them whole. Wit
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from selfdistill_kernels.advantage import Gate
-from selfdistill_kernels.autocast import autocast_dtype
-from selfdistill_kernels.backends.interface import Gradients, LinearInputs, Needs
-from selfdistill_kernels.backends.registry import get_backend
+from selfdistill_kernels.backends.interface import Gradients, Needs
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.options import LossOptions
+from selfdistill_kernels.passes import Sweep, linear_inputs, sweep, sweep_gradient, visit
 from selfdistill_kernels.statistics import Column, statistics_dtype
-from selfdistill_kernels.token_loss import token_losses
-from selfdistill_kernels.top_k import support_logprobs, top_k_divergence, top_k_gradient
 
 # Columns of the statistics through which a gradient flows, with their sign in `term_weights`.
 _TERM_COLUMNS = ((Column.DIVERGENCE, 1.0), (Column.STUDENT_LOGPROB, -1.0), (Column.ENTROPY, 1.0))
-
-
-def _linear_inputs(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor | None,
-    weight: Tensor | None,
-    teacher_weight: Tensor | None,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    targets: Tensor | None,
-    exists: Tensor | None,
-    transform: LogitTransform,
-) -> LinearInputs:
-    inputs = LinearInputs(
-        student_hidden.contiguous(),
-        None if teacher_hidden is None else teacher_hidden.contiguous(),
-        None if weight is None else weight.contiguous(),
-        None if teacher_weight is None else teacher_weight.contiguous(),
-        bias,
-        teacher_bias,
-        targets,
-        exists,
-        transform,
-    )
-    if targets is not None:
-        _check_targets(inputs, targets)
-    return inputs
-
-
-def _float32_products(like: Tensor) -> AbstractContextManager[Any]:
-    """Turn autocast off: it has cast the operator's inputs, and nothing may be rounded again."""
-    if autocast_dtype(like.device) is None:
-        return nullcontext()
-    return torch.autocast(like.device.type, enabled=False)
 
 
 def _returned(gradients: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,55 +50,6 @@ def _fake_gradients(
         return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
     return like(student_hidden, need_hidden), like(weight, need_weight), like(bias, need_bias)
-
-
-def _check_targets(inputs: LinearInputs, targets: Tensor) -> None:
-    vocabulary = inputs.vocabulary
-    if inputs.device.type in ("cuda", "meta"):
-        # Reading a value would make the host wait for the device: the device checks by itself.
-        valid = (targets >= 0) & (targets < vocabulary)
-        if inputs.exists is not None:
-            valid |= ~inputs.exists
-        torch._assert_async(valid.all(), "targets: a token id lies outside the vocabulary")
-        return
-    if inputs.tokens.count == 0:
-        return
-    low, high = (int(bound) for bound in inputs.tokens.of(targets).aminmax())
-    if low < 0 or high >= vocabulary:
-        bad = low if low < 0 else high
-        raise ValueError(
-            f"targets: token id {bad} lies outside the vocabulary [0, {vocabulary}); tokens to "
-            "leave out take `ignore_index` or a False in `mask`"
-        )
-
-
-def visit(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor | None,
-    weight: Tensor | None,
-    teacher_weight: Tensor | None,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    targets: Tensor | None,
-    exists: Tensor | None,
-    loss_weight: Tensor,
-    old_logprobs: Tensor | None,
-    options: LossOptions,
-) -> tuple[Tensor, Tensor, Tensor, Gradients]:
-    """Return loss [], statistics [N, 10], active [N] and the gradients that are needed."""
-    objective = options.objective
-    inputs = _linear_inputs(
-        student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, targets,
-        exists, options.transform,
-    )  # fmt: skip
-    with _float32_products(student_hidden):
-        statistics, active, gradients = get_backend(options.backend).visit(
-            inputs, objective, options.gate, loss_weight, old_logprobs, options.needs,
-            options.workspace,
-        )  # fmt: skip
-    losses = token_losses(objective, statistics, loss_weight, active, old_logprobs)
-    loss = losses.sum(dtype=torch.float64).to(statistics.dtype)
-    return loss, statistics, active, gradients
 
 
 @torch.library.custom_op("selfdistill::linear_loss", mutates_args=())
@@ -276,30 +189,23 @@ def linear_statistics(
 
     A gradient flows through DIVERGENCE, STUDENT_LOGPROB and ENTROPY.
     """
-    inputs = _linear_inputs(
+    inputs = linear_inputs(
         student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, targets,
         exists, LogitTransform(logit_scale, softcap, temperature),
     )  # fmt: skip
-    tokens, chosen = student_hidden.shape[0], get_backend(backend)
-    objective = _divergence_only(divergence if top_k == 0 else "none", beta)
-    with _float32_products(student_hidden):
-        statistics = chosen.statistics(inputs, objective, workspace)
-        support = student_hidden.new_empty((tokens, 0), dtype=torch.int64)
-        logprobs = statistics.new_empty((2, tokens, 0))
-        if top_k > 0:
-            support = chosen.top_k(inputs, top_k, top_k_of == "teacher", workspace)
-            exact = support_logprobs(inputs, statistics, support)
-            found = top_k_divergence(_divergence_only(divergence, beta), exact, tail=tail)
-            statistics[:, Column.DIVERGENCE] = found
-            if exists is not None:
-                statistics[~exists, Column.DIVERGENCE] = 0
-            logprobs = exact.to(statistics.dtype)
-    return statistics, support, logprobs
+    objective = divergence_alone(divergence, beta, top_k, top_k_of, tail)
+    found, _ = sweep(inputs, objective, workspace, backend)
+    return found.statistics, found.support, found.logprobs
 
 
-def _divergence_only(divergence: str, beta: float) -> Objective:
+def divergence_alone(
+    divergence: str, beta: float, top_k: int, top_k_of: str = "student", tail: bool = True
+) -> Objective:
+    """What the schemas of the statistics say of an objective; `top_k` is 0 for none."""
     # "none" alone is no objective; the entropy term makes it one without needing a target.
-    return Objective(divergence, beta, entropy=1.0)
+    return Objective(
+        divergence, beta, entropy=1.0, top_k=top_k or None, top_k_of=top_k_of, tail=tail
+    )
 
 
 @linear_statistics.register_fake
@@ -340,22 +246,15 @@ def linear_statistics_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dH, dW, db for the weights [N, 3] of divergence, -log S(y) and entropy."""
-    inputs = _linear_inputs(
+    inputs = linear_inputs(
         student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, targets,
         exists, LogitTransform(logit_scale, softcap, temperature),
     )  # fmt: skip
-    objective = _divergence_only(divergence, beta)
-    needs, chosen = Needs(need_hidden, need_weight, need_bias), get_backend(backend)
-    with _float32_products(student_hidden):
-        if support.shape[1] > 0:
-            gradients = top_k_gradient(
-                chosen, inputs, objective, statistics, term_weights, support, logprobs,
-                needs, workspace, tail=tail,
-            )  # fmt: skip
-        else:
-            gradients = chosen.gradient(
-                inputs, objective, statistics, term_weights, needs, workspace
-            )
+    objective = divergence_alone(divergence, beta, support.shape[1], tail=tail)
+    gradients = sweep_gradient(
+        inputs, objective, Sweep(statistics, support, logprobs), term_weights,
+        Needs(need_hidden, need_weight, need_bias), workspace, backend,
+    )  # fmt: skip
     return _returned(gradients, student_hidden)
 
 
@@ -372,7 +271,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.argument_count = len(inputs)
 
 
-def _term_weights(grad: Tensor) -> Tensor:
+def term_weights(grad: Tensor) -> Tensor:
     """The gradient of statistics [N, 10] as weights [N, 3] of divergence, -log S(y), entropy."""
     return torch.stack([sign * grad[:, column] for column, sign in _TERM_COLUMNS], dim=1)
 
@@ -382,7 +281,7 @@ def _linear_statistics_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, .
     *tensors, statistics, support, logprobs = ctx.saved_tensors
     needs = [ctx.needs_input_grad[position] for position in (0, 2, 4)]
     made = linear_statistics_backward(
-        *tensors, statistics, support, logprobs, _term_weights(grad), *ctx.options, ctx.tail,
+        *tensors, statistics, support, logprobs, term_weights(grad), *ctx.options, ctx.tail,
         *needs, *ctx.execution,
     )  # fmt: skip
     gradients: list[Tensor | None] = [None] * ctx.argument_count

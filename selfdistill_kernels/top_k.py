@@ -12,12 +12,13 @@ With g = dD / d log-bucket (a softmax over buckets) and tail masses q:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from selfdistill_kernels.backends.interface import Backend, Entries, Gradients, LinearInputs, Needs
+from selfdistill_kernels.backends.interface import Entries, Gradients, LinearInputs
 from selfdistill_kernels.backends.reference.divergence import divergence_gradient, divergence_of
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.statistics import Column
@@ -60,21 +61,20 @@ def top_k_divergence(objective: Objective, logprobs: Tensor, *, tail: bool) -> T
 
 
 def top_k_gradient(
-    backend: Backend,
+    gradient_of: Callable[[LinearInputs, Tensor, Entries], Gradients],
     inputs: LinearInputs,
     objective: Objective,
     statistics: Tensor,
     term_weights: Tensor,
     support: Tensor,
     logprobs: Tensor,
-    needs: Needs,
-    workspace: int,
-    *,
-    tail: bool,
 ) -> Gradients:
-    """`Backend.gradient` where the first of the weights [N, 3] is that of the top-k divergence."""
+    """The gradient where the first of the weights [N, 3] is that of the top-k divergence.
+
+    `gradient_of` makes a gradient without a divergence from inputs, term weights and entries.
+    """
     # First over the k + 1 buckets, where the divergence is an ordinary one.
-    k = support.shape[1]
+    k, tail = support.shape[1], objective.tail
     student, teacher = (_buckets(side.double(), tail=tail) for side in logprobs)
     constants = divergence_of(student, teacher, objective)
     slope = divergence_gradient(student, teacher, *constants, objective)
@@ -105,13 +105,9 @@ def top_k_gradient(
     weights = term_weights.clone()
     weights[:, 0] = 0
     weights[:, 1] += dense[:, 0].to(weights.dtype)
-    return backend.gradient(
+    return gradient_of(
         replace(inputs, targets=None),
-        replace(objective, divergence="none", entropy=1.0),
-        statistics,
         weights,
-        needs,
-        workspace,
         Entries(indices, torch.where(has_gradient, gradient, 0.0)),
     )
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from selfdistill_kernels import eager, ops
-from selfdistill_kernels.backends.interface import LinearInputs
+from selfdistill_kernels import eager, ops, passes
+from selfdistill_kernels.backends.interface import Expected, LinearInputs
 from selfdistill_kernels.options import LossOptions
 
 NO_FORWARD_MODE = (
@@ -39,16 +39,17 @@ def call_linear_loss(
 
 
 def call_linear_statistics(
-    inputs: LinearInputs, options: LossOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`ops.linear_statistics`, under the transforms of torch.func, too."""
-    scalars = options.statistics_scalars(inputs.vocabulary)
+    inputs: LinearInputs, options: LossOptions, expected: Expected
+) -> Tensor:
+    """`eager.call_linear_statistics`, under the transforms of torch.func, too."""
     refuse_forward_mode(inputs.tensors())
-    tensors = tuple(map(_saveable, inputs.tensors()))
+    operands: tuple[Any, ...] = (*map(_saveable, inputs.tensors()), inputs.transform)
+    inputs = LinearInputs(*operands)
     if _is_transformed():
-        statistics, support, logprobs = _TransformedStatistics.apply(*tensors, *scalars)
-        return statistics, support, logprobs
-    return ops.linear_statistics(*tensors, *scalars)
+        scalars = options.statistics_scalars(inputs.vocabulary)
+        statistics, *_ = _TransformedStatistics.apply(*inputs.tensors(), *scalars)
+        return statistics
+    return eager.call_linear_statistics(inputs, options, expected)
 
 
 def refuse_forward_mode(tensors: tuple[Any, ...]) -> None:
@@ -90,7 +91,7 @@ class _TransformedLoss(_Transformed):
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         refuse_forward_mode(arguments)
-        loss, statistics, active, gradients = ops.visit(*arguments)
+        loss, statistics, active, gradients = passes.visit(*arguments)
         return (loss, statistics, active, *ops._returned(gradients, arguments[0]))
 
     @staticmethod
@@ -134,7 +135,7 @@ class _TransformedStatistics(_Transformed):
         *tensors, statistics, support, logprobs = ctx.saved_tensors
         needs = [ctx.needs_input_grad[position] for position in (0, 2, 4)]
         made = _StatisticsGradient.apply(
-            *tensors, statistics, support, logprobs, ops._term_weights(grad), *ctx.options,
+            *tensors, statistics, support, logprobs, ops.term_weights(grad), *ctx.options,
             ctx.tail, *needs, *ctx.execution,
         )  # fmt: skip
         gradients: list[Tensor | None] = [None] * ctx.argument_count

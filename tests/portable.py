@@ -127,7 +127,7 @@ def probe() -> None:
     found = {
         "aten": torch.backends.cpu.get_cpu_capability(),
         "rows": rows.cpu_capability(),
-        "tiles": rows.gemm_bf16_available(),
+        "bfloat16": rows.gemm_bf16_available(),
         "bits": hashlib.sha256(bits).hexdigest(),
     }
     print("\n" + json.dumps(found))
@@ -163,7 +163,7 @@ def python(*arguments: str, **variables: str) -> str:
 
 
 def describe(found: Mapping[str, str]) -> str:
-    products = "AMX tiles" if found["tiles"] else "widened to float32"
+    products = "of bfloat16" if found["bfloat16"] else "widened to float32"
     mkl = found["mkl"] if found["cnr"] in ("OFF", "silent") else f"CNR {found['cnr']}"
     return (
         f"ATen {found['aten']}, row kernels {found['rows']}, 16-bit products {products}, "
@@ -173,7 +173,7 @@ def describe(found: Mapping[str, str]) -> str:
 
 def without_effect(chosen: InstructionSet, own: Mapping[str, str]) -> list[str]:
     """Which of the set's variables, each alone, change neither a fact nor a bit."""
-    facts = ("aten", "rows", "tiles", "onednn", "bits")
+    facts = ("aten", "rows", "bfloat16", "onednn", "bits")
     without = []
     for name, value in chosen.variables.items():
         found = found_under({name: value})

@@ -28,7 +28,7 @@ ROOMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "triton": ("backends.triton",),
         "backends": ("backends", "backends.registry"),
         "top-k": ("top_k",),
-        "operators": ("ops", "eager", "transforms", "flops"),
+        "operators": ("passes", "ops", "eager", "transforms", "flops"),
         "arguments": ("arguments",),
         "public functions": ("loss", ""),
         "integrations": ("integrations",),

@@ -1,8 +1,10 @@
-// bfloat16 x bfloat16 -> float32 products for the three GEMMs of the loss, around torch's brgemm (oneDNN, AMX tiles).
+// bfloat16 x bfloat16 -> float32 products for the three GEMMs of the loss, around torch's brgemm (oneDNN; AMX tiles or
+// AVX512-BF16).
 //
 // torch.mm rounds its result to bfloat16; a brgemm hands out its float32 accumulators. The large operand is packed a block
 // at a time into a buffer of the L2 cache that belongs to the thread, and read from memory once. Every element is summed
 // in an order that depends on the shapes only, so any number of threads gives the same bits.
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>
@@ -10,7 +12,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "pack.h"
 
@@ -22,9 +27,42 @@ using at::Tensor;
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
+#if defined(__x86_64__)
+
+// Whether oneDNN may use AVX512-BF16. Below that, its brgemm takes bfloat16 as well, and emulates it.
+bool onednn_may_use_avx512_bf16() {
+  const char* limit = std::getenv("ONEDNN_MAX_CPU_ISA");
+  if (!limit) limit = std::getenv("DNNL_MAX_CPU_ISA");
+  if (!limit) return true;
+  const std::string name(limit);
+  for (const char* enough : {"ALL", "DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10"}) {
+    if (name.rfind(enough, 0) == 0) return true;
+  }
+  return false;
+}
+
+// A product of ones: whether this torch's brgemm takes bfloat16 here at all.
+bool brgemm_multiplies() {
+  constexpr int64_t kSize = 32;
+  const std::vector<BFloat16> ones(kSize * kSize, BFloat16(1.0f));
+  std::vector<float> product(kSize * kSize, 0.0f);
+  try {
+    at::native::cpublas::brgemm(kSize, kSize, kSize, kSize, kSize, kSize, false, ones.data(), ones.data(), product.data());
+    at::native::cpublas::brgemm_release();
+  } catch (const c10::Error&) {
+    return false;
+  }
+  return std::all_of(product.begin(), product.end(), [](float x) { return x == kSize; });
+}
+
+#endif
+
 bool gemm_bf16_available() {
 #if defined(__x86_64__)
-  return at::native::cpublas::could_pack(at::kBFloat16);  // AMX, and neither oneDNN nor its AMX is switched off
+  if (at::native::cpublas::could_pack(at::kBFloat16)) return true;  // AMX, and neither oneDNN nor its AMX is switched off
+  if (!at::globalContext().userEnabledMkldnn()) return false;
+  static const bool avx512 = __builtin_cpu_supports("avx512bf16") && onednn_may_use_avx512_bf16() && brgemm_multiplies();
+  return avx512;
 #else
   return false;
 #endif
@@ -38,7 +76,7 @@ void check_operand(const char* name, const Tensor& t, at::ScalarType dtype, int6
 }
 
 void check_available() {
-  TORCH_CHECK(gemm_bf16_available(), "gemm_bf16: this processor (or torch's oneDNN settings) has no AMX bfloat16 tiles");
+  TORCH_CHECK(gemm_bf16_available(), "gemm_bf16: this processor (or torch's oneDNN settings) has no bfloat16 products");
 }
 
 #if defined(__x86_64__)

@@ -119,6 +119,48 @@ class Entries(NamedTuple):
         gradient[row, columns[row, entry]] = self.values[rows[row], entry].to(gradient.dtype)
 
 
+class Expected(NamedTuple):
+    """What is known in a forward pass of the gradient that its backward pass will ask for.
+
+    Attributes:
+        needs: the gradients that are wanted.
+        terms: which of the columns of `term_weights` may hold something else than 0.
+        gate: a token that it stops has no gradient.
+        is_ranked: whether tokens are still to be chosen, so that many may have none.
+    """
+
+    needs: Needs
+    terms: tuple[bool, bool, bool]
+    gate: Gate | None
+    is_ranked: bool
+
+    @property
+    def only_term(self) -> int | None:
+        """The column, where there is one."""
+        return self.terms.index(True) if sum(self.terms) == 1 else None
+
+
+class Kept(Protocol):
+    """What a sweep left for the backward pass of its tokens, so that it need not be repeated."""
+
+    def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool) -> Tensor | None:
+        """`Backend.top_k` for the same models, before `gradient`; None if this is no help."""
+        ...
+
+    def gradient(
+        self,
+        inputs: LinearInputs,
+        objective: Objective,
+        statistics: Tensor,
+        term_weights: Tensor,
+        needs: Needs,
+        entries: Entries | None = None,
+    ) -> Gradients | None:
+        """`Backend.gradient` for the same models; None if this is no help, as it may be for a
+        second backward pass."""
+        ...
+
+
 class Backend(Protocol):
     """The visits of the vocabulary that the operators are made of.
 
@@ -127,6 +169,12 @@ class Backend(Protocol):
 
     def statistics(self, inputs: LinearInputs, objective: Objective, workspace: int) -> Tensor:
         """One sweep, no gradient."""
+        ...
+
+    def keep(
+        self, inputs: LinearInputs, objective: Objective, expected: Expected, workspace: int
+    ) -> tuple[Tensor, Kept] | None:
+        """`statistics`, and what spares their gradient a sweep; None where that cannot be had."""
         ...
 
     def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) -> Tensor:

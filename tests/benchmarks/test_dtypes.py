@@ -30,7 +30,7 @@ def test_a_row_holds_medians_and_their_quotients():
 def test_the_command_prints_a_row_for_each_shape_and_head(capsys):
     dtypes.main(["--shapes", "8/16/64", "--rounds", "1", "--materialised"])
     lines = capsys.readouterr().out.splitlines()
-    assert "bfloat16 tiles" in lines[0]
+    assert "bfloat16 products" in lines[0]
     assert [line.split(" | ")[1] for line in lines if line.startswith("| 8/16/64")] == [
         "trained",
         "frozen",

@@ -16,6 +16,7 @@ from selfdistill_kernels import (
     fused_linear_distillation,
     fused_linear_logprobs,
     ops,
+    passes,
 )
 from selfdistill_kernels.backends.interface import Gradients
 from selfdistill_kernels.logits import LogitTransform
@@ -101,7 +102,7 @@ class Device:
     def statistics(self, inputs, objective, workspace):
         return meta(inputs.student_hidden.shape[0], len(Column), dtype=torch.float32)
 
-    def gradient(self, inputs, objective, statistics, term_weights, needs, workspace):
+    def gradient(self, inputs, objective, statistics, term_weights, needs, workspace, entries=None):
         return Gradients(
             torch.empty_like(inputs.student_hidden), torch.empty_like(inputs.weight), None
         )
@@ -120,7 +121,7 @@ class Device:
 @pytest.fixture
 def operators(monkeypatch):
     """What the operators run on a device: on meta tensors torch would take their fake kernels."""
-    monkeypatch.setattr(ops, "get_backend", lambda name: Device())
+    monkeypatch.setattr(passes, "get_backend", lambda name: Device())
     return {
         operator: operator._init_fn
         for operator in (ops.linear_loss, ops.linear_statistics, ops.linear_statistics_backward)
@@ -173,7 +174,7 @@ def test_the_device_checks_the_targets_by_itself(monkeypatch):
     """On the CPU the same check is an error with the token id (test_arguments.py)."""
     asked = []
     monkeypatch.setattr(torch, "_assert_async", lambda *arguments: asked.append(arguments))
-    ops._linear_inputs(*flat_tensors(), LogitTransform())
+    passes.linear_inputs(*flat_tensors(), LogitTransform())
     ((valid, message),) = asked
     assert valid.shape == ()
     assert "targets" in message

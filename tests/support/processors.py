@@ -11,4 +11,4 @@ def needs(instructions: str) -> str:
     )
 
 
-NEEDS_AMX = needs("amx_bf16")
+NEEDS_BFLOAT16 = needs("amx_bf16 or avx512_bf16")

@@ -14,13 +14,16 @@ from torch import Tensor
 from selfdistill_kernels.advantage import Gate
 from selfdistill_kernels.backends.interface import (
     Entries,
+    Expected,
     Gradients,
+    Kept,
     LinearInputs,
     Needs,
     rows_with_gradient,
 )
-from selfdistill_kernels.backends.native import recompute, store
+from selfdistill_kernels.backends.native import memory, recompute, store
 from selfdistill_kernels.backends.native.gemm import is_widened
+from selfdistill_kernels.backends.native.kept import KeptProducts, KeptScores, unit_objective
 from selfdistill_kernels.backends.native.plan import TilePlan, copied_bytes, widened_bytes
 from selfdistill_kernels.backends.native.rows import RowKernels
 from selfdistill_kernels.backends.tokens import Tokens
@@ -49,6 +52,40 @@ class NativeBackend:
                 statistics=statistics,
             )  # fmt: skip
         return statistics
+
+    def keep(
+        self, inputs: LinearInputs, objective: Objective, expected: Expected, workspace: int
+    ) -> tuple[Tensor, Kept] | None:
+        # Logits of a caller cost no product, whoever looks at them again. On a GPU memory is dearer
+        # than a product, and the number of tokens would be waited for.
+        if inputs.weight is None or inputs.device.type != "cpu":
+            return None
+        plan = plan_for(inputs, expected.needs, workspace)
+        if plan.strategy != "store":
+            return None
+        if plan.rows >= inputs.tokens.count:
+            lease = memory.lease(plan.elements, inputs.device)
+            if lease is not None:
+                statistics = _new_statistics(inputs)
+                kernels = RowKernels(inputs, objective, plan.widened)
+                return statistics, KeptScores(kernels, plan, lease, statistics)
+        term = expected.only_term
+        # The gradient of a top-k divergence is not that of the kernels.
+        is_foreign = term == 0 and objective.divergence == "none"
+        if (
+            expected.needs != Needs(True, False, False)
+            or expected.is_ranked
+            or term is None
+            or is_foreign
+        ):
+            return None
+        statistics, active, gradients = self.visit(
+            inputs, unit_objective(objective, term), expected.gate,
+            inputs.student_hidden.new_ones(inputs.student_hidden.shape[0], dtype=torch.float32),
+            None, expected.needs, workspace,
+        )  # fmt: skip
+        assert gradients.hidden is not None
+        return statistics, KeptProducts(gradients.hidden, active, term)
 
     def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) -> Tensor:
         return recompute.sweep_top_k(inputs, k, of_teacher, workspace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,6 +14,8 @@ LARGE_PAGE = 1 << 21
 # At most one workspace is kept; a list because its operations are atomic, so that a call of another
 # thread finds it empty and makes a workspace of its own.
 _kept: list[Tensor] = []
+# Held while a lease is.
+_leases = threading.Lock()
 
 
 def empty(shape: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -37,16 +40,58 @@ def workspace(elements: int, device: torch.device) -> Iterator[Tensor]:
     if device.type != "cpu":
         yield torch.empty((elements,), dtype=torch.float32, device=device)
         return
+    space = _take(elements, device)
+    try:
+        yield space[:elements]
+    finally:
+        _kept[:] = [space]
+
+
+class Lease:
+    """A workspace that outlives the call that asked for it (`lease`).
+
+    Attributes:
+        space: flat float32, with undefined values at first.
+    """
+
+    def __init__(self, space: Tensor) -> None:
+        self.space = space
+        self.is_held = True
+
+    def release(self) -> None:
+        """Give the memory back; whoever drops the lease does that, too."""
+        if self.is_held:
+            self.is_held = False
+            _kept[:] = [self.space]
+            _leases.release()
+
+    __del__ = release
+
+
+def lease(elements: int, device: torch.device) -> Lease | None:
+    """Memory of so many elements until it is released, on the CPU.
+
+    None while another lease is held: however many calls wait for their backward pass, one of them
+    holds a workspace.
+    """
+    if device.type != "cpu" or not _leases.acquire(blocking=False):
+        return None
+    try:
+        return Lease(_take(elements, device))
+    except BaseException:
+        _leases.release()
+        raise
+
+
+def _take(elements: int, device: torch.device) -> Tensor:
+    """The workspace that was kept, or a larger one."""
     found = _kept.pop() if _kept else None
     if found is None or found.numel() < elements:
         del found
         # Not an inference tensor: those cannot be written outside of inference mode later.
         with torch.inference_mode(False):
             found = empty((elements,), device)
-    try:
-        yield found[:elements]
-    finally:
-        _kept[:] = [found]
+    return found
 
 
 def release_workspace() -> None:

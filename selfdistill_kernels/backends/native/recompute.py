@@ -40,8 +40,10 @@ def sweep_statistics(kernels: RowKernels, plan: TilePlan) -> Tensor:
     return kernels.finish(state)
 
 
-def sweep_top_k(inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) -> Tensor:
-    """`Backend.top_k` by library GEMMs, one model alone."""
+def sweep_top_k(
+    inputs: LinearInputs, k: int, of_teacher: bool, workspace: int, scores: Tensor | None = None
+) -> Tensor:
+    """`Backend.top_k` by library GEMMs, one model alone, or from its raw scores [n, V]."""
     tokens = inputs.tokens
     hidden = inputs.teacher_hidden if of_teacher else inputs.student_hidden
     bias = inputs.teacher_bias if of_teacher else inputs.bias
@@ -67,14 +69,17 @@ def sweep_top_k(inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) 
     with memory.workspace(plan.tile_elements, inputs.device) as buffer:
         for start, stop, first, last in _tiles(tokens.count, plan, inputs):
             rows, columns = last - first, stop - start
-            scores = buffer[: rows * columns].view(rows, columns)
-            head.logits(tokens.part(first, last).of(hidden), start, stop, out=scores)
+            tile = buffer[: rows * columns].view(rows, columns)
+            if scores is None:
+                head.logits(tokens.part(first, last).of(hidden), start, stop, out=tile)
+            else:
+                tile.copy_(scores[first:last, start:stop])
             if bias is not None:
-                scores += bias[start:stop]
+                tile += bias[start:stop]
             # Scale and cap keep the order of scores, or turn it round, so neither is applied.
             if inputs.transform.logit_scale < 0:
-                scores.neg_()
-            top = scores.topk(min(k, stop - start), dim=1, sorted=False)
+                tile.neg_()
+            top = tile.topk(min(k, stop - start), dim=1, sorted=False)
             merged.append((top.values, top.indices + start))
             if last < tokens.count:
                 continue

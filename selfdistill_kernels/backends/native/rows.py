@@ -134,14 +134,18 @@ class RowKernels:
     ) -> None:
         """`visit` for weights that depend on the row's own statistics: the tile is read again
         (a few percent of its GEMMs)."""
+        statistics.copy_(self.statistics(tile))
+        active &= active_tokens(statistics, loss_weight, None, gate)
+        weights = term_weights_of(self.objective, statistics, loss_weight * active, old_logprobs)
+        self.gradient(tile, statistics, weights)
+
+    def statistics(self, tile: Tile) -> Tensor:
+        """Statistics [r, 10] of whole rows; their scores stay as they are, unlike in `visit`."""
         state = self.new_state(tile.tokens.count)
         self.accumulate(tile, state)
         if self.needs_mixture:
             self.accumulate_mixture(tile, state)
-        statistics.copy_(self.finish(state))
-        active &= active_tokens(statistics, loss_weight, None, gate)
-        weights = term_weights_of(self.objective, statistics, loss_weight * active, old_logprobs)
-        self.gradient(tile, statistics, weights)
+        return self.finish(state)
 
     def new_state(self, count: int) -> Tensor:
         """Streaming state of `count` tokens, to be filled by `accumulate`."""

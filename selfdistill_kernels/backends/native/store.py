@@ -22,7 +22,7 @@ from selfdistill_kernels.advantage import Gate
 from selfdistill_kernels.backends.interface import Gradients, Needs
 from selfdistill_kernels.backends.native import memory
 from selfdistill_kernels.backends.native.plan import TilePlan
-from selfdistill_kernels.backends.native.rows import RowKernels
+from selfdistill_kernels.backends.native.rows import RowKernels, Tile
 from selfdistill_kernels.backends.tokens import Tokens
 
 
@@ -78,6 +78,24 @@ def visit(
     if loss_weight is not None and not wants_gradient:
         active &= loss_weight != 0
     return active, gradients
+
+
+def score(kernels: RowKernels, plan: TilePlan, space: Tensor, statistics: Tensor) -> Tile:
+    """The raw scores of every token that exists, in the front of `space`; fills statistics [N, 10]
+    for them. All tokens must fit one tile of the plan."""
+    tokens = kernels.inputs.tokens
+    tile = kernels.tile(tokens, 0, plan.columns, space[: plan.tile_elements], with_teacher=True)
+    tokens.put(statistics, kernels.statistics(tile))
+    return tile
+
+
+def multiply(
+    kernels: RowKernels, plan: TilePlan, space: Tensor, tile: Tile, needs: Needs
+) -> Gradients:
+    """The GEMMs of a gradient that `kernels.gradient` left in a tile in the front of `space`."""
+    pending = _Pending(kernels, space, plan, needs)
+    pending.take(tile.tokens)
+    return pending.finish()
 
 
 def _cut(tokens: Tokens, pending: _Pending, models: int) -> Iterator[Tokens]:

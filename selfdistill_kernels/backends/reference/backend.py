@@ -14,6 +14,7 @@ from torch import Tensor
 from selfdistill_kernels.advantage import Gate
 from selfdistill_kernels.backends.interface import (
     Entries,
+    Expected,
     Gradients,
     LinearInputs,
     Needs,
@@ -74,6 +75,11 @@ class ReferenceBackend:
         size, dtype = inputs.student_hidden.shape[0], inputs.student_hidden.dtype
         statistics = found.new_zeros((size, len(Column))).index_copy(0, rows, found)
         return statistics.to(statistics_dtype(dtype))
+
+    def keep(
+        self, inputs: LinearInputs, objective: Objective, expected: Expected, workspace: int
+    ) -> None:
+        """Nothing."""
 
     def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) -> Tensor:
         rows = inputs.existing_rows()

@@ -18,6 +18,7 @@ from torch import Tensor
 from selfdistill_kernels.advantage import Gate
 from selfdistill_kernels.backends.interface import (
     Entries,
+    Expected,
     Gradients,
     LinearInputs,
     Needs,
@@ -71,6 +72,11 @@ class TritonBackend:
                 else:
                     _sweep_statistics(problem, statistics)
         return statistics
+
+    def keep(
+        self, inputs: LinearInputs, objective: Objective, expected: Expected, workspace: int
+    ) -> None:
+        """Nothing."""
 
     def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) -> Tensor:
         with torch.device(inputs.student_hidden.device):

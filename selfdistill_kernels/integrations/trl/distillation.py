@@ -20,11 +20,17 @@ class DistillationTrainer(trl.DistillationTrainer):
     As in TRL, bf16=True of the configuration does not cast a float32 model in the loss: load the
     models in bfloat16.
 
+    Attributes:
+        workspace: "auto" or bytes of logits at a time (`fused_head_distillation`); a class or an
+            instance may have its own.
+
     Raises:
         ValueError: no local teacher, DeepSpeed or a vision-language model.
         UnsupportedHeadError: a quantised head, or one that is not all there is between hidden
             states and logits. TRL itself refuses adapters on the head.
     """
+
+    workspace: str | int = "auto"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -67,5 +73,6 @@ class DistillationTrainer(trl.DistillationTrainer):
             objective=self._objective,
             temperature=self.temperature,
             normalizer=num_items_in_batch,
+            workspace=self.workspace,
         )
         return output.loss, output.entropy.sum(), exists.sum()

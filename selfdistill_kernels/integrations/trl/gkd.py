@@ -20,10 +20,16 @@ class GKDTrainer(gkd.GKDTrainer):
 
     As in TRL, `temperature` is that of sampling only, and the divergence has temperature 1.
 
+    Attributes:
+        workspace: "auto" or bytes of logits at a time (`fused_head_distillation`); a class or an
+            instance may have its own.
+
     Raises:
         ValueError: compute_metrics (there are no logits), DeepSpeed or a vision-language model.
         UnsupportedHeadError: a head that the fused loss does not know.
     """
+
+    workspace: str | int = "auto"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -75,4 +81,5 @@ class GKDTrainer(gkd.GKDTrainer):
                 targets,
                 objective=self._objective,
                 normalizer=num_items,
+                workspace=self.workspace,
             ).loss

@@ -23,7 +23,14 @@ else:
 
 
 class _FusedSelfDistillation(Host):
-    """What the two trainers share; comes before one of them in the order of classes."""
+    """What the two trainers share; comes before one of them in the order of classes.
+
+    Attributes:
+        workspace: "auto" or bytes of logits at a time (`fused_head_distillation`); a class or an
+            instance may have its own.
+    """
+
+    workspace: str | int = "auto"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -92,6 +99,7 @@ class _FusedSelfDistillation(Host):
                 objective=objective,
                 temperature=self.temperature,
                 reduction="sequence_mean",
+                workspace=self.workspace,
             )
         losses = _token_losses(objective, output, old)
         return output.loss, (losses * exists).sum() / exists.sum().clamp(min=1)

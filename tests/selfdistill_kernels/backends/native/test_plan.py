@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processors import NEEDS_AMX
+from processors import NEEDS_BFLOAT16
 from slow import slow_but
 
 from selfdistill_kernels import (
@@ -206,7 +206,7 @@ def path(request, monkeypatch) -> torch.dtype:
         monkeypatch.setattr(native_backend, "is_widened", lambda weight: weight is not None)
         monkeypatch.setattr(recompute, "is_widened", lambda weight: weight is not None)
     elif request.param == "bfloat16 as it is" and not torch.ops.selfdistill.gemm_bf16_available():
-        pytest.skip(NEEDS_AMX)
+        pytest.skip(NEEDS_BFLOAT16)
     return PATHS[request.param]
 
 
@@ -245,17 +245,21 @@ def test_a_call_holds_no_more_than_its_plan(path, kilobytes, trained, shape):
     check_held(step, made, gradients, [student, weight])
 
 
-@pytest.mark.parametrize("kilobytes", [4500, 24000])
+@pytest.mark.parametrize("kilobytes", [4500, 24000, 60000])
 @pytest.mark.parametrize("trained", [True, False])
 def test_log_probs_hold_no_more_than_their_plan(path, kilobytes, trained):
-    """The larger of two plans: of the statistics, and of the gradients that are made later."""
+    """The largest of the plans: of the statistics, and of gradients that are made later, by slabs
+    or from all scores, which 60 MB hold until then."""
     tokens, hidden, vocabulary = HELD
     student = torch.randn(tokens, hidden).to(path).requires_grad_()
     weight = torch.randn(vocabulary, hidden).mul(0.1).to(path).requires_grad_(trained)
     targets = torch.zeros(tokens, dtype=torch.int64)
     inputs = LinearInputs(student, None, weight, None, None, None, targets, None, LogitTransform())
     swept = plan_for(inputs, native_backend.NO_NEEDS, 1000 * kilobytes)
-    made = native_backend.slabs_for(inputs, tokens, Needs(True, trained, False), 1000 * kilobytes)
+    needs = Needs(True, trained, False)
+    made = native_backend.slabs_for(inputs, tokens, needs, 1000 * kilobytes)
+    kept = plan_for(inputs, needs, 1000 * kilobytes)
+    assert (kept.strategy == "store" and kept.rows == tokens) == (kilobytes == 60000)
 
     def step() -> None:
         fused_linear_logprobs(
@@ -263,7 +267,7 @@ def test_log_probs_hold_no_more_than_their_plan(path, kilobytes, trained):
         ).logprobs.sum().backward()
 
     gradients = path.itemsize * (tokens * hidden + trained * vocabulary * hidden)
-    largest = max(made, swept, key=lambda plan: plan.bytes)
+    largest = max(made, swept, kept, key=lambda plan: plan.bytes)
     check_held(step, largest, gradients, [student, weight])
 
 

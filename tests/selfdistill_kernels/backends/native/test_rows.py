@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from exactness import assert_no_worse_than_torch
-from processors import NEEDS_AMX, needs
+from processors import NEEDS_BFLOAT16, needs
 from row_cases import (
     DIVERGENCE,
     DIVERGENCES,
@@ -342,10 +342,10 @@ def make_products(
     return h, w, tile[:, :columns]
 
 
-needs_amx = pytest.mark.skipif(not ops.gemm_bf16_available(), reason=NEEDS_AMX)
+needs_bfloat16 = pytest.mark.skipif(not ops.gemm_bf16_available(), reason=NEEDS_BFLOAT16)
 
 
-@needs_amx
+@needs_bfloat16
 @pytest.mark.parametrize("rows", [1, 3, 33, 130])
 @pytest.mark.parametrize("hidden", [1, 2, 31, 65, 576])
 @pytest.mark.parametrize("columns", [1, 17, 64, 507, 1025])
@@ -395,7 +395,7 @@ def assert_near(ours: Tensor, exact: Tensor, depth: int) -> None:
     assert error <= 6e-7 * max(depth, 16) ** 0.5 * max(1.0, float(exact.abs().max())) ** 0.5
 
 
-@needs_amx
+@needs_bfloat16
 def test_bfloat16_products_do_not_depend_on_the_threads():
     h, w, dz = make_products(70, 200, 1500)
     threads = torch.get_num_threads()
@@ -414,7 +414,7 @@ def test_bfloat16_products_do_not_depend_on_the_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@needs_amx
+@needs_bfloat16
 def test_bfloat16_products_of_nothing():
     h, w, dz = make_products(0, 8, 5)
     out = torch.full((5, 8), 3.0)

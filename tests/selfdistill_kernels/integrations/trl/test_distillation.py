@@ -40,6 +40,14 @@ def test_loss_gradients_and_log(family: str, beta: float, items: int | None, tmp
     assert our_log["entropy"] == pytest.approx(log["entropy"], rel=1e-5)
 
 
+def test_the_workspace_reaches_the_loss(tmp_path) -> None:
+    model = tiny_model("llama")
+    _, trainer = both(model, neighbour(model), tmp_path)
+    trainer.workspace = 64
+    with pytest.raises(ValueError, match="workspace: 64 bytes cannot hold one tile"):
+        loss_and_gradients(trainer, batch())
+
+
 def test_tool_tokens_are_left_out(tmp_path) -> None:
     model = tiny_model("llama")
     inputs = batch()

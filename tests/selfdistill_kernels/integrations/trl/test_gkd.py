@@ -49,6 +49,13 @@ def gkd_batch() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": read, "labels": labels}
 
 
+def test_the_workspace_reaches_the_loss(tmp_path) -> None:
+    _, trainer = both(tiny_model("llama"), tmp_path)
+    trainer.workspace = 64
+    with pytest.raises(ValueError, match="workspace: 64 bytes cannot hold one tile"):
+        trainer.compute_loss(trainer.model, gkd_batch())
+
+
 def step(trainer: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, gkd_batch(), **options)

@@ -115,6 +115,14 @@ def test_lora(kind: str, teacher: str, on_head: bool, tmp_path) -> None:
     assert any("lm_head" in name for name in our_grads) == on_head
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_workspace_reaches_the_loss(kind: str, tmp_path) -> None:
+    _, trainer = both(kind, tiny_model("llama"), tmp_path, distillation_mode="full_logits")
+    trainer.workspace = 64
+    with pytest.raises(ValueError, match="workspace: 64 bytes cannot hold one tile"):
+        loss_and_gradients(trainer, batch())
+
+
 def test_nothing_to_learn_is_zero_with_gradients_of_zero(tmp_path) -> None:
     _, trainer = both("sdpo", tiny_model("llama"), tmp_path)
     inputs = batch() | {"self_distillation_mask": torch.zeros(4)}

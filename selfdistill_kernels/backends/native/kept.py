@@ -1,0 +1,133 @@
+"""What waits for the backward pass, so that it need not make the logits again.
+
+A loss of single tokens, a mask that ranks tokens and log-probs do not know in their forward pass
+what the gradient of a token will be multiplied by. For m models that are scored:
+
+- Where all tokens fit one tile, their scores wait in the workspace: m + 1 GEMMs with a frozen head,
+  m + 2 with a trained one.
+- Else, with a frozen head and a single term, the gradient is made for a weight of 1 and multiplied
+  later, because it is linear in the weight: m + 1 GEMMs, and [N, H] waits.
+- Else the backward pass makes the logits again (recompute.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from selfdistill_kernels.backends.interface import (
+    Entries,
+    Gradients,
+    LinearInputs,
+    Needs,
+    rows_with_gradient,
+)
+from selfdistill_kernels.backends.native import memory, recompute, store
+from selfdistill_kernels.backends.native.plan import TilePlan
+from selfdistill_kernels.backends.native.rows import RowKernels, Tile
+from selfdistill_kernels.objective import Objective
+
+
+class KeptScores:
+    """The raw scores of every token that exists, for one backward pass.
+
+    Args:
+        kernels: the problem.
+        plan: of strategy "store", with all tokens in one tile.
+        lease: memory for it.
+        statistics: [N, 10], filled for the tokens that exist.
+    """
+
+    def __init__(
+        self, kernels: RowKernels, plan: TilePlan, lease: memory.Lease, statistics: Tensor
+    ) -> None:
+        self._plan, self._lease = plan, lease
+        self._tile = store.score(kernels, plan, lease.space, statistics)
+
+    def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool) -> Tensor:
+        """See `Kept`."""
+        scores = self._tile.teacher if of_teacher else self._tile.student
+        return recompute.sweep_top_k(inputs, k, of_teacher, 0, scores)
+
+    def gradient(
+        self,
+        inputs: LinearInputs,
+        objective: Objective,
+        statistics: Tensor,
+        term_weights: Tensor,
+        needs: Needs,
+        entries: Entries | None = None,
+    ) -> Gradients | None:
+        """See `Kept`. The scores become the gradient, and their memory is given back."""
+        if not self._lease.is_held:
+            return None
+        chosen = rows_with_gradient(inputs, term_weights, entries)
+        kernels = RowKernels(inputs, objective, self._plan.widened)
+        try:
+            tile = self._compacted(self._tile.tokens.of(chosen), term_weights)
+            kernels.gradient(tile, tile.tokens.of(statistics), tile.tokens.of(term_weights))
+            if entries is not None:
+                gradient = kernels.gradient_rows(tile.student)
+                entries.write_into(gradient, tile.tokens.indices(inputs.device), 0)
+            return store.multiply(kernels, self._plan, self._lease.space, tile, needs)
+        finally:
+            self._lease.release()
+
+    def _compacted(self, chosen: Tensor, term_weights: Tensor) -> Tile:
+        """The scores of the tokens chosen [n] bool, moved to the front."""
+        tile = self._tile
+        order = torch.ops.selfdistill.gather_active_rows_(tile.student, chosen)
+        count, teacher = order.numel(), tile.teacher
+        if teacher is not None and not bool((term_weights[:, 0] != 0).any()):
+            teacher = None  # no divergence has a gradient
+        if teacher is not None:
+            torch.ops.selfdistill.gather_active_rows_(teacher, chosen)
+            teacher = teacher[:count]
+        return Tile(tile.tokens.take(order), tile.student[:count], teacher, tile.start)
+
+
+class KeptProducts:
+    """dH [N, H] of one term for a weight of 1.
+
+    Args:
+        hidden: [N, H], zeros where `active` is False.
+        active: [N] bool, the tokens for which it was made.
+        term: the column of `term_weights`.
+    """
+
+    def __init__(self, hidden: Tensor, active: Tensor, term: int) -> None:
+        self._hidden, self._active, self._term = hidden, active, term
+
+    def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool) -> None:
+        """See `Kept`."""
+
+    def gradient(
+        self,
+        inputs: LinearInputs,
+        objective: Objective,
+        statistics: Tensor,
+        term_weights: Tensor,
+        needs: Needs,
+        entries: Entries | None = None,
+    ) -> Gradients | None:
+        """See `Kept`."""
+        weight = term_weights[:, self._term]
+        wanted = rows_with_gradient(inputs, term_weights, entries)
+        # A token that the gate stopped by a rounding, or another term.
+        is_other = (wanted & ~self._active).any() or (
+            term_weights[wanted].count_nonzero() != weight[wanted].count_nonzero()
+        )
+        if needs.weight or needs.bias or entries is not None or is_other:
+            return None
+        weight = weight.where(wanted, 0.0)
+        weight = weight[:, None]
+        # A weight of 0 is no gradient, whatever the row holds.
+        made = torch.where(weight == 0, 0.0, weight * self._hidden)
+        return Gradients(made.to(self._hidden.dtype), None, None)
+
+
+def unit_objective(objective: Objective, term: int) -> Objective:
+    """A loss of one term of a gradient with a weight of 1."""
+    if term == 0:
+        return Objective(objective.divergence, objective.beta)
+    return Objective("none", cross_entropy=float(term == 1), entropy=float(term == 2))
