@@ -24,18 +24,16 @@ from selfdistill_kernels.backends.triton.columns import (
 from selfdistill_kernels.backends.triton.divergence import (
     JSD,
     LOWEST_MAXIMUM,
-    NONE,
     cap_derivative,
     finish_first,
     finish_mixture,
     gradient_tile,
     mixture_sums,
-    moved,
     moved_student,
-    pair_sums,
     student_sums,
 )
 from selfdistill_kernels.backends.triton.launch import Warps
+from selfdistill_kernels.backends.triton.online import moved_both
 from selfdistill_kernels.backends.triton.problem import Problem, RowTile
 from selfdistill_kernels.backends.triton.tiles import logits_of
 
@@ -117,17 +115,10 @@ def row_statistics_kernel(
             )  # fmt: skip
             new_t = tl.maximum(max_t, tl.max(z_t, 1))
             add_t, add_moment_t = student_sums(z_t, new_t[:, None], 1)
-            sum_s, sum_t, excess, moment, curvature, moment_s, moment_t = moved(
-                max_s - new_s, max_t - new_t, sum_s, sum_t, excess, moment, curvature,
+            sum_s, sum_t, excess, moment, curvature, moment_s, moment_t = moved_both(
+                z_s, z_t, max_s, max_t, new_s, new_t, sum_s, sum_t, excess, moment, curvature,
                 moment_s, moment_t, FIRST,
             )  # fmt: skip
-            if FIRST != NONE:
-                add_excess, add_moment, add_curvature = pair_sums(
-                    z_s, z_t, new_s[:, None], new_t[:, None], FIRST, 1
-                )
-                excess += add_excess
-                moment += add_moment
-                curvature += add_curvature
             max_t = new_t
             sum_t += add_t
             moment_t += add_moment_t

@@ -37,13 +37,11 @@ from selfdistill_kernels.backends.triton.columns import (
 )
 from selfdistill_kernels.backends.triton.divergence import (
     LOWEST_MAXIMUM,
-    NONE,
     mixture_sums,
-    moved,
     moved_student,
-    pair_sums,
     student_sums,
 )
+from selfdistill_kernels.backends.triton.online import moved_both
 from selfdistill_kernels.backends.triton.problem import Problem, Selection
 from selfdistill_kernels.backends.triton.tiles import (
     logits_of,
@@ -134,17 +132,10 @@ def sweep_kernel(
                     )  # fmt: skip
                     new_t = tl.maximum(max_t, tl.max(z_t, 1))
                     add_t, add_moment_t = student_sums(z_t, new_t[:, None], 1)
-                    sum_s, sum_t, excess, moment, curvature, moment_s, moment_t = moved(
-                        max_s - new_s, max_t - new_t, sum_s, sum_t, excess, moment, curvature,
-                        moment_s, moment_t, DIVERGENCE,
+                    sum_s, sum_t, excess, moment, curvature, moment_s, moment_t = moved_both(
+                        z_s, z_t, max_s, max_t, new_s, new_t, sum_s, sum_t, excess, moment,
+                        curvature, moment_s, moment_t, DIVERGENCE,
                     )  # fmt: skip
-                    if DIVERGENCE != NONE:
-                        add_excess, add_moment, add_curvature = pair_sums(
-                            z_s, z_t, new_s[:, None], new_t[:, None], DIVERGENCE, 1
-                        )
-                        excess += add_excess
-                        moment += add_moment
-                        curvature += add_curvature
                     if HAS_TARGETS:
                         target_t += tl.sum(tl.where(hit, z_t, 0.0), 1)
                     max_t = new_t
