@@ -242,10 +242,9 @@ def widens(dtype: torch.dtype, device: str) -> bool:
     columns."""
     if dtype == torch.float32:
         return False
-    if device == "cuda":
-        # float16 could not hold small gradients of the logits.
-        return dtype != torch.bfloat16
-    return not torch.ops.selfdistill.gemm_bf16_available()
+    if dtype == torch.float16:  # it could not hold small gradients of the logits
+        return True
+    return device != "cuda" and not torch.ops.selfdistill.gemm_bf16_available()
 
 
 def head_for(weight: Tensor | None, widened: int) -> Head:
