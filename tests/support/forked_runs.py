@@ -173,7 +173,8 @@ def remember(kind: type) -> list[Any]:
     return made
 
 
-_ports = itertools.count(20000 + os.getpid() % 20000)
+# Below 32768, from where Linux takes the ports of connections that name none.
+_ports = itertools.count(10000 + os.getpid() % 20000)
 
 
 def together(size: int, task: Callable[[int], object], log: Path, *, failing: bool = False) -> None:
