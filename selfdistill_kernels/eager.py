@@ -51,8 +51,15 @@ def call_linear_statistics(
     if torch.compiler.is_compiling():
         # An operator takes no process group: the graph breaks here.
         apply = torch.compiler.disable(apply)
-    wanted = expected if expected.needs else None
+    wanted = expected if expected.needs and not _hooks_are_active() else None
     return apply(*tensors, scalars, wanted, inputs.shard)
+
+
+def _hooks_are_active() -> bool:
+    """Whether saved tensors go elsewhere (checkpointing, save_on_cpu): then nothing shall be kept
+    beside them, which they might not fit later."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
 
 
 def _is_traced(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -105,13 +112,16 @@ class _EagerStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         refuse_double_backward()
-        tensors, found = ctx.saved_tensors[:8], Sweep(*ctx.saved_tensors[8:])
+        saved = ctx.saved_tensors  # once: a hook, as of checkpointing, may make them anew
+        tensors, found, kept = saved[:8], Sweep(*saved[8:]), ctx.kept
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.kept = None  # this node may live as long as the loss
         needs = Needs(*(ctx.needs_input_grad[position] for position in (0, 2, 4)))
         workspace, backend = ctx.execution
         gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         gradients[0], gradients[2], gradients[4] = sweep_gradient(
             linear_inputs(*(*tensors, ctx.transform, ctx.shard)), ctx.objective, found,
-            term_weights(grad), needs, workspace, backend, ctx.kept,
+            term_weights(grad), needs, workspace, backend, kept,
         )  # fmt: skip
         return tuple(gradients)
 

@@ -64,7 +64,8 @@ torch.export.register_dataclass(
 
 
 class LogprobOutput(NamedTuple):
-    """Per-token results of `fused_linear_logprobs`, [...] float32, both differentiable."""
+    """Per-token results of `fused_linear_logprobs`, [...] float32; `entropy` is differentiable
+    unless that was called with entropy="detached"."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -279,7 +280,7 @@ def fused_linear_logprobs(
 ) -> LogprobOutput:
     """log-probs of the targets and entropy, without materialising [tokens, vocabulary].
 
-    The results are differentiable with respect to hidden, weight and bias. Where all tokens fit the
+    What is differentiable is so with respect to hidden, weight and bias. Where all tokens fit the
     workspace, one call at a time keeps it until its backward pass; else that makes the logits of
     tokens with a non-zero upstream gradient again.
 

@@ -11,7 +11,9 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cstdlib>
+#include <exception>
 #include <optional>
 #include <string>
 #include <vector>
@@ -33,8 +35,9 @@ int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step;
 bool onednn_may_use_avx512_bf16() {
   const char* limit = std::getenv("ONEDNN_MAX_CPU_ISA");
   if (!limit) limit = std::getenv("DNNL_MAX_CPU_ISA");
-  if (!limit) return true;
-  const std::string name(limit);
+  if (!limit || !*limit) return true;
+  std::string name(limit);
+  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::toupper(c); });
   for (const char* enough : {"ALL", "DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10"}) {
     if (name.rfind(enough, 0) == 0) return true;
   }
@@ -49,7 +52,7 @@ bool brgemm_multiplies() {
   try {
     at::native::cpublas::brgemm(kSize, kSize, kSize, kSize, kSize, kSize, false, ones.data(), ones.data(), product.data());
     at::native::cpublas::brgemm_release();
-  } catch (const c10::Error&) {
+  } catch (const std::exception&) {  // c10's or oneDNN's
     return false;
   }
   return std::all_of(product.begin(), product.end(), [](float x) { return x == kSize; });

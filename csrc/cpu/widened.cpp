@@ -1,4 +1,4 @@
-// Products of bfloat16 matrices in float32, for processors without bfloat16 tiles: a part of the large operand is widened into
+// Products of bfloat16 matrices in float32, for processors without products of bfloat16: a part of the large operand is widened into
 // memory that stays in a core's cache and multiplied there by the library, each thread for itself.
 //
 // Waiting for all threads between the copy and the product of every part cost a fifth of small problems (docs/decisions).
@@ -104,6 +104,7 @@ void gemm_widened_hidden_gradient_(const Tensor& gradient, const Tensor& weight,
   check_operand("weight", weight, at::kBFloat16, depth, columns);
   check_operand("out", out, at::kFloat, rows, columns);
   check_operand("buffer", buffer, at::kFloat, buffer.size(0), columns);
+  TORCH_CHECK(buffer.size(0) >= 1, "buffer: expected a row, got ", buffer.sizes());
   if (rows == 0) return;
   const float* g = gradient.const_data_ptr<float>();
   const uint16_t* w = words(weight);

@@ -273,7 +273,10 @@ def prepare(
     old_logprobs = tokens.old_logprobs
     if old_logprobs is not None:
         old_logprobs = _flat(_constant(old_logprobs)).to(loss_weight.dtype)
-    inputs = _linear_inputs(models, tokens, exists, settings.transform)
+    needs = _needs(models, in_place=settings.in_place)
+    # What decides which sums the ranks of a sharded head exchange.
+    exchange = repr((backend, objective, mask, settings.transform, needs.hidden))
+    inputs = _linear_inputs(models, tokens, exists, settings.transform, exchange)
     check_top_k(objective, inputs.whole_vocabulary)
     terms = TokenTerms(
         leading=leading,
@@ -289,7 +292,7 @@ def prepare(
         settings.transform,
         objective,
         Gate(SIGNS[mask.sign], mask.threshold) if mask is not None and token_local else None,
-        _needs(models, in_place=settings.in_place),
+        needs,
         settings.workspace,
         backend,
     )
@@ -297,7 +300,7 @@ def prepare(
 
 
 def _linear_inputs(
-    models: Models, tokens: PerToken, exists: Tensor, transform: LogitTransform
+    models: Models, tokens: PerToken, exists: Tensor, transform: LogitTransform, exchange: str
 ) -> LinearInputs:
     """Flatten the models' tensors, and cut the teacher's off from the graph behind them."""
     inputs = LinearInputs(
@@ -322,6 +325,7 @@ def _linear_inputs(
         hidden=hidden,
         exists=_flat(exists),
         targets=inputs.targets,
+        settings=exchange,
     )
     targets = None if inputs.targets is None else inputs.targets - shard.start
     return replace(inputs, targets=targets, shard=shard)

@@ -96,6 +96,8 @@ def fused_head_distillation(
                 "heads in shards (DTensors) need one soft cap and one dtype for both models, and "
                 "no LoRA on either head"
             )
+        if step_ids is not None:
+            raise ValueError("step_ids: only used by advantage_mask with per_step=True")
         return _by_chunks(
             student_hidden, teacher_hidden, student, teacher, targets, mask, token_weight,
             old_logprobs, reduction, normalizer, workspace, shared,
@@ -184,7 +186,8 @@ def _by_chunks(
         learned.insert(0, student_hidden)
     elif not has_grad:
         learned = []
-    totals = [torch.zeros_like(tensor) for tensor in learned]
+    # Rows, which zeros in the strides of a transposed tensor would not give.
+    totals = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in learned]
 
     # As many tokens as the workspace has room for, at least one.
     vocabulary = student.weight.shape[0]

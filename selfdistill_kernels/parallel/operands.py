@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -89,6 +90,7 @@ def agreed_shard(
     hidden: Mapping[str, Tensor],
     exists: Tensor,
     targets: Tensor | None,
+    settings: str,
 ) -> VocabularyShard:
     """The shard of this rank, once all ranks have shown that they compute the same loss.
 
@@ -100,14 +102,15 @@ def agreed_shard(
         hidden: hidden states [N, H] by argument name.
         exists: [N] bool.
         targets: [N] int64 or None.
+        settings: what else decides which numbers the ranks exchange.
 
     Raises:
-        ValueError: on all ranks, where tokens or hidden states differ between them.
+        ValueError: on all ranks, where tokens, hidden states or settings differ between them.
     """
     tokens = exists.numel()
     existing = exists.sum()
     targets_sum = 0 if targets is None else torch.where(exists, targets, 0).sum()
-    mine = [size, tokens, existing, targets_sum]
+    mine = [size, tokens, existing, targets_sum, zlib.crc32(settings.encode())]
     for states in hidden.values():
         mine += _checksums(states, exists)
     device = exists.device
@@ -158,6 +161,13 @@ def _check_layout(name: str, head: DTensor, first: str, layout: DTensor) -> None
             f"{layout.device_mesh}; student and teacher heads and their biases must be sharded "
             "alike"
         )
+    order = mesh.mesh.flatten().tolist()
+    if order != sorted(order):
+        # A group counts its ranks upwards, whatever the order of the mesh and so of the shards.
+        raise ValueError(
+            f"{name}: its shards lie on the ranks {order} in this order; expected ascending ranks, "
+            "as init_device_mesh arranges them"
+        )
     rows, ranks = head.shape[0], mesh.size()
     if math.ceil(rows / math.ceil(rows / ranks)) < ranks:
         raise ValueError(
@@ -193,7 +203,12 @@ def _check_same(names: list[str], table: list[list[float]]) -> None:
         "has tokens of its own, as under FSDP2, compute the loss in the forward of the module "
         "that fully_shard was called on last (ModelWithLoss does), where the head is whole"
     )
-    _, tokens, existing, targets, *checksums = zip(*table, strict=True)
+    _, tokens, existing, targets, settings, *checksums = zip(*table, strict=True)
+    if len(set(settings)) > 1:
+        raise ValueError(
+            "objective: the ranks have different backends, objectives, advantage masks, logit "
+            f"scales, caps or temperatures, or not all want a gradient of {names[0]}; {why}"
+        )
     for name, counts, what in (
         (names[0], tokens, "tokens"),
         ("mask", existing, "tokens that exist"),

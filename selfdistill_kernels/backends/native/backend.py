@@ -65,6 +65,9 @@ class NativeBackend:
         # than a product, and the number of tokens would be waited for.
         if inputs.weight is None or inputs.device.type != "cpu":
             return None
+        # Raises where the workspace is too small for a backward pass that nothing waits for: that
+        # must not depend on who holds the memory, least of all on one of several ranks.
+        slabs_for(inputs, inputs.student_hidden.shape[0], expected.needs, workspace)
         plan = plan_for(inputs, expected.needs, workspace)
         if plan.strategy != "store":
             return None

@@ -23,6 +23,7 @@ from selfdistill_kernels.backends.interface import (
     rows_with_gradient,
 )
 from selfdistill_kernels.backends.native import memory, recompute, store
+from selfdistill_kernels.backends.native.gemm import is_widened
 from selfdistill_kernels.backends.native.plan import TilePlan
 from selfdistill_kernels.backends.native.rows import RowKernels, Tile
 from selfdistill_kernels.objective import Objective
@@ -42,11 +43,12 @@ class KeptScores:
         self, kernels: RowKernels, plan: TilePlan, lease: memory.Lease, statistics: Tensor
     ) -> None:
         self._plan, self._lease = plan, lease
-        self._tile = store.score(kernels, plan, lease.space, statistics)
+        # One backward pass takes it, whatever thread it runs in.
+        self._tiles = [store.score(kernels, plan, lease.space, statistics)]
 
     def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool) -> Tensor:
         """See `Kept`."""
-        scores = self._tile.teacher if of_teacher else self._tile.student
+        scores = self._tiles[0].teacher if of_teacher else self._tiles[0].student
         return recompute.sweep_top_k(inputs, k, of_teacher, 0, scores)
 
     def gradient(
@@ -59,12 +61,16 @@ class KeptScores:
         entries: Entries | None = None,
     ) -> Gradients | None:
         """See `Kept`. The scores become the gradient, and their memory is given back."""
-        if not self._lease.is_held:
-            return None
-        chosen = rows_with_gradient(inputs, term_weights, entries)
-        kernels = RowKernels(inputs, objective, self._plan.widened)
+        if is_widened(inputs.weight) != bool(self._plan.widened):
+            return None  # oneDNN was switched on or off since
         try:
-            tile = self._compacted(self._tile.tokens.of(chosen), term_weights)
+            tile = self._tiles.pop()
+        except IndexError:
+            return None
+        try:
+            chosen = rows_with_gradient(inputs, term_weights, entries)
+            kernels = RowKernels(inputs, objective, self._plan.widened)
+            tile = _compacted(tile, tile.tokens.of(chosen), term_weights)
             kernels.gradient(tile, tile.tokens.of(statistics), tile.tokens.of(term_weights))
             if entries is not None:
                 gradient = kernels.gradient_rows(tile.student)
@@ -73,17 +79,17 @@ class KeptScores:
         finally:
             self._lease.release()
 
-    def _compacted(self, chosen: Tensor, term_weights: Tensor) -> Tile:
-        """The scores of the tokens chosen [n] bool, moved to the front."""
-        tile = self._tile
-        order = torch.ops.selfdistill.gather_active_rows_(tile.student, chosen)
-        count, teacher = order.numel(), tile.teacher
-        if teacher is not None and not bool((term_weights[:, 0] != 0).any()):
-            teacher = None  # no divergence has a gradient
-        if teacher is not None:
-            torch.ops.selfdistill.gather_active_rows_(teacher, chosen)
-            teacher = teacher[:count]
-        return Tile(tile.tokens.take(order), tile.student[:count], teacher, tile.start)
+
+def _compacted(tile: Tile, chosen: Tensor, term_weights: Tensor) -> Tile:
+    """The scores of the tokens chosen [n] bool, moved to the front."""
+    order = torch.ops.selfdistill.gather_active_rows_(tile.student, chosen)
+    count, teacher = order.numel(), tile.teacher
+    if teacher is not None and not bool((term_weights[:, 0] != 0).any()):
+        teacher = None  # no divergence has a gradient
+    if teacher is not None:
+        torch.ops.selfdistill.gather_active_rows_(teacher, chosen)
+        teacher = teacher[:count]
+    return Tile(tile.tokens.take(order), tile.student[:count], teacher, tile.start)
 
 
 class KeptProducts:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Where the system has large pages, they are of this size; a smaller tensor holds none.
 LARGE_PAGE = 1 << 21
-# At most one workspace is kept; a list because its operations are atomic, so that a call of another
+# At most one workspace is kept; a list because its `pop` is atomic, so that a call of another
 # thread finds it empty and makes a workspace of its own.
 _kept: list[Tensor] = []
 # Held while a lease is.
@@ -50,20 +50,26 @@ def workspace(elements: int, device: torch.device) -> Iterator[Tensor]:
 class Lease:
     """A workspace that outlives the call that asked for it (`lease`).
 
-    Attributes:
+    Args:
         space: flat float32, with undefined values at first.
     """
 
     def __init__(self, space: Tensor) -> None:
-        self.space = space
-        self.is_held = True
+        self._spaces = [space]
+
+    @property
+    def space(self) -> Tensor:
+        """Until the release."""
+        return self._spaces[0]
 
     def release(self) -> None:
         """Give the memory back; whoever drops the lease does that, too."""
-        if self.is_held:
-            self.is_held = False
-            _kept[:] = [self.space]
-            _leases.release()
+        try:
+            space = self._spaces.pop()
+        except IndexError:
+            return
+        _kept[:] = [space]
+        _leases.release()
 
     __del__ = release
 
@@ -85,7 +91,10 @@ def lease(elements: int, device: torch.device) -> Lease | None:
 
 def _take(elements: int, device: torch.device) -> Tensor:
     """The workspace that was kept, or a larger one."""
-    found = _kept.pop() if _kept else None
+    try:
+        found: Tensor | None = _kept.pop()
+    except IndexError:
+        found = None
     if found is None or found.numel() < elements:
         del found
         # Not an inference tensor: those cannot be written outside of inference mode later.
@@ -95,6 +104,7 @@ def _take(elements: int, device: torch.device) -> Tensor:
 
 
 def release_workspace() -> None:
-    """Give the memory back that the native CPU kernels keep between calls (at most the largest
+    """Give the memory back that the native CPU kernels keep between calls, but for what waits for
+    a backward pass (at most the largest
     `workspace` used so far; "auto" is 256 MiB or less unless one row of logits needs more)."""
     _kept.clear()

@@ -250,6 +250,21 @@ def test_what_chunks_cannot_do_is_refused() -> None:
             advantage_mask=AdvantageMask(top_fraction=0.5),
         )  # fmt: skip
 
+    with pytest.raises(ValueError, match="step_ids: only used by advantage_mask"):
+        fused_head_distillation(STUDENT, TEACHER, student, step_ids=TARGETS)
+
+
+def test_hidden_states_of_a_decoder_that_puts_time_first() -> None:
+    """Dense, with strides that a gradient in their likeness would have, too."""
+    student, teacher = head(), head()
+    found = []
+    for states in (STUDENT, STUDENT.transpose(0, 1).contiguous().transpose(0, 1)):
+        leaf = states.detach().requires_grad_()
+        loss = fused_head_distillation(leaf, TEACHER, student, teacher, mask=MASK).loss
+        found += torch.autograd.grad(loss, leaf)
+    assert found[0].any()
+    torch.testing.assert_close(found[1], found[0])
+
 
 def test_second_derivatives_are_refused() -> None:
     student = head()

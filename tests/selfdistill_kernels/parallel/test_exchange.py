@@ -87,7 +87,7 @@ def sent(rank: int, _: None) -> dict[str, dict[str, int]]:
 
 def test_bytes_grow_with_tokens_and_not_with_the_vocabulary(tmp_path: Any) -> None:
     for found in in_processes(sent, None, tmp_path):
-        agreement = 8 * (4 + 2 * (CHECKSUMS + 1))
+        agreement = 8 * (5 + 2 * (CHECKSUMS + 1))
         for vocabulary in (100, 1000):
             for name, sums in (("kl", 12), ("jsd", 16)):
                 assert found[f"{name} {vocabulary}"] == {
@@ -194,6 +194,16 @@ def refused(rank: int, _: None) -> dict[str, str]:
         torch.autograd.grad(loss, made.weight, create_graph=True)
 
     attempt("twice", twice)
+
+    def asked(**options: Any) -> Any:
+        made = case(weight=mine(plain))
+        made.student_hidden.requires_grad_(options.pop("learns", True))
+        return lambda: call(made, group=world, **options)
+
+    attempt("order of a mesh", lambda: call(case(weight=head(other))))
+    attempt("objective", asked(objective="jsd" if rank == 1 else "forward_kl"))
+    attempt("backend", asked(backend="reference" if rank == 2 else "native"))
+    attempt("frozen on one", asked(learns=rank != 3))
     return found
 
 
@@ -219,6 +229,10 @@ MESSAGES = {
     "triton": r"backend: 'triton' takes no heads that are sharded .*use backend='auto'",
     "target": r"targets: token id 101 lies outside the vocabulary \[0, 101\)",
     "top-k": r"objective: top_k must be at most the vocabulary of 101, got 102",
+    "order of a mesh": r"weight: its shards lie on the ranks \[1, 0, 3, 2\] in this order; ",
+    "objective": r"objective: the ranks have different backends, objectives, ",
+    "backend": r"objective: the ranks have different backends, objectives, ",
+    "frozen on one": r"or not all want a gradient of student_hidden; ",
     "transforms": r"transforms of torch\.func do not go through heads that are sharded",
     "twice": r"double backward \(create_graph=True\) is not supported",
 }

@@ -8,6 +8,8 @@ import pytest
 import torch
 from kernel_cases import Case, make_case
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from selfdistill_kernels import (
     AdvantageMask,
@@ -149,6 +151,57 @@ def test_memory_comes_back():
     del loss
     assert not memory._leases.locked()
     assert memory._kept[0] is space
+
+
+def test_nothing_holds_it_after_the_backward_pass():
+    """Not even a loss that lives on: `release_workspace` frees it."""
+    case = case_of()
+    loss = loss_of(case, LOSSES["per token"])
+    (waiting,) = memory_of(loss)
+    alive = StorageWeakRef(waiting.untyped_storage())
+    del waiting
+    gradients(loss, case)
+    release_workspace()
+    gc.collect()
+    assert alive.expired()
+
+
+def memory_of(loss: Tensor) -> list[Tensor]:
+    """The workspaces that nodes of its graph hold."""
+    found, nodes = [], [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        kept = getattr(node, "kept", None)
+        found += [] if kept is None else kept._lease._spaces
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    return found
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_checkpointing(loss, products):
+    """Which saves nothing while something else is kept, and looks at saved tensors once."""
+    case = case_of()
+    expected = gradients(loss_of(case, LOSSES[loss]), case)
+
+    def within(*_: Tensor) -> Tensor:
+        found = loss_of(case, LOSSES[loss])
+        assert not memory._leases.locked()
+        return found
+
+    value = checkpoint(within, case.student_hidden, case.weight, use_reentrant=False)
+    for ours, before in zip(gradients(value, case), expected, strict=True):
+        torch.testing.assert_close(ours, before, rtol=1e-4, atol=1e-5 * before.abs().max())
+
+
+def test_whether_the_workspace_is_enough_does_not_depend_on_who_holds_it():
+    """dH of all rows in float32 does not fit, though the few tokens that exist do."""
+    narrow = case_of().cast(torch.bfloat16)
+    narrow.options["mask"] = torch.arange(TOKENS) == 3
+    narrow.leaves()
+    few = 8 * VOCABULARY + copied_bytes(HIDDEN, 2)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"workspace: {few} bytes cannot hold one tile"):
+            loss_of(narrow, LOSSES["per token"], workspace=few)
 
 
 def test_an_error_gives_it_back(monkeypatch):
