@@ -93,8 +93,9 @@ $(VLLM_VENV)/.package: $(VLLM_VENV)/.requirements $(SOURCES) $(PACKAGES)
 # link names are copied, too. Warnings, a dead link among them, are errors; with --quiet they would not be.
 DOCS_VENV := .venv-docs
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md LICENSE docs examples csrc/cuda/README.md \
-	benchmarks/cost.py requirements-vllm.txt selfdistill/training/loop.py csrc/cpu/rows.inl \
-	$(addprefix selfdistill_kernels/backends/triton/,rows.py sweep.py gradient.py)
+	benchmarks/cost.py requirements-vllm.txt selfdistill/training/loop.py csrc/divergence.h \
+	csrc/cpu/rows.inl selfdistill_kernels/backends/reference/divergence.py \
+	$(addprefix selfdistill_kernels/backends/triton/,divergence.py rows.py sweep.py gradient.py)
 
 docs: $(DOCS_VENV)/.requirements
 	rm -rf build/pages

@@ -261,8 +261,8 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                 )
             with clock("reward"):
                 attempts = judge(solver.task, asked, groups)
-            # The critic is called here, by methods that have one; others make what the teacher sees
-            # from the verdicts or the references.
+            # The critic is called here, by methods that have one (methods/stepalign.py); others
+            # make what the teacher sees from the verdicts or the references.
             with clock("critique"):
                 contexts = method.contexts(attempts)
                 kinds = ranks.gather(context_kinds(contexts))
