@@ -275,7 +275,7 @@ def prepare(
         old_logprobs = _flat(_constant(old_logprobs)).to(loss_weight.dtype)
     needs = _needs(models, in_place=settings.in_place)
     # What decides which sums the ranks of a sharded head exchange.
-    exchange = repr((backend, objective, mask, settings.transform, needs.hidden))
+    exchange = (backend, objective, mask, settings.transform, needs.hidden)
     inputs = _linear_inputs(models, tokens, exists, settings.transform, exchange)
     check_top_k(objective, inputs.whole_vocabulary)
     terms = TokenTerms(
@@ -300,7 +300,11 @@ def prepare(
 
 
 def _linear_inputs(
-    models: Models, tokens: PerToken, exists: Tensor, transform: LogitTransform, exchange: str
+    models: Models,
+    tokens: PerToken,
+    exists: Tensor,
+    transform: LogitTransform,
+    exchange: tuple[object, ...],
 ) -> LinearInputs:
     """Flatten the models' tensors, and cut the teacher's off from the graph behind them."""
     inputs = LinearInputs(
@@ -325,7 +329,7 @@ def _linear_inputs(
         hidden=hidden,
         exists=_flat(exists),
         targets=inputs.targets,
-        settings=exchange,
+        settings=repr(exchange),
     )
     targets = None if inputs.targets is None else inputs.targets - shard.start
     return replace(inputs, targets=targets, shard=shard)

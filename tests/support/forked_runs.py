@@ -174,7 +174,8 @@ def remember(kind: type) -> list[Any]:
 
 
 # Below 32768, from where Linux takes the ports of connections that name none.
-_ports = itertools.count(10000 + os.getpid() % 20000)
+# A hundred for each process: those that run at a time have neighbouring numbers.
+_ports = itertools.count(10000 + 100 * (os.getpid() % 200))
 
 
 def together(size: int, task: Callable[[int], object], log: Path, *, failing: bool = False) -> None:
