@@ -18,6 +18,7 @@ from selfdistill_kernels import (
 from selfdistill_kernels.backends.interface import LinearInputs, Needs
 from selfdistill_kernels.backends.native import backend as native_backend
 from selfdistill_kernels.backends.native import gemm, recompute
+from selfdistill_kernels.backends.native import kept as kept_backend
 from selfdistill_kernels.backends.native.backend import plan_for
 from selfdistill_kernels.backends.native.caches import Caches
 from selfdistill_kernels.backends.native.plan import (
@@ -205,6 +206,7 @@ def path(request, monkeypatch) -> torch.dtype:
         monkeypatch.setattr(gemm, "is_widened", lambda weight: weight is not None)
         monkeypatch.setattr(native_backend, "is_widened", lambda weight: weight is not None)
         monkeypatch.setattr(recompute, "is_widened", lambda weight: weight is not None)
+        monkeypatch.setattr(kept_backend, "is_widened", lambda weight: weight is not None)
     elif request.param == "bfloat16 as it is" and not torch.ops.selfdistill.gemm_bf16_available():
         pytest.skip(NEEDS_BFLOAT16)
     return PATHS[request.param]
