@@ -81,7 +81,7 @@ class ReferenceBackend:
     def keep(
         self, inputs: LinearInputs, objective: Objective, expected: Expected, workspace: int
     ) -> None:
-        """Nothing."""
+        """Keep nothing: the backward pass makes the logits again."""
 
     def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) -> Tensor:
         rows = inputs.existing_rows()

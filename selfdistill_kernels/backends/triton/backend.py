@@ -76,7 +76,7 @@ class TritonBackend:
     def keep(
         self, inputs: LinearInputs, objective: Objective, expected: Expected, workspace: int
     ) -> None:
-        """Nothing."""
+        """Keep nothing: the backward pass makes the logits again."""
 
     def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool, workspace: int) -> Tensor:
         with torch.device(inputs.student_hidden.device):
