@@ -210,6 +210,7 @@ def native_extensions() -> tuple[list[Extension], dict[str, type[Command]]]:
     sources += [
         "csrc/cpu/ops.cpp",
         "csrc/cpu/gemm.cpp",
+        "csrc/cpu/transposed.cpp",
         "csrc/cpu/widened.cpp",
         "csrc/cpu/memory.cpp",
     ]

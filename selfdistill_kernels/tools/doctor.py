@@ -21,6 +21,7 @@ from selfdistill_kernels import backends
 from selfdistill_kernels.backends.dispatch import SERVED, Found, decide
 from selfdistill_kernels.backends.native.gemm import widens
 from selfdistill_kernels.backends.native.plan import TilePlan
+from selfdistill_kernels.backends.native.product_form import Comparison, compare
 from selfdistill_kernels.loss import fused_linear_distillation
 from selfdistill_kernels.tools.event_clock import EventClock
 
@@ -42,6 +43,7 @@ NO_GPU = "No GPU that torch can use: nothing was checked or timed."
 # Largest error allowed, relative to the largest value; gradients come back in the inputs' dtype.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 ROUNDS = 7
+TYPICAL_SHAPE = (256, 1024, 16384)  # tokens, hidden size, vocabulary
 GIBIBYTE = float(1 << 30)
 
 Clock = Callable[[Callable[[], object]], float]
@@ -58,6 +60,8 @@ class Findings:
         threads: of torch.
         instructions: vector instructions of the row kernels, None without the extension.
         has_bfloat16_products: whether bfloat16 GEMMs run natively on the CPU.
+        logits_form: which form of the float32 logits product is taken on the CPU and why, for
+            TYPICAL_SHAPE; None without the extension.
         found: what the choice of a backend is made of.
     """
 
@@ -67,6 +71,7 @@ class Findings:
     threads: int
     instructions: str | None
     has_bfloat16_products: bool
+    logits_form: str | None
     found: Found
 
 
@@ -109,8 +114,16 @@ def examine() -> Findings:
         threads=torch.get_num_threads(),
         instructions=torch.ops.selfdistill.cpu_capability() if native else None,
         has_bfloat16_products=native and bool(torch.ops.selfdistill.gemm_bf16_available()),
+        logits_form=_compare_forms().describe() if native else None,
         found=backends.found_on(torch.device("cuda", 0)) if gpus else backends.found(),
     )
+
+
+def _compare_forms() -> Comparison:
+    """Of the float32 logits product; below a second."""
+    tokens, hidden, vocabulary = TYPICAL_SHAPE
+    weight = torch.randn(vocabulary, hidden)
+    return compare(torch.randn(tokens, hidden), weight, torch.empty(tokens, vocabulary))
 
 
 def _version(package: str) -> str | None:
@@ -149,6 +162,8 @@ def _devices(findings: Findings) -> Iterator[str]:
     instructions = findings.instructions or "unknown without the compiled extension"
     products = "native" if findings.has_bfloat16_products else "widened to float32"
     yield f"CPU   {findings.threads} threads, row kernels: {instructions}, bfloat16: {products}"
+    if findings.logits_form is not None:
+        yield f"      float32 logits: {findings.logits_form}"
     for index, name in enumerate(findings.gpus):
         yield f"GPU {index} {name}"
     if not findings.gpus:

@@ -31,10 +31,11 @@ VERSIONS = {
     "peft": "0.21.2",
 }
 H100 = Findings(
-    VERSIONS, "CUDA 13.0", ("NVIDIA H100 80GB HBM3",), 32, "avx512", True, Found(None, None, None)
-)
+    VERSIONS, "CUDA 13.0", ("NVIDIA H100 80GB HBM3",), 32, "avx512", True,
+    "plain (transposed in 1.20 of the plain time, the same bits)", Found(None, None, None),
+)  # fmt: skip
 LAPTOP = Findings(
-    VERSIONS | {"triton": None}, None, (), 8, None, False,
+    VERSIONS | {"triton": None}, None, (), 8, None, False, None,
     Found("this torch is built for CPUs only", "no compiler; run `apt install g++`", "no compiler"),
 )  # fmt: skip
 QUESTION = Question(8192, 4096, 128256, "bfloat16", "cuda")
@@ -58,6 +59,7 @@ def test_a_gpu_machine_with_everything():
     ) in versions
     assert section(text, "Devices") == [
         "CPU   32 threads, row kernels: avx512, bfloat16: native",
+        "float32 logits: plain (transposed in 1.20 of the plain time, the same bits)",
         "GPU 0 NVIDIA H100 80GB HBM3",
     ]
     assert section(text, "Backends") == [
