@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -26,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import cached_file
 
 from selfdistill.errors import UserError
 from selfdistill.json_text import parse_json
@@ -342,9 +342,9 @@ def _not_loaded(name: str, what: str, error: Exception, setting: str) -> Unusabl
                 _check_tokenizer_file(path, setting)
         return UnusableModelError(f"{setting}: the {what} of {name} cannot be loaded: {reason}")
     # The configuration was loaded before the weights, so it is in the cache, beside other files.
-    configuration = try_to_load_from_cache(name, "config.json") if what == "weights" else None
-    if isinstance(configuration, str):
-        refusal = _other_weights(Path(configuration).parent, repr(name), setting)
+    configuration = _cached_configuration(name) if what == "weights" else None
+    if configuration is not None:
+        refusal = _other_weights(configuration.parent, repr(name), setting)
         if refusal is not None:
             return refusal
     return UnusableModelError(
@@ -353,6 +353,14 @@ def _not_loaded(name: str, what: str, error: Exception, setting: str) -> Unusabl
         "(for a dry run alone add --include '*.json' '*.txt' '*.jinja'), copy FOLDER here and set "
         f"{setting}: FOLDER. transformers said: {reason}"
     )
+
+
+def _cached_configuration(name: str) -> Path | None:
+    """Where the Hub's config.json of a model lies in the cache, or None where it does not."""
+    try:
+        return Path(cached_file(name, "config.json", local_files_only=True))
+    except OSError:
+        return None
 
 
 def _quantization_method(config: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -88,6 +88,8 @@ def fused_head_distillation(
         "temperature": temperature,
         "backend": backend,
     }
+    if is_dtensor(teacher.weight) and not is_dtensor(student.weight):
+        teacher = _gathered(teacher, teacher_hidden.dtype)
     cast = autocast_dtype(student_hidden.device) is not None
     two_dtypes = student.weight.dtype != teacher.weight.dtype and not cast
     if student.low_rank or teacher.low_rank or student.softcap != teacher.softcap or two_dtypes:
@@ -132,6 +134,17 @@ def fused_head_distillation(
         workspace=workspace,
         **shared,
     )
+
+
+def _gathered(head: HeadValues, dtype: torch.dtype) -> HeadValues:
+    """A head that FSDP2 put back into shards when the forward of its model was over, gathered once.
+    It has no gradient, and under mixed precision the dtype of the hidden states, as in there."""
+    weight, bias = (
+        part.full_tensor().detach().to(dtype) if is_dtensor(part) else part
+        for part in (head.weight, head.bias)
+    )
+    assert weight is not None
+    return replace(head, weight=weight, bias=bias)
 
 
 @torch.compiler.disable(reason="LoRA on a head and two soft caps or dtypes run eagerly")

@@ -200,7 +200,7 @@ def head_of(model: nn.Module, *, check: bool = True) -> Head:
 
 
 def causal_lm(model: nn.Module) -> Any:
-    """The transformers model inside a PEFT wrapper, or the model itself.
+    """The transformers model inside wrappers of torch.compile and peft, or the model itself.
 
     Raises:
         TypeError: not a model with a decoder and output embeddings.
@@ -212,6 +212,7 @@ def causal_lm(model: nn.Module) -> Any:
                 f"adapter {name!r} is a {type(adapter).__name__}: prompt learning lives outside of "
                 "the model's weights, so the fused losses would not see it; use LoRA"
             )
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     unwrap = getattr(model, "get_base_model", None)
     base = unwrap() if callable(unwrap) else model
     for needed in ("get_decoder", "get_output_embeddings", "get_input_embeddings"):

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from selfdistill_kernels.advantage import AdvantageMask
 from selfdistill_kernels.integrations.head_loss import fused_head_distillation
@@ -38,6 +39,8 @@ class ModelWithLoss(nn.Module):
             "adapters_off" for the student without its adapters (the model that LoRA started from).
         objective, advantage_mask, temperature, reduction, workspace, backend: as in
             `fused_linear_distillation`.
+        check: as in `head_of`. False for a model that FSDP2 has sharded already, which works where
+            a host calls this module in the forward of that model.
 
     Raises:
         TypeError, ValueError, UnsupportedHeadError: a model whose head is not known (see
@@ -55,10 +58,11 @@ class ModelWithLoss(nn.Module):
         reduction: str = "mean",
         workspace: str | int = "auto",
         backend: str = "auto",
+        check: bool = True,
     ) -> None:
         super().__init__()
-        self.head = head_of(model)
-        self.teacher_head = check_teacher(self.head, model, teacher)
+        self.head = head_of(model, check=check)
+        self.teacher_head = check_teacher(self.head, model, teacher, check=check)
         self.model = model
         self.teacher = teacher.eval() if isinstance(teacher, nn.Module) else None
         self.adapters_off = isinstance(teacher, str) and teacher == "adapters_off"
@@ -113,13 +117,14 @@ class ModelWithLoss(nn.Module):
         # Typed by peft as any object; disabled adapters take no part in the head either.
         context = cast(Any, self.model).disable_adapter() if self.adapters_off else nullcontext()
         with torch.no_grad(), context:
-            if self.teacher is None and not self.adapters_off and teacher_inputs is None:
-                teacher_hidden = hidden.detach()  # the same model on the same inputs
+            read = inputs if teacher_inputs is None else teacher_inputs
+            if isinstance(self.teacher, FSDPModule):
+                teacher_hidden = teacher_states(self.teacher, self.teacher, **read)
+            elif self.teacher is not None or self.adapters_off or teacher_inputs is not None:
+                reader = self.model if self.teacher is None else self.teacher
+                teacher_hidden = last_hidden_states(reader, **read)
             else:
-                teacher_hidden = last_hidden_states(
-                    self.model if self.teacher is None else self.teacher,
-                    **(inputs if teacher_inputs is None else teacher_inputs),
-                )
+                teacher_hidden = hidden.detach()  # the same model on the same inputs
             teacher_head = self.teacher_head.values
         hidden, teacher_hidden, targets = aligned(hidden, labels, teacher_hidden, teacher_labels)
         output = fused_head_distillation(
@@ -130,7 +135,9 @@ class ModelWithLoss(nn.Module):
         return {name: value for name, value in named if value is not None}
 
 
-def check_teacher(head: Head, model: nn.Module, teacher: nn.Module | str) -> Head:
+def check_teacher(
+    head: Head, model: nn.Module, teacher: nn.Module | str, *, check: bool = True
+) -> Head:
     """Return the head of a teacher (see `ModelWithLoss`), whose student has `head`.
 
     Raises:
@@ -155,7 +162,7 @@ def check_teacher(head: Head, model: nn.Module, teacher: nn.Module | str) -> Hea
             "teacher: has parameters that require a gradient, but none ever reaches them; call "
             "teacher.requires_grad_(False) first"
         )
-    found = head_of(teacher)
+    found = head_of(teacher, check=check)
     rows, expected = found.weight.shape[0], head.weight.shape[0]
     if rows != expected:
         raise ValueError(f"teacher: has a vocabulary of {rows}, expected the student's {expected}")
@@ -202,10 +209,21 @@ def _labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return hidden[:, :-1].gather(1, index), targets.gather(1, order)
 
 
+@torch.compiler.disable(recursive=False)  # it changes a module; the decoder is compiled
+def teacher_states(wrapper: nn.Module, teacher: nn.Module, **inputs: Any) -> Tensor:
+    """[batch, time, H] of a teacher other than the student; where FSDP has its weights, it gathers
+    them in the forward of `wrapper`, which may be the teacher itself."""
+    if wrapper is teacher and not isinstance(teacher, FSDPModule):
+        return last_hidden_states(teacher, **inputs)
+    with redirected(teacher, lambda: last_hidden_states(teacher, **inputs)):
+        hidden: Tensor = wrapper()
+    return hidden
+
+
 @contextmanager
 def redirected(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
     """Let the next call of `module.forward` run `function`, so that whoever wraps the module (DDP,
-    FSDP2) takes part in it; `function` may call the module itself."""
+    FSDP2, torch.compile) takes part in it; `function` may call the module itself."""
     own = module.__dict__.get("forward")
 
     def restore() -> None:
@@ -214,6 +232,9 @@ def redirected(module: nn.Module, function: Callable[..., Any]) -> Iterator[None
         else:
             module.__dict__["forward"] = own
 
+    # Under torch.compile the frames of `function` are compiled, and not this one, which changes a
+    # module.
+    @torch.compiler.disable(recursive=False)
     def once(*args: Any, **kwargs: Any) -> Any:
         restore()
         return function(*args, **kwargs)

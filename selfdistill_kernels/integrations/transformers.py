@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 
 from selfdistill_kernels.advantage import AdvantageMask
@@ -59,6 +61,9 @@ class FusedLossTrainer(Trainer):
             temperature=temperature,
             workspace=workspace,
             backend=backend,
+            # Sharded by now or, by accelerate, when training begins; ranks other than the first may
+            # hold no weights before.
+            check=not self.is_fsdp_enabled and not isinstance(self.model, FSDPModule),
         )
 
     def _refuse_options(self) -> None:
@@ -98,9 +103,11 @@ class FusedLossTrainer(Trainer):
         if "labels" not in inputs:
             raise ValueError(f"labels: missing among {', '.join(inputs)}; the collator makes them")
         # The Trainer calls the model and scales what comes back: the loss, for this call.
-        with redirected(self.accelerator.unwrap_model(model), self._forward):
+        inner = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        with redirected(inner, self._forward):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+    @torch.compiler.disable(recursive=False)  # model and loss are compiled, and not what calls them
     def _forward(
         self,
         labels: Tensor,

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from selfdistill_kernels.parallel.shard import VocabularyShard, gathered
+from selfdistill_kernels.transforms import NO_SHARDS, is_transformed
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -39,8 +40,11 @@ def local_operands(
     Raises:
         TypeError, ValueError: heads that are not sharded alike, or not along the vocabulary; the
             message names the argument.
+        NotImplementedError: a DTensor inside of a transform of torch.func.
     """
     operands = {**hidden, **heads}
+    if is_transformed() and any(map(_holds_dtensor, operands.values())):
+        raise NotImplementedError(NO_SHARDS)
     for name, head in heads.items():
         _refuse_unreduced(name, head)
     sharded = {name: head for name, head in heads.items() if is_dtensor(head)}
@@ -81,6 +85,13 @@ def is_dtensor(value: object) -> TypeGuard[DTensor]:
     from torch.distributed.tensor import DTensor
 
     return isinstance(value, DTensor)
+
+
+def _holds_dtensor(value: Tensor | None) -> bool:
+    """Whether a tensor is a DTensor below the wrappers of torch.func's transforms."""
+    while isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return is_dtensor(value)
 
 
 def agreed_shard(

@@ -11,6 +11,7 @@ from datasets import Dataset
 from host_models import gradients
 from tiny_tokenizers import byte_level
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 PROMPTS = ["one and two", "three", "is it so", "again"]
 
@@ -29,8 +30,10 @@ def prompts() -> Dataset:
 
 
 def make(trainer: Any, model: nn.Module, args: Any, **options: Any) -> Any:
-    """Build a trainer around a copy of the model."""
-    return trainer(model=copy.deepcopy(model), args=args, processing_class=byte_level(), **options)
+    """Build a trainer around a copy of the model, or around one that was loaded in shards."""
+    if not getattr(model, "is_distributed_loading_by_transformers", False):
+        model = copy.deepcopy(model)
+    return trainer(model=model, args=args, processing_class=byte_level(), **options)
 
 
 def batch(vocabulary: int = 250) -> dict[str, Tensor]:
@@ -57,6 +60,20 @@ def batch(vocabulary: int = 250) -> dict[str, Tensor]:
             [torch.ones_like(context), prompt_mask, completion_mask], dim=1
         ),
     }
+
+
+COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
+
+
+def compiled_loss_and_gradients(trainer: Any, inputs: dict[str, Tensor]) -> Any:
+    """As `loss_and_gradients` of a trainer with the options COMPILED, whose frames are counted."""
+    torch._dynamo.reset()
+    counters.clear()
+    trainer.model = trainer.accelerator.prepare_model(trainer.model)
+    loss, found, _ = loss_and_gradients(trainer, inputs)
+    assert isinstance(trainer.model, torch._dynamo.OptimizedModule)
+    assert counters["stats"]["unique_graphs"] > 0
+    return loss, {name.removeprefix("_orig_mod."): grad for name, grad in found.items()}
 
 
 def loss_and_gradients(trainer: Any, inputs: dict[str, Tensor], **options: Any) -> Any:

@@ -25,7 +25,7 @@ class DistillationTrainer(trl.DistillationTrainer):
             instance may have its own.
 
     Raises:
-        ValueError: no local teacher, DeepSpeed or a vision-language model.
+        ValueError: no local teacher, DeepSpeed, torch_compile or a vision-language model.
         UnsupportedHeadError: a quantised head, or one that is not all there is between hidden
             states and logits. TRL itself refuses adapters on the head.
     """
@@ -35,6 +35,12 @@ class DistillationTrainer(trl.DistillationTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_hosts(self)
+        if self.accelerator.state.dynamo_plugin.backend != "NO":
+            refuse(
+                "args.torch_compile", "TRL goes around what it has compiled, and around DDP with "
+                "it, which is not mended",
+                "leave it out, or use FusedLossTrainer or GKDTrainer",
+            )  # fmt: skip
         if self.teacher_model is None:
             refuse(
                 "teacher_model", "a teacher behind a server is not supported",

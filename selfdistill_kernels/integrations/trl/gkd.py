@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from trl.experimental import gkd
 
 from selfdistill_kernels.integrations.head_loss import fused_head_distillation
 from selfdistill_kernels.integrations.heads import head_of, last_hidden_states
-from selfdistill_kernels.integrations.module import aligned, redirected
+from selfdistill_kernels.integrations.module import aligned, redirected, teacher_states
 from selfdistill_kernels.integrations.trl.refusals import can_check_heads, refuse, refuse_hosts
 from selfdistill_kernels.objective import Objective
 
@@ -53,13 +54,15 @@ class GKDTrainer(gkd.GKDTrainer):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The loss, with return_outputs beside {"loss": loss}; model and loss run inside the
         forward of whatever wraps the student."""
-        student = self.accelerator.unwrap_model(model)
-        with redirected(
-            student, lambda: self._loss_in_forward(student, inputs, num_items_in_batch)
-        ):
+        student = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        run = partial(self._loss_in_forward, student, inputs, num_items_in_batch)
+        with redirected(student, run):
             loss: Tensor = model()
         return (loss, {"loss": loss}) if return_outputs else loss
 
+    @torch.compiler.disable(
+        recursive=False
+    )  # models and loss are compiled, and not what joins them
     def _loss_in_forward(
         self, student: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None
     ) -> Tensor:
@@ -68,8 +71,10 @@ class GKDTrainer(gkd.GKDTrainer):
         with self.accelerator.autocast():
             hidden = last_hidden_states(student, **read)
             with torch.no_grad():
-                teacher = self.accelerator.unwrap_model(self.teacher_model)
-                teacher_hidden = last_hidden_states(teacher, **read)
+                teacher = self.accelerator.unwrap_model(
+                    self.teacher_model, keep_torch_compile=False
+                )
+                teacher_hidden = teacher_states(self.teacher_model, teacher, **read)
             hidden, teacher_hidden, targets = aligned(
                 hidden, inputs["labels"], teacher_hidden, None
             )

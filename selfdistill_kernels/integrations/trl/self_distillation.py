@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -11,7 +12,7 @@ from trl.experimental import sdft, sdpo
 
 from selfdistill_kernels.integrations.head_loss import fused_head_distillation
 from selfdistill_kernels.integrations.heads import head_of, last_hidden_states
-from selfdistill_kernels.integrations.module import redirected
+from selfdistill_kernels.integrations.module import redirected, teacher_states
 from selfdistill_kernels.integrations.trl.refusals import can_check_heads, refuse, refuse_hosts
 from selfdistill_kernels.loss import DistillationOutput
 from selfdistill_kernels.objective import Objective
@@ -58,14 +59,17 @@ class _FusedSelfDistillation(Host):
         """
         if return_outputs:
             raise ValueError(f"The {type(self).__name__} does not support returning outputs")
-        student = self.accelerator.unwrap_model(model)
-        with redirected(student, lambda: self._loss_in_forward(student, inputs)):
+        student = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        with redirected(student, partial(self._loss_in_forward, student, inputs)):
             loss, mean = model()
         # Other ranks are asked outside of the forward, which they may leave at other times.
         mode = "train" if model.training else "eval"
         self._log_self_distillation_metric(mode, self.accelerator.gather(mean).mean().item())
         return loss / (self.current_gradient_accumulation_steps if self.model.training else 1.0)
 
+    @torch.compiler.disable(
+        recursive=False
+    )  # models and loss are compiled, and not what joins them
     def _loss_in_forward(self, student: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The loss, and TRL's metric: the mean of the tokens' losses."""
         targets, completion_mask = inputs["completion_ids"], inputs["completion_mask"]
@@ -73,24 +77,29 @@ class _FusedSelfDistillation(Host):
         length = targets.shape[1]
         old = inputs.get("old_per_token_logps") if self.args.distillation_is_clip else None
         with self.accelerator.autocast():
-            student_hidden = _completion_states(
+            student_hidden = last_hidden_states(
                 student,
-                torch.cat([inputs["prompt_ids"], targets], dim=1),
-                torch.cat([inputs["prompt_mask"], completion_mask], dim=1),
-                length,
+                input_ids=torch.cat([inputs["prompt_ids"], targets], dim=1),
+                attention_mask=torch.cat([inputs["prompt_mask"], completion_mask], dim=1),
             )
             with torch.no_grad(), self._get_teacher_context_for_self_distillation():
-                teacher_hidden = _completion_states(
-                    self.accelerator.unwrap_model(self.teacher_model),
-                    inputs["teacher_input_ids"],
-                    inputs["teacher_attention_mask"],
-                    length,
+                teacher = self.accelerator.unwrap_model(
+                    self.teacher_model, keep_torch_compile=False
                 )
+                read = {
+                    "input_ids": inputs["teacher_input_ids"],
+                    "attention_mask": inputs["teacher_attention_mask"],
+                }
+                # The student's own forward is under way, and is that of a teacher that it is.
+                if teacher is student:
+                    teacher_hidden = last_hidden_states(student, **read)
+                else:
+                    teacher_hidden = teacher_states(self.teacher_model, teacher, **read)
                 teacher_head = self._teacher_head.values
             objective = self._objective(clipped=old is not None)
             output = fused_head_distillation(
-                student_hidden,
-                teacher_hidden,
+                _completion(student_hidden, length),
+                _completion(teacher_hidden, length),
                 self._student_head,
                 teacher_head,
                 targets,
@@ -159,9 +168,8 @@ class SDFTTrainer(_FusedSelfDistillation, sdft.SDFTTrainer):
         return exists & (position >= self.num_loss_tokens_to_skip)
 
 
-def _completion_states(model: nn.Module, ids: Tensor, read: Tensor, length: int) -> Tensor:
+def _completion(hidden: Tensor, length: int) -> Tensor:
     """[batch, length, H]: the states that predict the last `length` tokens."""
-    hidden = last_hidden_states(model, input_ids=ids, attention_mask=read)
     return hidden[:, :-1][:, -length:]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from exactness import assert_no_worse_than_torch
 from host_models import FAMILIES, assert_close, gradients, neighbour, tiny_model, with_lora
 from process_groups import in_processes
 from torch import Tensor, nn
@@ -91,6 +93,31 @@ def test_teacher_is_the_student_with_more_context(kind: str, on_head: bool) -> N
     output["loss"].backward()
     torch.testing.assert_close(output["loss"], expected, rtol=1e-5, atol=1e-6)
     assert_close(gradients(model), theirs)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_models_in_bfloat16(same: bool) -> None:
+    """Against materialised logits of the same models, which are rounded to bfloat16."""
+    model = tiny_model("llama").to(torch.bfloat16)
+    teacher = neighbour(model)
+    context = () if same else ({"input_ids": TEACHER_IDS}, TEACHER_LABELS)
+
+    def ours() -> Tensor:
+        step = ModelWithLoss(model, teacher=teacher)
+        return step({"input_ids": IDS}, LABELS, *context)["loss"]
+
+    found = [loss_and_gradients(ours, model)]
+    found.append(loss_and_gradients(lambda: materialised(model, teacher, same), model))
+    model, teacher = model.float(), teacher.float()
+    found.append(loss_and_gradients(lambda: materialised(model, teacher, same), model))
+    assert_no_worse_than_torch("loss", *(loss for loss, _ in found))
+    assert_no_worse_than_torch("gradients", *(grads for _, grads in found))
+
+
+def loss_and_gradients(compute: Callable[[], Tensor], model: nn.Module) -> Any:
+    loss = compute()
+    loss.backward()
+    return loss.detach(), gradients(model)
 
 
 def test_bf16_of_accelerate_acts_on_model_and_loss() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -188,12 +189,32 @@ def refused(rank: int, _: None) -> dict[str, str]:
 
     attempt("transforms", transformed)
 
-    def twice() -> None:
-        made = case(weight=mine(plain).requires_grad_())
-        loss = call(made, group=world)
+    def transformed_dtensor(name: str, transform: Any) -> None:
+        made = case(weight=head())
+
+        def loss(tensor: Tensor) -> Tensor:
+            setattr(made, name, tensor)
+            return call(made)
+
+        transform(loss, getattr(made, name))
+
+    def tangent(loss: Any, tensor: Tensor) -> None:
+        torch.func.jvp(loss, (tensor,), (tensor,))
+
+    def gradient(loss: Any, tensor: Tensor) -> None:
+        torch.func.grad(loss)(tensor)
+
+    for name in ("student_hidden", "weight"):
+        attempt(f"grad of {name}", partial(transformed_dtensor, name, gradient))
+    attempt("jvp of student_hidden", partial(transformed_dtensor, "student_hidden", tangent))
+
+    def twice(weight: Tensor, **options: Any) -> None:
+        made = case(weight=weight.requires_grad_())
+        loss = call(made, **options)
         torch.autograd.grad(loss, made.weight, create_graph=True)
 
-    attempt("twice", twice)
+    attempt("twice", lambda: twice(mine(plain), group=world))
+    attempt("twice with a dtensor", lambda: twice(head()))
 
     def asked(**options: Any) -> Any:
         made = case(weight=mine(plain))
@@ -234,6 +255,10 @@ MESSAGES = {
     "backend": r"objective: the ranks have different backends, objectives, ",
     "frozen on one": r"or not all want a gradient of student_hidden; ",
     "transforms": r"transforms of torch\.func do not go through heads that are sharded",
+    "grad of student_hidden": r"transforms of torch\.func do not go through heads that are sharded",
+    "grad of weight": r"transforms of torch\.func do not go through heads that are sharded",
+    "jvp of student_hidden": r"transforms of torch\.func do not go through heads that are sharded",
+    "twice with a dtensor": r"double backward \(create_graph=True\) is not supported",
     "twice": r"double backward \(create_graph=True\) is not supported",
 }
 
@@ -275,20 +300,26 @@ def test_a_head_of_fsdp2_gathered_with_placements_has_the_mean_gradient(tmp_path
 
 
 def compiled(rank: int, _: None) -> list[list[float]]:
-    """Loss and dH, compiled and eager."""
+    """Loss and dH, compiled and eager, of plain shards and of a DTensor."""
     found = []
-    for compile in (False, True):
-        case = halved(make_case(dtype=torch.float32), rank)
-        case.leaves()
-        function = torch.compile(call, backend="aot_eager") if compile else call
-        loss = function(case, group=dist.group.WORLD)
-        loss.backward()
-        found.append([loss.item(), *case.student_hidden.grad.flatten().tolist()])
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for group in (dist.group.WORLD, None):
+        for function in (call, torch.compile(call, backend="aot_eager")):
+            case = make_case(dtype=torch.float32)
+            if group is None:
+                case.weight = distribute_tensor(case.weight, mesh, [Shard(0)])
+            else:
+                case = halved(case, rank)
+            case.student_hidden.requires_grad_()
+            loss = function(case, group=group)
+            loss.backward()
+            found.append([loss.item(), *case.student_hidden.grad.flatten().tolist()])
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo")
 def test_a_compiled_caller_breaks_its_graph_there(tmp_path: Any) -> None:
-    for eager, made in in_processes(compiled, None, tmp_path):
-        assert eager == made
+    for plain, compiled_plain, dtensor, compiled_dtensor in in_processes(compiled, None, tmp_path):
+        assert plain == compiled_plain
+        assert dtensor == compiled_dtensor

@@ -119,5 +119,11 @@ def test_what_is_not_supported_is_refused(tmp_path) -> None:
     args = trl.DistillationConfig(**common(tmp_path))
     with pytest.raises(ValueError, match="teacher_model: a teacher behind a server is not"):
         make(DistillationTrainer, model, args, teacher_model=None, train_dataset=prompts())
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    args = trl.DistillationConfig(**common(tmp_path, **options))
+    teacher = neighbour(model)
+    with pytest.raises(ValueError, match="torch_compile: TRL goes around what it has compiled"):
+        make(DistillationTrainer, model, args, teacher_model=teacher, train_dataset=prompts())
+    AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
         both(model, neighbour(model), tmp_path, LoraConfig(target_modules=["lm_head"]))

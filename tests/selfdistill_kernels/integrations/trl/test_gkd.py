@@ -10,10 +10,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
+from exactness import assert_no_worse_than_torch
 from host_models import FAMILIES, assert_close, neighbour, tiny_model, with_lora
 from torch import Tensor
 from trl.experimental import gkd
-from trl_hosts import batch, common, make
+from trl_hosts import COMPILED, batch, common, compiled_loss_and_gradients, make
 
 from selfdistill_kernels.integrations.trl.gkd import GKDTrainer
 
@@ -102,6 +103,26 @@ def test_lora(tmp_path) -> None:
 def test_trl_refuses_lora_on_the_head(tmp_path) -> None:
     with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
         both(with_lora(tiny_model("llama")), tmp_path)
+
+
+def test_models_in_bfloat16(tmp_path) -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    teacher = neighbour(model)
+    theirs, ours = both(model, tmp_path, teacher)
+    exact, _ = both(model.float(), tmp_path, copy.deepcopy(teacher).float())
+    found = [step(trainer) for trainer in (ours, theirs, exact)]
+    assert_no_worse_than_torch("loss", *(loss for loss, _ in found))
+    assert_no_worse_than_torch("gradients", *(grads for _, grads in found))
+
+
+def test_compiled_by_the_trainer(tmp_path) -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    loss, grads = step(both(model, tmp_path)[0])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    _, ours = both(model, tmp_path, **COMPILED)
+    our_loss, our_grads = compiled_loss_and_gradients(ours, gkd_batch())
+    torch.testing.assert_close(our_loss, loss, rtol=1e-5, atol=1e-6)
+    assert_close(our_grads, grads)
 
 
 def test_bf16_acts_on_model_and_loss(tmp_path) -> None:

@@ -8,10 +8,20 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
+from exactness import assert_no_worse_than_torch
 from host_models import FAMILIES, assert_close, neighbour, tiny_model, with_lora
 from peft import LoraConfig
 from trl.experimental import sdft, sdpo
-from trl_hosts import PROMPTS, batch, common, loss_and_gradients, make, prompts
+from trl_hosts import (
+    COMPILED,
+    PROMPTS,
+    batch,
+    common,
+    compiled_loss_and_gradients,
+    loss_and_gradients,
+    make,
+    prompts,
+)
 
 from selfdistill_kernels.integrations.trl import self_distillation as fused
 
@@ -146,6 +156,32 @@ def test_runs_with_the_same_seed_have_the_same_losses(kind: str, tmp_path) -> No
     assert len(losses[0]) == 2
     assert max(losses[0]) > 0
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["full_logits", "topk_logits"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_in_bfloat16(kind: str, mode: str, tmp_path) -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    options = {"distillation_mode": mode, "temperature": 0.8}
+    if mode == "topk_logits":
+        options["distillation_topk"] = 9
+    theirs, ours = both(kind, model, tmp_path, **options)
+    exact, _ = both(kind, model.float(), tmp_path, **options)
+    found = [loss_and_gradients(trainer, batch()) for trainer in (ours, theirs, exact)]
+    assert_no_worse_than_torch("loss", *(loss for loss, _, _ in found))
+    assert_no_worse_than_torch("gradients", *(grads for _, grads, _ in found))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_by_the_trainer(kind: str, tmp_path) -> None:
+    model, options = tiny_model("llama", num_hidden_layers=1), {"distillation_mode": "full_logits"}
+    theirs, _ = both(kind, model, tmp_path, **options)
+    loss, grads, _ = loss_and_gradients(theirs, batch())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    _, ours = both(kind, model, tmp_path, **options, **COMPILED)
+    our_loss, our_grads = compiled_loss_and_gradients(ours, batch())
+    torch.testing.assert_close(our_loss, loss, rtol=1e-5, atol=1e-6)
+    assert_close(our_grads, grads)
 
 
 def test_bf16_acts_on_model_and_loss(tmp_path) -> None:
