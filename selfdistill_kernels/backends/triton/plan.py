@@ -146,7 +146,7 @@ SHIPPED: dict[str, dict[Kind, Configuration]] = {
         "product": Configuration(128, 128, 32, 4, 8, 3, thrifty=True, max_registers=255),
     },
     "gfx942": {
-        "sweep": Configuration(64, 64, 64, 4, 4, 2),
+        "sweep": Configuration(64, 64, 64, 1, 4, 2),
         "mixture": Configuration(64, 64, 64, 4, 4, 2),
         "gradient": Configuration(64, 64, 64, 4, 4, 2),
         "product": Configuration(128, 128, 32, 4, 8, 2),
@@ -176,7 +176,7 @@ HEAVY: dict[str, dict[Kind, Configuration]] = {
         "gradient": Configuration(64, 64, 64, 2, 8, 2, thrifty=True, max_registers=255),
     },
     "gfx942": {
-        "sweep": Configuration(64, 64, 64, 4, 4, 2),
+        "sweep": Configuration(64, 64, 64, 1, 4, 2),
         "mixture": Configuration(64, 64, 64, 4, 4, 2),
         "gradient": Configuration(64, 64, 64, 4, 4, 2),
     },
