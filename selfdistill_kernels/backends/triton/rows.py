@@ -42,8 +42,8 @@ STATISTICS_BLOCK = 2048
 STATISTICS_WARPS = Warps(8, max_registers=255)
 GRADIENT_BLOCK = 1024
 GRADIENT_WARPS = Warps(8)
-# Lanes of eight warps at most. In a smaller block several lanes would hold one column, and where the
-# gradient takes the place of the logits one of them might read what another has written.
+# Lanes of eight warps at most. In a smaller block several lanes would hold one column, and where
+# the gradient takes the place of the logits one of them might read what another has written.
 LEAST_GRADIENT_BLOCK = 512
 
 

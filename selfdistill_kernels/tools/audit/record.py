@@ -273,5 +273,5 @@ def job_of(
 def _address(tensor: Tensor) -> int:
     """Of the first element; a meta tensor is taken to lie where an allocator would put it."""
     if tensor.device.type == "meta":
-        return tensor.storage_offset() * tensor.element_size()
+        return int(tensor.storage_offset()) * tensor.element_size()
     return tensor.data_ptr()
