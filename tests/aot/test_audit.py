@@ -118,9 +118,9 @@ def test_what_is_refused_on_amd():
     crowded = replace(good, registers=274, accumulators=18)
     assert refusals("sweep", crowded, "gfx942") == ["only 4 warps fit a multiprocessor"]
     assert refusals("merge", crowded, "gfx942") == []
-    assert refusals("sweep", replace(good, scalars_spilled=128), "gfx942") == []
-    scalars = refusals("sweep", replace(good, scalars_spilled=129), "gfx942")
-    assert scalars == ["spills 129 scalars"]
+    assert refusals("sweep", replace(good, scalars_spilled=256), "gfx942") == []
+    scalars = refusals("sweep", replace(good, scalars_spilled=257), "gfx942")
+    assert scalars == ["spills 257 scalars"]
     wide = replace(good, shared=100 * 1024, warps=8)
     assert "shared memory" in refusals("sweep", wide, "gfx942")[0]
     assert refusals("sweep", wide, "gfx950") == []

@@ -52,8 +52,8 @@ LIMITS = {
 TENSOR_MEMORY_COLUMNS = 512
 # Two for each of four schedulers (AMD's SIMDs): where there is one, nothing runs while it waits.
 LEAST_WARPS = 8
-# A scalar that does not fit goes to a lane of a vector register; that many take two of them.
-MOST_SCALARS_SPILLED = 128
+# A scalar that does not fit goes to a lane of a vector register; that many take four of them.
+MOST_SCALARS_SPILLED = 256
 
 
 def refusals(kernel: str, report: Report, architecture: str) -> list[str]:
