@@ -16,6 +16,8 @@ JOINING = ("native", "reference")
 
 # Least compute capability of an NVIDIA GPU for the Triton kernels (bfloat16 tensor cores).
 TRITON_CAPABILITY = (8, 0)
+# AMD GPUs that the Triton kernels have tiles for: MI300 and MI325, MI350 and MI355.
+TRITON_AMD = ("gfx942", "gfx950")
 
 # The dtypes that a backend takes on a device. Everything else, float64 among it, is for the oracle.
 SERVED: dict[tuple[str, str], tuple[torch.dtype, ...]] = {
@@ -39,6 +41,7 @@ class Found:
         interprets: whether Triton's interpreter stands in for a GPU on CPU tensors.
         capability: compute capability of the NVIDIA GPU in question; None where there is none, or
             none was asked about.
+        amd: architecture of the AMD GPU in question, such as "gfx942"; None likewise.
     """
 
     triton_problem: str | None
@@ -46,6 +49,7 @@ class Found:
     cuda_problem: str | None
     interprets: bool = False
     capability: tuple[int, int] | None = None
+    amd: str | None = None
 
     def missing(self, backend: str, device: str) -> str | None:
         """None, or why a backend that takes the inputs cannot run here, and what mends it."""
@@ -53,6 +57,8 @@ class Found:
             if device != "cpu":
                 if self.capability is not None and self.capability < TRITON_CAPABILITY:
                     return capability_problem(self.capability)
+                if self.amd is not None and self.amd not in TRITON_AMD:
+                    return amd_problem(self.amd)
                 return self.triton_problem
             if not self.interprets:
                 return (
@@ -71,6 +77,14 @@ def capability_problem(capability: tuple[int, int]) -> str:
     return (
         f"it needs compute capability {needs} or later, this GPU has {has}; use backend='auto' or "
         "'reference'"
+    )
+
+
+def amd_problem(architecture: str) -> str:
+    """Why an AMD GPU is none that the Triton kernels have tiles for."""
+    return (
+        f"it is for {' and '.join(TRITON_AMD)} among AMD's GPUs, this one is {architecture}; use "
+        "backend='auto' or 'reference'"
     )
 
 

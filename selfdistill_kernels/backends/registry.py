@@ -52,15 +52,17 @@ def found() -> Found:
 
 def found_on(device: torch.device) -> Found:
     """The same, with the GPU that a device names."""
-    if device.type != "cuda" or torch.version.cuda is None:
+    if device.type != "cuda" or (torch.version.cuda is None and torch.version.hip is None):
         return _FOUND
     properties = torch.cuda.get_device_properties(device)
+    is_amd = torch.version.hip is not None
     return Found(
         triton_problem=_FOUND.triton_problem,
         native_problem=_FOUND.native_problem,
         cuda_problem=_FOUND.cuda_problem,
         interprets=_FOUND.interprets,
-        capability=(properties.major, properties.minor),
+        capability=None if is_amd else (properties.major, properties.minor),
+        amd=properties.gcnArchName.partition(":")[0] if is_amd else None,
     )
 
 

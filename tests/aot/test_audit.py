@@ -14,7 +14,12 @@ from selfdistill_kernels import Objective
 from selfdistill_kernels.backends.triton.launch import Warps
 from selfdistill_kernels.tools.audit.__main__ import main
 from selfdistill_kernels.tools.audit.build import Report, build
-from selfdistill_kernels.tools.audit.judgement import LIMITS, refusals, resident_programs
+from selfdistill_kernels.tools.audit.judgement import (
+    LIMITS,
+    refusals,
+    resident_programs,
+    resident_warps,
+)
 from selfdistill_kernels.tools.audit.record import MACHINES, Job, Variant, jobs, variants
 
 PLAIN = Variant(Objective("forward_kl"))
@@ -91,7 +96,7 @@ def spilling_kernel(source, to, BLOCK: tl.constexpr):
 
 def test_a_kernel_that_spills_is_refused():
     signature = (("source", "*fp32"), ("to", "*fp32"), ("BLOCK", "constexpr"))
-    job = Job(spilling_kernel, signature, (("BLOCK", 32768),), ("source", "to"), Warps(4))
+    job = Job(spilling_kernel, signature, (("BLOCK", 32768),), ("source", "to"), (), Warps(4))
     report = build(job, "sm_90")
     assert report.spilled > 0
     assert any("spills" in reason for reason in refusals("spilling", report, "sm_90"))
@@ -103,6 +108,22 @@ def test_what_is_refused():
     assert refusals("sweep", replace(GOOD, tensor={"HMMA": 8}), "sm_90") == ["no HGMMA"]
     assert refusals("sweep", replace(GOOD, asynchronous={}), "sm_90") == ["no UTMALDG"]
     assert refusals("merge", replace(GOOD, tensor={}, asynchronous={}), "sm_90") == []
+
+
+def test_what_is_refused_on_amd():
+    """A wave more than 256 registers leaves one on each SIMD, though nothing goes to memory."""
+    good = replace(GOOD, registers=244, shared=24 * 1024, warps=4, tensor={"v_mfma": 48})
+    assert refusals("sweep", good, "gfx942") == []
+    assert resident_warps(good, "gfx942") == 8
+    crowded = replace(good, registers=274, accumulators=18)
+    assert refusals("sweep", crowded, "gfx942") == ["only 4 warps fit a multiprocessor"]
+    assert refusals("merge", crowded, "gfx942") == []
+    assert refusals("sweep", replace(good, scalars_spilled=256), "gfx942") == []
+    scalars = refusals("sweep", replace(good, scalars_spilled=257), "gfx942")
+    assert scalars == ["spills 257 scalars"]
+    wide = replace(good, shared=100 * 1024, warps=8)
+    assert "shared memory" in refusals("sweep", wide, "gfx942")[0]
+    assert refusals("sweep", wide, "gfx950") == []
 
 
 def test_resident_programs():
@@ -133,12 +154,13 @@ def test_summary_sums_up_variants(tmp_path, capsys):
 
     def entry(**changes):
         report = replace(GOOD, **changes.pop("report", {}))
-        return {**COMMON, "resident": 1, "refusals": [], **asdict(report), **changes}
+        found = {"far": [], "resident": 1, "resident_warps": 8, "refusals": []}
+        return {**COMMON, **found, **asdict(report), **changes}
 
     first = [entry(report={"registers": 90, "seconds": 1.0}), entry(report={"registers": 130})]
     second = [
         entry(tile="128x64x64", report={"spilled": 8, "seconds": 2.0}, refusals=["spills 8"]),
-        {**COMMON, "refusals": ["does not compile: why"]},
+        {**COMMON, "far": ["head"], "refusals": ["does not compile: why"]},
         entry(kernel="gather", report={"tensor": {}, "asynchronous": {}}),
     ]
     files = []
@@ -151,7 +173,7 @@ def test_summary_sums_up_variants(tmp_path, capsys):
     assert "5 kernels compiled, 2 refused" in out
     (sweep,) = [line for line in out.splitlines() if "| sweep |" in line]
     cells = [cell.strip() for cell in sweep.strip("|").split("|")]
-    assert cells[3:7] == ["4", "64x64x64, 128x64x64", "90-200", "8"]
+    assert cells[3:9] == ["4", "1", "64x64x64, 128x64x64", "90-200", "0", "8"]
     assert cells[-1] == "2"
     assert json.loads(joined.read_text())["entries"] == [*first, *second]
 

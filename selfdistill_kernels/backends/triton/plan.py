@@ -8,7 +8,12 @@ from typing import Literal
 
 import torch
 
-from selfdistill_kernels.backends.dispatch import TRITON_CAPABILITY, capability_problem
+from selfdistill_kernels.backends.dispatch import (
+    TRITON_AMD,
+    TRITON_CAPABILITY,
+    amd_problem,
+    capability_problem,
+)
 
 MEBIBYTE = 1 << 20
 # Columns that one work item sums in float32 before its state goes to the float64 merge. Few enough
@@ -61,7 +66,7 @@ class Machine:
         architecture: a key of SHIPPED.
         multiprocessors: their number.
         cache_bytes: L2 that one reader can count on (half of it where two halves mirror each
-            other; the memory-side cache of an MI300X).
+            other; of AMD's, half of the memory-side cache).
         descriptors: loads through tensor descriptors (TMA).
     """
 
@@ -75,7 +80,7 @@ class Machine:
         """The machine behind a device; the CPU stands for Triton's interpreter.
 
         Raises:
-            RuntimeError: a GPU older than the shipped configurations.
+            RuntimeError: a GPU that no shipped configuration is for.
         """
         if device.type == "cpu":
             return INTERPRETER
@@ -87,13 +92,27 @@ def _machine(device: torch.device) -> Machine:
     properties = torch.cuda.get_device_properties(device)
     count = properties.multi_processor_count
     if torch.version.hip is not None:
-        return Machine("gfx942", count, 128 * MEBIBYTE, descriptors=False)
+        architecture = properties.gcnArchName.partition(":")[0]
+        if architecture not in TRITON_AMD:
+            reason = amd_problem(architecture)
+            raise RuntimeError(f"backend: 'triton' is not available: {reason}")
+        return Machine(architecture, count, 128 * MEBIBYTE, descriptors=False)
     if (properties.major, properties.minor) < TRITON_CAPABILITY:
         reason = capability_problem((properties.major, properties.minor))
         raise RuntimeError(f"backend: 'triton' is not available: {reason}")
     capability = properties.major * 10 + properties.minor
     known = max(version for version in (80, 90, 100, 120) if version <= capability)
     return Machine(f"sm_{known}", count, properties.L2_cache_size // 2, descriptors=known >= 90)
+
+
+def is_amd(architecture: str) -> bool:
+    """Whether the name of an architecture is one of AMD's."""
+    return architecture.startswith("gfx")
+
+
+def lanes(architecture: str) -> int:
+    """Lanes of a warp; AMD's data-centre GPUs have 64."""
+    return 64 if architecture.startswith("gfx9") else 32
 
 
 INTERPRETER = Machine("interpreter", 3, MEBIBYTE, descriptors=True)
@@ -127,7 +146,7 @@ SHIPPED: dict[str, dict[Kind, Configuration]] = {
         "product": Configuration(128, 128, 32, 4, 8, 3, thrifty=True, max_registers=255),
     },
     "gfx942": {
-        "sweep": Configuration(64, 64, 64, 4, 4, 2),
+        "sweep": Configuration(64, 64, 64, 1, 4, 2),
         "mixture": Configuration(64, 64, 64, 4, 4, 2),
         "gradient": Configuration(64, 64, 64, 4, 4, 2),
         "product": Configuration(128, 128, 32, 4, 8, 2),
@@ -157,11 +176,14 @@ HEAVY: dict[str, dict[Kind, Configuration]] = {
         "gradient": Configuration(64, 64, 64, 2, 8, 2, thrifty=True, max_registers=255),
     },
     "gfx942": {
-        "sweep": Configuration(64, 64, 64, 4, 4, 2),
+        "sweep": Configuration(64, 64, 64, 1, 4, 2),
         "mixture": Configuration(64, 64, 64, 4, 4, 2),
         "gradient": Configuration(64, 64, 64, 4, 4, 2),
     },
 }
+# gfx950 has more LDS and its kernels take more of it for the same tiles; no spill either.
+SHIPPED["gfx950"] = SHIPPED["gfx942"]
+HEAVY["gfx950"] = HEAVY["gfx942"]
 # float32 inputs: twice the shared memory, and without tf32 no tensor cores to feed.
 _FLOAT32 = Configuration(64, 64, 32, 2, 8, 2)
 

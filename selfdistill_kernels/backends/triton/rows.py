@@ -42,6 +42,9 @@ STATISTICS_BLOCK = 2048
 STATISTICS_WARPS = Warps(8, max_registers=255)
 GRADIENT_BLOCK = 1024
 GRADIENT_WARPS = Warps(8)
+# Lanes of eight warps at most. In a smaller block several lanes would hold one column, and where
+# the gradient takes the place of the logits one of them might read what another has written.
+LEAST_GRADIENT_BLOCK = 512
 
 
 @triton.jit
@@ -287,6 +290,7 @@ def row_gradient(
     statistics [N, 10]; term_weights [N, 3] float32; loss_scale [1], a power of two for float16.
     """
     block = min(GRADIENT_BLOCK, triton.next_power_of_2(problem.vocabulary))
+    block = max(block, LEAST_GRADIENT_BLOCK)
     problem.launch(
         row_gradient_kernel,
         tile.tokens.numel(),

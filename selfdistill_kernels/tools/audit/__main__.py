@@ -12,13 +12,20 @@ from pathlib import Path
 
 import triton
 
+from selfdistill_kernels.backends.triton.plan import is_amd
 from selfdistill_kernels.tools.audit.build import build
-from selfdistill_kernels.tools.audit.judgement import LIMITS, refusals, resident_programs
+from selfdistill_kernels.tools.audit.judgement import (
+    LIMITS,
+    refusals,
+    resident_programs,
+    resident_warps,
+)
 from selfdistill_kernels.tools.audit.record import DTYPES, HIDDEN_SIZES, Job, jobs
 
 HEADER = (
-    "| target | kernel | dtype | used by | tile | warps x stages | registers | spilled "
-    "| shared KiB | programs per SM | tensor core | async copies | code KiB | s | verdict |"
+    "| target | kernel | dtype | used by | far | tile | warps x stages | registers | of them AGPRs "
+    "| spilled | scalars spilled | shared KiB | programs per SM | warps per SM | tensor core "
+    "| async copies | code KiB | s | verdict |"
 )
 
 
@@ -47,6 +54,7 @@ def _entry(job: Job, architecture: str, dtype: str) -> dict[str, object]:
         "kernel": job.name,
         "dtype": dtype,
         "uses": list(job.uses),
+        "far": list(job.far) if is_amd(architecture) else [],
         "tile": "x".join(map(str, blocks)),
         "warps": job.shape.warps,
         "stages": job.shape.stages,
@@ -60,6 +68,7 @@ def _entry(job: Job, architecture: str, dtype: str) -> dict[str, object]:
         **entry,
         **asdict(report),
         "resident": resident_programs(report, architecture),
+        "resident_warps": resident_warps(report, architecture),
         "refusals": refusals(job.name, report, architecture),
     }
 
@@ -75,16 +84,18 @@ def _row(entry: dict[str, object]) -> str:
         assert isinstance(value, int)
         return f"{value / 1024:.1f}"
 
-    uses, why = entry["uses"], entry["refusals"]
+    uses, far, why = entry["uses"], entry["far"], entry["refusals"]
     assert isinstance(uses, list)
+    assert isinstance(far, list)
     assert isinstance(why, list)
     seconds = entry.get("seconds", 0.0)
     cells = [
         entry["target"], entry["kernel"], entry["dtype"],
         uses[0] + (f" (+{len(uses) - 1})" if len(uses) > 1 else ""),
-        entry["tile"], f"{entry['warps']} x {entry['stages']}",
-        entry.get("registers", "-"), entry.get("spilled", "-"), kibibytes("shared"),
-        entry.get("resident", "-"), counts("tensor"), counts("asynchronous"),
+        ", ".join(far) or "-", entry["tile"], f"{entry['warps']} x {entry['stages']}",
+        entry.get("registers", "-"), entry.get("accumulators", "-"), entry.get("spilled", "-"),
+        entry.get("scalars_spilled", "-"), kibibytes("shared"), entry.get("resident", "-"),
+        entry.get("resident_warps", "-"), counts("tensor"), counts("asynchronous"),
         kibibytes("code_bytes"), f"{seconds:.1f}", "; ".join(why) or "passes",
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"

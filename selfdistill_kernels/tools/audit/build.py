@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from selfdistill_kernels.backends.triton.launch import compiler_options
+from selfdistill_kernels.backends.triton.plan import is_amd, lanes
 from selfdistill_kernels.tools.audit.record import Job
 
 SASS_BYTES = 16  # of an instruction
@@ -27,7 +28,10 @@ class Report:
     """What the compiler made of a kernel.
 
     Attributes:
-        registers: a thread's. spilled: bytes (NVIDIA) or registers (AMD) that did not fit.
+        registers: a thread's, on AMD with the accumulation registers.
+        accumulators: accumulation registers among them (AMD).
+        spilled: bytes (NVIDIA) or vector registers (AMD) that went to memory.
+        scalars_spilled: scalar registers that went to lanes of vector registers (AMD).
         shared: bytes of shared memory a program. tensor_memory: columns of a Blackwell's TMEM.
         warps: of a program.
         tensor: names and counts of tensor-core instructions. asynchronous: of copies to shared
@@ -44,31 +48,32 @@ class Report:
     asynchronous: dict[str, int]
     code_bytes: int
     seconds: float
+    accumulators: int = 0
+    scalars_spilled: int = 0
 
 
 def build(job: Job, architecture: str) -> Report:
-    """Compile for "sm_<capability>" or "gfx942".
+    """Compile for a target of judgement.LIMITS.
 
     Raises:
         Exception: whatever Triton raises when it cannot.
     """
-    amd = architecture.startswith("gfx")
-    target = (
-        GPUTarget("hip", architecture, 64)
-        if amd
-        else GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    )
-    source = ASTSource(
-        job.kernel,
-        dict(job.signature),
-        dict(job.constants),
-        {(job.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in job.aligned},
-    )
-    options = compiler_options(job.shape)
     started = time.perf_counter()
-    compiled = triton.compile(source, target=target, options=options)
+    compiled = compile_job(job, architecture)
     seconds = time.perf_counter() - started
-    return (_read_amd if amd else _read_nvidia)(compiled, job.shape.warps, seconds)
+    read = _read_amd if is_amd(architecture) else _read_nvidia
+    return read(compiled, job.shape.warps, seconds)
+
+
+def compile_job(job: Job, architecture: str) -> Any:
+    """Triton's CompiledKernel for "sm_<capability>" or an AMD GPU such as "gfx942"."""
+    target = (
+        GPUTarget("hip", architecture, lanes(architecture))
+        if is_amd(architecture)
+        else GPUTarget("cuda", int(architecture.removeprefix("sm_")), lanes(architecture))
+    )
+    source = ASTSource(job.kernel, dict(job.signature), dict(job.constants), job.attributes)
+    return triton.compile(source, target=target, options=compiler_options(job.shape))
 
 
 def _read_nvidia(compiled: Any, warps: int, seconds: float) -> Report:
@@ -100,7 +105,9 @@ def _read_amd(compiled: Any, warps: int, seconds: float) -> Report:
 
     return Report(
         registers=value(r"\.vgpr_count"),
-        spilled=value(r"\.vgpr_spill_count"),  # scalars spill to lanes of vector registers
+        accumulators=value(r"\.agpr_count"),
+        spilled=value(r"\.vgpr_spill_count"),
+        scalars_spilled=value(r"\.sgpr_spill_count"),
         shared=compiled.metadata.shared,
         tensor_memory=0,
         warps=warps,

@@ -47,8 +47,13 @@ LIMITS = {
         99 * KIBIBYTE, 100 * KIBIBYTE, KIBIBYTE, 65536, 48, 32, "HMMA", "UTMALDG"
     ),
     "gfx942": Limits(64 * KIBIBYTE, 64 * KIBIBYTE, 0, 4 * 512 * 64, 32, 64, "v_mfma", None),
+    "gfx950": Limits(160 * KIBIBYTE, 160 * KIBIBYTE, 0, 4 * 512 * 64, 32, 64, "v_mfma", None),
 }  # fmt: skip
 TENSOR_MEMORY_COLUMNS = 512
+# Two for each of four schedulers (AMD's SIMDs): where there is one, nothing runs while it waits.
+LEAST_WARPS = 8
+# A scalar that does not fit goes to a lane of a vector register; that many take four of them.
+MOST_SCALARS_SPILLED = 256
 
 
 def refusals(kernel: str, report: Report, architecture: str) -> list[str]:
@@ -59,7 +64,12 @@ def refusals(kernel: str, report: Report, architecture: str) -> list[str]:
         reasons.append(f"spills {report.spilled}")
     if report.shared > limits.shared:
         reasons.append(f"shared memory {report.shared} over the limit of {limits.shared}")
+    if report.scalars_spilled > MOST_SCALARS_SPILLED:
+        reasons.append(f"spills {report.scalars_spilled} scalars")
     if kernel in GEMM_KERNELS:
+        warps = resident_warps(report, architecture)
+        if warps < LEAST_WARPS:
+            reasons.append(f"only {warps} warps fit a multiprocessor")
         if not report.tensor.get(limits.tensor_core):
             reasons.append(f"no {limits.tensor_core}")
         if limits.asynchronous and not report.asynchronous.get(limits.asynchronous):
@@ -78,3 +88,8 @@ def resident_programs(report: Report, architecture: str) -> int:
     if report.tensor_memory:
         bounds.append(TENSOR_MEMORY_COLUMNS // report.tensor_memory)
     return min(bounds)
+
+
+def resident_warps(report: Report, architecture: str) -> int:
+    """Warps that a multiprocessor holds at a time: the occupancy."""
+    return resident_programs(report, architecture) * report.warps

@@ -15,21 +15,26 @@ from selfdistill_kernels.advantage import Gate
 from selfdistill_kernels.backends.interface import LinearInputs, Needs
 from selfdistill_kernels.backends.triton import TritonBackend
 from selfdistill_kernels.backends.triton.launch import Shape, compiler_options
-from selfdistill_kernels.backends.triton.plan import MEBIBYTE, Machine
+from selfdistill_kernels.backends.triton.plan import MEBIBYTE, Machine, is_amd
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import DIVERGENCES, Objective
 
-# Multiprocessors and L2 of A100, H100 SXM, B200, RTX 5090 and MI300X; they decide grids, not code.
+# Multiprocessors and cache of A100, H100 SXM, B200, RTX 5090, MI300X and MI350X; they decide grids,
+# not code.
 MACHINES = {
     "sm_80": Machine("sm_80", 108, 20 * MEBIBYTE, descriptors=False),
     "sm_90": Machine("sm_90", 132, 25 * MEBIBYTE, descriptors=True),
     "sm_100": Machine("sm_100", 148, 63 * MEBIBYTE, descriptors=True),
     "sm_120": Machine("sm_120", 170, 48 * MEBIBYTE, descriptors=True),
     "gfx942": Machine("gfx942", 304, 128 * MEBIBYTE, descriptors=False),
+    "gfx950": Machine("gfx950", 256, 128 * MEBIBYTE, descriptors=False),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 HIDDEN_SIZES = (1024, 2048, 4096, 8192)
 TOKENS, VOCABULARY = 8192, 151_936
+# Triton tells AMD's compiler which tensors lie in storage that 32-bit offsets reach: those are read
+# through buffer instructions, which check bounds, and others by 64-bit addresses.
+POINTER_RANGE_BYTES = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class Job:
         signature: type of each argument, "constexpr" for constants.
         constants: their values.
         aligned: arguments that are multiples of 16.
+        near: tensors that 32-bit offsets reach (AMD only).
         shape: compiler options.
         uses: the problems that launch it.
     """
@@ -100,6 +106,7 @@ class Job:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[str, ...]
+    near: tuple[str, ...]
     shape: Shape
     uses: tuple[str, ...] = ()
 
@@ -112,7 +119,28 @@ class Job:
     def key(self) -> tuple[Any, ...]:
         """What makes two jobs the same code."""
         options = tuple(compiler_options(self.shape).items())
-        return self.name, self.signature, self.constants, self.aligned, options
+        return self.name, self.signature, self.constants, self.aligned, self.near, options
+
+    @property
+    def far(self) -> tuple[str, ...]:
+        """Tensors that 32-bit offsets do not reach, or that nothing says so of."""
+        return tuple(
+            name for name, kind in self.signature if kind.startswith("*") and name not in self.near
+        )
+
+    @property
+    def attributes(self) -> dict[tuple[int], list[list[Any]]]:
+        """What Triton's compiler is told of each argument, by its position."""
+        found: dict[tuple[int], list[list[Any]]] = {}
+        for number, (name, _) in enumerate(self.signature):
+            told: list[list[Any]] = []
+            if name in self.aligned:
+                told.append(["tt.divisibility", 16])
+            if name in self.near:
+                told.append(["tt.pointer_range", 32])
+            if told:
+                found[(number,)] = told
+        return found
 
 
 def jobs(
@@ -163,7 +191,7 @@ def _launches(machine: Machine, dtype: torch.dtype, hidden: int, variant: Varian
         arguments: Mapping[str, Any],
         constants: Mapping[str, Any],
     ) -> None:
-        recorded.append(_job(kernel, shape, arguments, constants))
+        recorded.append(job_of(kernel, shape, arguments, constants, machine.architecture))
 
     backend = TritonBackend(machine, record)
     inputs = _inputs(dtype, hidden, variant)
@@ -210,21 +238,40 @@ def _inputs(dtype: torch.dtype, hidden: int, variant: Variant) -> LinearInputs:
     )
 
 
-def _job(
-    kernel: Any, shape: Shape, arguments: Mapping[str, Any], constants: Mapping[str, Any]
+def job_of(
+    kernel: Any,
+    shape: Shape,
+    arguments: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    architecture: str,
 ) -> Job:
-    """The specialisation that Triton's launcher would make of these arguments."""
+    """The specialisation that Triton's launcher would make of these arguments on a GPU.
+
+    A test holds it to the launcher's own rule (tests/aot/test_launches.py).
+    """
     given = {**arguments, **constants}
-    signature, values, aligned = [], [], []
+    signature, values, aligned, near = [], [], [], []
     for parameter in kernel.params:
         name, value = parameter.name, given[parameter.name]
-        number = isinstance(value, int) and not parameter.do_not_specialize
-        one = number and not isinstance(value, bool) and value == 1
-        if parameter.is_constexpr or value is None or one:
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        is_number = is_number and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (is_number and value == 1):
             signature.append((name, "constexpr"))
             values.append((name, value))
             continue
         signature.append((name, mangle_type(value)))
-        if isinstance(value, Tensor) or (number and value % 16 == 0):
+        if isinstance(value, Tensor):
+            if _address(value) % 16 == 0:
+                aligned.append(name)
+            if is_amd(architecture) and value.untyped_storage().size() <= POINTER_RANGE_BYTES:
+                near.append(name)
+        elif is_number and value % 16 == 0:
             aligned.append(name)
-    return Job(kernel, tuple(signature), tuple(values), tuple(aligned), shape)
+    return Job(kernel, tuple(signature), tuple(values), tuple(aligned), tuple(near), shape)
+
+
+def _address(tensor: Tensor) -> int:
+    """Of the first element; a meta tensor is taken to lie where an allocator would put it."""
+    if tensor.device.type == "meta":
+        return int(tensor.storage_offset()) * tensor.element_size()
+    return tensor.data_ptr()

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 HEADER = (
-    "| target | dtype | kernel | variants | tiles | registers | spilled | shared KiB "
-    "| programs per SM | tensor core | asynchronous copies | code KiB | s | refused |"
+    "| target | dtype | kernel | variants | far | tiles | registers | of them AGPRs | spilled "
+    "| scalars spilled | shared KiB | programs per SM | warps per SM | tensor core "
+    "| asynchronous copies | code KiB | s | refused |"
 )
 Entry = Mapping[str, Any]
 
@@ -33,11 +34,15 @@ def _cells(group: Sequence[Entry]) -> list[str]:
     compiled = [entry for entry in group if "registers" in entry]
     return [
         str(len(group)),
+        str(sum(bool(entry["far"]) for entry in group)),
         ", ".join(dict.fromkeys(entry["tile"] for entry in group)),
         _range(entry["registers"] for entry in compiled),
+        _range(entry["accumulators"] for entry in compiled),
         str(sum(sum(_counts(entry["spilled"])) for entry in compiled)),
+        _range(entry["scalars_spilled"] for entry in compiled),
         _range(entry["shared"] / 1024 for entry in compiled),
         _range(entry["resident"] for entry in compiled),
+        _range(entry["resident_warps"] for entry in compiled),
         _instructions(compiled, "tensor"),
         _instructions(compiled, "asynchronous"),
         _range(entry["code_bytes"] / 1024 for entry in compiled),

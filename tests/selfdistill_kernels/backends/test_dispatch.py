@@ -75,6 +75,42 @@ def test_a_gpu_too_old_for_triton_is_known_before_it_runs():
         decide("triton", device="cuda", dtype=torch.float16, found=old)
 
 
+def test_an_amd_gpu_without_tiles_is_known_before_it_runs():
+    for amd in ("gfx942", "gfx950"):
+        found = replace(ALL, amd=amd)
+        assert decide("auto", device="cuda", dtype=torch.float16, found=found) == Choice("triton")
+    other = replace(ALL, amd="gfx1100")
+    ((name, reason),) = decide("auto", device="cuda", dtype=torch.float16, found=other).passed_over
+    assert name == "triton"
+    assert reason.startswith("it is for gfx942 and gfx950 among AMD's GPUs, this one is gfx1100")
+    with pytest.raises(RuntimeError, match="this one is gfx1100; use backend='auto'"):
+        decide("triton", device="cuda", dtype=torch.float16, found=other)
+
+
+def test_an_amd_gpus_machine_is_its_own(monkeypatch):
+    pytest.importorskip("triton")
+    from selfdistill_kernels.backends.triton.plan import Machine, _machine
+
+    names = {0: "gfx942:sramecc+:xnack-", 1: "gfx950:sramecc+:xnack-", 2: "gfx90a:xnack-"}
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(
+            multi_processor_count=304, gcnArchName=names[device.index], major=9, minor=4
+        ),
+    )
+    _machine.cache_clear()
+    try:
+        assert Machine.of(torch.device("cuda", 0)).architecture == "gfx942"
+        assert Machine.of(torch.device("cuda", 1)).architecture == "gfx950"
+        with pytest.raises(RuntimeError, match="this one is gfx90a"):
+            Machine.of(torch.device("cuda", 2))
+    finally:
+        _machine.cache_clear()
+    assert registry.found_on(torch.device("cuda", 2)) == replace(found(), amd="gfx90a")
+
+
 def test_the_capability_is_that_of_the_inputs_gpu(monkeypatch):
     asked = []
 
