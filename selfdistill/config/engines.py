@@ -99,7 +99,8 @@ class TransformersEngineConfig(Section):
 
     name: Literal["transformers"] = "transformers"
     batch_size: PositiveInt = 256
-    """Rows sampled at once (whole groups); bounds the memory of the key/value cache."""
+    """Rows sampled at once; a waiting group enters as soon as there are places for it. Bounds the
+    memory of the key/value cache."""
 
 
 class VLLMEngineConfig(VLLMSettings):

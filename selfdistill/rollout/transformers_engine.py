@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from selfdistill.model.few_rows import few_row_products
 from selfdistill.model.parts import whole
 from selfdistill.model.randomness import evaluation_mode
 from selfdistill.rollout.engine import (
@@ -18,14 +20,18 @@ from selfdistill.rollout.engine import (
     end_token_ids,
     make_rollout,
 )
+from selfdistill.rollout.slab_cache import SlabCache
+
+_log = logging.getLogger(__name__)
 
 
 class TransformersEngine:
     """Samples from a transformers model: the one that is trained, or a copy that follows it.
 
     An own loop over the model, not `model.generate`: it reads a prompt once for its whole group,
-    stops paying for finished rows, and draws from a generator of its own for each prompt, so that
-    the same seed returns the same rollouts whatever else used random numbers in between.
+    stops paying for finished rows and gives their places to the groups that wait, and draws from a
+    generator of its own for each prompt, so that the same seed returns the same rollouts whatever
+    else used random numbers in between.
 
     Args:
         model: a causal language model whose cache is a `DynamicCache`; used in evaluation mode.
@@ -65,13 +71,9 @@ class TransformersEngine:
             params=params,
             max_length=getattr(self.model.config, "max_position_embeddings", None),
         )
-        prompts_at_once = max(1, self.batch_size // group_size)
-        groups: list[list[Rollout]] = []
-        with evaluation_mode(self.model):
-            for start in range(0, len(prompts), prompts_at_once):
-                batch = prompts[start : start + prompts_at_once]
-                groups.extend(self._sample(batch, group_size, params, first=start))
-        return groups
+        with evaluation_mode(self.model), few_row_products(self.model):
+            rollouts = self._sample(prompts, group_size, params)
+        return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
 
     @torch.no_grad()
     def sync(self, model: nn.Module) -> None:
@@ -85,80 +87,159 @@ class TransformersEngine:
 
     @torch.no_grad()
     def _sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        group_size: int,
-        params: SamplingParams,
-        *,
-        first: int,
-    ) -> list[list[Rollout]]:
-        # Each prompt is read once, and its cache is then repeated for the rows of its group.
+        self, prompts: Sequence[Sequence[int]], group_size: int, params: SamplingParams
+    ) -> list[Rollout]:
         device = self.model.device
+        # Every random number is drawn now, so that a row's depend on no other row.
+        draws = torch.cat(
+            [
+                _uniforms(params.seed + i, group_size, params.max_new_tokens)
+                for i in range(len(prompts))
+            ]
+        ).to(device)
+        eos = torch.tensor(self.eos_token_ids, device=device)
+        tokens: list[list[int]] = [[] for _ in draws]
+        logprobs: list[list[float]] = [[] for _ in draws]
+        batch = _Batch(self.model, most_rows=min(max(self.batch_size, group_size), len(draws)))
+        entered = 0
+        while entered < len(prompts) or len(batch.rows):
+            groups = min(batch.places // group_size, len(prompts) - entered)
+            if groups > 0:
+                logits = batch.enter(prompts[entered : entered + groups], group_size, first=entered)
+                entered += groups
+            else:
+                logits = batch.read(waits=entered < len(prompts))
+            # The rows that have just entered are the last ones, and the only ones to choose for.
+            rows = batch.rows[-len(logits) :]
+            taken = batch.taken[-len(logits) :]
+            chosen, scores = choose_tokens(
+                logits, temperature=params.temperature, uniforms=draws[rows, taken]
+            )
+            # One logit that is no number leaves none in its row; -inf alone is a banned token.
+            if bool((wrong := scores.isnan()).any()):
+                row = int(rows[wrong][0])
+                raise NotANumberError(prompt=row // group_size, token=len(tokens[row]))
+            for row, token, score in zip(
+                rows.tolist(), chosen.tolist(), scores.tolist(), strict=True
+            ):
+                tokens[row].append(token)
+                logprobs[row].append(score)
+            batch.take(chosen, ended=torch.isin(chosen, eos) | (taken + 1 == params.max_new_tokens))
+        return [
+            make_rollout(ids, scores, self.tokenizer, self.eos_token_ids)
+            for ids, scores in zip(tokens, logprobs, strict=True)
+        ]
+
+
+class _Batch:
+    """The rows that are sampled at once; all of them end in the cache's last slot.
+
+    Args:
+        model: in evaluation mode.
+        most_rows: there are never more.
+
+    Attributes:
+        rows: [n] the number of each row's rollout, counted through all groups of the call.
+        taken: [n] tokens that have been chosen for each row.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, most_rows: int) -> None:
+        self._model = model
+        self._most_rows = most_rows
+        self._slabs = SlabCache.supports(model.config)
+        if not self._slabs:
+            _log.info(
+                "%s remembers more than keys and values of its layers: rollouts are sampled in "
+                "batches that none joins, with a cache that is copied for every token",
+                type(model).__name__,
+            )
+        self._cache: SlabCache | DynamicCache = (
+            SlabCache(model.config) if self._slabs else DynamicCache(config=model.config)
+        )
+        self._width = 0
+        none = torch.empty(0, dtype=torch.int64, device=model.device)
+        self.rows, self.taken = none, none
+        self._lengths, self._last = none, none  # tokens that have been read; the next to read
+
+    @property
+    def places(self) -> int:
+        """Rows that may enter now."""
+        return self._most_rows - len(self.rows) if self._slabs or not len(self.rows) else 0
+
+    def enter(self, prompts: Sequence[Sequence[int]], group_size: int, *, first: int) -> Tensor:
+        """Read prompts once, as rows of their groups; return the logits, [new rows, V].
+
+        Args:
+            prompts: token ids.
+            group_size: rows of each.
+            first: number of the first group.
+        """
+        device = self._model.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         width = int(lengths.max())
         # Left padding, with a mask made from lengths: the pad id is never looked at.
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.model.config)
-        logits = self._forward(ids, mask, positions, cache).repeat_interleave(group_size, 0)
-        cache.batch_repeat_interleave(group_size)
-        mask = mask.repeat_interleave(group_size, 0)
-        position = lengths.repeat_interleave(group_size)[:, None]
+        cache = DynamicCache(config=self._model.config)
+        logits = self._forward(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
+        if isinstance(self._cache, SlabCache):
+            self._cache.enter(cache, width=width, repeats=group_size, rows=self._most_rows)
+            self._width = self._cache.width
+        else:
+            cache.batch_repeat_interleave(group_size)
+            self._cache, self._width = cache, width
+        new = torch.arange(len(prompts) * group_size, device=device)
+        self.rows = torch.cat([self.rows, new + first * group_size])
+        self.taken = torch.cat([self.taken, torch.zeros_like(new)])
+        self._lengths = torch.cat([self._lengths, lengths.repeat_interleave(group_size)])
+        return logits.repeat_interleave(group_size, 0)
 
-        # Every random number is drawn now, so that a row's depend on no other row.
-        draws = torch.cat(
-            [
-                _uniforms(params.seed + first + i, group_size, params.max_new_tokens)
-                for i in range(len(prompts))
-            ]
-        ).to(device)
-        eos = torch.tensor(self.eos_token_ids, device=device)
-        rows = torch.arange(len(prompts) * group_size, device=device)
-        tokens: list[list[int]] = [[] for _ in rows]
-        logprobs: list[list[float]] = [[] for _ in rows]
-        while True:
-            scores = torch.log_softmax(logits.float() / (params.temperature or 1.0), -1)
-            # One logit that is no number leaves none in its row; -inf alone is a banned token.
-            if bool((wrong := scores[:, 0].isnan()).any()):
-                row = int(rows[wrong][0])
-                raise NotANumberError(prompt=first + row // group_size, token=len(tokens[row]))
-            if params.temperature == 0:
-                drawn = scores.argmax(-1, keepdim=True)
-            else:
-                drawn = _inverse_cdf(scores, draws[rows, len(tokens[rows[0]])])
-            drawn_scores = scores.gather(-1, drawn)
-            for row, token, score in zip(
-                rows.tolist(), drawn[:, 0].tolist(), drawn_scores[:, 0].tolist(), strict=True
-            ):
-                tokens[row].append(token)
-                logprobs[row].append(score)
-            # Rows that have ended leave the batch and its cache.
-            alive = (~torch.isin(drawn[:, 0], eos)).nonzero()[:, 0]
-            if len(alive) == 0 or len(tokens[rows[alive[0]]]) == params.max_new_tokens:
-                break
-            if len(alive) < len(rows):
-                rows, drawn, mask, position = (t[alive] for t in (rows, drawn, mask, position))
-                cache.batch_select_indices(alive)
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], -1)
-            logits = self._forward(drawn, mask, position, cache)
-            position = position + 1
+    def read(self, *, waits: bool) -> Tensor:
+        """Read the last token of every row; return the logits, [n, V].
 
-        rollouts = [
-            make_rollout(ids, scores, self.tokenizer, self.eos_token_ids)
-            for ids, scores in zip(tokens, logprobs, strict=True)
-        ]
-        return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
+        Args:
+            waits: whether more rows will enter.
+        """
+        if isinstance(self._cache, SlabCache):
+            rows = self._most_rows if waits else len(self.rows)
+            self._cache.make_room(int(self._lengths.max()), rows=rows)
+            self._width = self._cache.width
+        positions = self._lengths[:, None]
+        slots = torch.arange(self._width + 1, device=positions.device)
+        logits = self._forward(
+            self._last[:, None], (slots >= self._width - positions).long(), positions, self._cache
+        )
+        self._lengths = self._lengths + 1
+        self._width += 1
+        return logits
+
+    def take(self, tokens: Tensor, *, ended: Tensor) -> None:
+        """Give the last rows a token each; those that have ended leave.
+
+        Args:
+            tokens: [k] of the last k rows.
+            ended: [k] bool.
+        """
+        before = len(self.rows) - len(tokens)
+        self.taken[before:] += 1
+        self._last = torch.cat([self._last[:before], tokens])
+        if not bool(ended.any()):
+            return
+        stays = torch.cat([ended.new_ones(before), ~ended])
+        # Rows from the end take the places that become free: the others need not move.
+        count = int(stays.sum())
+        order = torch.arange(count, device=stays.device)
+        order[~stays[:count]] = stays[count:].nonzero()[:, 0] + count
+        self.rows, self.taken, self._lengths, self._last = (
+            state[order] for state in (self.rows, self.taken, self._lengths, self._last)
+        )
+        self._cache.batch_select_indices(order)
 
     def _forward(
-        self,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        positions: torch.Tensor,
-        cache: DynamicCache,
-    ) -> torch.Tensor:
+        self, ids: Tensor, mask: Tensor, positions: Tensor, cache: SlabCache | DynamicCache
+    ) -> Tensor:
         """Return the logits after the last token of every row, [rows, V]."""
-        output = self.model(
+        output = self._model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
@@ -166,19 +247,39 @@ class TransformersEngine:
             use_cache=True,
             logits_to_keep=1,
         )
-        logits: torch.Tensor = output.logits[:, -1]
+        logits: Tensor = output.logits[:, -1]
         return logits
 
 
-def _uniforms(seed: int, group_size: int, length: int) -> torch.Tensor:
+def choose_tokens(logits: Tensor, *, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose one token a row.
+
+    Args:
+        logits: [n, V].
+        temperature: divides the logits; 0 takes the likeliest token.
+        uniforms: [n] float64 in [0, 1), each row's random number.
+
+    Returns:
+        [n] tokens, and [n] their log-probs (nats) at the temperature, at 1 if that is 0; NaN where
+        the logits are no numbers.
+    """
+    scores = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
+    chosen = scores.argmax(-1, keepdim=True)
+    if temperature != 0:
+        chosen = _inverse_cdf(scores, uniforms)
+    return chosen[:, 0], scores.gather(-1, chosen)[:, 0]
+
+
+def _uniforms(seed: int, group_size: int, length: int) -> Tensor:
     """Draw all random numbers of one prompt, [group_size, length] in [0, 1), on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(group_size, length, generator=generator, dtype=torch.float64)
 
 
-def _inverse_cdf(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def _inverse_cdf(logprobs: Tensor, uniform: Tensor) -> Tensor:
     """Draw one token a row: [rows, V] log-probs and [rows] numbers in [0, 1) give [rows, 1]."""
     # In float64, where the sum of a large vocabulary's tail is not lost.
     cumulated = logprobs.double().exp().cumsum(-1)
     threshold = uniform[:, None] * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, threshold, right=True)
+    # Where there are no numbers the search ends behind the last token.
+    return torch.searchsorted(cumulated, threshold, right=True).clamp(max=logprobs.shape[-1] - 1)
