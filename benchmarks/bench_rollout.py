@@ -3,12 +3,11 @@
     python -m benchmarks.bench_rollout --output runs/benchmarks
     python -m benchmarks.bench_rollout --model examples/smollm2_135m/model --prompts 4 --group 4
 
-    engine      `TransformersEngine`, with W x^T for a few rows where the machine is faster at it
-    plain       the same with x W^T, as `nn.Linear` multiplies
+    engine      `TransformersEngine`
     generate    transformers' `model.generate`, every rollout a row until the last one has ended
 
 Without a model, SmolLM2-135M with 4 of its 30 layers and random weights, whose rollouts end after
-half of the tokens in the mean. Greedy tokens of all three are compared before anything is timed.
+half of the tokens in the mean. Greedy tokens of both are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch
 from rich.console import Console
@@ -30,9 +28,7 @@ from benchmarks.environment import environment
 from benchmarks.report import Table, markdown_table, print_table
 from benchmarks.step import ModelSize
 from benchmarks.timing import clock_for, interleave
-from selfdistill.model.few_rows import few_row_products
 from selfdistill.model.folder import load_causal_lm, load_tokenizer
-from selfdistill.rollout import transformers_engine
 from selfdistill.rollout.engine import SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
@@ -83,7 +79,6 @@ def contenders(problem: RolloutProblem) -> dict[str, Sample]:
     """Functions of the temperature that return the tokens of all rollouts."""
     return {
         "engine": partial(_engine, problem),
-        "plain": partial(_plain, problem),
         "generate": partial(_generate, problem),
     }
 
@@ -92,12 +87,6 @@ def _engine(problem: RolloutProblem, temperature: float) -> list[list[int]]:
     params = SamplingParams(temperature=temperature, max_new_tokens=problem.new_tokens, seed=1)
     groups = problem.engine.generate(problem.prompts, group_size=problem.group_size, params=params)
     return [rollout.token_ids for group in groups for rollout in group]
-
-
-def _plain(problem: RolloutProblem, temperature: float) -> list[list[int]]:
-    plain = partial(few_row_products, enabled=False)
-    with mock.patch.object(transformers_engine, "few_row_products", plain):
-        return _engine(problem, temperature)
 
 
 @torch.no_grad()

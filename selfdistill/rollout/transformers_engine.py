@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from selfdistill.model.few_rows import few_row_products
 from selfdistill.model.parts import whole
 from selfdistill.model.randomness import evaluation_mode
 from selfdistill.rollout.engine import (
@@ -71,7 +70,7 @@ class TransformersEngine:
             params=params,
             max_length=getattr(self.model.config, "max_position_embeddings", None),
         )
-        with evaluation_mode(self.model), few_row_products(self.model):
+        with evaluation_mode(self.model):
             rollouts = self._sample(prompts, group_size, params)
         return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
 

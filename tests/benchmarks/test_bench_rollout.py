@@ -57,4 +57,4 @@ def test_the_command_writes_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     torch.set_num_threads(threads)
     table = (tmp_path / "rollout.md").read_text()
     assert "### 2 x 2 rollouts" in table
-    assert all(f"| {name} |" in table for name in ("engine", "plain", "generate"))
+    assert all(f"| {name} |" in table for name in ("engine", "generate"))
