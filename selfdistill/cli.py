@@ -34,7 +34,10 @@ def train(
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Show the prompts, memory and time it would take."),
+        typer.Option("--dry-run", help="Check data, prompts, memory and time; train nothing."),
+    ] = False,
+    ask_critic: Annotated[
+        bool, typer.Option("--ask-critic", help="With --dry-run: show the critic's first answer.")
     ] = False,
 ) -> None:
     """Train a solver as a YAML file says."""
@@ -46,7 +49,7 @@ def train(
     if dry_run:
         from selfdistill.planning.dry_run import dry_run as show_plan
 
-        show_plan(settings, console)
+        show_plan(settings, console, ask_critic=ask_critic)
         return
     from selfdistill.training.loop import train as run_training
 
@@ -71,7 +74,7 @@ def evaluate(
         ),
     ],
     split: Annotated[Literal["dev", "test"], typer.Option(help="Which problems.")] = "test",
-    problems: Annotated[int, typer.Option(min=1, help="How many of them.")] = 200,
+    problems: Annotated[int, typer.Option(min=1, help="At most so many of them.")] = 200,
     samples: Annotated[int, typer.Option(min=1, help="Attempts per problem: the k of @k.")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampled tokens.")] = 0,
     checkpoint: Annotated[
@@ -88,6 +91,7 @@ def evaluate(
     from selfdistill.progress import progress_bars
     from selfdistill.runlog import write_atomically
     from selfdistill.seeds import derive_seed
+    from selfdistill.tasks.build import held_out_problems
     from selfdistill.training.solver import load_solver
 
     if output is not None:
@@ -100,7 +104,7 @@ def evaluate(
         solver = load_solver(load_config(Path(model)))
     else:
         solver = load_solver(Config(model=model, output_dir=Path(".")))
-    asked, left_out = solver.with_room(solver.task.problems(split=split, count=problems))
+    asked, left_out = solver.with_room(held_out_problems(solver.task, split=split, count=problems))
     with progress_bars(console) as bars:
         bar = bars.add_task("evaluate", total=len(asked), note=split)
         attempts = solver.attempt(

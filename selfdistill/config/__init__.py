@@ -69,18 +69,23 @@ from selfdistill.config.section import (
     Section,
 )
 from selfdistill.config.tasks import (
+    ANSWER_FORMS,
     STEP_INSTRUCTION,
     ArithmeticTaskConfig,
+    Counts,
+    Cut,
     DatasetTaskConfig,
     HashedSplits,
     HubTaskConfig,
     JsonlTaskConfig,
     NamedSplits,
+    PythonTaskConfig,
     Shares,
     TaskConfig,
 )
 
 __all__ = [
+    "ANSWER_FORMS",
     "STEP_INSTRUCTION",
     "VLLM_ADAPTER_RANKS",
     "AdapterConfig",
@@ -90,7 +95,9 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "ConfigError",
+    "Counts",
     "CriticConfig",
+    "Cut",
     "DatasetTaskConfig",
     "Distillation",
     "EmaTeacherConfig",
@@ -114,6 +121,7 @@ __all__ = [
     "OptimizerConfig",
     "PeerMethod",
     "PromptConfig",
+    "PythonTaskConfig",
     "RefSolMethod",
     "ReverseKL",
     "RolloutConfig",

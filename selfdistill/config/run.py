@@ -21,6 +21,7 @@ from selfdistill.config.methods import (
 )
 from selfdistill.config.section import (
     Float,
+    InputFile,
     Int,
     JsonObject,
     NearbyName,
@@ -31,12 +32,31 @@ from selfdistill.config.section import (
 from selfdistill.config.tasks import ArithmeticTaskConfig, TaskConfig
 
 
+class Shot(Section):
+    """A solved question."""
+
+    question: str
+    """As that of a problem: the instruction follows it, too."""
+    answer: str
+    """What the model should have written."""
+
+
 class PromptConfig(Section):
     """How questions and contexts become prompts, through the tokenizer's chat template."""
 
-    chat_template: NearbyName | None = None
+    chat_template: InputFile | None = None
     """A file with the Jinja template to use instead of the tokenizer's own, which a base model does
-    not have; in a YAML file it may be relative to that file."""
+    not have."""
+    system: str | None = None
+    """A system turn before every question. It goes through the chat template as it is."""
+    few_shot: tuple[Shot, ...] = ()
+    """Turns with solved questions before every question, as the system turn."""
+    question: str | None = None
+    """A Jinja template of the question's turn, with the variables `question` and `instruction`; by
+    default the one and, after an empty line, the other."""
+    context: str | None = None
+    """A Jinja template of what the teacher sees beyond it, with the variables `kind` (critique,
+    reference, feedback) and `text`; by default the text between <kind> and </kind>."""
     date: datetime.date | None = None
     """The day that chat templates write which write one; by default that of the run's first start,
     which it keeps, so that its prompts stay the same."""
@@ -97,8 +117,8 @@ class EvaluationConfig(Section):
 
     every: PositiveInt = 15
     """Evaluate after every so many steps, and once before the first and after the last."""
-    problems: PositiveInt = 100
-    """Problems of the dev split, the same ones each time."""
+    problems: PositiveInt | Literal["all"] = 100
+    """At most so many problems of the dev split, the same ones each time."""
     samples: PositiveInt = 4
     """Attempts per problem: the k of Pass@k, Maj@k and Avg@k."""
 
@@ -114,9 +134,9 @@ class Config(Section):
     """One training run."""
 
     model: NearbyName
-    """The solver: a folder or a Hub name. In a YAML file a folder may be relative to that file."""
+    """The solver: a folder or a Hub name. This and all paths count from the YAML file."""
     output_dir: OutputPath
-    """Where metrics, checkpoints and the report go; relative to the working directory."""
+    """Where metrics, checkpoints and the report go."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in; the trained weights and the optimiser are float32 anyway."""
     adapter: AdapterConfig | None = None
@@ -190,7 +210,7 @@ class Config(Section):
                 "method.critic: the scribe writes steps of the arithmetic task only, and the task "
                 f"is {task.name}: choose another critic or another method"
             )
-        if isinstance(method, RefSolMethod) and task.reference is None:
+        if isinstance(method, RefSolMethod) and not getattr(task, "reference", "its own"):
             raise ValueError(
                 "task.reference: refsol shows the teacher the reference solutions, so name the "
                 f"field of the {task.name} data that holds them"

@@ -14,7 +14,7 @@ from selfdistill.prompts.context import TeacherContext
 from selfdistill.rollout.attempts import Attempts
 from selfdistill.rollout.engine import Rollout
 from selfdistill.rollout.spans import token_span, token_steps
-from selfdistill.tasks.interface import Problem, SteppedTask, TaskError, Verdict
+from selfdistill.tasks.interface import Problem, StepTask, TaskError, Verdict
 from selfdistill.training.distributed import ALONE, Ranks
 from selfdistill.training.solver import Solver
 
@@ -169,7 +169,7 @@ def cut_rollouts(
 def rollout_steps(solver: Solver, rollouts: Sequence[Rollout]) -> list[list[int]]:
     """Return the step of every token; see `PromptGroup.steps`."""
     task = solver.task
-    assert isinstance(task, SteppedTask)  # `build_method` refuses the others
+    assert isinstance(task, StepTask)  # `build_method` refuses the others
     return [
         token_steps(solver.tokenizer, rollout, task.step_spans(rollout.text))
         for rollout in rollouts
@@ -190,7 +190,7 @@ def render_groups(
             attempt.problem,
             group_contexts,
             [rollout.token_ids for rollout in attempt.rollouts],
-            rewards=[float(verdict.correct) for verdict in attempt.verdicts],
+            rewards=[verdict.reward for verdict in attempt.verdicts],
             old_logprobs=[rollout.logprobs for rollout in attempt.rollouts],
             steps=rollout_steps(solver, attempt.rollouts) if method.needs_steps else None,
         )

@@ -38,7 +38,7 @@ from selfdistill.training.empty_steps import describe, nothing_learned, trailing
 from selfdistill.training.gradients import StudentLoss, accumulate_gradients
 from selfdistill.training.held_out import evaluate, evaluation_is_due
 from selfdistill.training.interrupt import deferred_interrupt
-from selfdistill.training.metrics import StepMetrics, correct, tied
+from selfdistill.training.metrics import StepMetrics, rewards, tied
 from selfdistill.training.run_folder import (
     CHECKPOINTS,
     EVALUATIONS_FILE,
@@ -323,7 +323,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                 entropy=totals.per_token(totals.entropy),
                 active=totals.active / max(1, totals.tokens),
                 taught=taught,
-                reward=ranks.mean(correct(attempts)),
+                reward=ranks.mean(rewards(attempts)),
                 undecided=undecided,
                 tied=ranks.mean(tied(attempts)),
                 dropped=dropped,

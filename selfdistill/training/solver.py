@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -20,7 +20,7 @@ from selfdistill.prompts.context import ContextRenderer
 from selfdistill.rollout.attempts import Attempts, sample_attempts
 from selfdistill.rollout.engine import RolloutEngine, SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
-from selfdistill.tasks.build import build_task
+from selfdistill.tasks.build import build_task, held_out_problems
 from selfdistill.tasks.interface import Problem, Task, TaskError
 from selfdistill.training.checkpoint import fingerprint
 from selfdistill.training.state_file import digest_inputs, read_checkpoint, refuse_other
@@ -55,7 +55,7 @@ class Solver:
         self,
         *,
         split: str,
-        problems: int,
+        problems: int | Literal["all"],
         samples: int,
         seed: int,
         part: range | None = None,
@@ -70,7 +70,7 @@ class Solver:
         Raises:
             TaskError: see `with_room`.
         """
-        asked, _ = self.with_room(self.task.problems(split=split, count=problems))
+        asked, _ = self.with_room(held_out_problems(self.task, split=split, count=problems))
         part = part if part is not None else range(len(asked))
         return sample_attempts(
             self.engine,
@@ -198,12 +198,10 @@ def build_renderer(
     """
     renderer = ContextRenderer(
         tokenizer,
+        config.prompt,
         instruction=task.instruction,
         max_length=config.prompt.max_length
         or getattr(model_config, "max_position_embeddings", None),
-        student_template=config.prompt.student_template,
-        teacher_template=config.prompt.teacher_template,
-        today=config.prompt.date,
     )
     rows = model_config.get_text_config().vocab_size
     check_vocabulary(tokenizer, renderer.largest_token, rows=rows)
