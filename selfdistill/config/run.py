@@ -70,11 +70,31 @@ class PromptConfig(Section):
     """What happens to a rollout whose prompts do not fit: stop, or leave it out and count it."""
 
 
-class RolloutConfig(Section):
-    """How the student's attempts are sampled, in training and in evaluation alike."""
+class Truncation(Section):
+    """What is never sampled, at the temperature, in this order."""
+
+    min_p: Float = Field(default=0.0, ge=0, le=1)
+    """Tokens less likely than this times the likeliest; 0 keeps all."""
+    top_k: Int = Field(default=0, ge=0)
+    """All but so many of the likeliest tokens; 0 keeps all."""
+    top_p: Float = Field(default=1.0, gt=0, le=1)
+    """The least likely tokens that this share of the rest can do without; 1 keeps all."""
+
+
+class EvaluationSampling(Truncation):
+    """How evaluations sample."""
+
+    temperature: Float = Field(default=1.0, ge=0)
+    """Softmax temperature; 0 takes the likeliest token."""
+
+
+class RolloutConfig(Truncation):
+    """How the student's attempts are sampled, in evaluation too unless that says otherwise."""
 
     temperature: Float = Field(default=1.0, gt=0)
     """Softmax temperature of sampling."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end a completion, which keeps them."""
     max_new_tokens: PositiveInt = 128
     """Completions are cut off at this length."""
     engine: EngineConfig = TransformersEngineConfig()
@@ -98,10 +118,24 @@ Decay = Annotated[Float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Section):
-    """AdamW with a linear warm-up to a constant learning rate."""
+    """AdamW with a linear warm-up of the learning rate, and a schedule."""
 
     learning_rate: Float = Field(default=1e-4, gt=0)
     """The rate after warm-up."""
+    schedule: Literal[
+        "constant",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = "constant"
+    """What follows the warm-up, as transformers' `get_scheduler` has it. All but `constant` end
+    with the run, so that one that goes on cannot change `steps`."""
+    schedule_options: JsonObject = Field(default_factory=dict)
+    """More for such a schedule: {num_cycles: 3}, {min_lr_rate: 0.1} or {power: 2}."""
     betas: tuple[Decay, Decay] = (0.9, 0.99)
     """Decay of AdamW's running means of the gradient and of its square."""
     weight_decay: Float = Field(default=0.0, ge=0)
@@ -110,6 +144,12 @@ class OptimizerConfig(Section):
     """Step i of the warm-up runs at i / warmup_steps of the rate."""
     max_grad_norm: Float = Field(default=1.0, gt=0)
     """The global gradient norm is clipped to this."""
+
+    @model_validator(mode="after")
+    def _options_belong_to_a_schedule(self) -> OptimizerConfig:
+        if self.schedule == "constant" and self.schedule_options:
+            raise ValueError("schedule_options are for other schedules than constant")
+        return self
 
 
 class EvaluationConfig(Section):
@@ -121,13 +161,39 @@ class EvaluationConfig(Section):
     """At most so many problems of the dev split, the same ones each time."""
     samples: PositiveInt = 4
     """Attempts per problem: the k of Pass@k, Maj@k and Avg@k."""
+    sampling: EvaluationSampling | None = None
+    """How they are sampled; by default as in training."""
+    patience: PositiveInt | None = None
+    """Stop after so many evaluations in a row without a new best one; null takes all steps."""
 
 
 class CheckpointConfig(Section):
-    """What is kept on disk: the last finished state and the best one."""
+    """What is kept on disk: the best state and the last ones."""
 
     every: PositiveInt = 1
     """Write `last` after every so many steps; an interrupt (Ctrl-C) always writes it."""
+    keep: PositiveInt | Literal["all"] = 1
+    """How many of those written last are kept, beside the best."""
+
+
+class CompletionsConfig(Section):
+    """Rollouts with rewards, contexts and the advantage of each token; `selfdistill show` them."""
+
+    every: PositiveInt = 1
+    """Of every so many steps."""
+    max_mib: PositiveInt = 256
+    """Most MiB of the folder `completions`; the oldest steps go."""
+
+
+class TrackerConfig(Section):
+    """An experiment tracker, by its name in accelerate."""
+
+    name: str
+    """Such as tensorboard, trackio or wandb."""
+    project: str = "selfdistill"
+    """The name of the project there."""
+    options: JsonObject = Field(default_factory=dict)
+    """More arguments of the tracker, such as {name: first-try} for wandb."""
 
 
 class Config(Section):
@@ -173,6 +239,12 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    completions: CompletionsConfig | None = None
+    """Keeps what the student wrote at each step; null keeps the figures alone."""
+    trackers: tuple[TrackerConfig, ...] = ()
+    """Who gets the figures of each step beside metrics.jsonl."""
+    report: bool = True
+    """End `selfdistill train` with a page of curves and settings (report/compare.html)."""
 
     @model_validator(mode="after")
     def _importance_weights_compare_like_with_like(self) -> Config:

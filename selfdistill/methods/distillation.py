@@ -82,6 +82,7 @@ class DistillationLoss:
         mask = config.advantage_mask
         self.advantage_mask = None if mask is None else AdvantageMask(**mask.model_dump())
         self.temperature = config.temperature
+        self.needs_old_logprobs = config.importance_clip is not None
         self.sequence_mean = config.reduction == "sequence_mean"
 
     def denominator(self, group: PromptGroup) -> int:

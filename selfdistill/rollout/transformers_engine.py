@@ -17,7 +17,9 @@ from selfdistill.rollout.engine import (
     check_request,
     end_token_ids,
     make_rollout,
+    stop_place,
 )
+from selfdistill.rollout.sampling import choose, uniforms
 
 
 class TransformersEngine:
@@ -109,7 +111,7 @@ class TransformersEngine:
         # Every random number is drawn now, so that a row's depend on no other row.
         draws = torch.cat(
             [
-                _uniforms(params.seed + first + i, group_size, params.max_new_tokens)
+                uniforms(params.seed + first + i, group_size, params.max_new_tokens)
                 for i in range(len(prompts))
             ]
         ).to(device)
@@ -117,24 +119,26 @@ class TransformersEngine:
         rows = torch.arange(len(prompts) * group_size, device=device)
         tokens: list[list[int]] = [[] for _ in rows]
         logprobs: list[list[float]] = [[] for _ in rows]
+        log_kept: list[list[float]] = [[] for _ in rows]
         while True:
-            scores = torch.log_softmax(logits.float() / (params.temperature or 1.0), -1)
-            # One logit that is no number leaves none in its row; -inf alone is a banned token.
-            if bool((wrong := scores[:, 0].isnan()).any()):
-                row = int(rows[wrong][0])
+            choice = choose(logits, draws[rows, len(tokens[rows[0]])], params)
+            if bool(choice.wrong.any()):
+                row = int(rows[choice.wrong][0])
                 raise NotANumberError(prompt=first + row // group_size, token=len(tokens[row]))
-            if params.temperature == 0:
-                drawn = scores.argmax(-1, keepdim=True)
-            else:
-                drawn = _inverse_cdf(scores, draws[rows, len(tokens[rows[0]])])
-            drawn_scores = scores.gather(-1, drawn)
+            drawn = choice.tokens
             for row, token, score in zip(
-                rows.tolist(), drawn[:, 0].tolist(), drawn_scores[:, 0].tolist(), strict=True
+                rows.tolist(), drawn[:, 0].tolist(), choice.logprobs.tolist(), strict=True
             ):
                 tokens[row].append(token)
                 logprobs[row].append(score)
+            if choice.log_kept is not None:
+                for row, share in zip(rows.tolist(), choice.log_kept.tolist(), strict=True):
+                    log_kept[row].append(share)
             # Rows that have ended leave the batch and its cache.
-            alive = (~torch.isin(drawn[:, 0], eos)).nonzero()[:, 0]
+            ended = torch.isin(drawn[:, 0], eos)
+            if params.stop:
+                ended |= self._stopped([tokens[row] for row in rows.tolist()], params.stop)
+            alive = (~ended).nonzero()[:, 0]
             if len(alive) == 0 or len(tokens[rows[alive[0]]]) == params.max_new_tokens:
                 break
             if len(alive) < len(rows):
@@ -145,10 +149,29 @@ class TransformersEngine:
             position = position + 1
 
         rollouts = [
-            make_rollout(ids, scores, self.tokenizer, self.eos_token_ids)
-            for ids, scores in zip(tokens, logprobs, strict=True)
+            make_rollout(
+                ids,
+                scores,
+                self.tokenizer,
+                self.eos_token_ids,
+                stop=params.stop,
+                log_kept=kept if params.truncates else None,
+            )
+            for ids, scores, kept in zip(tokens, logprobs, log_kept, strict=True)
         ]
         return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
+
+    def _stopped(self, tokens: Sequence[list[int]], stop: Sequence[str]) -> torch.Tensor:
+        """[rows] bool, the rows whose last tokens spell a stop string."""
+        # A character has at most four tokens, of a byte each; the whole row says what the tail of a
+        # tokenizer that decodes otherwise in the middle only seems to say.
+        longest = 4 * max(map(len, stop)) + 4
+        found = [
+            stop_place(self.tokenizer, row[-longest:], stop) is not None
+            and stop_place(self.tokenizer, row, stop) is not None
+            for row in tokens
+        ]
+        return torch.tensor(found, device=self.model.device)
 
     def _forward(
         self,
@@ -168,17 +191,3 @@ class TransformersEngine:
         )
         logits: torch.Tensor = output.logits[:, -1]
         return logits
-
-
-def _uniforms(seed: int, group_size: int, length: int) -> torch.Tensor:
-    """Draw all random numbers of one prompt, [group_size, length] in [0, 1), on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(group_size, length, generator=generator, dtype=torch.float64)
-
-
-def _inverse_cdf(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Draw one token a row: [rows, V] log-probs and [rows] numbers in [0, 1) give [rows, 1]."""
-    # In float64, where the sum of a large vocabulary's tail is not lost.
-    cumulated = logprobs.double().exp().cumsum(-1)
-    threshold = uniform[:, None] * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, threshold, right=True)

@@ -32,6 +32,17 @@ def evaluation_is_due(state: TrainState, settings: EvaluationConfig, *, steps: i
     return wanted and state.evaluated_step != state.step
 
 
+def out_of_patience(state: TrainState, settings: EvaluationConfig) -> bool:
+    """Return whether too many evaluations in a row were no better than the best one.
+
+    It follows from the state alone, so a run that goes on decides as one that was never stopped.
+    """
+    if settings.patience is None or state.best_step is None or state.evaluated_step != state.step:
+        return False
+    waited = state.step // settings.every - state.best_step // settings.every
+    return waited >= settings.patience
+
+
 class _EvaluationStopped(Exception):
     """Somebody asked the run to stop in the middle of an evaluation."""
 

@@ -37,6 +37,9 @@ MAY_DIFFER = (
     "steps",
     "max_empty_steps",
     "checkpoint",
+    "completions",
+    "trackers",
+    "report",
 )
 
 # A task without end is recognised by this many of its problems.

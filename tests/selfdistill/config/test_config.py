@@ -131,8 +131,8 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str, mes
 
 
 def test_a_wrong_file_names_itself_and_every_wrong_field(tmp_path: Path) -> None:
-    path = write(tmp_path, "model: m\noutput_dir: o\nsteps: -1\nrollout: {top_k: 5}\n")
-    with pytest.raises(ConfigError, match=r"(?s)run\.yaml.*steps: .*-1.*rollout\.top_k: .*got 5"):
+    path = write(tmp_path, "model: m\noutput_dir: o\nsteps: -1\nrollout: {topk: 5}\n")
+    with pytest.raises(ConfigError, match=r"(?s)run\.yaml.*steps: .*-1.*rollout\.topk: .*got 5"):
         load_config(path)
 
 
@@ -242,3 +242,22 @@ def test_files_of_a_task_are_found_next_to_the_file(tmp_path: Path) -> None:
     config = load_config(path)
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_settings_of_the_command_line_count(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: m\noutput_dir: o\nsteps: 3\noptimizer: {learning_rate: 1e-4}\n")
+    config = load_config(
+        path, ["steps=5", "optimizer.learning_rate=1e-5", "rollout.top_p=0.9", "output_dir=../x"]
+    )
+    assert (config.steps, config.optimizer.learning_rate, config.rollout.top_p) == (5, 1e-5, 0.9)
+    assert config.output_dir == tmp_path.parent / "x"
+    for wrong, message in [
+        ("steps", r"'steps' is no setting, expected name=value"),
+        ("steps.a=1", r"steps is 3 in the file, expected a mapping"),
+        ("steps=[", r"the value is no YAML"),
+        ("steps=-1", r"steps=-1 on the command line: steps: .* greater than 0"),
+        ("optimizer.leaning_rate=1", r"command line: .*did you mean learning_rate\?"),
+        ("method.name=grop", r"method\.name=grop on the command line|method: "),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            load_config(path, [wrong])

@@ -75,9 +75,10 @@ def test_epochs_and_a_method_without_a_teacher(solver_dir: Path, tmp_path: Path)
     path.write_text(
         "".join(json.dumps({"q": f"{i} + 1", "a": i + 1}) + "\n" for i in range(10, 30))
     )
+    (tmp_path / "b.jsonl").write_text(json.dumps({"q": "1 + 1", "a": 2}) + "\n")
     task = {
         "name": "jsonl",
-        "splits": {"train": str(path)},
+        "splits": {"train": str(path), "dev": str(tmp_path / "b.jsonl")},
         "question": "q",
         "answer": "a",
         "instruction": "",

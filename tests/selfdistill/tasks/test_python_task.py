@@ -68,6 +68,19 @@ async def reward(prompts, completions, n, log_metric, *, log_extra=None, **kwarg
     assert (no.reward, no.correct, no.undecided) == (0.0, False, True)
 
 
+def test_a_reward_of_trl_is_taken_as_it_is(tmp_path: Path) -> None:
+    text = """
+from trl.rewards import think_format_reward as reward
+
+def problems():
+    return [{"prompt": [{"role": "user", "content": f"{i}?"}]} for i in range(9)]
+"""
+    task = written(tmp_path, text)
+    (problem,) = task.problems(split="train", count=1)
+    assert task.check(problem, "<think>\nso\n</think>\n4").reward == 1.0
+    assert task.check(problem, "4").reward == 0.0
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
