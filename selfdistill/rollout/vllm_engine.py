@@ -244,7 +244,7 @@ class VLLMEngine:
                 "on from the last one with --resume"
             ) from error
 
-    def _rollout(self, output: Any, stop: Sequence[str]) -> Rollout:
+    def _rollout(self, output: Any, stop: Sequence[str] = ()) -> Rollout:
         ids = list(output.token_ids)
         logprobs = [
             scores[token].logprob for token, scores in zip(ids, output.logprobs, strict=True)
