@@ -1,4 +1,4 @@
-"""The command line: selfdistill train | evaluate | filter | analyze | compare | demo | doctor."""
+"""The command line: `selfdistill --help` lists the commands."""
 
 from __future__ import annotations
 
@@ -23,18 +23,47 @@ app = typer.Typer(
 
 EXIT_INTERRUPTED = 130
 
+
+def _version(asked: bool) -> None:
+    if not asked:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        print(f"selfdistill {version('selfdistill')}")
+    except PackageNotFoundError:
+        print("selfdistill, from a clone that is not installed")
+    raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")
+    ] = False,
+) -> None:
+    """Self-distillation of language models, on one machine."""
+
+
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")]
 
 
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings in place of the file's: steps=10 method.group_size=4."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint.")
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Show the prompts, memory and time it would take."),
+        typer.Option("--dry-run", help="Check data, prompts, memory and time; train nothing."),
+    ] = False,
+    ask_critic: Annotated[
+        bool, typer.Option("--ask-critic", help="With --dry-run: show the critic's first answer.")
     ] = False,
 ) -> None:
     """Train a solver as a YAML file says."""
@@ -42,23 +71,76 @@ def train(
 
     # Of several processes (torchrun), one speaks.
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
-    settings = load_config(config)
+    run = load_config(config, settings or ())
     if dry_run:
         from selfdistill.planning.dry_run import dry_run as show_plan
 
-        show_plan(settings, console)
+        show_plan(run, console, ask_critic=ask_critic)
         return
     from selfdistill.training.loop import train as run_training
 
-    result = run_training(settings, resume=resume, console=console)
+    result = run_training(run, resume=resume, console=console)
     if result.interrupted:
         say(console, f"Stopped after step {result.step}; go on with --resume.")
         raise typer.Exit(EXIT_INTERRUPTED)
+    if result.step < run.steps:
+        say(console, f"Ended after step {result.step}: evaluation.patience is used up.")
+    measure = "mean reward" if run.task.name == "python" else f"Avg@{run.evaluation.samples}"
+    best = run.output_dir / "checkpoints" / "best"
     say(
         console,
-        f"Best held-out Avg@{settings.evaluation.samples}: {result.best_metric:.3f} at step "
-        f"{result.best_step}, in {settings.output_dir / 'checkpoints' / 'best'}",
+        f"Best held-out {measure}: {result.best_metric:.3f} at step {result.best_step}, in {best}",
     )
+    if run.report and os.environ.get("RANK", "0") == "0":
+        from selfdistill.analysis.comparison import compare as compare_runs
+        from selfdistill.analysis.comparison import read_run_curve
+        from selfdistill.analysis.report.comparison_page import write_comparison
+
+        page = write_comparison(
+            compare_runs([read_run_curve(run.output_dir)]), run.output_dir / "report"
+        )
+        say(console, f"Page: {page.resolve()}")
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="The folder of a run that keeps `completions`.")],
+    step: Annotated[int | None, typer.Option(min=1, help="Which; the last by default.")] = None,
+    rollouts: Annotated[int, typer.Option(min=1, help="At most so many.")] = 8,
+) -> None:
+    """Show what the student wrote at a step, and what the teacher thought of each token."""
+    from selfdistill.analysis.completions import read_step
+    from selfdistill.analysis.completions import show as shown
+
+    console = Console()
+    for text in shown(read_step(run, step), most=rollouts):
+        console.print(text, soft_wrap=True)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A training run's folder.")],
+    output: Annotated[Path, typer.Option(help="A new folder.")],
+    checkpoint: Annotated[Literal["best", "last"], typer.Option(help="Which weights.")] = "best",
+    form: Annotated[
+        Literal["merged", "adapter"], typer.Option(help="A whole model, or the adapter alone.")
+    ] = "merged",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, typer.Option(help="By default the run's precision.")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="Also upload it to the Hub, as owner/name (private).")
+    ] = None,
+) -> None:
+    """Write a run's weights as a folder that transformers and vLLM load, with a card."""
+    from selfdistill.export import export as write
+    from selfdistill.export import push as upload
+
+    console = Console()
+    write(run, output, checkpoint=checkpoint, form=form, dtype=dtype)
+    say(console, f"The model is in {output.resolve()}.")
+    if push is not None:
+        say(console, f"Pushed: {upload(output, push)}")
 
 
 @app.command()
@@ -71,7 +153,7 @@ def evaluate(
         ),
     ],
     split: Annotated[Literal["dev", "test"], typer.Option(help="Which problems.")] = "test",
-    problems: Annotated[int, typer.Option(min=1, help="How many of them.")] = 200,
+    problems: Annotated[int, typer.Option(min=1, help="At most so many of them.")] = 200,
     samples: Annotated[int, typer.Option(min=1, help="Attempts per problem: the k of @k.")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampled tokens.")] = 0,
     checkpoint: Annotated[
@@ -88,6 +170,7 @@ def evaluate(
     from selfdistill.progress import progress_bars
     from selfdistill.runlog import write_atomically
     from selfdistill.seeds import derive_seed
+    from selfdistill.tasks.build import held_out_problems
     from selfdistill.training.solver import load_solver
 
     if output is not None:
@@ -100,7 +183,7 @@ def evaluate(
         solver = load_solver(load_config(Path(model)))
     else:
         solver = load_solver(Config(model=model, output_dir=Path(".")))
-    asked, left_out = solver.with_room(solver.task.problems(split=split, count=problems))
+    asked, left_out = solver.with_room(held_out_problems(solver.task, split=split, count=problems))
     with progress_bars(console) as bars:
         bar = bars.add_task("evaluate", total=len(asked), note=split)
         attempts = solver.attempt(

@@ -25,10 +25,15 @@ from selfdistill.errors import UserError
 from selfdistill.places import alone_in
 from selfdistill.progress import progress_bars
 from selfdistill.rollout.attempts import Attempts, sample_attempts
-from selfdistill.rollout.engine import SamplingParams
 from selfdistill.runlog import JsonLines, write_atomically
 from selfdistill.tasks.interface import SPLITS, Problem, Task, TaskError, check_all
-from selfdistill.training.solver import Solver, load_solver, recorded_date, with_date
+from selfdistill.training.solver import (
+    Solver,
+    load_solver,
+    recorded_date,
+    sampling_params,
+    with_date,
+)
 
 # Problems between two writes of the journal: what a kill can cost.
 PORTION = 16
@@ -165,11 +170,7 @@ def _filter_problems(
                 solver.task,
                 [problem for _, problem in portion],
                 samples=settings.samples,
-                params=SamplingParams(
-                    temperature=config.rollout.temperature,
-                    max_new_tokens=config.rollout.max_new_tokens,
-                    seed=settings.seed + start,
-                ),
+                params=sampling_params(config.rollout, settings.seed + start),
             )
             solved = _solved_by_critic(solver, critic, attempts, settings)
             for (split, _), attempt in zip(portion, attempts, strict=True):

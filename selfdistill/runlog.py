@@ -8,7 +8,7 @@ import resource
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,21 @@ class JsonLines:
 
     Args:
         path: the file; it need not exist.
+
+    Attributes:
+        follower: is told every record that is added.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.follower: Callable[[dict[str, Any]], None] | None = None
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one line."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        if self.follower is not None:
+            self.follower(record)
 
     def read(self) -> list[dict[str, Any]]:
         """Return the records; a torn last line, which a killed process leaves, is left out.

@@ -64,6 +64,7 @@ ROOMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "methods": ("methods",),
         "training": ("training",),
         "filtering": ("filtering",),
+        "export": ("export",),
         "planning": ("planning",),
         "analysis": ("analysis",),
         "command line": ("cli", "__main__"),

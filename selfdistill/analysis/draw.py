@@ -9,8 +9,7 @@ from selfdistill.analysis.tokens import Place, erroneous_attempts
 from selfdistill.evaluation.intervals import Interval
 from selfdistill.evaluation.resampling import share_interval
 from selfdistill.rollout.attempts import Attempts, sample_attempts
-from selfdistill.rollout.engine import SamplingParams
-from selfdistill.training.solver import Solver
+from selfdistill.training.solver import Solver, sampling_params
 
 # Groups drawn and judged at once.
 PORTION = 16
@@ -61,10 +60,7 @@ def draw_attempts(
         seed: of the sampled tokens.
         progress: called with the number of wrong attempts so far.
     """
-    params = SamplingParams(
-        temperature=solver.config.rollout.temperature,
-        max_new_tokens=solver.config.rollout.max_new_tokens,
-    )
+    params = sampling_params(solver.config.rollout, seed)
     size = solver.task.size(split)
     count = problems if size is None else min(problems, size)
     asked, _ = solver.with_room(solver.task.problems(split=split, count=count))

@@ -7,7 +7,8 @@ without a meaning is rejected when the file is read.
     run.py       a whole run
     tasks.py, methods.py, losses.py, engines.py     its sections, by purpose
     section.py   what they are made of
-    file.py      reading and writing YAML; yaml_text.py and messages.py: lines and suggestions
+    file.py      reading and writing YAML; yaml_text.py, messages.py and overrides.py: lines,
+                 suggestions, and settings of the command line
 """
 
 from selfdistill.config.engines import (
@@ -58,29 +59,38 @@ from selfdistill.config.methods import (
 from selfdistill.config.run import (
     AdapterConfig,
     CheckpointConfig,
+    CompletionsConfig,
     Config,
     EvaluationConfig,
+    EvaluationSampling,
     OptimizerConfig,
     PromptConfig,
     RolloutConfig,
+    TrackerConfig,
+    Truncation,
 )
 from selfdistill.config.section import (
     ConfigError,
     Section,
 )
 from selfdistill.config.tasks import (
+    ANSWER_FORMS,
     STEP_INSTRUCTION,
     ArithmeticTaskConfig,
+    Counts,
+    Cut,
     DatasetTaskConfig,
     HashedSplits,
     HubTaskConfig,
     JsonlTaskConfig,
     NamedSplits,
+    PythonTaskConfig,
     Shares,
     TaskConfig,
 )
 
 __all__ = [
+    "ANSWER_FORMS",
     "STEP_INSTRUCTION",
     "VLLM_ADAPTER_RANKS",
     "AdapterConfig",
@@ -88,15 +98,19 @@ __all__ = [
     "ArithmeticTaskConfig",
     "BaseTeacherConfig",
     "CheckpointConfig",
+    "CompletionsConfig",
     "Config",
     "ConfigError",
+    "Counts",
     "CriticConfig",
+    "Cut",
     "DatasetTaskConfig",
     "Distillation",
     "EmaTeacherConfig",
     "EngineConfig",
     "EnvironmentMethod",
     "EvaluationConfig",
+    "EvaluationSampling",
     "ForwardKL",
     "GRPOMethod",
     "GeneralizedJSD",
@@ -114,6 +128,7 @@ __all__ = [
     "OptimizerConfig",
     "PeerMethod",
     "PromptConfig",
+    "PythonTaskConfig",
     "RefSolMethod",
     "ReverseKL",
     "RolloutConfig",
@@ -129,8 +144,10 @@ __all__ = [
     "TextEngine",
     "TextEngineConfig",
     "TopKConfig",
+    "TrackerConfig",
     "TransformersEngineConfig",
     "TransformersTextEngine",
+    "Truncation",
     "VLLMEngineConfig",
     "VLLMSettings",
     "VLLMTextEngine",

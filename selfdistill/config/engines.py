@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from selfdistill.config.section import Float, Int, JsonObject, NearbyName, PositiveInt, Section
+from selfdistill.config.section import (
+    Float,
+    InputFile,
+    Int,
+    JsonObject,
+    NearbyName,
+    OutputPath,
+    PositiveInt,
+    Section,
+)
 
 # Ranks that vLLM makes room for; an adapter may have any up to the last.
 VLLM_ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -34,17 +42,19 @@ class TextEngine(Section):
     """What all engines that answer prompts have in common."""
 
     model: str
-    """A folder or a Hub name; for a server, what it calls the model."""
+    """What a server calls the model."""
     max_new_tokens: PositiveInt = 4096
     """Answers are cut off at this length, think part included."""
-    cache: Path | None = None
+    cache: OutputPath | None = None
     """A folder that keeps the answers, so that nothing is asked twice; runs may share it."""
 
 
 class LocalTextEngine(TextEngine):
     """What the engines of the trainer's own process have in common."""
 
-    chat_template: NearbyName | None = None
+    model: NearbyName
+    """A folder, which counts from the YAML file, or a Hub name."""
+    chat_template: InputFile | None = None
     """A file with the Jinja template to use instead of the tokenizer's own."""
     template: JsonObject = Field(default_factory=dict)
     """More variables for the chat template, such as {enable_thinking: true}."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -13,8 +14,12 @@ from selfdistill.config.yaml_text import YAMLTextError, read_yaml
 from selfdistill.runlog import write_atomically
 
 
-def load_config(path: Path) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file.
+
+    Args:
+        path: the file.
+        overrides: settings that count instead of the file's, see `selfdistill.config.overrides`.
 
     Raises:
         OSError: the file cannot be read.
@@ -37,15 +42,23 @@ def load_config(path: Path) -> Config:
         raise ConfigError(
             f"{path} must hold a mapping of settings, got {type(document.data).__name__}"
         )
+    data = document.data
+    if overrides:
+        from selfdistill.config.overrides import override
+
+        data = override(data, overrides)
     try:
-        return Config.model_validate(document.data, context={"folder": path.parent})
+        return Config.model_validate(data, context={"folder": path.parent})
     except ValidationError as error:
         from selfdistill.config.messages import describe_error
+        from selfdistill.config.overrides import origin
 
         wrong = []
         for each in error.errors():
             line = document.line(each["loc"])
             place = f"{path}, line {line}" if line else f"{path}"
+            if assignment := origin(each["loc"], overrides):
+                place = f"{assignment} on the command line"
             wrong.append(f"{place}: {describe_error(each, Config)}")
         raise ConfigError("\n".join(wrong)) from error
 

@@ -21,6 +21,7 @@ from selfdistill.config.methods import (
 )
 from selfdistill.config.section import (
     Float,
+    InputFile,
     Int,
     JsonObject,
     NearbyName,
@@ -31,12 +32,31 @@ from selfdistill.config.section import (
 from selfdistill.config.tasks import ArithmeticTaskConfig, TaskConfig
 
 
+class Shot(Section):
+    """A solved question."""
+
+    question: str
+    """As that of a problem: the instruction follows it, too."""
+    answer: str
+    """What the model should have written."""
+
+
 class PromptConfig(Section):
     """How questions and contexts become prompts, through the tokenizer's chat template."""
 
-    chat_template: NearbyName | None = None
+    chat_template: InputFile | None = None
     """A file with the Jinja template to use instead of the tokenizer's own, which a base model does
-    not have; in a YAML file it may be relative to that file."""
+    not have."""
+    system: str | None = None
+    """A system turn before every question. It goes through the chat template as it is."""
+    few_shot: tuple[Shot, ...] = ()
+    """Turns with solved questions before every question, as the system turn."""
+    question: str | None = None
+    """A Jinja template of the question's turn, with the variables `question` and `instruction`; by
+    default the one and, after an empty line, the other."""
+    context: str | None = None
+    """A Jinja template of what the teacher sees beyond it, with the variables `kind` (critique,
+    reference, feedback) and `text`; by default the text between <kind> and </kind>."""
     date: datetime.date | None = None
     """The day that chat templates write which write one; by default that of the run's first start,
     which it keeps, so that its prompts stay the same."""
@@ -50,11 +70,31 @@ class PromptConfig(Section):
     """What happens to a rollout whose prompts do not fit: stop, or leave it out and count it."""
 
 
-class RolloutConfig(Section):
-    """How the student's attempts are sampled, in training and in evaluation alike."""
+class Truncation(Section):
+    """What is never sampled, at the temperature, in this order."""
+
+    min_p: Float = Field(default=0.0, ge=0, le=1)
+    """Tokens less likely than this times the likeliest; 0 keeps all."""
+    top_k: Int = Field(default=0, ge=0)
+    """All but so many of the likeliest tokens; 0 keeps all."""
+    top_p: Float = Field(default=1.0, gt=0, le=1)
+    """The least likely tokens that this share of the rest can do without; 1 keeps all."""
+
+
+class EvaluationSampling(Truncation):
+    """How evaluations sample."""
+
+    temperature: Float = Field(default=1.0, ge=0)
+    """Softmax temperature; 0 takes the likeliest token."""
+
+
+class RolloutConfig(Truncation):
+    """How the student's attempts are sampled, in evaluation too unless that says otherwise."""
 
     temperature: Float = Field(default=1.0, gt=0)
     """Softmax temperature of sampling."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end a completion, which keeps them."""
     max_new_tokens: PositiveInt = 128
     """Completions are cut off at this length."""
     engine: EngineConfig = TransformersEngineConfig()
@@ -78,10 +118,24 @@ Decay = Annotated[Float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Section):
-    """AdamW with a linear warm-up to a constant learning rate."""
+    """AdamW with a linear warm-up of the learning rate, and a schedule."""
 
     learning_rate: Float = Field(default=1e-4, gt=0)
     """The rate after warm-up."""
+    schedule: Literal[
+        "constant",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = "constant"
+    """What follows the warm-up, as transformers' `get_scheduler` has it. All but `constant` end
+    with the run, so that one that goes on cannot change `steps`."""
+    schedule_options: JsonObject = Field(default_factory=dict)
+    """More for such a schedule: {num_cycles: 3}, {min_lr_rate: 0.1} or {power: 2}."""
     betas: tuple[Decay, Decay] = (0.9, 0.99)
     """Decay of AdamW's running means of the gradient and of its square."""
     weight_decay: Float = Field(default=0.0, ge=0)
@@ -91,32 +145,64 @@ class OptimizerConfig(Section):
     max_grad_norm: Float = Field(default=1.0, gt=0)
     """The global gradient norm is clipped to this."""
 
+    @model_validator(mode="after")
+    def _options_belong_to_a_schedule(self) -> OptimizerConfig:
+        if self.schedule == "constant" and self.schedule_options:
+            raise ValueError("schedule_options are for other schedules than constant")
+        return self
+
 
 class EvaluationConfig(Section):
     """Held-out evaluation during training; the best checkpoint is chosen by its Avg@k."""
 
     every: PositiveInt = 15
     """Evaluate after every so many steps, and once before the first and after the last."""
-    problems: PositiveInt = 100
-    """Problems of the dev split, the same ones each time."""
+    problems: PositiveInt | Literal["all"] = 100
+    """At most so many problems of the dev split, the same ones each time."""
     samples: PositiveInt = 4
     """Attempts per problem: the k of Pass@k, Maj@k and Avg@k."""
+    sampling: EvaluationSampling | None = None
+    """How they are sampled; by default as in training."""
+    patience: PositiveInt | None = None
+    """Stop after so many evaluations in a row without a new best one; null takes all steps."""
 
 
 class CheckpointConfig(Section):
-    """What is kept on disk: the last finished state and the best one."""
+    """What is kept on disk: the best state and the last ones."""
 
     every: PositiveInt = 1
     """Write `last` after every so many steps; an interrupt (Ctrl-C) always writes it."""
+    keep: PositiveInt | Literal["all"] = 1
+    """How many of those written last are kept, beside the best."""
+
+
+class CompletionsConfig(Section):
+    """Rollouts with rewards, contexts and the advantage of each token; `selfdistill show` them."""
+
+    every: PositiveInt = 1
+    """Of every so many steps."""
+    max_mib: PositiveInt = 256
+    """Most MiB of the folder `completions`; the oldest steps go."""
+
+
+class TrackerConfig(Section):
+    """An experiment tracker, by its name in accelerate."""
+
+    name: str
+    """Such as tensorboard, trackio or wandb."""
+    project: str = "selfdistill"
+    """The name of the project there."""
+    options: JsonObject = Field(default_factory=dict)
+    """More arguments of the tracker, such as {name: first-try} for wandb."""
 
 
 class Config(Section):
     """One training run."""
 
     model: NearbyName
-    """The solver: a folder or a Hub name. In a YAML file a folder may be relative to that file."""
+    """The solver: a folder or a Hub name. This and all paths count from the YAML file."""
     output_dir: OutputPath
-    """Where metrics, checkpoints and the report go; relative to the working directory."""
+    """Where metrics, checkpoints and the report go."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in; the trained weights and the optimiser are float32 anyway."""
     adapter: AdapterConfig | None = None
@@ -153,6 +239,12 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    completions: CompletionsConfig | None = None
+    """Keeps what the student wrote at each step; null keeps the figures alone."""
+    trackers: tuple[TrackerConfig, ...] = ()
+    """Who gets the figures of each step beside metrics.jsonl."""
+    report: bool = True
+    """End `selfdistill train` with a page of curves and settings (report/compare.html)."""
 
     @model_validator(mode="after")
     def _importance_weights_compare_like_with_like(self) -> Config:
@@ -190,7 +282,7 @@ class Config(Section):
                 "method.critic: the scribe writes steps of the arithmetic task only, and the task "
                 f"is {task.name}: choose another critic or another method"
             )
-        if isinstance(method, RefSolMethod) and task.reference is None:
+        if isinstance(method, RefSolMethod) and not getattr(task, "reference", "its own"):
             raise ValueError(
                 "task.reference: refsol shows the teacher the reference solutions, so name the "
                 f"field of the {task.name} data that holds them"

@@ -54,12 +54,23 @@ PositiveInt = Annotated[Int, Field(gt=0)]
 Rate = Annotated[Float, Field(ge=0, le=1)]
 
 
-def _next_to_file(name: str, info: ValidationInfo) -> str:
+def _absolute(path: str, info: ValidationInfo) -> str:
+    """Return a path that counts from the YAML file; one of Python counts from where it runs."""
+    folder: Path | None = (info.context or {}).get("folder")
+    return str(Path(folder or ".", path).resolve())
+
+
+def _nearby(name: str, info: ValidationInfo) -> str:
     """Return the path of a name that exists beside the YAML file, any other name unchanged."""
-    folder = (info.context or {}).get("folder")
-    if folder is None or not (folder / name).exists():
-        return name
-    return str((folder / name).resolve())
+    path = _absolute(name, info)
+    if Path(path).exists() or name.startswith((".", "/")):
+        return path
+    if Path(name).exists():
+        raise ValueError(
+            f"paths count from the YAML file, and there is no {path}, but {Path(name).absolute()} "
+            "is there: write the path as it is from the file"
+        )
+    return name
 
 
 def _a_path(name: str) -> str:
@@ -68,11 +79,18 @@ def _a_path(name: str) -> str:
     return name
 
 
-NearbyName = Annotated[str, AfterValidator(_a_path), AfterValidator(_next_to_file)]
+# What may also be a name on the Hub: a path where there is one beside the YAML file.
+NearbyName = Annotated[str, AfterValidator(_a_path), AfterValidator(_nearby)]
+
+
+# A file that is read.
+InputFile = Annotated[str, AfterValidator(_a_path), AfterValidator(_absolute)]
 
 
 OutputPath = Annotated[
-    Path, BeforeValidator(lambda path: _a_path(path) if isinstance(path, str) else path)
+    Path,
+    BeforeValidator(lambda path: _a_path(path) if isinstance(path, str) else path),
+    AfterValidator(lambda path, info: Path(_absolute(str(path), info))),
 ]
 
 

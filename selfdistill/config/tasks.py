@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from selfdistill.config.section import Float, Int, NearbyName, PositiveInt, Rate, Section
+from selfdistill.config.section import (
+    Float,
+    InputFile,
+    Int,
+    NearbyName,
+    PositiveInt,
+    Rate,
+    Section,
+)
 
 # In the format that `selfdistill.tasks.steps` reads.
 STEP_INSTRUCTION = (
     "Solve this step by step. Start each step with its tag, <step_1>, <step_2> and so on, and end "
     "with the tag <answer> followed by the final answer alone."
 )
+# How responses give their final answers, as `selfdistill.tasks.final_answer` reads them.
+ANSWER_FORMS = ("tag", "boxed", "hashes", "phrase")
+
+
+def _answer_form(form: str) -> str:
+    """Refuse what is neither the name of a form nor a regular expression with one group."""
+    if form in ANSWER_FORMS:
+        return form
+    expected = f"expected {', '.join(ANSWER_FORMS)} or a regular expression with one group"
+    try:
+        groups = re.compile(form, re.MULTILINE).groups
+    except re.error as error:
+        raise ValueError(f"{expected}; this one is wrong: {error}") from error
+    if groups != 1:
+        raise ValueError(f"{expected}, the answer; this one has {groups}")
+    return form
+
+
+AnswerForms = Annotated[
+    tuple[Annotated[str, AfterValidator(_answer_form)], ...], Field(min_length=1)
+]
 
 
 class ArithmeticTaskConfig(Section):
@@ -50,6 +80,32 @@ class Shares(Section):
         return self
 
 
+class Counts(Section):
+    """How large the splits are, in problems; the hashes of their ids decide which are in which."""
+
+    train: PositiveInt | None = None
+    """What is trained on; by default all that dev and test leave."""
+    dev: PositiveInt
+    """What chooses the checkpoint."""
+    test: Int = Field(default=0, ge=0)
+    """What is only looked at in the end."""
+
+
+class Cut(Section):
+    """How problems that come together are cut into splits."""
+
+    shares: Shares = Shares()
+    """By shares: where a problem belongs does not depend on the others."""
+    counts: Counts | None = None
+    """By exact numbers, instead of shares."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Cut:
+        if self.counts is not None and "shares" in self.model_fields_set:
+            raise ValueError("give shares or counts, not both")
+        return self
+
+
 Source = TypeVar("Source")
 
 
@@ -70,12 +126,11 @@ class NamedSplits(Section, Generic[Source]):
         return self
 
 
-class HashedSplits(Section, Generic[Source]):
+class HashedSplits(Cut, Generic[Source]):
     """One source, cut by a hash of the problems' ids."""
 
     all: Source
     """Where all problems are."""
-    shares: Shares = Shares()
 
 
 class DatasetTaskConfig(Section):
@@ -84,7 +139,10 @@ class DatasetTaskConfig(Section):
     question: str = "question"
     """The field that holds the question."""
     answer: str = "answer"
-    """The field that holds the final answer, alone."""
+    """The field that holds the final answer."""
+    answer_is: Literal["alone", "in_solution"] = "alone"
+    """Whether that field holds the answer alone, or a solution whose final answer is read as that
+    of a response is (GSM8K's ends in `#### 18`)."""
     reference: str | None = None
     """The field that holds a complete solution; only what shows it to the teacher needs one."""
     id: str | None = None
@@ -95,6 +153,10 @@ class DatasetTaskConfig(Section):
     """Reads at most so many distinct problems from each source."""
     instruction: str = STEP_INSTRUCTION
     """Said after each question, to student and teacher alike: how to write steps and answer."""
+    answer_forms: AnswerForms = ANSWER_FORMS
+    """How a response gives its answer: the first of these that it has counts, and of several the
+    last. `tag` (<answer> 42), `boxed`, `hashes` (#### 42), `phrase` (the answer is 42), or a
+    regular expression with one group."""
     checker: Literal["auto", "math-verify", "plain"] = "auto"
     """Compares answers: math-verify, or plain numbers and strings; auto takes what is there."""
     checker_seconds: Float = Field(default=60.0, gt=0, allow_inf_nan=False)
@@ -107,9 +169,8 @@ class JsonlTaskConfig(DatasetTaskConfig):
     """Problems in files with one JSON object a line."""
 
     name: Literal["jsonl"] = "jsonl"
-    splits: NamedSplits[NearbyName] | HashedSplits[NearbyName]
-    """The files, one for each split (train, dev, test) or one for `all`; in a YAML file they may be
-    relative to that file."""
+    splits: NamedSplits[InputFile] | HashedSplits[InputFile]
+    """The files, one for each split (train, dev, test) or one for `all`."""
 
 
 class HubTaskConfig(DatasetTaskConfig):
@@ -129,11 +190,28 @@ class HubTaskConfig(DatasetTaskConfig):
     """Splits of the data set: one for each of train, dev, test, or one for `all`."""
 
 
+class PythonTaskConfig(Cut):
+    """Problems and a reward in a Python file of your own; see docs/your-own-task.md."""
+
+    name: Literal["python"] = "python"
+    file: InputFile
+    """The file. It is run as a program is: name only files that you trust."""
+    correct_from: Float = 1.0
+    """Rewards from this on count as right, in Pass@k, Maj@k and Avg@k and for `peer`."""
+    instruction: str = ""
+    """Said after each question, to student and teacher alike."""
+    answer_forms: AnswerForms = ANSWER_FORMS
+    """How a response gives its answer, for the votes of Maj@k (see the jsonl task)."""
+
+
 def _arithmetic_unless_named(task: Any) -> Any:
     return {"name": "arithmetic", **task} if isinstance(task, dict) else task
 
 
 TaskConfig = Annotated[
-    Annotated[ArithmeticTaskConfig | JsonlTaskConfig | HubTaskConfig, Field(discriminator="name")],
+    Annotated[
+        ArithmeticTaskConfig | JsonlTaskConfig | HubTaskConfig | PythonTaskConfig,
+        Field(discriminator="name"),
+    ],
     BeforeValidator(_arithmetic_unless_named),
 ]

@@ -50,6 +50,7 @@ class Evaluation:
         undecided: attempts that count as wrong because the checker ran out of time.
         too_long: problems that are not among these because their prompts leave no room for an
             answer (`prompt.too_long` is "drop").
+        mean_reward: of all attempts, of a task whose rewards are more than right or wrong.
     """
 
     split: str
@@ -64,6 +65,7 @@ class Evaluation:
     strict_means: str = "every step right"
     undecided: int = 0
     too_long: int = 0
+    mean_reward: float | None = None
 
     def to_json(self) -> str:
         """This evaluation as one line of JSON."""
@@ -107,6 +109,7 @@ def summarize(
             attempts, majorities_are_correct(task, [a.verdicts for a in attempts]), strict=True
         )
     )
+    given = [v.score for a in attempts for v in a.verdicts if v.score is not None]
     rollouts = [rollout for a in attempts for rollout in a.rollouts]
     return Evaluation(
         split=split,
@@ -121,6 +124,7 @@ def summarize(
         strict_means=task.strict_means,
         undecided=sum(v.undecided for a in attempts for v in a.verdicts),
         too_long=too_long,
+        mean_reward=sum(given) / len(given) if given else None,
     )
 
 

@@ -79,6 +79,9 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
         (f"Pass@{k}", "pass_at_k"),
     ):
         table.add_row(label, *(percent(getattr(e, metric)) for e in evaluations.values()))
+    if any(e.mean_reward is not None for e in evaluations.values()):
+        means = (e.mean_reward for e in evaluations.values())
+        table.add_row("mean reward", *(MISSING if m is None else f"{m:.3f}" for m in means))
     for label, count in (
         ("attempts undecided, count as wrong", "undecided"),
         ("problems left out, too long", "too_long"),

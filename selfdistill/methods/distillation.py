@@ -16,7 +16,7 @@ from selfdistill.model.layout import PromptGroup
 from selfdistill.model.lm_head import LMHead
 from selfdistill.model.scoring import ScoredTokens
 from selfdistill.rollout.attempts import Attempts
-from selfdistill.tasks.interface import SteppedTask, Task
+from selfdistill.tasks.interface import SteppedTask, StepTask, Task
 from selfdistill_kernels import AdvantageMask, DistillationOutput, Objective
 from selfdistill_kernels.integrations import fused_head_distillation
 
@@ -41,14 +41,14 @@ def distillation_method(
     """
     mask, stops = settings.loss.advantage_mask, settings.loss.stop_after_first_wrong_step
     per_step = mask is not None and mask.per_step
-    for name, is_set in (
-        ("advantage_mask.per_step", per_step),
-        ("stop_after_first_wrong_step", stops),
+    for name, is_set, ability in (
+        ("advantage_mask.per_step", per_step, StepTask),
+        ("stop_after_first_wrong_step", stops, SteppedTask),
     ):
-        if is_set and not isinstance(task, SteppedTask):
+        if is_set and not isinstance(task, ability):
             raise ConfigError(
                 f"method.loss.{name} is set, but the task {task.name!r} does not know the steps of "
-                "a response: leave it out, or let the task implement `SteppedTask`"
+                f"a response: leave it out, or let the task implement `{ability.__name__}`"
             )
     return Method(
         settings.name,
@@ -82,6 +82,7 @@ class DistillationLoss:
         mask = config.advantage_mask
         self.advantage_mask = None if mask is None else AdvantageMask(**mask.model_dump())
         self.temperature = config.temperature
+        self.needs_old_logprobs = config.importance_clip is not None
         self.sequence_mean = config.reduction == "sequence_mean"
 
     def denominator(self, group: PromptGroup) -> int:

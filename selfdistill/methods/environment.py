@@ -10,7 +10,7 @@ from selfdistill.methods.distillation import distillation_method
 from selfdistill.methods.method import Contexts, Method
 from selfdistill.prompts.context import TeacherContext
 from selfdistill.rollout.attempts import Attempts
-from selfdistill.tasks.interface import FeedbackDetail, Problem, SteppedTask, Task, Verdict
+from selfdistill.tasks.interface import FeedbackDetail, FeedbackTask, Problem, Task, Verdict
 
 
 def environment(settings: EnvironmentMethod, task: Task) -> Method:
@@ -22,7 +22,7 @@ def feedback(task: Task, attempts: Sequence[Attempts], *, detail: FeedbackDetail
     """Return the feedback on every rollout; None where the task has nothing to say.
 
     Args:
-        task: gives the feedback in words of its own, if it knows steps (`SteppedTask`).
+        task: gives the feedback in words of its own, if it has such (`FeedbackTask`).
         attempts: judged rollouts.
         detail: "answer" tells whether the final answer is right, "step" also the first wrong step.
     """
@@ -38,7 +38,7 @@ def feedback(task: Task, attempts: Sequence[Attempts], *, detail: FeedbackDetail
 def _context(
     task: Task, problem: Problem, response: str, verdict: Verdict, detail: FeedbackDetail
 ) -> TeacherContext | None:
-    if isinstance(task, SteppedTask):
+    if isinstance(task, FeedbackTask):
         text = task.feedback(problem, response, verdict, detail=detail)
     else:
         text = plain_feedback(verdict, detail=detail)

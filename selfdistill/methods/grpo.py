@@ -67,6 +67,8 @@ class GRPOLoss:
         kl_coefficient: weight of k3; 0 needs no base model.
     """
 
+    needs_old_logprobs = True
+
     def __init__(
         self,
         *,

@@ -11,7 +11,14 @@ from selfdistill_kernels import DistillationOutput
 
 
 class Loss(Protocol):
-    """Turns scored tokens into a loss and per-token statistics."""
+    """Turns scored tokens into a loss and per-token statistics.
+
+    Attributes:
+        needs_old_logprobs: whether it compares the student with the policy that sampled. Both are
+            taken at the sampling temperature, with nothing cut off (`Rollout.policy_logprobs`).
+    """
+
+    needs_old_logprobs: bool
 
     def denominator(self, group: PromptGroup) -> int:
         """Return what a group adds to the denominator of the step's mean loss."""

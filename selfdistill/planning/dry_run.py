@@ -17,6 +17,7 @@ from selfdistill.critic.llm import SHORTEST_PROMPT
 from selfdistill.critic.textgen.local import check_room, load_critic_chat
 from selfdistill.model.folder import load_config
 from selfdistill.model.layout import common_prefix_length
+from selfdistill.planning import checks
 from selfdistill.planning.estimates import (
     ROLLOUT_RATE,
     ModelShape,
@@ -40,12 +41,13 @@ GIBIBYTE = float(1 << 30)
 NO_REFERENCE = "(what the teacher is shown beside the question stands here)"
 
 
-def dry_run(config: Config, console: Console) -> None:
+def dry_run(config: Config, console: Console, *, ask_critic: bool = False) -> None:
     """Print one student and one teacher prompt, the planned memory and the planned time.
 
     Args:
         config: the run; its task is read, of its model only the tokenizer and the config.
         console: where to print; without colours, marks in the text say what is shared.
+        ask_critic: load or call a language model that is the critic, and show its first answer.
 
     Raises:
         UnusableModelError: the tokenizer or the model's config cannot be had or used.
@@ -100,8 +102,18 @@ def dry_run(config: Config, console: Console) -> None:
         f"\nOf {len(problems)} training problems the student prompt has "
         f"{statistics.mean(map(len, students)):.0f} tokens on average, {max(map(len, students))} "
         f"at most; {too_long} leave no room for {room} new tokens (prompt.too_long: "
-        f"{config.prompt.too_long}).\n"
+        f"{config.prompt.too_long})."
     )
+    # What a run would find out after minutes.
+    for line in (
+        checks.split_sizes(task),
+        checks.held_out(config, task, renderer),
+        checks.known_answers(task, problems),
+    ):
+        show(line)
+    if ask_critic:
+        show(checks.critics_answer(config, problems[0]))
+    show("")
     # Then what it costs: the measured lengths stand for those of the run.
     context = statistics.mean(
         len(teacher) - len(student) for student, teacher in zip(students, teachers, strict=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date, datetime, time
 from typing import Any
 
@@ -49,6 +49,8 @@ class ChatTemplate:
         variables: more variables for the template, such as {"enable_thinking": False}.
         setting: the section of the configuration that says which template, for messages.
         today: the date that the template is told where it asks for one; None: that of this day.
+        before: turns before that of the user, as (role, text). They go through the template as
+            they are: control tokens that they spell become such.
 
     Attributes:
         writes_date: whether a prompt depends on the date.
@@ -66,7 +68,9 @@ class ChatTemplate:
         *,
         setting: str = "prompt",
         today: date | None = None,
+        before: Sequence[tuple[str, str]] = (),
     ) -> None:
+        self._before = [{"role": role, "content": text} for role, text in before]
         self._today = today or date.today()
         self._tokenizer = tokenizer
         self._setting = setting
@@ -141,7 +145,7 @@ class ChatTemplate:
                 told = {_DATES: {form: day.strftime(form) for form in _forms(template)}}
                 template = f"{{% set strftime_now = {_DATES}.get %}}\n{template}"
             rendered = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": _MARK}],
+                [*self._before, {"role": "user", "content": _MARK}],
                 chat_template=template,
                 add_generation_prompt=True,
                 tokenize=False,
@@ -150,8 +154,8 @@ class ChatTemplate:
         except Exception as error:  # a template is a program of somebody else
             raise UnusableModelError(
                 f"{self._setting}: the chat template of {self._tokenizer.name_or_path!r} fails on "
-                f"a single user turn ({type(error).__name__}: {error}): give it what it asks for "
-                f"as template variables, or another one as {self._setting}.chat_template"
+                f"{_turns(self._before)} ({type(error).__name__}: {error}): give it what it asks "
+                f"for as template variables, or another one as {self._setting}.chat_template"
             ) from error
         return str(rendered)
 
@@ -208,6 +212,11 @@ class ChatTemplate:
 
     def _controls(self, ids: list[int]) -> list[int]:
         return [token for token in ids if token in self._control_ids]
+
+
+def _turns(before: Sequence[Mapping[str, str]]) -> str:
+    roles = [turn["role"] for turn in before]
+    return f"the turns {', '.join([*roles, 'user'])}" if roles else "a single user turn"
 
 
 def _forms(template: str) -> list[str]:

@@ -10,19 +10,21 @@ Both get one user turn through the tokenizer's chat template, question first:
               ...
               </critique>                                       (or <reference>, <feedback>)
 
-so their longest common token prefix is the template's head, the question and the instruction. All
-text is tokenised by `selfdistill.prompts.chat`: nothing that it says can become a control token.
+or what templates of the configuration make of these, after a system turn and solved questions where
+it has some. So their longest common token prefix is the template's head, the question and the
+instruction. All text of problems, models and critics is tokenised by `selfdistill.prompts.chat`:
+nothing that it says can become a control token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
+from selfdistill.config import PromptConfig
 from selfdistill.errors import UserError
 from selfdistill.model.layout import PromptGroup
 from selfdistill.prompts.chat import ChatTemplate
@@ -80,12 +82,10 @@ class ContextRenderer:
 
     Args:
         tokenizer: with a chat template.
+        settings: templates and their variables, turns before the question, the date. Student and
+            teacher may end differently; what they share is decided by their tokens.
         instruction: said after each question, see `selfdistill.tasks.interface.Task`.
         max_length: most tokens that a prompt and its completion may have together; None: no limit.
-        student_template: more variables for the chat template, such as {"enable_thinking": False}.
-        teacher_template: the same for the teacher. The two prompts may then end differently; what
-            they share is decided by their tokens.
-        today: the date that the chat template is told; None: that of this day.
 
     Attributes:
         max_length: the one that was given.
@@ -98,19 +98,26 @@ class ContextRenderer:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
+        settings: PromptConfig | None = None,
         *,
         instruction: str = "",
         max_length: int | None = None,
-        student_template: Mapping[str, Any] | None = None,
-        teacher_template: Mapping[str, Any] | None = None,
-        today: date | None = None,
     ) -> None:
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length is {max_length}, expected at least 1 or None")
+        settings = settings or PromptConfig()
         self._instruction = instruction
         self.max_length = max_length
-        self._student_chat = ChatTemplate(tokenizer, student_template, today=today)
-        self._teacher_chat = self._student_chat.with_variables(teacher_template)
+        self._write_question = _question_writer(settings.question)
+        self._write_context = _context_writer(settings.context)
+        before = [] if settings.system is None else [("system", settings.system)]
+        for shot in settings.few_shot:
+            question = self._write_question(question=shot.question, instruction=instruction)
+            before += [("user", question), ("assistant", shot.answer)]
+        self._student_chat = ChatTemplate(
+            tokenizer, settings.student_template, today=settings.date, before=before
+        )
+        self._teacher_chat = self._student_chat.with_variables(settings.teacher_template)
 
     @property
     def writes_date(self) -> bool:
@@ -128,7 +135,7 @@ class ContextRenderer:
 
     def teacher_prompt(self, problem: Problem, context: TeacherContext) -> list[int]:
         """Return what the student reads, with the tagged context after the instruction."""
-        block = f"<{context.kind}>\n{context.text}\n</{context.kind}>"
+        block = self._write_context(kind=context.kind, text=context.text)
         return self._teacher_chat.encode(self._question(problem), block)
 
     def leaves_room(self, problem: Problem, *, max_new_tokens: int) -> bool:
@@ -194,4 +201,21 @@ class ContextRenderer:
         return group
 
     def _question(self, problem: Problem) -> str:
-        return f"{problem.question}\n\n{self._instruction}".strip()
+        return self._write_question(question=problem.question, instruction=self._instruction)
+
+
+def _question_writer(template: str | None) -> Callable[..., str]:
+    if template is None:
+        return lambda question, instruction: f"{question}\n\n{instruction}".strip()
+    from selfdistill.prompts.templates import TextTemplate
+
+    named = TextTemplate(template, setting="prompt.question", needs="question", knows="instruction")
+    return named.render
+
+
+def _context_writer(template: str | None) -> Callable[..., str]:
+    if template is None:
+        return lambda kind, text: f"<{kind}>\n{text}\n</{kind}>"
+    from selfdistill.prompts.templates import TextTemplate
+
+    return TextTemplate(template, setting="prompt.context", needs="text", knows="kind").render

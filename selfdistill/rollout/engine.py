@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import nn
@@ -47,11 +48,22 @@ class SamplingParams:
         temperature: divides the logits; 0 takes the likeliest token.
         max_new_tokens: length limit.
         seed: of this call.
+        top_k, top_p, min_p: what is never sampled, see `selfdistill.rollout.sampling.truncate`.
+        stop: texts that end a completion, which keeps them.
     """
 
     temperature: float = 1.0
     max_new_tokens: int = 256
     seed: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are never sampled."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
 
 @dataclass(frozen=True)
@@ -59,16 +71,40 @@ class Rollout:
     """One sampled completion; token ids are kept and never re-tokenised.
 
     Attributes:
-        token_ids: the completion, with its end-of-sequence token when `finished`.
-        logprobs: log-prob (nats) of each token at the sampling temperature (at 1 if that is 0).
-        text: the decoded completion; all its tokens, special ones too, but the one that ended it.
+        token_ids: the completion, with the token that ended it when `finished`.
+        logprobs: log-prob (nats) of each token under the distribution that was sampled from, with
+            what `top_k`, `top_p` and `min_p` cut off (at temperature 1 if that is 0).
+        text: the decoded completion; all its tokens, special ones too, but an end of sequence.
         finished: False when the length limit cut it off.
+        log_kept: for each token the log of what was not cut off; None where nothing was, or where
+            the engine does not say.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     text: str
     finished: bool
+    log_kept: list[float] | None = None
+
+    @property
+    def policy_logprobs(self) -> list[float]:
+        """Log-prob (nats) of each token at the sampling temperature, as if nothing was cut off.
+
+        This is what the log-probs of a loss, which cuts nothing off, are compared with: the ratio
+        of the two is 1 while the weights are those that sampled.
+        """
+        if self.log_kept is None:
+            return self.logprobs
+        return [own + kept for own, kept in zip(self.logprobs, self.log_kept, strict=True)]
+
+    def first(self, tokens: int | None) -> Rollout:
+        """Return the rollout with its first tokens only, and its whole text; None keeps all."""
+        return replace(
+            self,
+            token_ids=self.token_ids[:tokens],
+            logprobs=self.logprobs[:tokens],
+            log_kept=None if self.log_kept is None else self.log_kept[:tokens],
+        )
 
 
 class RolloutEngine(Protocol):
@@ -153,6 +189,11 @@ def check_request(
         raise ValueError(f"group_size must be at least 1, got {group_size}")
     if params.temperature < 0:
         raise ValueError(f"temperature must be at least 0, got {params.temperature}")
+    if params.top_k < 0 or not 0 < params.top_p <= 1 or not 0 <= params.min_p <= 1:
+        raise ValueError(
+            f"top_k, top_p and min_p must be at least 0, in (0, 1] and in [0, 1], got "
+            f"{params.top_k}, {params.top_p} and {params.min_p}"
+        )
     if params.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {params.max_new_tokens}")
     for index, prompt in enumerate(prompts):
@@ -196,17 +237,42 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]
     return str(text)
 
 
+def stop_place(
+    tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], stop: Sequence[str]
+) -> int | None:
+    """Return how many tokens it takes to the end of the first stop string; None without one."""
+    text = completion_text(tokenizer, token_ids)
+    ends = [text.index(each) + len(each) for each in stop if each in text]
+    if not ends:
+        return None
+    return 1 + bisect_left(
+        range(len(token_ids)),
+        min(ends),
+        key=lambda token: len(completion_text(tokenizer, token_ids[: token + 1])),
+    )
+
+
 def make_rollout(
     token_ids: list[int],
     logprobs: list[float],
     tokenizer: PreTrainedTokenizerBase,
     ends: Sequence[int],
+    *,
+    stop: Sequence[str] = (),
+    log_kept: list[float] | None = None,
 ) -> Rollout:
-    """Return a completion with its text, which leaves out nothing but the token that ended it."""
+    """Return a completion with its text, which leaves out nothing but an end-of-sequence token.
+
+    Args:
+        token_ids, logprobs, log_kept: see `Rollout`; what follows a stop string is cut off.
+        tokenizer: decodes the tokens.
+        ends: the tokens that end a completion.
+        stop: the texts that end one.
+    """
     finished = token_ids[-1] in ends
-    return Rollout(
-        token_ids=token_ids,
-        logprobs=logprobs,
-        text=completion_text(tokenizer, token_ids[:-1] if finished else token_ids),
-        finished=finished,
-    )
+    read = token_ids[:-1] if finished else token_ids
+    place = stop_place(tokenizer, read, stop) if stop else None
+    if place is not None:
+        read, finished = read[:place], True
+    text = completion_text(tokenizer, read)
+    return Rollout(token_ids, logprobs, text, finished, log_kept).first(place)

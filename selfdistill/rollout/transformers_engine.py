@@ -18,7 +18,9 @@ from selfdistill.rollout.engine import (
     check_request,
     end_token_ids,
     make_rollout,
+    stop_place,
 )
+from selfdistill.rollout.sampling import choose, uniforms
 from selfdistill.rollout.slab_cache import SlabCache
 
 _log = logging.getLogger(__name__)
@@ -92,13 +94,14 @@ class TransformersEngine:
         # Every random number is drawn now, so that a row's depend on no other row.
         draws = torch.cat(
             [
-                _uniforms(params.seed + i, group_size, params.max_new_tokens)
+                uniforms(params.seed + i, group_size, params.max_new_tokens)
                 for i in range(len(prompts))
             ]
         ).to(device)
         eos = torch.tensor(self.eos_token_ids, device=device)
         tokens: list[list[int]] = [[] for _ in draws]
         logprobs: list[list[float]] = [[] for _ in draws]
+        log_kept: list[list[float]] = [[] for _ in draws]
         batch = _Batch(self.model, most_rows=min(max(self.batch_size, group_size), len(draws)))
         entered = 0
         while entered < len(prompts) or len(batch.rows):
@@ -111,23 +114,46 @@ class TransformersEngine:
             # The rows that have just entered are the last ones, and the only ones to choose for.
             rows = batch.rows[-len(logits) :]
             taken = batch.taken[-len(logits) :]
-            chosen, scores = choose_tokens(
-                logits, temperature=params.temperature, uniforms=draws[rows, taken]
-            )
-            # One logit that is no number leaves none in its row; -inf alone is a banned token.
-            if bool((wrong := scores.isnan()).any()):
-                row = int(rows[wrong][0])
+            choice = choose(logits, draws[rows, taken], params)
+            if bool(choice.wrong.any()):
+                row = int(rows[choice.wrong][0])
                 raise NotANumberError(prompt=row // group_size, token=len(tokens[row]))
+            chosen = choice.tokens[:, 0]
             for row, token, score in zip(
-                rows.tolist(), chosen.tolist(), scores.tolist(), strict=True
+                rows.tolist(), chosen.tolist(), choice.logprobs.tolist(), strict=True
             ):
                 tokens[row].append(token)
                 logprobs[row].append(score)
-            batch.take(chosen, ended=torch.isin(chosen, eos) | (taken + 1 == params.max_new_tokens))
+            if choice.log_kept is not None:
+                for row, share in zip(rows.tolist(), choice.log_kept.tolist(), strict=True):
+                    log_kept[row].append(share)
+            ended = torch.isin(chosen, eos) | (taken + 1 == params.max_new_tokens)
+            if params.stop:
+                ended |= self._stopped([tokens[row] for row in rows.tolist()], params.stop)
+            batch.take(chosen, ended=ended)
         return [
-            make_rollout(ids, scores, self.tokenizer, self.eos_token_ids)
-            for ids, scores in zip(tokens, logprobs, strict=True)
+            make_rollout(
+                ids,
+                scores,
+                self.tokenizer,
+                self.eos_token_ids,
+                stop=params.stop,
+                log_kept=kept if params.truncates else None,
+            )
+            for ids, scores, kept in zip(tokens, logprobs, log_kept, strict=True)
         ]
+
+    def _stopped(self, tokens: Sequence[list[int]], stop: Sequence[str]) -> Tensor:
+        """[rows] bool, the rows whose last tokens spell a stop string."""
+        # A character has at most four tokens, of a byte each; the whole row says what the tail of a
+        # tokenizer that decodes otherwise in the middle only seems to say.
+        longest = 4 * max(map(len, stop)) + 4
+        found = [
+            stop_place(self.tokenizer, row[-longest:], stop) is not None
+            and stop_place(self.tokenizer, row, stop) is not None
+            for row in tokens
+        ]
+        return torch.tensor(found, device=self.model.device)
 
 
 class _Batch:
@@ -248,37 +274,3 @@ class _Batch:
         )
         logits: Tensor = output.logits[:, -1]
         return logits
-
-
-def choose_tokens(logits: Tensor, *, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose one token a row.
-
-    Args:
-        logits: [n, V].
-        temperature: divides the logits; 0 takes the likeliest token.
-        uniforms: [n] float64 in [0, 1), each row's random number.
-
-    Returns:
-        [n] tokens, and [n] their log-probs (nats) at the temperature, at 1 if that is 0; NaN where
-        the logits are no numbers.
-    """
-    scores = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
-    chosen = scores.argmax(-1, keepdim=True)
-    if temperature != 0:
-        chosen = _inverse_cdf(scores, uniforms)
-    return chosen[:, 0], scores.gather(-1, chosen)[:, 0]
-
-
-def _uniforms(seed: int, group_size: int, length: int) -> Tensor:
-    """Draw all random numbers of one prompt, [group_size, length] in [0, 1), on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(group_size, length, generator=generator, dtype=torch.float64)
-
-
-def _inverse_cdf(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one token a row: [rows, V] log-probs and [rows] numbers in [0, 1) give [rows, 1]."""
-    # In float64, where the sum of a large vocabulary's tail is not lost.
-    cumulated = logprobs.double().exp().cumsum(-1)
-    threshold = uniform[:, None] * cumulated[:, -1:]
-    # Where there are no numbers the search ends behind the last token.
-    return torch.searchsorted(cumulated, threshold, right=True).clamp(max=logprobs.shape[-1] - 1)

@@ -129,6 +129,9 @@ class VLLMEngine:
                 sampling.append(
                     vllm.SamplingParams(
                         temperature=params.temperature,
+                        top_k=params.top_k,
+                        top_p=params.top_p,
+                        min_p=params.min_p,
                         max_tokens=params.max_new_tokens,
                         seed=seeds.getrandbits(56),
                         logprobs=0,  # of the sampled token alone
@@ -138,7 +141,7 @@ class VLLMEngine:
                 )
         with self._guarded("sampling"):
             outputs = llm.generate(requests, sampling, use_tqdm=False, lora_request=self._adapter)
-            rollouts = [self._rollout(output.outputs[0]) for output in outputs]
+            rollouts = [self._rollout(output.outputs[0], params.stop) for output in outputs]
         for place, rollout in enumerate(rollouts):
             for token, logprob in enumerate(rollout.logprobs):
                 if not math.isfinite(logprob):  # vLLM goes on with some token
@@ -222,7 +225,7 @@ class VLLMEngine:
                 enable_prefix_caching=True,
                 enforce_eager=settings.enforce_eager,
                 generation_config="vllm",  # nothing is sampled otherwise than asked for
-                logprobs_mode="processed_logprobs",  # after the temperature
+                logprobs_mode="processed_logprobs",  # of what is sampled from
                 worker_extension_cls=f"{WeightSync.__module__}.{WeightSync.__qualname__}",
                 **adapter,
             )
@@ -241,9 +244,10 @@ class VLLMEngine:
                 "on from the last one with --resume"
             ) from error
 
-    def _rollout(self, output: Any) -> Rollout:
+    def _rollout(self, output: Any, stop: Sequence[str] = ()) -> Rollout:
         ids = list(output.token_ids)
         logprobs = [
             scores[token].logprob for token, scores in zip(ids, output.logprobs, strict=True)
         ]
-        return make_rollout(ids, logprobs, self.tokenizer, self.eos_token_ids)
+        # vLLM sees no text, so what it wrote behind a stop string is cut off here.
+        return make_rollout(ids, logprobs, self.tokenizer, self.eos_token_ids, stop=stop)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from selfdistill.config import (
+    ANSWER_FORMS,
     DatasetTaskConfig,
     HashedSplits,
     HubTaskConfig,
     JsonlTaskConfig,
     NamedSplits,
-    Shares,
 )
 from selfdistill.tasks.answers import AnswerChecker, build_checker, majorities
 from selfdistill.tasks.final_answer import read_answer
@@ -21,10 +19,17 @@ from selfdistill.tasks.hub import hub_rows
 from selfdistill.tasks.interface import SPLITS, Problem, TaskError, Verdict
 from selfdistill.tasks.json_lines import jsonl_rows
 from selfdistill.tasks.rows import Row
+from selfdistill.tasks.splits import (
+    ProblemList,
+    cut_problems,
+    question_id,
+    question_key,
+    refuse_overlap,
+)
 from selfdistill.tasks.steps import follows_format
 
 
-class DatasetTask:
+class DatasetTask(ProblemList):
     """Problems with final answers that can be compared (implements `Task`).
 
     Args:
@@ -34,6 +39,7 @@ class DatasetTask:
         checker: compares answers.
         checker_seconds: a limit for the answers that are compared in one call of `check_all`, or of
             `majorities`.
+        answer_forms: how responses give their answers, see `read_answer`.
     """
 
     strict_means = "in the step format"
@@ -46,40 +52,14 @@ class DatasetTask:
         instruction: str,
         checker: AnswerChecker,
         checker_seconds: float | None = None,
+        answer_forms: Sequence[str] = ANSWER_FORMS,
     ) -> None:
+        super().__init__(splits)
         self.name = name
         self.instruction = instruction
         self.checker = checker
         self.checker_seconds = checker_seconds
-        self._splits = {split: list(splits.get(split, ())) for split in SPLITS}
-
-    def size(self, split: str) -> int:
-        """Return how many problems a split has.
-
-        Raises:
-            ValueError: an unknown split.
-        """
-        if split not in self._splits:
-            raise ValueError(f"split: got {split!r}, expected one of {SPLITS}")
-        return len(self._splits[split])
-
-    def problems(self, *, split: str, count: int, seed: int = 0) -> list[Problem]:
-        """Return the first `count` problems of a split in the order that `seed` gives.
-
-        Raises:
-            TaskError: the split has fewer.
-            ValueError: an unknown split or a negative count.
-        """
-        if count < 0:
-            raise ValueError(f"count: got {count}, expected 0 or more")
-        if count > self.size(split):
-            raise TaskError(
-                f"{count} {split} problems were asked for, but the {self.name} task has "
-                f"{self.size(split)}: ask for fewer, or give it more (task.splits)"
-            )
-        order = list(self._splits[split])
-        random.Random(f"{split}/{seed}").shuffle(order)
-        return order[:count]
+        self.answer_forms = answer_forms
 
     def check(self, problem: Problem, response: str) -> Verdict:
         """Judge the final answer; the steps cannot be judged, only that they have their tags."""
@@ -87,7 +67,7 @@ class DatasetTask:
 
     def check_all(self, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:
         """Judge many responses as `check` does; `checker_seconds` limits the time for all."""
-        answers = [read_answer(response) for _, response in attempts]
+        answers = [read_answer(response, self.answer_forms) for _, response in attempts]
         pairs = [
             (problem.answer, answer)
             for (problem, _), answer in zip(attempts, answers, strict=True)
@@ -134,8 +114,8 @@ def load_dataset_task(config: JsonlTaskConfig | HubTaskConfig) -> DatasetTask:
         return read_problems(rows, config, source=source)
 
     match config.splits:
-        case HashedSplits(all=source, shares=shares):
-            splits = split_by_hash(read(source), shares)
+        case HashedSplits(all=source) as cut:
+            splits = cut_problems(read(source), cut)
         case NamedSplits() as named:
             sources = {split: getattr(named, split) for split in SPLITS}
             splits = {split: read(source) for split, source in sources.items() if source}
@@ -146,6 +126,7 @@ def load_dataset_task(config: JsonlTaskConfig | HubTaskConfig) -> DatasetTask:
         instruction=config.instruction,
         checker=build_checker(config.checker),
         checker_seconds=config.checker_seconds,
+        answer_forms=config.answer_forms,
     )
 
 
@@ -178,52 +159,19 @@ def read_problems(rows: Iterable[Row], config: DatasetTaskConfig, *, source: str
 
 def _problem(row: Row, config: DatasetTaskConfig) -> Problem:
     question = row.text(config.question, "question")
+    answer = row.text(config.answer, "answer")
+    if config.answer_is == "in_solution":
+        found = read_answer(answer, config.answer_forms)
+        if found is None:
+            raise TaskError(
+                f"{row.place}: field {config.answer!r} (task.answer) gives no final answer in one "
+                f"of the forms {', '.join(config.answer_forms)}: name its form (task.answer_forms),"
+                " or set task.answer_is: alone"
+            )
+        answer = found
     return Problem(
-        id=row.text(config.id, "id") if config.id else _digest(" ".join(question.split()))[:16],
+        id=row.text(config.id, "id") if config.id else question_id(question),
         question=question,
-        answer=row.text(config.answer, "answer"),
+        answer=answer,
         reference=row.text(config.reference, "reference") if config.reference else "",
     )
-
-
-def question_key(problem: Problem) -> str:
-    """What two problems with the same question have in common: its words."""
-    return " ".join(problem.question.split())
-
-
-def split_by_hash(problems: Iterable[Problem], shares: Shares) -> dict[str, list[Problem]]:
-    """Cut problems by the hash of their ids: where one belongs does not depend on the others."""
-    splits: dict[str, list[Problem]] = {split: [] for split in SPLITS}
-    for problem in problems:
-        place = int(_digest(problem.id)[:12], 16) / 16**12
-        if place < shares.train:
-            splits["train"].append(problem)
-        elif place < shares.train + shares.dev:
-            splits["dev"].append(problem)
-        else:
-            splits["test"].append(problem)
-    return splits
-
-
-def refuse_overlap(splits: Mapping[str, Sequence[Problem]]) -> None:
-    """Make sure that no question is in two splits.
-
-    Raises:
-        TaskError: names two such problems.
-    """
-    seen: dict[str, tuple[str, Problem]] = {}
-    for split, problems in splits.items():
-        for problem in problems:
-            key = question_key(problem)
-            if key in seen:
-                other_split, other = seen[key]
-                raise TaskError(
-                    f"task.splits: {split} and {other_split} overlap: problem {problem.id!r} of "
-                    f"{split} asks the question of {other.id!r} of {other_split}. Remove one, or "
-                    "give one source as task.splits.all and let the hash of the ids decide"
-                )
-            seen[key] = (split, problem)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

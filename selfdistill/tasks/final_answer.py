@@ -1,17 +1,22 @@
 r"""Reads the final answer out of a response.
 
-The first of these that a response has counts, and of several of its kind the last:
+The first of these forms that a response has counts, and of several of its kind the last:
 
-1. `<answer> 42`, in any case of letters, with or without `</answer>`
-2. `\boxed{42}`
-3. a line `#### 42`
-4. "the answer is 42", "Answer: 42"
-5. "the answers are 4 and 2", "the answer would be 42", which are also said of something else
+1. tag: `<answer> 42`, in any case of letters, with or without `</answer>`
+2. boxed: `\boxed{42}`
+3. hashes: a line `#### 42`
+4. phrase: "the answer is 42", "Answer: 42"; after these "the answers are 4 and 2", "the answer
+   would be 42", which are also said of something else
+
+A configuration may choose among them, order them otherwise, or add regular expressions.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping, Sequence
+
+from selfdistill.config import ANSWER_FORMS
 
 _ANSWER_TAG = re.compile(r"<answer>", re.IGNORECASE)
 _ANSWER_END = re.compile(r"</answer>", re.IGNORECASE)
@@ -37,27 +42,49 @@ _BLOCKS = (
 )
 
 
-def read_answer(text: str) -> str | None:
+def read_answer(text: str, forms: Sequence[str] = ANSWER_FORMS) -> str | None:
     """Return the final answer of a response as it is written there, on one line.
 
     None when there is none, or nothing in it.
+
+    Args:
+        text: the response.
+        forms: what counts as an answer, see `selfdistill.config.tasks.DatasetTaskConfig`.
     """
+    for form in forms:
+        reader = _READERS.get(form)
+        answer = _read_pattern(form, text) if reader is None else reader(text)
+        if answer is not None:
+            return answer or None
+    return None
+
+
+def _read_tag(text: str) -> str | None:
+    """Return what follows the last tag, which counts even when that is nothing."""
     tag = _last(_ANSWER_TAG, text)
-    if tag is not None:
-        return read_first_statement(_ANSWER_END.split(text[tag.end() :])[0])
-    boxed = read_boxed(text)
-    if boxed is not None:
-        return boxed
+    if tag is None:
+        return None
+    return read_first_statement(_ANSWER_END.split(text[tag.end() :])[0]) or ""
+
+
+def _read_hashes(text: str) -> str | None:
     hashes = _last(_HASHES, text)
-    if hashes is not None:
-        return hashes[1].strip()
+    return None if hashes is None else hashes[1].strip()
+
+
+def _read_phrase(text: str) -> str | None:
     phrase = next(filter(None, (_last(pattern, text) for pattern in _PHRASES)), None)
     if phrase is None:
         return None
     statement = read_first_statement(text[phrase.end() :])
     if statement is None or statement.startswith((r"\[", "$$", r"\begin")):
         return statement
-    return _SENTENCE_END.split(statement)[0].strip().rstrip("*").strip() or None
+    return _SENTENCE_END.split(statement)[0].strip().rstrip("*").strip()
+
+
+def _read_pattern(pattern: str, text: str) -> str | None:
+    found = _last(re.compile(pattern, re.MULTILINE), text)
+    return None if found is None else " ".join((found[1] or "").split())
 
 
 def read_first_statement(text: str) -> str | None:
@@ -110,3 +137,11 @@ def _closing_braces(text: str) -> dict[int, int]:
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
     found = list(pattern.finditer(text))
     return found[-1] if found else None
+
+
+_READERS: Mapping[str, Callable[[str], str | None]] = {
+    "tag": _read_tag,
+    "boxed": read_boxed,
+    "hashes": _read_hashes,
+    "phrase": _read_phrase,
+}

@@ -49,6 +49,7 @@ class Verdict:
         wrong_span: character span (start, stop) of that step in the response, or None.
         complete: True when the response ends with an answer (False: it ran out of tokens).
         undecided: True when the checker ran out of time; then `correct` is False.
+        score: a reward that is more than right or wrong, from tasks that have one.
     """
 
     answer: str | None
@@ -58,6 +59,12 @@ class Verdict:
     wrong_span: tuple[int, int] | None
     complete: bool
     undecided: bool = False
+    score: float | None = None
+
+    @property
+    def reward(self) -> float:
+        """What the rollout is worth to methods that learn from rewards."""
+        return float(self.correct) if self.score is None else self.score
 
 
 class Task(Protocol):
@@ -106,15 +113,31 @@ class BatchTask(Protocol):
 
 
 @runtime_checkable
-class SteppedTask(Task, Protocol):
-    """A task that knows the steps of a response, judges each of them and can write it rightly.
-
-    A task with this gives `Verdict.first_wrong_step` and `Verdict.wrong_span`.
-    """
+class StepTask(Protocol):
+    """What a task may offer that knows where the steps of a response are."""
 
     def step_spans(self, response: str) -> list[tuple[int, int]]:
         """Return the character span (start, stop) of each step, in order, the answer included."""
         ...
+
+
+@runtime_checkable
+class FeedbackTask(Protocol):
+    """What a task may offer that has words of its own for a verdict."""
+
+    def feedback(
+        self, problem: Problem, response: str, verdict: Verdict, *, detail: FeedbackDetail
+    ) -> str:
+        """Say what the checker found; an empty text when there is nothing to say."""
+        ...
+
+
+@runtime_checkable
+class SteppedTask(Task, StepTask, FeedbackTask, Protocol):
+    """A task that knows the steps of a response, judges each of them and can write it rightly.
+
+    A task with this gives `Verdict.first_wrong_step` and `Verdict.wrong_span`.
+    """
 
     def leading_steps(self, problem: Problem, response: str) -> list[str]:
         """Return, verbatim, the right steps that a response starts with."""
@@ -122,12 +145,6 @@ class SteppedTask(Task, Protocol):
 
     def write_steps(self, problem: Problem, *, first: int, like: str) -> list[str]:
         """Write the right steps from number `first` on, and the answer, worded as in `like`."""
-        ...
-
-    def feedback(
-        self, problem: Problem, response: str, verdict: Verdict, *, detail: FeedbackDetail
-    ) -> str:
-        """Say what the checker found; an empty text when there is nothing to say."""
         ...
 
 

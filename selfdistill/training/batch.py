@@ -14,7 +14,7 @@ from selfdistill.prompts.context import TeacherContext
 from selfdistill.rollout.attempts import Attempts
 from selfdistill.rollout.engine import Rollout
 from selfdistill.rollout.spans import token_span, token_steps
-from selfdistill.tasks.interface import Problem, SteppedTask, TaskError, Verdict
+from selfdistill.tasks.interface import Problem, StepTask, TaskError, Verdict
 from selfdistill.training.distributed import ALONE, Ranks
 from selfdistill.training.solver import Solver
 
@@ -25,11 +25,13 @@ class Batch:
 
     Attributes:
         groups: tokens of questions, contexts and rollouts; empty when nothing was left.
+        attempts: the rollouts of each group, whole.
         dropped: rollouts left out because the method has no context for them.
         too_long: rollouts left out because they do not fit (`prompt.too_long` is "drop").
     """
 
     groups: list[PromptGroup]
+    attempts: list[Attempts]
     dropped: int
     too_long: int
 
@@ -62,6 +64,7 @@ def build_batch(
     cut = cut_rollouts(solver.tokenizer, kept) if method.stops_at_wrong_step else kept
     return Batch(
         render_groups(solver, method, cut, contexts),
+        list(kept),
         dropped=count_rollouts(attempts) - count_rollouts(with_context),
         too_long=count_rollouts(with_context) - count_rollouts(kept),
     )
@@ -155,10 +158,7 @@ def cut_rollouts(
 
     def cut(rollout: Rollout, verdict: Verdict) -> Rollout:
         span = token_span(tokenizer, rollout, verdict.wrong_span)
-        stop = None if span is None else span[1]
-        return replace(
-            rollout, token_ids=rollout.token_ids[:stop], logprobs=rollout.logprobs[:stop]
-        )
+        return rollout.first(None if span is None else span[1])
 
     return [
         replace(attempt, rollouts=list(map(cut, attempt.rollouts, attempt.verdicts)))
@@ -169,7 +169,7 @@ def cut_rollouts(
 def rollout_steps(solver: Solver, rollouts: Sequence[Rollout]) -> list[list[int]]:
     """Return the step of every token; see `PromptGroup.steps`."""
     task = solver.task
-    assert isinstance(task, SteppedTask)  # `build_method` refuses the others
+    assert isinstance(task, StepTask)  # `build_method` refuses the others
     return [
         token_steps(solver.tokenizer, rollout, task.step_spans(rollout.text))
         for rollout in rollouts
@@ -190,8 +190,8 @@ def render_groups(
             attempt.problem,
             group_contexts,
             [rollout.token_ids for rollout in attempt.rollouts],
-            rewards=[float(verdict.correct) for verdict in attempt.verdicts],
-            old_logprobs=[rollout.logprobs for rollout in attempt.rollouts],
+            rewards=[verdict.reward for verdict in attempt.verdicts],
+            old_logprobs=[rollout.policy_logprobs for rollout in attempt.rollouts],
             steps=rollout_steps(solver, attempt.rollouts) if method.needs_steps else None,
         )
         for attempt, group_contexts in zip(attempts, contexts, strict=True)

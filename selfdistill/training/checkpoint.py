@@ -82,10 +82,12 @@ class CheckpointStore:
 
     Args:
         directory: created when the first checkpoint is saved.
+        keep: how many of the newest checkpoints stay, beside the best one; None: all of them.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, keep: int | None = 1) -> None:
         self.directory = directory
+        self._keep = keep
 
     @property
     def last(self) -> Path:
@@ -247,11 +249,17 @@ class CheckpointStore:
         os.replace(temporary, link)
 
     def _tidy(self) -> None:
-        keep = {link.resolve() for link in (self.last, self.best) if link.is_symlink()}
-        for name in self.saved():
-            path = self.directory / name
-            if path.resolve() not in keep:
-                shutil.rmtree(path, ignore_errors=True)
+        if self._keep is None:
+            return
+        linked = {link.resolve() for link in (self.last, self.best) if link.is_symlink()}
+        others = [
+            path
+            for path in map(self.directory.joinpath, self.saved())
+            if path.resolve() not in linked
+        ]
+        # `last` is one of those that are kept.
+        for path in others[: len(others) - self._keep + 1]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def fingerprint(model: torch.nn.Module) -> str:

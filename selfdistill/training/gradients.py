@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,6 +18,8 @@ from selfdistill.model.weights import Student
 from selfdistill.training.distributed import ALONE, Ranks
 from selfdistill.training.microbatch import split_by_tokens
 from selfdistill_kernels import DistillationOutput
+
+Observer = Callable[[Sequence[PromptGroup], ScoredTokens, DistillationOutput], None]
 
 
 class StudentLoss(nn.Module):
@@ -113,6 +115,7 @@ def accumulate_gradients(
     *,
     tokens_per_pass: int,
     ranks: Ranks = ALONE,
+    observe: Observer | None = None,
 ) -> Totals:
     """Add the gradient of the step's mean loss to the student's parameters.
 
@@ -125,6 +128,7 @@ def accumulate_gradients(
         groups: all prompt groups of this rank's share of the step; none is fine.
         tokens_per_pass: most packed tokens that are scored at once.
         ranks: the processes that share the step.
+        observe: is shown the groups of each pass, their tokens and their figures.
 
     Returns:
         The totals of all ranks.
@@ -143,6 +147,8 @@ def accumulate_gradients(
     for microbatch in passes:
         total, scored, output = objective(microbatch, normalizer=denominator)
         total.backward()
+        if observe is not None:
+            observe(microbatch, scored, output)
         assert output.advantage is not None  # the loss was given the sampled tokens
         totals.tokens_read += len(scored.targets)
         totals.loss += output.loss.item()

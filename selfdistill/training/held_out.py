@@ -13,6 +13,7 @@ from selfdistill.evaluation.scores import summarize
 from selfdistill.rollout.attempts import Attempts
 from selfdistill.runlog import Clock, JsonLines
 from selfdistill.seeds import derive_seed
+from selfdistill.tasks.build import held_out_problems
 from selfdistill.training.checkpoint import TrainState
 from selfdistill.training.distributed import Ranks
 from selfdistill.training.interrupt import Interrupt
@@ -29,6 +30,17 @@ def evaluation_is_due(state: TrainState, settings: EvaluationConfig, *, steps: i
     """
     wanted = state.step % settings.every == 0 or state.step == steps
     return wanted and state.evaluated_step != state.step
+
+
+def out_of_patience(state: TrainState, settings: EvaluationConfig) -> bool:
+    """Return whether too many evaluations in a row were no better than the best one.
+
+    It follows from the state alone, so a run that goes on decides as one that was never stopped.
+    """
+    if settings.patience is None or state.best_step is None or state.evaluated_step != state.step:
+        return False
+    waited = state.step // settings.every - state.best_step // settings.every
+    return waited >= settings.patience
 
 
 class _EvaluationStopped(Exception):
@@ -63,7 +75,9 @@ def evaluate(
     """
     interrupt.doing, interrupt.step = "evaluation", state.step
     clock = Clock()
-    asked, left_out = solver.with_room(solver.task.problems(split="dev", count=settings.problems))
+    asked, left_out = solver.with_room(
+        held_out_problems(solver.task, split="dev", count=settings.problems)
+    )
     share = ranks.share(len(asked))
     bar = bars.add_task("evaluate", total=len(share), note=f"step {state.step}, dev")
 
@@ -93,7 +107,7 @@ def evaluate(
     if ranks.is_main:
         log.append({"step": state.step, "seconds": clock.seconds, **json.loads(result.to_json())})
     state = replace(state, evaluated_step=state.step)
-    value = result.avg_at_k.value
+    value = result.avg_at_k.value if result.mean_reward is None else result.mean_reward
     if state.best_metric is not None and value <= state.best_metric:
         return state
     return replace(state, best_step=state.step, best_metric=value)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -16,18 +16,18 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from selfdistill.config import Config, RolloutConfig
+from selfdistill.config import Config, OptimizerConfig
 from selfdistill.errors import UserError
 from selfdistill.model.attention import enable_prefix_sharing
-from selfdistill.model.lm_head import LMHead, find_lm_heads
+from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.parts import whole
 from selfdistill.model.randomness import enable_activation_checkpointing, refuse_random_passes
 from selfdistill.model.teacher import build_teacher
-from selfdistill.model.weights import Student, TrainedWeights
+from selfdistill.model.weights import TrainedWeights
 from selfdistill.places import alone_in
 from selfdistill.progress import progress_bars
 from selfdistill.rollout.attempts import judge
-from selfdistill.rollout.engine import Rollout, SamplingParams, sample
+from selfdistill.rollout.engine import sample
 from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
 from selfdistill.seeds import derive_seed
 from selfdistill.tasks.build import training_problems
@@ -36,9 +36,9 @@ from selfdistill.training.checkpoint import CheckpointStore, TrainState, fingerp
 from selfdistill.training.distributed import Ranks, join_ranks
 from selfdistill.training.empty_steps import describe, nothing_learned, trailing
 from selfdistill.training.gradients import StudentLoss, accumulate_gradients
-from selfdistill.training.held_out import evaluate, evaluation_is_due
+from selfdistill.training.held_out import evaluate, evaluation_is_due, out_of_patience
 from selfdistill.training.interrupt import deferred_interrupt
-from selfdistill.training.metrics import StepMetrics, correct, tied
+from selfdistill.training.metrics import StepMetrics, rewards, tied
 from selfdistill.training.run_folder import (
     CHECKPOINTS,
     EVALUATIONS_FILE,
@@ -47,8 +47,8 @@ from selfdistill.training.run_folder import (
     keep_config,
     refuse_other_run,
 )
-from selfdistill.training.solver import build_engine, keep_date, load_solver
-from selfdistill.training.state_file import digest_inputs
+from selfdistill.training.solver import build_engine, keep_date, load_solver, sampling_params
+from selfdistill.training.state_file import MAY_DIFFER, digest_inputs
 from selfdistill.visible import say
 
 
@@ -62,7 +62,8 @@ class TrainResult:
 
     Attributes:
         step: finished optimiser steps.
-        interrupted: True when it was stopped before the last step; it can be resumed.
+        interrupted: True when somebody stopped it before its end; it can be resumed. One that
+            stops by itself (`evaluation.patience`) has come to its end.
         best_step: the step with the best held-out Avg@k.
         best_metric: that Avg@k.
     """
@@ -114,7 +115,13 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
 
 
 def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
-    store = CheckpointStore(config.output_dir / CHECKPOINTS)
+    kept = config.checkpoint.keep
+    store = CheckpointStore(config.output_dir / CHECKPOINTS, keep=None if kept == "all" else kept)
+    rate_of, may_differ = warm_up(config.optimizer), {*MAY_DIFFER}
+    if config.optimizer.schedule != "constant":
+        from selfdistill.training.schedule import learning_rates
+
+        rate_of, may_differ = learning_rates(config), may_differ - {"steps"}
     # The day that prompts write comes first, because a checkpoint is compared with a configuration
     # that holds it. All ranks take that of rank 0: it may be midnight.
     day = first_day(config) or date.today()
@@ -171,6 +178,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             config=state.config,
             base_sha256=state.base_sha256,
             inputs=state.inputs,
+            may_differ=may_differ,
         )
         state = replace(found, config=state.config, inputs=state.inputs)
         solver.engine.sync(student)
@@ -181,6 +189,13 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
     if ranks.is_main:
         metrics_log.keep_until(state.step)
         evaluation_log.keep_until(-1 if state.evaluated_step is None else state.evaluated_step)
+    completions = None
+    if config.completions is not None:
+        from selfdistill.training.completions import CompletionLog
+
+        completions = CompletionLog(config.output_dir, config.completions, solver.tokenizer)
+        if ranks.is_main:
+            completions.keep_until(state.step)
     warned = False
     empty = ranks.gather(trailing(metrics_log.read()) if ranks.is_main else [])
     # Drawn for the whole run at once, so that a step has the same ones whenever it is taken.
@@ -194,6 +209,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
     with (
         deferred_interrupt(console, launched=ranks.size > 1) as interrupt,
         progress_bars(console) as bars,
+        _tracked(config, ranks, metrics_log, evaluation_log),
     ):
         evaluate_now = partial(
             evaluate,
@@ -218,8 +234,9 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             save()
             interrupt.saved = state.step
         stopping = ranks.any(interrupt.requested)
+        early = out_of_patience(state, config.evaluation)
 
-        while state.step < config.steps and not stopping:
+        while state.step < config.steps and not (stopping or early):
             step = state.step + 1
             interrupt.doing, interrupt.step = "step", step
             clock = Clock()
@@ -239,26 +256,22 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                     solver.engine,
                     prompts,
                     group_size=method.group_size,
-                    params=SamplingParams(
-                        temperature=config.rollout.temperature,
-                        max_new_tokens=config.rollout.max_new_tokens,
-                        # Problem i of the step draws from the stream of this seed + i.
-                        seed=derive_seed(config.seed, "rollout", step) + share.start,
+                    # Problem i of the step draws from the stream of this seed + i.
+                    params=sampling_params(
+                        config.rollout, derive_seed(config.seed, "rollout", step) + share.start
                     ),
                     names=[f"step {step}, problem {problem.id!r}" for problem in asked],
                 )
             # Attempts of other weights than the student's would teach the wrong thing, so they are
             # refused before anybody judges them.
-            with clock("check"):
-                disagreement = check_engine(
-                    config.rollout,
-                    step,
-                    student,
-                    lm_heads[0],
-                    prompts,
-                    groups,
-                    attention=config.attention,
-                )
+            disagreement = None
+            if config.rollout.engine.name != "transformers":
+                from selfdistill.training.engine_checks import check_engine, complete_logprobs
+
+                reading = (student, lm_heads[0], prompts, groups, config.attention)
+                with clock("check"):
+                    disagreement = check_engine(config.rollout, step, *reading)
+                    groups = complete_logprobs(config.rollout, method, *reading)
             with clock("reward"):
                 attempts = judge(solver.task, asked, groups)
             # The critic is called here, by methods that have one (methods/stepalign.py); others
@@ -273,7 +286,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                 )
             # Student and teacher score the same tokens once for each update; after the first update
             # the student is no longer the one that sampled them.
-            rate = settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
+            rate = rate_of(step)
             taught = False
             for _ in range(config.updates_per_step):
                 with clock("score"):
@@ -283,6 +296,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                         batch.groups,
                         tokens_per_pass=config.tokens_per_microbatch,
                         ranks=ranks,
+                        observe=None if completions is None else completions.observe,
                     )
                 taught = taught or totals.active > 0
                 with clock("update"):
@@ -304,6 +318,10 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             with clock("sync"):
                 solver.engine.sync(student)
 
+            if completions is not None:
+                written = ranks.gather(completions.records(attempts, contexts, batch))
+                if ranks.is_main:
+                    completions.write(step, written)
             # What each rank left out is added up on all of them; only then is the step done.
             unasked = (len(drawn) - len(left)) * method.group_size
             unsure = sum(verdict.undecided for a in attempts for verdict in a.verdicts)
@@ -323,7 +341,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                 entropy=totals.per_token(totals.entropy),
                 active=totals.active / max(1, totals.tokens),
                 taught=taught,
-                reward=ranks.mean(correct(attempts)),
+                reward=ranks.mean(rewards(attempts)),
                 undecided=undecided,
                 tied=ranks.mean(tied(attempts)),
                 dropped=dropped,
@@ -350,7 +368,8 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                 say(console, f"Step {step} taught nothing: {describe(config, empty)}.")
             stopping = ranks.any(interrupt.requested)
             failure = nothing_learned(config, empty, step=step)
-            last = stopping or step == config.steps or failure is not None
+            early = out_of_patience(state, config.evaluation)
+            last = stopping or early or step == config.steps or failure is not None
             if last or state.best_step == step or step % config.checkpoint.every == 0:
                 save()
                 interrupt.saved = step
@@ -362,10 +381,25 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
         raise failure  # a finished run was to go on
     return TrainResult(
         step=state.step,
-        interrupted=state.step < config.steps,
+        interrupted=state.step < config.steps and not early,
         best_step=state.best_step,
         best_metric=state.best_metric,
     )
+
+
+def _tracked(config: Config, ranks: Ranks, *logs: JsonLines) -> AbstractContextManager[None]:
+    """Let trackers follow the logs, where the configuration names some."""
+    if not (config.trackers and ranks.is_main):
+        return nullcontext()
+    from selfdistill.training.trackers import following
+
+    return following(config, dict(zip(("train", "dev"), logs, strict=True)))
+
+
+def warm_up(settings: OptimizerConfig) -> Callable[[int], float]:
+    """Return the rate of each step, counted from 1: a warm-up and a constant."""
+    rate, steps = settings.learning_rate, max(1, settings.warmup_steps)
+    return lambda step: rate * min(1.0, step / steps)
 
 
 def refuse_divergence(step: int, loss: float, grad_norm: float, store: CheckpointStore) -> None:
@@ -380,41 +414,4 @@ def refuse_divergence(step: int, loss: float, grad_norm: float, store: Checkpoin
         f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, expected finite "
         f"numbers. The step was not taken; the last good state is {store.last}. Lower "
         "optimizer.learning_rate, or look at the rollouts of this step."
-    )
-
-
-def check_engine(
-    settings: RolloutConfig,
-    step: int,
-    student: Student,
-    head: LMHead,
-    prompts: Sequence[Sequence[int]],
-    groups: Sequence[Sequence[Rollout]],
-    *,
-    attention: str,
-) -> float | None:
-    """Compare the log-probs of an engine that has weights of its own with the student's.
-
-    One prompt's rollouts are enough: wrong weights are wrong everywhere.
-
-    Returns:
-        The largest difference in nats, or None when there is nothing to compare at this step.
-
-    Raises:
-        EngineMismatchError: it is larger than the configured tolerance.
-    """
-    engine = settings.engine
-    if engine.name == "transformers" or step % engine.check_every != 0 or not groups:
-        return None
-    from selfdistill.training.agreement import check_agreement
-
-    exact = engine.dtype == "float32" and student.dtype == torch.float32
-    return check_agreement(
-        student,
-        head,
-        prompts[:1],
-        groups[:1],
-        temperature=settings.temperature,
-        tolerance=engine.tolerance or (1e-4 if exact else 1.0),
-        attention=attention,
     )

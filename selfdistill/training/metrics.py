@@ -23,7 +23,7 @@ class StepMetrics:
         entropy: of the student's next-token distribution, in nats.
         active: share of all completion tokens, read or not, that carry a gradient.
         taught: whether any token carried one in any of the updates, a KL penalty aside.
-        reward: share of the rollouts with the right answer.
+        reward: mean of the rollouts' rewards; of most tasks the share with the right answer.
         undecided: rollouts that count as wrong because the answer checker ran out of time.
         tied: share of the prompts whose rollouts all got the same reward.
         dropped: rollouts that were left out because the method has no context for them.
@@ -65,11 +65,11 @@ class StepMetrics:
     peak_rss_mib: float
 
 
-def correct(attempts: Sequence[Attempts]) -> list[bool]:
-    """Return for every rollout whether its answer is right."""
-    return [verdict.correct for attempt in attempts for verdict in attempt.verdicts]
+def rewards(attempts: Sequence[Attempts]) -> list[float]:
+    """Return the reward of every rollout."""
+    return [verdict.reward for attempt in attempts for verdict in attempt.verdicts]
 
 
 def tied(attempts: Sequence[Attempts]) -> list[bool]:
     """Return for every prompt whether its rollouts got one reward, which teaches GRPO nothing."""
-    return [len({verdict.correct for verdict in attempt.verdicts}) == 1 for attempt in attempts]
+    return [len({verdict.reward for verdict in attempt.verdicts}) == 1 for attempt in attempts]

@@ -6,11 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from selfdistill.config import Config, LocalTextEngine, MethodConfig
+from selfdistill.config import (
+    Config,
+    EvaluationSampling,
+    LocalTextEngine,
+    MethodConfig,
+    RolloutConfig,
+)
 from selfdistill.methods.build import build_method
 from selfdistill.methods.method import Method
 from selfdistill.model.device import resolve_device
@@ -20,10 +26,32 @@ from selfdistill.prompts.context import ContextRenderer
 from selfdistill.rollout.attempts import Attempts, sample_attempts
 from selfdistill.rollout.engine import RolloutEngine, SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
-from selfdistill.tasks.build import build_task
+from selfdistill.tasks.build import build_task, held_out_problems
 from selfdistill.tasks.interface import Problem, Task, TaskError
 from selfdistill.training.checkpoint import fingerprint
 from selfdistill.training.state_file import digest_inputs, read_checkpoint, refuse_other
+
+
+def sampling_params(
+    settings: RolloutConfig, seed: int, evaluation: EvaluationSampling | None = None
+) -> SamplingParams:
+    """Return how completions are drawn.
+
+    Args:
+        settings: of the run; lengths and stop strings are the same in evaluations.
+        seed: of the call.
+        evaluation: how evaluations are sampled, if that differs.
+    """
+    chosen = settings if evaluation is None else evaluation
+    return SamplingParams(
+        temperature=chosen.temperature,
+        max_new_tokens=settings.max_new_tokens,
+        seed=seed,
+        top_k=chosen.top_k,
+        top_p=chosen.top_p,
+        min_p=chosen.min_p,
+        stop=settings.stop,
+    )
 
 
 @dataclass(frozen=True)
@@ -55,7 +83,7 @@ class Solver:
         self,
         *,
         split: str,
-        problems: int,
+        problems: int | Literal["all"],
         samples: int,
         seed: int,
         part: range | None = None,
@@ -70,7 +98,7 @@ class Solver:
         Raises:
             TaskError: see `with_room`.
         """
-        asked, _ = self.with_room(self.task.problems(split=split, count=problems))
+        asked, _ = self.with_room(held_out_problems(self.task, split=split, count=problems))
         part = part if part is not None else range(len(asked))
         return sample_attempts(
             self.engine,
@@ -78,10 +106,8 @@ class Solver:
             self.task,
             asked[part.start : part.stop],
             samples=samples,
-            params=SamplingParams(
-                temperature=self.config.rollout.temperature,
-                max_new_tokens=self.config.rollout.max_new_tokens,
-                seed=seed + part.start,
+            params=sampling_params(
+                self.config.rollout, seed + part.start, self.config.evaluation.sampling
             ),
             progress=progress,
         )
@@ -122,7 +148,7 @@ def load_solver(config: Config, checkpoint: Path | None = None) -> Solver:
     if checkpoint is None:
         model = load_model(config)
     else:
-        model = _load_checkpoint(config, checkpoint, digest_inputs(task, tokenizer))
+        model = load_checkpoint(config, checkpoint, digest_inputs(task, tokenizer))
     model = model.to(resolve_device(config.device))
     engine = build_engine(config, model, tokenizer)
     if checkpoint is not None:
@@ -171,8 +197,19 @@ def load_solver_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return load_tokenizer(config.model, chat_template=Path(template) if template else None)
 
 
-def _load_checkpoint(config: Config, checkpoint: Path, inputs: dict[str, str]) -> Student:
-    """Load a checkpoint of this configuration, and of no other."""
+def load_checkpoint(
+    config: Config, checkpoint: Path, inputs: Mapping[str, str] | None = None
+) -> Student:
+    """Load the weights of a checkpoint of this configuration, and of no other.
+
+    Args:
+        config: of the run.
+        checkpoint: its folder.
+        inputs: `digest_inputs`; None: it does not matter what the run was trained on.
+
+    Raises:
+        CheckpointError: see `load_solver`.
+    """
     state = read_checkpoint(checkpoint)
     refuse_other(checkpoint, state, config=config.model_dump(mode="json"), inputs=inputs)
     if config.adapter is None:
@@ -198,12 +235,10 @@ def build_renderer(
     """
     renderer = ContextRenderer(
         tokenizer,
+        config.prompt,
         instruction=task.instruction,
         max_length=config.prompt.max_length
         or getattr(model_config, "max_position_embeddings", None),
-        student_template=config.prompt.student_template,
-        teacher_template=config.prompt.teacher_template,
-        today=config.prompt.date,
     )
     rows = model_config.get_text_config().vocab_size
     check_vocabulary(tokenizer, renderer.largest_token, rows=rows)

@@ -37,6 +37,9 @@ MAY_DIFFER = (
     "steps",
     "max_empty_steps",
     "checkpoint",
+    "completions",
+    "trackers",
+    "report",
 )
 
 # A task without end is recognised by this many of its problems.
@@ -199,7 +202,8 @@ def digest_inputs(task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, s
     """Return a digest of all that decides a run's numbers and that its configuration only names.
 
     Args:
-        task: its training and dev problems count; of a task without end the first few.
+        task: its training and dev problems count; of a task without end the first few. What it
+            has read beside them it names itself (`sources`).
         tokenizer: its vocabulary and its chat template count.
     """
 
@@ -216,6 +220,7 @@ def digest_inputs(task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, s
         "training problems": problems("train"),
         "dev problems": problems("dev"),
         "tokens or chat template": _digest(vocabulary, template),
+        **getattr(task, "sources", {}),
     }
 
 

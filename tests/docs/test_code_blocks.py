@@ -14,12 +14,14 @@ from pathlib import Path
 import page_blocks
 import pytest
 import typer
+import yaml
 from packaging.requirements import Requirement
 from page_blocks import PAGES, ROOT, blocks
 
 from selfdistill.cli import app
+from selfdistill.config import Config
 
-LANGUAGES = {"python", "sh", "text"}
+LANGUAGES = {"python", "sh", "text", "yaml"}
 COMMANDS = sorted(
     {
         line.strip()
@@ -58,6 +60,14 @@ def test_python_runs(page: str) -> None:
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", pages_with("yaml"))
+def test_settings_are_settings(page: str) -> None:
+    for block in blocks(ROOT / page):
+        if block.language == "yaml":
+            settings = {"model": "m", "output_dir": "o", "method": {"name": "grpo"}}
+            Config.model_validate({**settings, **yaml.safe_load(block.text)})
 
 
 @cache

@@ -145,23 +145,18 @@ def test_a_first_start_that_failed_takes_the_mended_configuration(
     source.write_text("\n".join(lines))
     dev = tmp_path / "dev.jsonl"
     dev.write_text(json.dumps({"question": "1 + 1", "answer": 2}))
-    config = make_config(
-        solver_dir,
-        tmp_path / "run",
-        task={
-            "name": "jsonl",
-            "splits": {"train": str(source), "dev": str(dev)},
-            "checker": "plain",
-        },
-        method={"name": "grpo", "group_size": 2},
-        max_empty_steps=None,
-        evaluation={"every": 9, "problems": 2, "samples": 1},
-    )
-    with pytest.raises(TaskError, match="2 dev problems were asked for"):
+    settings = {
+        "method": {"name": "grpo", "group_size": 2},
+        "max_empty_steps": None,
+        "evaluation": {"every": 9, "problems": 2, "samples": 1},
+    }
+    task = {"name": "jsonl", "splits": {"train": str(source)}, "checker": "plain"}
+    config = make_config(solver_dir, tmp_path / "run", task=task, **settings)
+    with pytest.raises(TaskError, match="has no dev problems"):
         train(config)
     assert not (config.output_dir / "config.yaml").exists()
-    few = config.evaluation.model_copy(update={"problems": 1})
-    mended = config.model_copy(update={"evaluation": few})
+    task = {**task, "splits": {"train": str(source), "dev": str(dev)}}
+    mended = make_config(solver_dir, tmp_path / "run", task=task, **settings)
     assert train(mended).step == 1
     assert load_config(config.output_dir / "config.yaml") == mended
 

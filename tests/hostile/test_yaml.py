@@ -271,7 +271,7 @@ def test_a_byte_order_mark_is_no_setting(tmp_path: Path) -> None:
         ("optimizer:\n  lerning_rate: 1\n", "line 4: optimizer.lerning_rate: there is no such"),
         ("optimizer:\n  lerning_rate: 1\n", "did you mean learning_rate?"),
         ("learning_rate: 1\n", "there is no such setting here (it belongs into optimizer)"),
-        ("temperature: 1\n", "it belongs into method.loss or rollout"),
+        ("temperature: 1\n", "it belongs into evaluation.sampling or method.loss or rollout"),
         ("method: {name: grpo, normalise_std: true}\n", "did you mean normalize_std?"),
         ("method: {name: refsol, loss: {objektive: {}}}\n", "did you mean objective?"),
         ("method: {name: refsol, teacher: {name: ema, decai: 1}}\n", "did you mean decay?"),

@@ -55,6 +55,7 @@ def test_train_then_resume_then_evaluate(
 ) -> None:
     assert run(monkeypatch, "train", write_config(tmp_path, solver_dir)) == 0
     assert "Best held-out Avg@2" in capsys.readouterr().out
+    assert (tmp_path / "run" / "report" / "compare.html").is_file()
     assert run(monkeypatch, "train", write_config(tmp_path, solver_dir)) == 1
     assert "already holds a run" in capsys.readouterr().err
     config = write_config(tmp_path, solver_dir, steps=2)
@@ -180,6 +181,8 @@ def test_the_study_of_a_clone_in_the_working_directory_is_found(
 
 def test_training_loads_what_it_needs_and_no_more(solver_dir: Path, tmp_path: Path) -> None:
     path = write_config(tmp_path, solver_dir)
+    # The page is made when the run is over, by a room of its own.
+    path.write_text(path.read_text() + "report: false\n")
     code = (
         f"import sys; sys.argv = ['selfdistill', 'train', {str(path)!r}]\n"
         "from selfdistill.cli import main\n"
@@ -191,17 +194,34 @@ def test_training_loads_what_it_needs_and_no_more(solver_dir: Path, tmp_path: Pa
     assert result.returncode == 0, result.stderr
     loaded = result.stdout.splitlines()[-1].split()
     assert "selfdistill.training.loop" in loaded
-    other_rooms = ("analysis", "filtering", "planning")
+    other_rooms = ("analysis", "export", "filtering", "planning")
     not_chosen = (
         *("config.messages", "critic.", "methods.grpo", "methods.stepalign", "rollout.vllm_engine"),
         *("model.adapters", "model.ema_teacher", "model.sharding", "tasks.arithmetic.noise"),
         *("model.attention.flash", "model.attention.flex", "tasks.dataset"),
-        *("training.agreement", "training.rank_failures"),
+        *("training.agreement", "training.rank_failures", "training.completions"),
+        *("training.trackers", "config.overrides", "prompts.templates", "tasks.python_task"),
     )
     unwanted = tuple(f"selfdistill.{name}" for name in (*other_rooms, *not_chosen))
     # What a critic is, every method knows.
     found = {name for name in loaded if name.startswith((*unwanted, "studies", "peft"))}
     assert found - {"selfdistill.critic.interface"} == set()
+
+
+def test_settings_of_the_command_line_and_the_version(
+    solver_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = write_config(tmp_path, solver_dir, steps=3)
+    options = ["steps=2", "evaluation.patience=1", "evaluation.every=1"]
+    assert run(monkeypatch, "train", config, *options) == 0
+    assert "Ended after step 1: evaluation.patience is used up" in capsys.readouterr().out
+    assert run(monkeypatch, "train", config, "stpes=2") == 1
+    assert "did you mean steps?" in capsys.readouterr().err.replace("\n", " ")
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.startswith("selfdistill")
 
 
 def test_the_shipped_demo_configuration_is_valid() -> None:
@@ -252,6 +272,23 @@ def test_a_dry_run_trains_nothing(
     assert run(monkeypatch, "train", write_config(tmp_path, solver_dir), "--dry-run") == 0
     assert "[shared prefix, " in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_show_and_export(
+    solver_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = write_config(tmp_path, solver_dir)
+    assert run(monkeypatch, "train", config, "completions={}", "report=false") == 0
+    assert not (tmp_path / "run" / "report").exists()
+    assert run(monkeypatch, "show", tmp_path / "run", "--rollouts", "1") == 0
+    assert "rollout 0: reward 0, wrong" in capsys.readouterr().out
+    options = ["--output", tmp_path / "model", "--checkpoint", "last"]
+    assert run(monkeypatch, "export", tmp_path / "run", *options) == 0
+    assert "The model is in" in capsys.readouterr().out
+    assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
 def test_filter_writes_a_file_and_a_table(

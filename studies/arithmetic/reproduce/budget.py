@@ -33,7 +33,9 @@ def job_seconds(job: Job) -> float:
                 else SECONDS_PER_DISTILLED_ROLLOUT
             )
             evaluations = 1 + -(-config.steps // config.evaluation.every)
-            dev = evaluations * config.evaluation.problems * config.evaluation.samples
+            problems = config.evaluation.problems
+            assert problems != "all"  # the task has no end
+            dev = evaluations * problems * config.evaluation.samples
             return (
                 SECONDS_PER_JOB
                 + config.steps * (SECONDS_PER_STEP + rollouts * per_rollout)

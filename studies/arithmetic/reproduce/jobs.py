@@ -35,12 +35,11 @@ from selfdistill.evaluation.scores import Evaluation, summarize
 from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.teacher import build_teacher
 from selfdistill.rollout.attempts import Attempts, judge
-from selfdistill.rollout.engine import SamplingParams
 from selfdistill.runlog import JsonLines, write_atomically
 from selfdistill.seeds import derive_seed
 from selfdistill.training.checkpoint import CheckpointStore
 from selfdistill.training.loop import DivergedError, train
-from selfdistill.training.solver import Solver, load_solver
+from selfdistill.training.solver import Solver, load_solver, sampling_params
 from studies.arithmetic.reproduce.job_list import (
     BaseEvaluation,
     Job,
@@ -286,11 +285,7 @@ def _evaluate_base(job: BaseEvaluation, folder: Path) -> None:
         if context is not None
     ]
     assert len(prompts) == few.problems * few.samples
-    params = SamplingParams(
-        temperature=job.config.rollout.temperature,
-        max_new_tokens=job.config.rollout.max_new_tokens,
-        seed=derive_seed("with context"),
-    )
+    params = sampling_params(job.config.rollout, derive_seed("with context"))
     written = solver.engine.generate(prompts, group_size=1, params=params)
     groups = [
         [rollout for group in written[i : i + few.samples] for rollout in group]

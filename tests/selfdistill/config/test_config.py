@@ -131,8 +131,8 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str, mes
 
 
 def test_a_wrong_file_names_itself_and_every_wrong_field(tmp_path: Path) -> None:
-    path = write(tmp_path, "model: m\noutput_dir: o\nsteps: -1\nrollout: {top_k: 5}\n")
-    with pytest.raises(ConfigError, match=r"(?s)run\.yaml.*steps: .*-1.*rollout\.top_k: .*got 5"):
+    path = write(tmp_path, "model: m\noutput_dir: o\nsteps: -1\nrollout: {topk: 5}\n")
+    with pytest.raises(ConfigError, match=r"(?s)run\.yaml.*steps: .*-1.*rollout\.topk: .*got 5"):
         load_config(path)
 
 
@@ -193,6 +193,43 @@ def test_refsol_asks_for_references(tmp_path: Path) -> None:
     load_config(write(tmp_path, text + task.format(", reference: solution")))
 
 
+def test_all_paths_count_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    critic = "{name: llm, engine: {name: transformers, model: ./c, cache: d, chat_template: e}}"
+    text = f"""
+model: ../m
+output_dir: runs/o
+prompt: {{chat_template: t.jinja}}
+task: {{name: jsonl, splits: {{all: sub/a.jsonl}}}}
+method: {{name: stepalign, critic: {critic}}}
+"""
+    config = load_config(write(tmp_path, text))
+    assert config.model == str(tmp_path.parent / "m")
+    assert config.output_dir == tmp_path / "runs" / "o"
+    assert config.prompt.chat_template == str(tmp_path / "t.jinja")
+    assert config.task.splits.all == str(tmp_path / "sub" / "a.jsonl")  # type: ignore[union-attr]
+    engine = config.method.critic.engine  # type: ignore[union-attr]
+    assert engine.model == str(tmp_path / "c")
+    assert engine.cache == tmp_path / "d"
+    assert engine.chat_template == str(tmp_path / "e")
+    save_config(config, tmp_path / "elsewhere" / "saved.yaml")
+    assert load_config(tmp_path / "elsewhere" / "saved.yaml") == config
+
+
+def test_a_path_that_counts_from_elsewhere_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here" / "solver").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    path = write(tmp_path, "model: solver\noutput_dir: o\n")
+    with pytest.raises(ConfigError, match=r"line 1: model: .* paths count from the YAML file"):
+        load_config(path)
+    here = Config(model="solver", output_dir=Path("o"))
+    assert here.model == str(tmp_path / "here" / "solver")
+    assert here.output_dir == tmp_path / "here" / "o"
+
+
 def test_files_of_a_task_are_found_next_to_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").touch()
     text = "model: m\noutput_dir: o\nmethod: {name: grpo}\n"
@@ -201,7 +238,26 @@ def test_files_of_a_task_are_found_next_to_the_file(tmp_path: Path) -> None:
         task = load_config(path).task
         assert task.name == "jsonl"
         assert getattr(task.splits, name) == str(tmp_path / "a.jsonl")
-    assert task.splits.test == "b.jsonl"  # type: ignore[union-attr]
+    assert task.splits.test == str(tmp_path / "b.jsonl")  # type: ignore[union-attr]
     config = load_config(path)
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_settings_of_the_command_line_count(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: m\noutput_dir: o\nsteps: 3\noptimizer: {learning_rate: 1e-4}\n")
+    config = load_config(
+        path, ["steps=5", "optimizer.learning_rate=1e-5", "rollout.top_p=0.9", "output_dir=../x"]
+    )
+    assert (config.steps, config.optimizer.learning_rate, config.rollout.top_p) == (5, 1e-5, 0.9)
+    assert config.output_dir == tmp_path.parent / "x"
+    for wrong, message in [
+        ("steps", r"'steps' is no setting, expected name=value"),
+        ("steps.a=1", r"steps is 3 in the file, expected a mapping"),
+        ("steps=[", r"the value is no YAML"),
+        ("steps=-1", r"steps=-1 on the command line: steps: .* greater than 0"),
+        ("optimizer.leaning_rate=1", r"command line: .*did you mean learning_rate\?"),
+        ("method.name=grop", r"method\.name=grop on the command line|method: "),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            load_config(path, [wrong])

@@ -3,16 +3,19 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from selfdistill.config import Config
+from selfdistill.critic.textgen.interface import Generation
 from selfdistill.model.folder import UnusableModelError
+from selfdistill.planning import checks
 from selfdistill.planning.dry_run import dry_run, show_prompts, stand_in, step_shape
 from selfdistill.planning.estimates import ModelShape
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
-from selfdistill.tasks.interface import Problem
+from selfdistill.tasks.interface import Problem, TaskError
 
 
 def shown(config: Config, *, color: bool = False) -> str:
@@ -72,9 +75,10 @@ def test_epochs_and_a_method_without_a_teacher(solver_dir: Path, tmp_path: Path)
     path.write_text(
         "".join(json.dumps({"q": f"{i} + 1", "a": i + 1}) + "\n" for i in range(10, 30))
     )
+    (tmp_path / "b.jsonl").write_text(json.dumps({"q": "1 + 1", "a": 2}) + "\n")
     task = {
         "name": "jsonl",
-        "splits": {"train": str(path)},
+        "splits": {"train": str(path), "dev": str(tmp_path / "b.jsonl")},
         "question": "q",
         "answer": "a",
         "instruction": "",
@@ -130,3 +134,56 @@ def test_an_engine_of_its_own_has_a_cache_and_a_copy_of_the_weights() -> None:
     settings = {"name": "vllm", "kv_cache_gib": 2}
     assert engine_bytes({**settings, "dtype": "bfloat16"}) == 2 * 2**30 + 2000
     assert engine_bytes({**settings, "dtype": "float32"}) == 2 * 2**30 + 4000
+
+
+def test_it_tries_splits_checker_and_critic(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"q": f"What is {i} + 1?", "a": str(i + 1), "r": f"<answer> {i + (i != 3)}"}
+        for i in range(12)
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings: dict[str, Any] = {
+        "model": str(solver_dir),
+        "output_dir": tmp_path / "run",
+        "device": "cpu",
+        "rollout": {"max_new_tokens": 9},
+        "task": {
+            "name": "jsonl",
+            "question": "q",
+            "answer": "a",
+            "reference": "r",
+            "splits": {"all": str(tmp_path / "d.jsonl"), "counts": {"dev": 4}},
+        },
+        "method": {
+            "name": "stepalign",
+            "critic": {
+                "name": "llm",
+                "engine": {"name": "server", "model": "m", "base_url": "http://localhost:9/v1"},
+            },
+        },
+    }
+    asked = []
+
+    class Fake:
+        def generate(self, prompts: list[str]) -> list[tuple[int, Generation]]:
+            asked.extend(prompts)
+            answer = "<case>A</case><first_change>0</first_change><text>x</text>"
+            return [(0, Generation(answer, finished=True))]
+
+    monkeypatch.setattr(checks, "build_text_generator", lambda *args, **kwargs: Fake())
+    console = Console(file=io.StringIO(), width=400)
+    dry_run(Config.model_validate(settings), console, ask_critic=True)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "Problems: train 8, dev 4, test 0." in text
+    assert "Evaluations ask 4 dev problems" in text
+    # One of the data's own solutions has an answer that is not the problem's.
+    assert "Of 8 solutions in the data the checker finds" in text
+    assert "which is a critique of case A" in text
+    assert len(asked) == 1
+    settings["task"] = {"name": "jsonl", "question": "q", "answer": "a", "splits": {}}
+    settings["task"]["splits"] = {"train": str(tmp_path / "d.jsonl")}
+    with pytest.raises(TaskError, match="no dev problems"):
+        dry_run(Config.model_validate(settings), console)

@@ -9,6 +9,7 @@ from tiny_tokenizers import NOT_SPECIAL, SPECIAL, byte_level, sentence_piece
 from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from selfdistill.config import PromptConfig
 from selfdistill.model.folder import UnusableModelError
 from selfdistill.model.layout import common_prefix_length
 from selfdistill.prompts.chat import ChatTemplate
@@ -111,8 +112,9 @@ def test_student_and_teacher_share_the_whole_question(question: str) -> None:
     tokenizer = byte_level()
     renderer = ContextRenderer(
         tokenizer,
-        student_template={"enable_thinking": False},
-        teacher_template={"enable_thinking": True},
+        PromptConfig(
+            student_template={"enable_thinking": False}, teacher_template={"enable_thinking": True}
+        ),
     )
     problem = Problem(id="p", question=question, answer="3", reference="3")
     student = renderer.student_prompt(problem)

@@ -6,6 +6,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from selfdistill.config import ConfigError, PromptConfig
 from selfdistill.model.folder import UnusableModelError
 from selfdistill.model.layout import common_prefix_length, pack_groups
 from selfdistill.prompts.context import ContextRenderer, PromptTooLongError, TeacherContext
@@ -47,8 +48,9 @@ def test_question_comes_first_and_context_is_tagged(words: PreTrainedTokenizerFa
 def test_template_variables_belong_to_one_role(words: PreTrainedTokenizerFast) -> None:
     renderer = ContextRenderer(
         words,
-        student_template={"enable_thinking": False},
-        teacher_template={"enable_thinking": True},
+        PromptConfig(
+            student_template={"enable_thinking": False}, teacher_template={"enable_thinking": True}
+        ),
     )
     student = words.decode(renderer.student_prompt(PROBLEM))
     teacher = words.decode(renderer.teacher_prompt(PROBLEM, TeacherContext("critique", "3")))
@@ -122,9 +124,10 @@ def chatml() -> PreTrainedTokenizerFast:
 def renderer_of(tokenizer: PreTrainedTokenizerFast) -> ContextRenderer:
     return ContextRenderer(
         tokenizer,
+        PromptConfig(
+            student_template={"enable_thinking": False}, teacher_template={"enable_thinking": True}
+        ),
         instruction="End with <answer>.",
-        student_template={"enable_thinking": False},
-        teacher_template={"enable_thinking": True},
     )
 
 
@@ -183,3 +186,42 @@ def test_what_fits_is_known_beforehand(words: PreTrainedTokenizerFast) -> None:
     unlimited = ContextRenderer(words)
     assert unlimited.fits(PROBLEM, context, [13] * 1000)
     assert unlimited.leaves_room(PROBLEM, max_new_tokens=1000)
+
+
+def test_templates_of_ones_own_system_turn_and_solved_questions(
+    words: PreTrainedTokenizerFast,
+) -> None:
+    settings = PromptConfig.model_validate(
+        {
+            "system": "so",
+            "few_shot": [{"question": "one", "answer": "3"}],
+            "question": "two {{ question }} {{ instruction }}",
+            "context": "<think> {{ kind }} {{ text }}",
+        }
+    )
+    words.chat_template = TEMPLATE
+    renderer = ContextRenderer(words, settings, instruction="is")
+    student = words.decode(renderer.student_prompt(PROBLEM))
+    # `system` and `kind` are words that this vocabulary does not know.
+    before = "<unk> so <user> two one is <assistant> 3 <user> two one plus two is"
+    assert student == f"{before} <assistant>"
+    teacher = words.decode(renderer.teacher_prompt(PROBLEM, TeacherContext("critique", "so 3")))
+    assert teacher == f"{before} <think> <unk> so 3 <assistant>"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"question": "{{ quest }} {{ question }}"}, r"prompt\.question asks for quest"),
+        ({"question": "Solve it."}, r"prompt\.question does not write the question"),
+        ({"context": "{{ text"}, r"prompt\.context is no Jinja template"),
+        ({"context": "{{ text.__class__.__mro__ }}"}, r"prompt\.context fails with SecurityError"),
+    ],
+)
+def test_templates_that_do_not_do_are_refused(
+    words: PreTrainedTokenizerFast, settings: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ContextRenderer(words, PromptConfig.model_validate(settings)).teacher_prompt(
+            PROBLEM, TeacherContext("critique", "3")
+        )

@@ -110,7 +110,12 @@ def test_token_ids_and_logprobs_are_those_of_the_model(
     assert disagreement(model, groups) < NATS
     # Two passes of one model, packed and not.
     assert check_agreement(
-        model, find_lm_head(model), PROMPTS, groups, temperature=1.3, tolerance=NATS
+        model,
+        find_lm_head(model),
+        PROMPTS,
+        groups,
+        params=SamplingParams(temperature=1.3),
+        tolerance=NATS,
     ) == pytest.approx(disagreement(model, groups), abs=NATS / 5)
     rollouts = [rollout for group in groups for rollout in group]
     assert len({tuple(rollout.token_ids) for rollout in rollouts}) == len(rollouts)
@@ -167,7 +172,12 @@ def test_all_weights_are_handed_over(whole: tuple[LlamaForCausalLM, VLLMEngine])
         moved(model, 0.05)
         with pytest.raises(EngineMismatchError, match="other weights"):
             check_agreement(
-                model, find_lm_head(model), PROMPTS, stale, temperature=1.3, tolerance=NATS
+                model,
+                find_lm_head(model),
+                PROMPTS,
+                stale,
+                params=SamplingParams(temperature=1.3),
+                tolerance=NATS,
             )
         engine.sync(model)
         fresh = engine.generate(PROMPTS, group_size=2, params=PARAMS)

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from selfdistill.config import TaskConfig
-from selfdistill.tasks.build import build_task, training_problems
+from selfdistill.config import JsonlTaskConfig, TaskConfig
+from selfdistill.tasks.arithmetic import ArithmeticTask
+from selfdistill.tasks.build import build_task, held_out_problems, training_problems
+from selfdistill.tasks.dataset import load_dataset_task
 from selfdistill.tasks.interface import SPLITS, Problem, Task, TaskError
 
 RECORDS = [
@@ -58,7 +60,7 @@ def test_one_file_for_each_split(tmp_path: Path) -> None:
     }
     task = build(name="jsonl", splits=sources)
     assert [task.size(split) for split in SPLITS] == [5, 0, 3]
-    with pytest.raises(TaskError, match=r"1 dev problems .* has 0.*task\.splits"):
+    with pytest.raises(TaskError, match=r"1 dev problems .* has 0: ask for fewer"):
         task.problems(split="dev", count=1)
     with pytest.raises(ValueError, match="split: got 'trian'"):
         task.size("trian")
@@ -190,3 +192,39 @@ def test_a_data_set_that_cannot_be_had_says_what_to_do(
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(TaskError, match=r"pip install 'datasets>=3'"):
         build(name="hub", path="x", splits={"train": "x"})
+
+
+def test_answers_in_solutions_and_exact_counts(tmp_path: Path) -> None:
+    path = tmp_path / "gsm.jsonl"
+    rows = [{"question": f"What is {i} + 1?", "answer": f"So.\n#### {i + 1}"} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "name": "jsonl",
+        "answer_is": "in_solution",
+        "answer_forms": ["hashes"],
+        "splits": {"all": str(path), "counts": {"train": 20, "dev": 6, "test": 4}},
+    }
+    task = load_dataset_task(JsonlTaskConfig.model_validate(settings))
+    assert [task.size(split) for split in ("train", "dev", "test")] == [20, 6, 4]
+    (problem,) = task.problems(split="dev", count=1)
+    assert problem.answer == str(int(problem.question.split()[2]) + 1)
+    assert task.check(problem, f"#### {problem.answer}").correct
+    assert not task.check(problem, f"<answer> {problem.answer}").correct
+    settings["splits"] = {"all": str(path), "counts": {"train": 20, "dev": 21}}
+    with pytest.raises(TaskError, match=r"there are 40 problems, but .* ask for 41"):
+        load_dataset_task(JsonlTaskConfig.model_validate(settings))
+    path.write_text(json.dumps({"question": "What?", "answer": "3"}) + "\n")
+    with pytest.raises(TaskError, match=r"line 1: field 'answer' .* gives no final answer"):
+        load_dataset_task(JsonlTaskConfig.model_validate(settings))
+
+
+def test_an_evaluation_asks_what_there_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"question": "What?", "answer": "3"}) + "\n")
+    config = JsonlTaskConfig.model_validate({"splits": {"train": str(path)}})
+    task = load_dataset_task(config)
+    assert len(held_out_problems(task, split="train", count=100)) == 1
+    with pytest.raises(TaskError, match="no dev problems: give it some, or say how many"):
+        held_out_problems(task, split="dev", count="all")
+    with pytest.raises(TaskError, match="as many test problems as anybody asks for"):
+        held_out_problems(ArithmeticTask(step_counts=(1,)), split="test", count="all")

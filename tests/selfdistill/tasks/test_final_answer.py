@@ -72,3 +72,16 @@ def test_boxes_are_read_whole_and_in_order() -> None:
         "",
         r"\boxed{c}",
     ]
+
+
+def test_a_configuration_chooses_the_forms() -> None:
+    text = "\\boxed{1}\n#### 2\nThe answer is 3\nResult = 4 m\n<answer> 5"
+    assert read_answer(text) == "5"
+    for forms, answer in [
+        (["hashes", "boxed"], "2"),
+        (["phrase"], "3"),
+        ([r"^Result = (\d+)", "tag"], "4"),
+        ([r"^Nothing (\d+)", "boxed"], "1"),
+    ]:
+        assert read_answer(text, forms) == answer
+    assert read_answer("#### 2", ["boxed"]) is None

@@ -31,7 +31,12 @@ def test_fresh_rollouts_agree_and_changed_weights_do_not(
 
     def check() -> float:
         return check_agreement(
-            model, head, PROMPTS, groups, temperature=temperature, tolerance=1e-4
+            model,
+            head,
+            PROMPTS,
+            groups,
+            params=SamplingParams(temperature=temperature),
+            tolerance=1e-4,
         )
 
     # At most the 1e-4 nats that training allows: log-probs of order 5, and two passes of two layers
@@ -56,5 +61,10 @@ def test_the_worst_token_is_named(
         groups[1][0] = replace(rollout, logprobs=logprobs)
         with pytest.raises(EngineMismatchError, match="token 1 of rollout 2"):
             check_agreement(
-                model, find_lm_head(model), PROMPTS, groups, temperature=1.0, tolerance=1e-4
+                model,
+                find_lm_head(model),
+                PROMPTS,
+                groups,
+                params=SamplingParams(temperature=1.0),
+                tolerance=1e-4,
             )

@@ -680,7 +680,7 @@ def test_answers_that_the_checker_leaves_undecided_are_counted(
             return [None] * len(pairs)
 
     monkeypatch.setattr("selfdistill.tasks.dataset.build_checker", lambda name: OutOfTime())
-    monkeypatch.setattr("selfdistill.tasks.dataset.read_answer", lambda response: "x")
+    monkeypatch.setattr("selfdistill.tasks.dataset.read_answer", lambda response, forms: "x")
     task = {**jsonl_task(tmp_path, solver_dir), "checker_seconds": 7.0}
     train(make_config(solver_dir, tmp_path / "run", task=task, method=refsol(), steps=1))
     (metrics,) = JsonLines(tmp_path / "run" / "metrics.jsonl").read()
