@@ -82,6 +82,7 @@ class DistillationLoss:
         mask = config.advantage_mask
         self.advantage_mask = None if mask is None else AdvantageMask(**mask.model_dump())
         self.temperature = config.temperature
+        self.gradient_tolerance = config.gradient_tolerance
         self.sequence_mean = config.reduction == "sequence_mean"
 
     def denominator(self, group: PromptGroup) -> int:
@@ -119,6 +120,7 @@ class DistillationLoss:
             objective=self.objective,
             temperature=self.temperature,
             normalizer=normalizer,
+            gradient_tolerance=self.gradient_tolerance,
         )
         if self.advantage_mask is None or self.advantage_mask.top_fraction is None:
             return fused(

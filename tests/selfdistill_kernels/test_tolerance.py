@@ -248,7 +248,10 @@ def test_rows_have_the_same_bits_with_any_number_of_threads(softcap: float | Non
                 GradientTolerance(0.05), GradientError(torch.zeros(33), torch.zeros(()))
             )
             rounder = Rounder(inputs, rounding)
-            sparse = rounder.round(kernels, tile, kernels.statistics(tile), weights)
+            statistics = kernels.statistics(tile)
+            sparse = rounder.round(
+                kernels, tile, lambda _, rows, found=statistics: (found[rows], weights[rows])
+            )
             assert not sparse.is_dense.all()
             weight = torch.empty(VOCABULARY, HIDDEN)
             rounder.weight_gradient(sparse, out=weight, add=None, bias=None)

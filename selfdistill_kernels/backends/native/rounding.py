@@ -6,6 +6,7 @@ would need too many entries, is an exact gradient; that is within every toleranc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,14 @@ from selfdistill_kernels.tolerance import Rounding
 
 # Columns of the head that an entry's products read and write together: a part of a core's caches.
 SLAB = 1024
+# Rows that are visited together.
+BLOCK = 32
 # Of a row's columns, the share of entries from which on library products are faster.
 DENSE_SHARE = 1 / 6
+
+
+# Of some rows of a tile: statistics [r, 10] and weights [r, 3] of the terms.
+Terms = Callable[[Tile, slice], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -81,20 +88,28 @@ class Rounder:
         self.head = Centred.of(inputs)
         self._weight_variance = self._squares = 0.0
 
-    def round(
-        self, kernels: RowKernels, tile: Tile, statistics: Tensor, term_weights: Tensor
-    ) -> SparseTile:
+    def round(self, kernels: RowKernels, tile: Tile, terms: Terms) -> SparseTile:
         """The scores of whole rows become rounded gradients."""
         rows, columns = tile.student.shape
         starts = tile.student.new_empty((rows, -(-columns // SLAB) + 1), dtype=torch.int32)
         variance = tile.student.new_empty((rows, 2))
         tolerance = self._rounding.tolerance
-        kernels.round(
-            tile, statistics, term_weights,
-            self.head.weight, self.head.centre, self.head.spread,
-            keys_of(self._inputs, tile.tokens, tolerance.seed), tolerance.relative_error,
-            min(int(DENSE_SHARE * columns), columns // 2), SLAB, starts, variance,
-        )  # fmt: skip
+        keys = keys_of(self._inputs, tile.tokens, tolerance.seed)
+        # A few rows at a time, so that they are still in the cache when they are read again.
+        for first in range(0, rows, BLOCK):
+            some = slice(first, min(first + BLOCK, rows))
+            part = Tile(
+                tile.tokens.part(some.start, some.stop),
+                tile.student[some],
+                None if tile.teacher is None else tile.teacher[some],
+                0,
+            )
+            kernels.round(
+                part, *terms(part, some),
+                self.head.weight, self.head.centre, self.head.spread,
+                keys[some], tolerance.relative_error,
+                min(int(DENSE_SHARE * columns), columns // 2), SLAB, starts[some], variance[some],
+            )  # fmt: skip
         return SparseTile(tile.tokens, tile.student, starts, variance)
 
     def hidden_gradient(self, tile: SparseTile) -> Tensor:

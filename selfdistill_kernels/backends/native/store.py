@@ -22,7 +22,7 @@ from selfdistill_kernels.advantage import Gate
 from selfdistill_kernels.backends.interface import Gradients, Needs
 from selfdistill_kernels.backends.native import memory
 from selfdistill_kernels.backends.native.plan import TilePlan
-from selfdistill_kernels.backends.native.rounding import Rounder, SparseTile
+from selfdistill_kernels.backends.native.rounding import Rounder, SparseTile, Terms
 from selfdistill_kernels.backends.native.rows import RowKernels, Tile
 from selfdistill_kernels.backends.tokens import Tokens
 
@@ -70,8 +70,9 @@ def visit(
             found, chosen = tokens.of(statistics), tokens.of(active)
             dense = chosen
             if rounder is not None and weight is not None:
-                weights = kernels.weigh(tile, weight, gate, old, statistics=found, active=chosen)
-                dense = pending.round(tile, found, weights)
+                dense = pending.round(
+                    tile, _weigher(kernels, weight, gate, old, statistics=found, active=chosen)
+                )
             else:
                 kernels.visit(tile, weight, gate, old, statistics=found, active=chosen)
             if not tokens.is_range:
@@ -120,7 +121,7 @@ def round_and_multiply(
     and weights [N, 3]."""
     pending = _Pending(kernels, space, plan, needs, rounder)
     tokens = tile.tokens
-    dense = pending.round(tile, tokens.of(statistics), tokens.of(term_weights))
+    dense = pending.round(tile, _known(tokens.of(statistics), tokens.of(term_weights)))
     pending.take(kernels.keep_active(tile, dense, None))
     return pending.finish()
 
@@ -140,9 +141,35 @@ def rounded_gradients(
         pending = _Pending(kernels, space, plan, needs, rounder)
         for part in _cut(tokens, pending, plan.models):
             tile = kernels.tile(part, 0, plan.columns, pending.free, with_teacher=with_teacher)
-            dense = pending.round(tile, part.of(statistics), part.of(term_weights))
+            dense = pending.round(tile, _known(part.of(statistics), part.of(term_weights)))
             pending.take(kernels.keep_active(tile, dense, None))
         return pending.finish()
+
+
+def _weigher(
+    kernels: RowKernels,
+    loss_weight: Tensor,
+    gate: Gate | None,
+    old_logprobs: Tensor | None,
+    *,
+    statistics: Tensor,
+    active: Tensor,
+) -> Terms:
+    """Terms of a tile's rows that fill their part of statistics [r, 10] and active [r]."""
+
+    def terms(part: Tile, rows: slice) -> tuple[Tensor, Tensor]:
+        old = None if old_logprobs is None else old_logprobs[rows]
+        found = statistics[rows]
+        weights = kernels.weigh(
+            part, loss_weight[rows], gate, old, statistics=found, active=active[rows]
+        )
+        return found, weights
+
+    return terms
+
+
+def _known(statistics: Tensor, term_weights: Tensor) -> Terms:
+    return lambda _, rows: (statistics[rows], term_weights[rows])
 
 
 def _cut(tokens: Tokens, pending: _Pending, models: int) -> Iterator[Tokens]:
@@ -203,11 +230,11 @@ class _Pending:
         self._waiting.append(tokens)
         self._count += tokens.count
 
-    def round(self, tile: Tile, statistics: Tensor, term_weights: Tensor) -> Tensor:
+    def round(self, tile: Tile, terms: Terms) -> Tensor:
         """Round the gradients of a tile and multiply them into the gradients; returns [r] bool, the
         rows that are left as dense gradients."""
         assert self._rounder is not None
-        made = self._rounder.round(self._kernels, tile, statistics, term_weights)
+        made = self._rounder.round(self._kernels, tile, terms)
         dense = made.is_dense
         if not dense.all():
             self._add_sparse(self._rounder, made, is_all=not dense.any())
