@@ -63,7 +63,9 @@ def sampled(model: Path, tokens: int, new_tokens: int, seed: int) -> dict[str, T
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     torch.manual_seed(seed)
-    students, teachers, targets = [], [], []
+    students: list[Tensor] = []
+    teachers: list[Tensor] = []
+    targets: list[Tensor] = []
     for asked, shown in prompts():
         seen = [
             tokenizer.apply_chat_template(

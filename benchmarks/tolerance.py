@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -157,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for trained in (True, False)
     }
     for setting in settings:
-        steps[setting.name] = lambda setting=setting: setting.run(problem)
+        steps[setting.name] = partial(setting.run, problem)
     found = interleave(steps, args.rounds, clock=clock_for("cpu"))
     errors = {s.name: made for s in settings if (made := errors_of(s, problem)) is not None}
     print(", ".join(f"{name} {value}" for name, value in environment("cpu").items()))

@@ -69,7 +69,7 @@ def problem(
 
 
 def loss_of(tensors: dict[str, Tensor], **options: Any) -> DistillationOutput:
-    made = dict(options)
+    made: dict[str, Any] = dict(options)
     tokens, vocabulary = tensors["targets"].shape[0], tensors["weight"].shape[0]
     generator = torch.Generator().manual_seed(7)
     if made.pop("bias", False):
@@ -78,8 +78,8 @@ def loss_of(tensors: dict[str, Tensor], **options: Any) -> DistillationOutput:
         made["mask"] = torch.rand(tokens, generator=generator) < 0.8
     if made.get("token_weight") is True:
         made["token_weight"] = torch.randn(tokens, generator=generator)
-    operands = {name: tensor for name, tensor in tensors.items() if name != "bias"}
-    return fused_linear_distillation(**operands, **made)
+    made |= {name: tensor for name, tensor in tensors.items() if name != "bias"}
+    return fused_linear_distillation(**made)
 
 
 def gradients(
@@ -221,7 +221,7 @@ def test_micro_batches_and_threads_draw_the_same_lots() -> None:
 def test_rows_have_the_same_bits_with_any_number_of_threads(softcap: float | None) -> None:
     from selfdistill_kernels.backends.interface import LinearInputs
     from selfdistill_kernels.backends.native.rounding import Rounder
-    from selfdistill_kernels.backends.native.rows import RowKernels
+    from selfdistill_kernels.backends.native.rows import RowKernels, Tile
     from selfdistill_kernels.logits import LogitTransform
     from selfdistill_kernels.tolerance import GradientError, Rounding
 
@@ -249,9 +249,11 @@ def test_rows_have_the_same_bits_with_any_number_of_threads(softcap: float | Non
             )
             rounder = Rounder(inputs, rounding)
             statistics = kernels.statistics(tile)
-            sparse = rounder.round(
-                kernels, tile, lambda _, rows, found=statistics: (found[rows], weights[rows])
-            )
+
+            def terms(_: Tile, rows: slice, found: Tensor = statistics) -> tuple[Tensor, Tensor]:
+                return found[rows], weights[rows]
+
+            sparse = rounder.round(kernels, tile, terms)
             assert not sparse.is_dense.all()
             weight = torch.empty(VOCABULARY, HIDDEN)
             rounder.weight_gradient(sparse, out=weight, add=None, bias=None)
