@@ -212,6 +212,7 @@ def native_extensions() -> tuple[list[Extension], dict[str, type[Command]]]:
         "csrc/cpu/gemm.cpp",
         "csrc/cpu/transposed.cpp",
         "csrc/cpu/widened.cpp",
+        "csrc/cpu/rounding.cpp",
         "csrc/cpu/memory.cpp",
     ]
     sources += [f"csrc/cpu/{stem}.cpp" for stem in FILE_FLAGS]

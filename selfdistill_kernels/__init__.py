@@ -11,6 +11,7 @@ from selfdistill_kernels.loss import (
     fused_linear_logprobs,
 )
 from selfdistill_kernels.objective import Objective
+from selfdistill_kernels.tolerance import GradientError, GradientTolerance
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,8 @@ __all__ = [
     "AdvantageMask",
     "DistillationOutput",
     "FusedLinearDistillationLoss",
+    "GradientError",
+    "GradientTolerance",
     "LogprobOutput",
     "Objective",
     "distillation_from_logits",

@@ -33,6 +33,8 @@ def call_linear_loss(
     tensors = (*inputs.tensors(), loss_weight, old_logprobs)
     if options.needs.in_place:
         return LogitsLossInPlace.apply(*tensors, options)
+    if options.rounding is not None:
+        return _outside_of_graphs(_EagerLoss.apply, tensors)(*tensors, options)
     if _is_traced(tensors):
         loss, statistics, active, *_ = linear_loss(*tensors, *options.loss_scalars())
         return loss, statistics, active
@@ -44,15 +46,30 @@ def call_linear_statistics(
 ) -> Tensor:
     """Return statistics [N, 10], differentiable as those of `linear_statistics` are."""
     tensors, scalars = inputs.tensors(), options.statistics_scalars(inputs.whole_vocabulary)
-    if inputs.shard is None and _is_traced(tensors):
+    if inputs.shard is None and options.rounding is None and _is_traced(tensors):
         statistics, *_ = linear_statistics(*tensors, *scalars)
         return statistics
     apply = _EagerStatistics.apply
-    if torch.compiler.is_compiling():
+    if options.rounding is not None:
+        apply = _outside_of_graphs(apply, tensors)
+    elif torch.compiler.is_compiling():
         # An operator takes no process group: the graph breaks here.
         apply = torch.compiler.disable(apply)
     wanted = expected if expected.needs and not _hooks_are_active() else None
-    return apply(*tensors, scalars, wanted, inputs.shard)
+    return apply(*tensors, scalars, wanted, inputs.shard, options.rounding)
+
+
+def _outside_of_graphs(apply: Any, tensors: tuple[Tensor | None, ...]) -> Any:
+    """`apply` with a gradient tolerance: an operator's schema has no place for the errors, so that
+    a graph breaks there. Raises NotImplementedError for other tracers."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(apply)
+    if _is_traced(tensors):
+        raise NotImplementedError(
+            "gradient_tolerance: not under transforms of torch.func, dispatch modes or tensor "
+            "subclasses; pass None for the exact gradient"
+        )
+    return apply
 
 
 def _hooks_are_active() -> bool:
@@ -96,16 +113,17 @@ class _EagerLoss(torch.autograd.Function):
 
 class _EagerStatistics(torch.autograd.Function):
     """`linear_statistics` without its operator: its tensors, its scalars in a tuple, what is
-    expected of the backward pass, if there is one, and the shard. Returns statistics."""
+    expected of the backward pass, if there is one, the shard, and what the gradient may be wrong
+    by. Returns statistics."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        tensors, (scalars, expected, ctx.shard) = arguments[:8], arguments[8:]
+        tensors, (scalars, expected, ctx.shard, ctx.rounding) = arguments[:8], arguments[8:]
         *transform, divergence, beta, top_k, top_k_of, tail, workspace, backend = scalars
         ctx.transform, ctx.execution = LogitTransform(*transform), (workspace, backend)
         ctx.objective = divergence_alone(divergence, beta, top_k, top_k_of, tail)
         inputs = linear_inputs(*(*tensors, ctx.transform, ctx.shard))
-        found, ctx.kept = sweep(inputs, ctx.objective, workspace, backend, expected)
+        found, ctx.kept = sweep(inputs, ctx.objective, workspace, backend, expected, ctx.rounding)
         ctx.save_for_backward(*tensors, *found)
         return found.statistics
 
@@ -121,7 +139,7 @@ class _EagerStatistics(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         gradients[0], gradients[2], gradients[4] = sweep_gradient(
             linear_inputs(*(*tensors, ctx.transform, ctx.shard)), ctx.objective, found,
-            term_weights(grad), needs, workspace, backend, kept,
+            term_weights(grad), needs, workspace, backend, kept, ctx.rounding,
         )  # fmt: skip
         return tuple(gradients)
 

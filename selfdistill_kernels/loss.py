@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.options import LossOptions
 from selfdistill_kernels.statistics import Column, advantage_of
 from selfdistill_kernels.token_loss import token_losses
+from selfdistill_kernels.tolerance import GradientError, GradientTolerance, Rounding
 from selfdistill_kernels.transforms import call_linear_loss, call_linear_statistics
 
 
@@ -45,6 +46,8 @@ class DistillationOutput:
         entropy: [...] entropy of the student.
         teacher_entropy: [...] entropy of the teacher.
         active: [...] bool, tokens that carry a gradient.
+        gradient_error: relative standard errors of dH [...] and dW, or None without a
+            `gradient_tolerance`.
     """
 
     loss: Tensor
@@ -55,6 +58,7 @@ class DistillationOutput:
     entropy: Tensor
     teacher_entropy: Tensor
     active: Tensor
+    gradient_error: GradientError | None = None
 
 
 # For torch.export, torch.func and whoever else looks for the tensors of a result.
@@ -95,6 +99,7 @@ def fused_linear_distillation(
     normalizer: float | Tensor | None = None,
     workspace: str | int = "auto",
     backend: str = "auto",
+    gradient_tolerance: float | Literal["rounding"] | GradientTolerance | None = None,
 ) -> DistillationOutput:
     """Self-distillation loss from hidden states, without materialising [tokens, vocabulary].
 
@@ -135,6 +140,10 @@ def fused_linear_distillation(
             hidden states, columns widened to float32) and, with 16-bit inputs, for float32 sums; or
             "auto". Too little is an error that names the least.
         backend: "auto", "triton", "native" or "reference" (`selfdistill doctor` says what runs).
+        gradient_tolerance: None for the exact gradient. A number is the relative standard error
+            that each token's dH may have, "rounding" that of bfloat16 (2e-3): the gradient of the
+            logits is rounded at random to few entries, right on average, and its products become
+            sparse (docs/tolerance.md). The output says what error came of it.
 
     Returns:
         DistillationOutput.
@@ -150,6 +159,7 @@ def fused_linear_distillation(
         advantage_mask,
         reduction,
         normalizer,
+        tolerance=GradientTolerance.of(gradient_tolerance),
     )
     models = Models.of_two(
         student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, group
@@ -259,7 +269,15 @@ def _distillation(
         entropy=shaped[..., Column.ENTROPY],
         teacher_entropy=shaped[..., Column.TEACHER_ENTROPY],
         active=active.reshape(leading),
+        gradient_error=_shaped(options.rounding, leading),
     )
+
+
+def _shaped(rounding: Rounding | None, leading: tuple[int, ...]) -> GradientError | None:
+    """The errors, of tokens [...]: views of what the backend fills."""
+    if rounding is None:
+        return None
+    return rounding.error._replace(hidden=rounding.error.hidden.view(leading))
 
 
 def fused_linear_logprobs(
@@ -323,7 +341,7 @@ class FusedLinearDistillationLoss(nn.Module):
 
     Args:
         objective, advantage_mask, ignore_index, temperature, logit_scale, softcap, reduction,
-        workspace, backend: as in `fused_linear_distillation`; checked here.
+        workspace, backend, gradient_tolerance: as in `fused_linear_distillation`; checked here.
     """
 
     def __init__(
@@ -338,6 +356,7 @@ class FusedLinearDistillationLoss(nn.Module):
         reduction: str = "mean",
         workspace: str | int = "auto",
         backend: str = "auto",
+        gradient_tolerance: float | Literal["rounding"] | GradientTolerance | None = None,
     ) -> None:
         super().__init__()
         self.objective = Objective.of(objective)
@@ -353,6 +372,7 @@ class FusedLinearDistillationLoss(nn.Module):
         self.reduction = reduction
         self.workspace = workspace
         self.backend = backend
+        self.gradient_tolerance = GradientTolerance.of(gradient_tolerance)
 
     def forward(
         self,
@@ -395,6 +415,7 @@ class FusedLinearDistillationLoss(nn.Module):
             reduction=self.reduction,
             workspace=self.workspace,
             backend=self.backend,
+            gradient_tolerance=self.gradient_tolerance,
         )
 
     def extra_repr(self) -> str:

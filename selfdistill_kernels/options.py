@@ -9,6 +9,7 @@ from selfdistill_kernels.advantage import Gate
 from selfdistill_kernels.backends.interface import Needs
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
+from selfdistill_kernels.tolerance import Rounding
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class LossOptions:
         needs: the gradients that are made in the forward visit.
         workspace: bytes, 0 for "auto".
         backend: a name other than "auto".
+        rounding: the error that the gradients may have, or None.
     """
 
     transform: LogitTransform
@@ -31,6 +33,7 @@ class LossOptions:
     needs: Needs
     workspace: int
     backend: str
+    rounding: Rounding | None = None
 
     def loss_scalars(self) -> tuple[Any, ...]:
         """The same, as the schema of `linear_loss` spells it."""

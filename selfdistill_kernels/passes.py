@@ -24,6 +24,7 @@ from selfdistill_kernels.options import LossOptions
 from selfdistill_kernels.parallel.shard import VocabularyShard
 from selfdistill_kernels.statistics import Column
 from selfdistill_kernels.token_loss import token_losses
+from selfdistill_kernels.tolerance import Rounding
 from selfdistill_kernels.top_k import (
     joined_support,
     support_logprobs,
@@ -68,7 +69,7 @@ def visit(
     with _float32_products(student_hidden):
         statistics, active, gradients = get_backend(options.backend).visit(
             inputs, objective, options.gate, loss_weight, old_logprobs, options.needs,
-            options.workspace,
+            options.workspace, options.rounding,
         )  # fmt: skip
     losses = token_losses(objective, statistics, loss_weight, active, old_logprobs)
     loss = losses.sum(dtype=torch.float64).to(statistics.dtype)
@@ -81,13 +82,16 @@ def sweep(
     workspace: int,
     backend: str,
     expected: Expected | None = None,
+    rounding: Rounding | None = None,
 ) -> tuple[Sweep, Kept | None]:
     """Statistics, and what the backend kept for a gradient that is expected."""
     hidden, chosen, top_k = inputs.student_hidden, get_backend(backend), objective.top_k or 0
     whole = objective if top_k == 0 else _without_divergence(objective)
     with _float32_products(hidden):
         kept = None
-        found = None if expected is None else chosen.keep(inputs, whole, expected, workspace)
+        found = (
+            None if expected is None else chosen.keep(inputs, whole, expected, workspace, rounding)
+        )
         if found is None:
             statistics = chosen.statistics(inputs, whole, workspace)
         else:
@@ -121,6 +125,7 @@ def sweep_gradient(
     workspace: int,
     backend: str,
     kept: Kept | None = None,
+    rounding: Rounding | None = None,
 ) -> Gradients:
     """The gradient for the weights [N, 3] of divergence, -log S(y) and entropy; dH of the whole
     vocabulary, dW and db of the shard where there is one."""
@@ -130,11 +135,11 @@ def sweep_gradient(
     ) -> Gradients:
         statistics = found.statistics
         if kept is not None:
-            made = kept.gradient(inputs, objective, statistics, weights, needs, entries)
+            made = kept.gradient(inputs, objective, statistics, weights, needs, entries, rounding)
             if made is not None:
                 return made
         return get_backend(backend).gradient(
-            inputs, objective, statistics, weights, needs, workspace, entries
+            inputs, objective, statistics, weights, needs, workspace, entries, rounding
         )
 
     with _float32_products(inputs.student_hidden):

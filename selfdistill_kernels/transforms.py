@@ -36,7 +36,7 @@ def call_linear_loss(
     """`eager.call_linear_loss`, under the transforms of torch.func, too."""
     tensors = (*inputs.tensors(), loss_weight, old_logprobs)
     refuse_forward_mode(tensors)
-    if is_transformed() and not options.needs.in_place:
+    if is_transformed() and not options.needs.in_place and options.rounding is None:
         loss, statistics, active, *_ = _TransformedLoss.apply(*tensors, options)
         return loss, statistics, active
     return eager.call_linear_loss(inputs, loss_weight, old_logprobs, options)
@@ -49,7 +49,7 @@ def call_linear_statistics(
     refuse_forward_mode(inputs.tensors())
     operands: tuple[Any, ...] = (*map(_saveable, inputs.tensors()), inputs.transform, inputs.shard)
     inputs = LinearInputs(*operands)
-    if is_transformed():
+    if is_transformed() and options.rounding is None:
         if inputs.shard is not None:
             raise NotImplementedError(NO_SHARDS)
         scalars = options.statistics_scalars(inputs.vocabulary)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../problem.h"
+#include "rounding.h"
 
 namespace selfdistill {
 
@@ -13,6 +14,7 @@ struct Kernels {
   void (*gradient)(const Problem&, const float* statistics, const float* term_weights, int64_t begin, int64_t end);
   void (*widen)(const uint16_t* bfloat16, int64_t count, float* to);
   void (*narrow)(const float* from, int64_t count, uint16_t* bfloat16);  // to nearest even
+  RoundingKernels rounding;
 };
 
 namespace isa_default {

@@ -154,8 +154,12 @@ float largest(const float* z, int64_t n) {
 
 // Whether an entry is -inf, or below every logit that counts.
 bool rules_out_any(const float* z, int64_t n) {
+  VectorInt lanes{};
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) lanes |= load(z + j) <= kLowest;
   bool found = false;
-  for (int64_t j = 0; j < n; ++j) found |= z[j] <= kLowest;
+  for (int i = 0; i < kLanes; ++i) found |= lanes[i] != 0;
+  for (; j < n; ++j) found |= z[j] <= kLowest;
   return found;
 }
 
@@ -274,17 +278,9 @@ float logit_at(const Row& row, int64_t column) {
   return *row.logits(column, 1, &z);
 }
 
-template <class Out>
-void gradient_row(const Problem& p, const Row& student, const Row& teacher, int64_t target, const float* statistics,
-                  double divergence_weight, double token_weight, double entropy_weight) {
-  const Transform transform = make_transform(p.logit_scale, p.softcap, p.temperature, student.bias != nullptr);
+GradientTerms gradient_terms(const Problem& p, const Transform& transform, const float* statistics,
+                             double divergence_weight, double token_weight, double entropy_weight) {
   const double slope = transform_slope(transform);
-  const bool divergent = p.divergence != Divergence::kNone && divergence_weight != 0.0;
-  Out* to = reinterpret_cast<Out*>(student.raw);
-  if (!divergent && token_weight == 0.0 && entropy_weight == 0.0) {  // also where the row holds NaN
-    memset(to, 0, (size_t)p.columns * sizeof(Out));
-    return;
-  }
   GradientTerms terms;
   terms.n = normalised(statistics);
   terms.beta = (float)p.beta;
@@ -294,6 +290,21 @@ void gradient_row(const Problem& p, const Row& student, const Row& teacher, int6
   terms.divergence_weight = (float)(slope * divergence_weight);
   terms.token_weight = (float)(slope * token_weight);
   terms.entropy_weight = (float)(slope * entropy_weight);
+  return terms;
+}
+
+template <class Out>
+void gradient_row(const Problem& p, const Row& student, const Row& teacher, int64_t target, const float* statistics,
+                  double divergence_weight, double token_weight, double entropy_weight) {
+  const Transform transform = make_transform(p.logit_scale, p.softcap, p.temperature, student.bias != nullptr);
+  const bool divergent = p.divergence != Divergence::kNone && divergence_weight != 0.0;
+  Out* to = reinterpret_cast<Out*>(student.raw);
+  if (!divergent && token_weight == 0.0 && entropy_weight == 0.0) {  // also where the row holds NaN
+    memset(to, 0, (size_t)p.columns * sizeof(Out));
+    return;
+  }
+  const GradientTerms terms =
+      gradient_terms(p, transform, statistics, divergence_weight, token_weight, entropy_weight);
   const Gradient<Out> gradient =
       gradient_of<Out>(divergent ? p.divergence : Divergence::kNone, entropy_weight != 0.0);
   float at_target = 0.0f;
@@ -385,15 +396,8 @@ void gradient(const Problem& p, const float* statistics, const float* term_weigh
 
 void widen(const uint16_t* bfloat16, int64_t count, float* to) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    VectorHalf half;
-    memcpy(&half, bfloat16 + i, sizeof half);
-    store(to + i, from_bits(__builtin_convertvector(half, VectorBits) << 16));
-  }
-  for (; i < count; ++i) {
-    const uint32_t word = (uint32_t)bfloat16[i] << 16;
-    memcpy(to + i, &word, sizeof word);
-  }
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(bfloat16 + i));
+  for (; i < count; ++i) to[i] = widened(bfloat16[i]);
 }
 
 void narrow(const float* from, int64_t count, uint16_t* bfloat16) {
@@ -402,10 +406,17 @@ void narrow(const float* from, int64_t count, uint16_t* bfloat16) {
   for (; i < count; ++i) store(bfloat16 + i, from[i]);
 }
 
+#include "screen.inl"
+#include "rounding.inl"
+#include "sparse.inl"
+
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {visit, statistics, mixture_sums, gradient, widen, narrow};
+const Kernels kernels = {
+    visit, statistics, mixture_sums, gradient, widen, narrow,
+    {spread, round_rows, rounding_space, sparse_hidden_gradient, sparse_weight_gradient},
+};
 
 }  // namespace SELFDISTILL_ISA
 }  // namespace selfdistill

@@ -71,6 +71,13 @@ SELFDISTILL_FN void store(uint16_t* to, Vector v) {
   memcpy(to, &half, sizeof half);
 }
 SELFDISTILL_FN void store(uint16_t* to, float v) { *to = (uint16_t)bfloat16_bits<uint32_t>(v); }
+SELFDISTILL_FN Vector load(const uint16_t* bfloat16) {
+  VectorHalf half;
+  memcpy(&half, bfloat16, sizeof half);
+  return from_bits(__builtin_convertvector(half, VectorBits) << 16);
+}
+SELFDISTILL_FN float widened(uint16_t bfloat16) { return from_bits((uint32_t)bfloat16 << 16); }
+SELFDISTILL_FN float widened(float x) { return x; }
 
 // In float64, by halves.
 SELFDISTILL_FN double sum_lanes(Vector v) {

@@ -101,6 +101,8 @@ class LossConfig(Section):
     Matters from the second update on (`updates_per_step`) or with an engine that samples from other
     numbers. Needs `temperature` to be that of the rollouts.
     """
+    gradient_tolerance: Annotated[Float, Field(gt=0, lt=1)] | Literal["rounding"] | None = None
+    """Relative standard error that a token's gradient may have, on a CPU; null: an exact one."""
     stop_after_first_wrong_step: bool = False
     """Cut a rollout behind its first wrong step: what follows stands on a false result.
 

@@ -83,6 +83,7 @@ class DistillationLoss:
         self.advantage_mask = None if mask is None else AdvantageMask(**mask.model_dump())
         self.temperature = config.temperature
         self.needs_old_logprobs = config.importance_clip is not None
+        self.gradient_tolerance = config.gradient_tolerance
         self.sequence_mean = config.reduction == "sequence_mean"
 
     def denominator(self, group: PromptGroup) -> int:
@@ -120,6 +121,7 @@ class DistillationLoss:
             objective=self.objective,
             temperature=self.temperature,
             normalizer=normalizer,
+            gradient_tolerance=self.gradient_tolerance,
         )
         if self.advantage_mask is None or self.advantage_mask.top_fraction is None:
             return fused(

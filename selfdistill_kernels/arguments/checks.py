@@ -7,6 +7,7 @@ from torch import Tensor
 
 from selfdistill_kernels.advantage import AdvantageMask
 from selfdistill_kernels.objective import Objective
+from selfdistill_kernels.tolerance import GradientTolerance
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "sequence_mean", "none")
@@ -231,6 +232,28 @@ def check_top_k(objective: Objective, vocabulary: int) -> None:
             f"objective: top_k must be at most the vocabulary of {vocabulary}, got "
             f"{objective.top_k}"
         )
+
+
+def check_tolerance(
+    tolerance: GradientTolerance | None,
+    objective: Objective,
+    backend: str,
+    device: torch.device,
+    *,
+    is_sharded: bool,
+) -> None:
+    """Raise ValueError where there is no other gradient than the exact one."""
+    if tolerance is None:
+        return
+    if objective.top_k is not None:
+        reason = "an objective with top_k has the exact gradient only"
+    elif is_sharded:
+        reason = "a head that is sharded along the vocabulary has the exact gradient only"
+    elif backend == "triton" or device.type != "cpu":
+        reason = f"backend {backend!r} on {device.type!r} makes the exact gradient only"
+    else:
+        return
+    raise ValueError(f"gradient_tolerance: {reason}; pass None")
 
 
 def check_companions(

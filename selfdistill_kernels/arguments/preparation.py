@@ -25,6 +25,7 @@ from selfdistill_kernels.arguments.checks import (
     check_reduction,
     check_targets_given,
     check_teacher,
+    check_tolerance,
     check_top_k,
     require_tensor,
 )
@@ -36,6 +37,7 @@ from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.options import LossOptions
 from selfdistill_kernels.parallel.operands import agreed_shard, local_operands
 from selfdistill_kernels.statistics import statistics_dtype
+from selfdistill_kernels.tolerance import GradientError, GradientTolerance, Rounding
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,7 @@ class Settings:
     reduction: str = "mean"
     normalizer: float | Tensor | None = None
     in_place: bool = False
+    tolerance: GradientTolerance | None = None
 
 
 @dataclass(frozen=True)
@@ -252,6 +255,8 @@ def prepare(
         settings.backend, device=student.device, dtype=student.dtype, is_sharded=is_sharded
     )
 
+    check_tolerance(settings.tolerance, objective, backend, student.device, is_sharded=is_sharded)
+
     # A backend may give loss and gradient in one visit of the logits where no token's loss waits
     # for those of others; a gradient in the place of the logits needs just that.
     token_local = mask is None or mask.is_token_local
@@ -295,8 +300,16 @@ def prepare(
         needs,
         settings.workspace,
         backend,
+        None if settings.tolerance is None else _rounding(settings.tolerance, inputs),
     )
     return inputs, terms, options
+
+
+def _rounding(tolerance: GradientTolerance, inputs: LinearInputs) -> Rounding:
+    """The tolerance with room for errors; 0 for a token without a gradient, NaN before there is
+    one."""
+    hidden = torch.full((inputs.student_hidden.shape[0],), math.nan, device=inputs.device)
+    return Rounding(tolerance, GradientError(hidden, hidden.new_full((), math.nan)))
 
 
 def _linear_inputs(

@@ -14,6 +14,7 @@ from selfdistill_kernels.backends.tokens import Tokens
 from selfdistill_kernels.logits import LogitTransform
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.parallel.shard import VocabularyShard
+from selfdistill_kernels.tolerance import Rounding
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ class Kept(Protocol):
         term_weights: Tensor,
         needs: Needs,
         entries: Entries | None = None,
+        rounding: Rounding | None = None,
     ) -> Gradients | None:
         """`Backend.gradient` for the same models; None if this is no help, as it may be for a
         second backward pass."""
@@ -183,7 +185,12 @@ class Backend(Protocol):
         ...
 
     def keep(
-        self, inputs: LinearInputs, objective: Objective, expected: Expected, workspace: int
+        self,
+        inputs: LinearInputs,
+        objective: Objective,
+        expected: Expected,
+        workspace: int,
+        rounding: Rounding | None = None,
     ) -> tuple[Tensor, Kept] | None:
         """`statistics`, and what spares their gradient a sweep; None where that cannot be had."""
         ...
@@ -202,12 +209,13 @@ class Backend(Protocol):
         needs: Needs,
         workspace: int,
         entries: Entries | None = None,
+        rounding: Rounding | None = None,
     ) -> Gradients:
         """Gradient of sum_i w_i0 divergence_i + w_i1 (-log S(y_i)) + w_i2 H(S_i), with `entries`
         in place of what that gives there.
 
         `term_weights` is [N, 3]; without targets w_i1 weighs log sum exp z_i. Rows where everything
-        is zero cost nothing.
+        is zero cost nothing. `rounding` is what it may be wrong by; never with `entries`.
         """
         ...
 
@@ -220,6 +228,7 @@ class Backend(Protocol):
         old_logprobs: Tensor | None,
         needs: Needs,
         workspace: int,
+        rounding: Rounding | None = None,
     ) -> tuple[Tensor, Tensor, Gradients]:
         """Statistics [N, 10], active tokens [N] bool and the gradient of
         sum_i active_i loss_weight_i loss_i, where everything is known before the visit."""

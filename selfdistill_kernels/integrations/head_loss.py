@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from selfdistill_kernels.loss import (
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.ops import refuse_double_backward
 from selfdistill_kernels.parallel.operands import is_dtensor
+from selfdistill_kernels.tolerance import GradientTolerance
 
 AUTO_WORKSPACE = 256 * 2**20  # bytes; as much as the CPU kernels keep
 # Student, teacher, and what the transform of one of them needs in passing.
@@ -52,6 +53,7 @@ def fused_head_distillation(
     normalizer: float | Tensor | None = None,
     workspace: str | int = "auto",
     backend: str = "auto",
+    gradient_tolerance: float | Literal["rounding"] | GradientTolerance | None = None,
 ) -> DistillationOutput:
     """`fused_linear_distillation` for heads with a scale, a soft cap and LoRA adapters each.
 
@@ -61,8 +63,8 @@ def fused_head_distillation(
 
     Args:
         student_hidden, teacher_hidden, targets, mask, token_weight, old_logprobs, objective,
-        advantage_mask, step_ids, ignore_index, temperature, reduction, normalizer, backend: as in
-            `fused_linear_distillation`.
+        advantage_mask, step_ids, ignore_index, temperature, reduction, normalizer, backend,
+        gradient_tolerance: as in `fused_linear_distillation`; chunks have no tolerance.
         student: its head; gradients flow to the weight, bias and adapters that require them.
         teacher: its head, None when the teacher is the student; no gradient.
         workspace: as in `fused_linear_distillation`; with chunks the bytes of their logits,
@@ -98,6 +100,11 @@ def fused_head_distillation(
                 "heads in shards (DTensors) need one soft cap and one dtype for both models, and "
                 "no LoRA on either head"
             )
+        if gradient_tolerance is not None:
+            raise ValueError(
+                "gradient_tolerance: LoRA on a head, two soft caps or dtypes have the exact "
+                "gradient only; pass None"
+            )
         if step_ids is not None:
             raise ValueError("step_ids: only used by advantage_mask with per_step=True")
         return _by_chunks(
@@ -132,6 +139,7 @@ def fused_head_distillation(
         reduction=reduction,
         normalizer=normalizer,
         workspace=workspace,
+        gradient_tolerance=gradient_tolerance,
         **shared,
     )
 

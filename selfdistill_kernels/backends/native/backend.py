@@ -6,6 +6,7 @@ that exist, once a tile with an advantage mask, once a call in a backward pass t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypedDict
 
 import torch
@@ -25,11 +26,13 @@ from selfdistill_kernels.backends.native import memory, recompute, store
 from selfdistill_kernels.backends.native.gemm import is_widened
 from selfdistill_kernels.backends.native.kept import KeptProducts, KeptScores, unit_objective
 from selfdistill_kernels.backends.native.plan import TilePlan, copied_bytes, widened_bytes
+from selfdistill_kernels.backends.native.rounding import Rounder
 from selfdistill_kernels.backends.native.rows import RowKernels
 from selfdistill_kernels.backends.tokens import Tokens
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.statistics import Column
 from selfdistill_kernels.token_loss import active_tokens, term_weights_of
+from selfdistill_kernels.tolerance import Rounding
 
 NO_NEEDS = Needs(False, False, False)
 # Tokens of a tile on a GPU: its GEMMs read the head, and add to dW, seldom enough (docs/math.md).
@@ -59,7 +62,12 @@ class NativeBackend:
         return statistics
 
     def keep(
-        self, inputs: LinearInputs, objective: Objective, expected: Expected, workspace: int
+        self,
+        inputs: LinearInputs,
+        objective: Objective,
+        expected: Expected,
+        workspace: int,
+        rounding: Rounding | None = None,
     ) -> tuple[Tensor, Kept] | None:
         # Logits of a caller cost no product, whoever looks at them again. On a GPU memory is dearer
         # than a product, and the number of tokens would be waited for.
@@ -68,8 +76,9 @@ class NativeBackend:
         # Raises where the workspace is too small for a backward pass that nothing waits for: that
         # must not depend on who holds the memory, least of all on one of several ranks.
         slabs_for(inputs, inputs.student_hidden.shape[0], expected.needs, workspace)
-        plan = plan_for(inputs, expected.needs, workspace)
-        if plan.strategy != "store":
+        made = plan_for if rounding is None else rounding_plan_for
+        plan = made(inputs, expected.needs, workspace)
+        if plan is None or plan.strategy != "store":
             return None
         if plan.rows >= inputs.tokens.count:
             lease = memory.lease(plan.elements, inputs.device)
@@ -92,7 +101,7 @@ class NativeBackend:
         statistics, active, gradients = self.visit(
             inputs, unit_objective(objective, term), expected.gate,
             inputs.student_hidden.new_ones(inputs.student_hidden.shape[0], dtype=torch.float32),
-            None, expected.needs, workspace,
+            None, expected.needs, workspace, rounding,
         )  # fmt: skip
         assert gradients.hidden is not None
         return statistics, KeptProducts(gradients.hidden, active, term)
@@ -109,8 +118,14 @@ class NativeBackend:
         old_logprobs: Tensor | None,
         needs: Needs,
         workspace: int,
+        rounding: Rounding | None = None,
     ) -> tuple[Tensor, Tensor, Gradients]:
-        plan = plan_for(inputs, needs, workspace)
+        plan, rounder = plan_for(inputs, needs, workspace), None
+        if rounding is not None:
+            rounding.begin(trained_head=needs.weight)
+            rounded = rounding_plan_for(inputs, needs, workspace)
+            if rounded is not None and needs:
+                plan, rounder = rounded, Rounder(inputs, rounding)
         kernels = RowKernels(inputs, objective, plan.widened)
         loss_weight = loss_weight.to(torch.float32)
         statistics = _new_statistics(inputs)
@@ -119,6 +134,7 @@ class NativeBackend:
                 kernels, plan,
                 gate=gate, loss_weight=loss_weight, old_logprobs=old_logprobs,
                 needs=needs, statistics=statistics,
+                rounder=rounder,
             )  # fmt: skip
             return statistics, active, gradients
         inputs.tokens.put(statistics, recompute.sweep_statistics(kernels, plan))
@@ -135,9 +151,19 @@ class NativeBackend:
         needs: Needs,
         workspace: int,
         entries: Entries | None = None,
+        rounding: Rounding | None = None,
     ) -> Gradients:
         # Whether a budget is enough must not depend on how many tokens have a gradient today.
         plan = slabs_for(inputs, inputs.student_hidden.shape[0], needs, workspace)
+        if rounding is not None:
+            rounding.begin(trained_head=needs.weight)
+            whole = rounding_plan_for(inputs, needs, workspace)
+            if whole is not None and needs:
+                return store.rounded_gradients(
+                    RowKernels(inputs, objective, whole.widened), whole,
+                    Tokens.where(rows_with_gradient(inputs, term_weights, None)), needs,
+                    Rounder(inputs, rounding), statistics, term_weights.to(torch.float32),
+                )  # fmt: skip
         kernels = RowKernels(inputs, objective, plan.widened)
         return _recomputed(kernels, statistics, term_weights, needs, workspace, entries)
 
@@ -171,6 +197,20 @@ def plan_for(inputs: LinearInputs, needs: Needs, workspace: int) -> TilePlan:
     if workspace == 0 and inputs.student_hidden.is_cuda:
         workspace = _gpu_workspace(inputs, needs)
     return TilePlan.choose(**_problem(inputs, inputs.tokens.count, needs), workspace=workspace)
+
+
+def rounding_plan_for(inputs: LinearInputs, needs: Needs, workspace: int) -> TilePlan | None:
+    """The plan for rounded gradients; None where their rows would not be whole, or a 16-bit dW has
+    no room for its float32 sums."""
+    plan = plan_for(inputs, needs, workspace)
+    if plan.strategy != "store":
+        return None
+    if needs.weight and inputs.student_hidden.element_size() < 4 and not plan.sum_bytes:
+        sums = 4 * inputs.vocabulary * inputs.student_hidden.shape[1]
+        plan = replace(plan, sum_bytes=sums)
+        if workspace and plan.bytes > workspace:
+            return None
+    return plan
 
 
 def slabs_for(inputs: LinearInputs, tokens: int, needs: Needs, workspace: int) -> TilePlan:

@@ -25,8 +25,10 @@ from selfdistill_kernels.backends.interface import (
 from selfdistill_kernels.backends.native import memory, recompute, store
 from selfdistill_kernels.backends.native.gemm import is_widened
 from selfdistill_kernels.backends.native.plan import TilePlan
+from selfdistill_kernels.backends.native.rounding import Rounder
 from selfdistill_kernels.backends.native.rows import RowKernels, Tile
 from selfdistill_kernels.objective import Objective
+from selfdistill_kernels.tolerance import Rounding
 
 
 class KeptScores:
@@ -59,6 +61,7 @@ class KeptScores:
         term_weights: Tensor,
         needs: Needs,
         entries: Entries | None = None,
+        rounding: Rounding | None = None,
     ) -> Gradients | None:
         """See `Kept`. The scores become the gradient, and their memory is given back."""
         if is_widened(inputs.weight) != bool(self._plan.widened):
@@ -71,6 +74,13 @@ class KeptScores:
             chosen = rows_with_gradient(inputs, term_weights, entries)
             kernels = RowKernels(inputs, objective, self._plan.widened)
             tile = _compacted(tile, tile.tokens.of(chosen), term_weights)
+            if rounding is not None:
+                rounding.begin(trained_head=needs.weight)
+                rounder = Rounder(inputs, rounding)
+                return store.round_and_multiply(
+                    kernels, self._plan, self._lease.space, tile, needs, rounder,
+                    statistics, term_weights.to(torch.float32),
+                )  # fmt: skip
             kernels.gradient(tile, tile.tokens.of(statistics), tile.tokens.of(term_weights))
             if entries is not None:
                 gradient = kernels.gradient_rows(tile.student)
@@ -115,8 +125,9 @@ class KeptProducts:
         term_weights: Tensor,
         needs: Needs,
         entries: Entries | None = None,
+        rounding: Rounding | None = None,
     ) -> Gradients | None:
-        """See `Kept`."""
+        """See `Kept`. Its error was noted when it was made: a weight changes no relative error."""
         weight = term_weights[:, self._term]
         wanted = rows_with_gradient(inputs, term_weights, entries)
         # A token that the gate stopped by a rounding, or another term.
@@ -126,6 +137,8 @@ class KeptProducts:
         if needs.weight or needs.bias or entries is not None or is_other:
             return None
         weight = weight.where(wanted, 0.0)
+        if rounding is not None:
+            rounding.error.hidden.masked_fill_(weight == 0, 0.0)
         weight = weight[:, None]
         # A weight of 0 is no gradient, whatever the row holds.
         made = torch.where(weight == 0, 0.0, weight * self._hidden)

@@ -135,10 +135,25 @@ class RowKernels:
     ) -> None:
         """`visit` for weights that depend on the row's own statistics: the tile is read again
         (a few percent of its GEMMs)."""
+        weights = self.weigh(
+            tile, loss_weight, gate, old_logprobs, statistics=statistics, active=active
+        )
+        self.gradient(tile, statistics, weights)
+
+    def weigh(
+        self,
+        tile: Tile,
+        loss_weight: Tensor,
+        gate: Gate | None,
+        old_logprobs: Tensor | None,
+        *,
+        statistics: Tensor,
+        active: Tensor,
+    ) -> Tensor:
+        """`visit` without a gradient, for which it returns the weights [r, 3] of the terms."""
         statistics.copy_(self.statistics(tile))
         active &= active_tokens(statistics, loss_weight, None, gate)
-        weights = term_weights_of(self.objective, statistics, loss_weight * active, old_logprobs)
-        self.gradient(tile, statistics, weights)
+        return term_weights_of(self.objective, statistics, loss_weight * active, old_logprobs)
 
     def statistics(self, tile: Tile) -> Tensor:
         """Statistics [r, 10] of whole rows; their scores stay as they are, unlike in `visit`."""
@@ -194,6 +209,18 @@ class RowKernels:
             statistics, term_weights, *self.transform,
             0 if tile.teacher is None else self.divergence, self.objective.beta, tile.start,
             self.head.narrow_gradient,
+        )  # fmt: skip
+
+    def round(
+        self, tile: Tile, statistics: Tensor, term_weights: Tensor, *rounding: Tensor | float
+    ) -> None:
+        """The student's scores of whole rows become rounded gradients; `rounding` is the rest of
+        what `row_round_` takes."""
+        torch.ops.selfdistill.row_round_(
+            tile.student, tile.teacher, *self._biases(tile), self._targets(tile),
+            statistics, term_weights, *self.transform,
+            0 if tile.teacher is None else self.divergence, self.objective.beta,
+            self.head.narrow_gradient, *rounding,
         )  # fmt: skip
 
     def gradient_rows(self, scores: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from selfdistill_kernels.advantage import Gate
 from selfdistill_kernels.backends.interface import Gradients, Needs
 from selfdistill_kernels.backends.native import memory
 from selfdistill_kernels.backends.native.plan import TilePlan
+from selfdistill_kernels.backends.native.rounding import Rounder, SparseTile, Terms
 from selfdistill_kernels.backends.native.rows import RowKernels, Tile
 from selfdistill_kernels.backends.tokens import Tokens
 
@@ -35,6 +36,7 @@ def visit(
     old_logprobs: Tensor | None,
     needs: Needs,
     statistics: Tensor,
+    rounder: Rounder | None = None,
 ) -> tuple[Tensor, Gradients]:
     """Visit all tokens.
 
@@ -46,6 +48,7 @@ def visit(
         old_logprobs: [N] or None, for importance weights.
         needs: the gradients that are wanted.
         statistics: [N, 10], filled for the tokens that exist.
+        rounder: for gradients with an error.
 
     Returns:
         active [N] bool and the gradients.
@@ -59,13 +62,19 @@ def visit(
     )
     wants_gradient = bool(needs) and loss_weight is not None
     with memory.workspace(plan.elements, inputs.device) as space:
-        pending = _Pending(kernels, space, plan, needs)
+        pending = _Pending(kernels, space, plan, needs, rounder)
         for tokens in _cut(inputs.tokens, pending, plan.models):
             tile = kernels.tile(tokens, 0, plan.columns, pending.free, with_teacher=True)
             weight = tokens.of(loss_weight) if loss_weight is not None and needs else None
             old = None if old_logprobs is None else tokens.of(old_logprobs)
             found, chosen = tokens.of(statistics), tokens.of(active)
-            kernels.visit(tile, weight, gate, old, statistics=found, active=chosen)
+            dense = chosen
+            if rounder is not None and weight is not None:
+                dense = pending.round(
+                    tile, _weigher(kernels, weight, gate, old, statistics=found, active=chosen)
+                )
+            else:
+                kernels.visit(tile, weight, gate, old, statistics=found, active=chosen)
             if not tokens.is_range:
                 tokens.put(statistics, found)
                 tokens.put(active, chosen)
@@ -73,7 +82,7 @@ def visit(
                 if needs.in_place:
                     dropped = tokens.take((~chosen).nonzero().squeeze(1)).indices(inputs.device)
                     inputs.student_hidden.index_fill_(0, dropped, 0)
-                pending.take(kernels.keep_active(tile, chosen, gate))
+                pending.take(kernels.keep_active(tile, dense, gate))
         gradients = pending.finish()
     if loss_weight is not None and not wants_gradient:
         active &= loss_weight != 0
@@ -93,9 +102,74 @@ def multiply(
     kernels: RowKernels, plan: TilePlan, space: Tensor, tile: Tile, needs: Needs
 ) -> Gradients:
     """The GEMMs of a gradient that `kernels.gradient` left in a tile in the front of `space`."""
-    pending = _Pending(kernels, space, plan, needs)
+    pending = _Pending(kernels, space, plan, needs, None)
     pending.take(tile.tokens)
     return pending.finish()
+
+
+def round_and_multiply(
+    kernels: RowKernels,
+    plan: TilePlan,
+    space: Tensor,
+    tile: Tile,
+    needs: Needs,
+    rounder: Rounder,
+    statistics: Tensor,
+    term_weights: Tensor,
+) -> Gradients:
+    """The gradients, rounded, of a tile of scores in the front of `space`, for statistics [N, 10]
+    and weights [N, 3]."""
+    pending = _Pending(kernels, space, plan, needs, rounder)
+    tokens = tile.tokens
+    dense = pending.round(tile, _known(tokens.of(statistics), tokens.of(term_weights)))
+    pending.take(kernels.keep_active(tile, dense, None))
+    return pending.finish()
+
+
+def rounded_gradients(
+    kernels: RowKernels,
+    plan: TilePlan,
+    tokens: Tokens,
+    needs: Needs,
+    rounder: Rounder,
+    statistics: Tensor,
+    term_weights: Tensor,
+) -> Gradients:
+    """The same for tokens whose scores are made again, a tile at a time."""
+    with_teacher = bool((term_weights[:, 0] != 0).any())
+    with memory.workspace(plan.elements, kernels.inputs.device) as space:
+        pending = _Pending(kernels, space, plan, needs, rounder)
+        for part in _cut(tokens, pending, plan.models):
+            tile = kernels.tile(part, 0, plan.columns, pending.free, with_teacher=with_teacher)
+            dense = pending.round(tile, _known(part.of(statistics), part.of(term_weights)))
+            pending.take(kernels.keep_active(tile, dense, None))
+        return pending.finish()
+
+
+def _weigher(
+    kernels: RowKernels,
+    loss_weight: Tensor,
+    gate: Gate | None,
+    old_logprobs: Tensor | None,
+    *,
+    statistics: Tensor,
+    active: Tensor,
+) -> Terms:
+    """Terms of a tile's rows that fill their part of statistics [r, 10] and active [r]."""
+
+    def terms(part: Tile, rows: slice) -> tuple[Tensor, Tensor]:
+        old = None if old_logprobs is None else old_logprobs[rows]
+        found = statistics[rows]
+        weights = kernels.weigh(
+            part, loss_weight[rows], gate, old, statistics=found, active=active[rows]
+        )
+        return found, weights
+
+    return terms
+
+
+def _known(statistics: Tensor, term_weights: Tensor) -> Terms:
+    return lambda _, rows: (statistics[rows], term_weights[rows])
 
 
 def _cut(tokens: Tokens, pending: _Pending, models: int) -> Iterator[Tokens]:
@@ -112,12 +186,21 @@ def _cut(tokens: Tokens, pending: _Pending, models: int) -> Iterator[Tokens]:
 class _Pending:
     """The workspace, the gradient rows that wait in it, and the gradients made so far."""
 
-    def __init__(self, kernels: RowKernels, space: Tensor, plan: TilePlan, needs: Needs) -> None:
+    def __init__(
+        self,
+        kernels: RowKernels,
+        space: Tensor,
+        plan: TilePlan,
+        needs: Needs,
+        rounder: Rounder | None,
+    ) -> None:
         inputs = kernels.inputs
+        self._rounder = rounder
         self._kernels, self._inputs, self._needs = kernels, inputs, needs
         self._buffer, self._sums = space[: plan.tile_elements], space[plan.tile_elements :]
         self._columns = plan.columns
         self._total = plan.models * plan.rows  # rows of the workspace
+        self._has_dense = False  # whether a library product made a part
         self._waiting: list[Tokens] = []  # of the first `_count` rows, in order
         self._count = 0
         # Logits in place: rows are read before they are written.
@@ -147,10 +230,37 @@ class _Pending:
         self._waiting.append(tokens)
         self._count += tokens.count
 
+    def round(self, tile: Tile, terms: Terms) -> Tensor:
+        """Round the gradients of a tile and multiply them into the gradients; returns [r] bool, the
+        rows that are left as dense gradients."""
+        assert self._rounder is not None
+        made = self._rounder.round(self._kernels, tile, terms)
+        dense = made.is_dense
+        if not dense.all():
+            self._add_sparse(self._rounder, made, is_all=not dense.any())
+        return dense
+
+    def _add_sparse(self, rounder: Rounder, tile: SparseTile, *, is_all: bool) -> None:
+        student = self._inputs.student_hidden
+        if self._needs.hidden:
+            if self._hidden is None:
+                self._hidden = torch.zeros_like(student)
+            tile.tokens.put(self._hidden, rounder.hidden_gradient(tile).to(student.dtype))
+        if self._weight is not None:
+            out = self._weight
+            is_only = is_all and tile.tokens.count == self._inputs.tokens.count
+            if not is_only and out.dtype != torch.float32:
+                out = self._sums[: out.numel()].view(out.shape)
+            rounder.weight_gradient(tile, out=out, add=self._weight_sum, bias=self._bias)
+            self._weight_sum = out
+        elif self._bias is not None:
+            rounder.bias_gradient(tile, out=self._bias)
+
     def _flush(self, *, last: bool) -> None:
         """Multiply the waiting rows into the gradients; only the last call may round dW."""
         if self._count == 0:
             return
+        self._has_dense = True
         inputs, head = self._inputs, self._kernels.head
         tokens = Tokens.join(self._waiting, inputs.device)
         rows = self._buffer[: self._count * self._columns].view(self._count, self._columns)
@@ -185,5 +295,7 @@ class _Pending:
                 self._weight.zero_()
             elif self._weight_sum is not self._weight:
                 self._weight.copy_(self._weight_sum)
+            if self._rounder is not None:
+                self._rounder.finish(self._weight, is_sparse=not self._has_dense)
         bias = None if self._bias is None else self._bias.to(student.dtype)
         return Gradients(self._hidden, self._weight, bias)

@@ -25,10 +25,12 @@ from selfdistill_kernels.backends.reference.divergence import (
     divergence_of,
     expectation,
 )
+from selfdistill_kernels.backends.reference.rounding import RoundedRows
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.parallel.shard import VocabularyShard
 from selfdistill_kernels.statistics import Column, statistics_dtype
 from selfdistill_kernels.token_loss import active_tokens, term_weights_of
+from selfdistill_kernels.tolerance import Rounding
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,12 @@ class ReferenceBackend:
         return statistics.to(statistics_dtype(dtype))
 
     def keep(
-        self, inputs: LinearInputs, objective: Objective, expected: Expected, workspace: int
+        self,
+        inputs: LinearInputs,
+        objective: Objective,
+        expected: Expected,
+        workspace: int,
+        rounding: Rounding | None = None,
     ) -> None:
         """Keep nothing: the backward pass makes the logits again."""
 
@@ -100,6 +107,7 @@ class ReferenceBackend:
         needs: Needs,
         workspace: int,
         entries: Entries | None = None,
+        rounding: Rounding | None = None,
     ) -> Gradients:
         rows = rows_with_gradient(inputs, term_weights, entries).nonzero().squeeze(1)
         student, teacher = _distributions(inputs, rows)
@@ -121,6 +129,8 @@ class ReferenceBackend:
         gradient = inputs.transform.chain(gradient, student.logits)
         if entries is not None:
             entries.write_into(gradient, rows, 0)
+        if rounding is not None:
+            return _rounded(inputs, rows, gradient, needs, rounding)
         return _through_head(inputs, rows, gradient, needs)
 
     def visit(
@@ -132,6 +142,7 @@ class ReferenceBackend:
         old_logprobs: Tensor | None,
         needs: Needs,
         workspace: int,
+        rounding: Rounding | None = None,
     ) -> tuple[Tensor, Tensor, Gradients]:
         statistics = self.statistics(inputs, objective, workspace)
         active = active_tokens(statistics, loss_weight, inputs.exists, gate)
@@ -139,7 +150,7 @@ class ReferenceBackend:
         return (
             statistics,
             active,
-            self.gradient(inputs, objective, statistics, weights, needs, workspace)
+            self.gradient(inputs, objective, statistics, weights, needs, workspace, None, rounding)
             if needs
             else Gradients(None, None, None),
         )
@@ -212,3 +223,19 @@ def _through_head(inputs: LinearInputs, rows: Tensor, gradient: Tensor, needs: N
         assert inputs.bias is not None
         bias = gradient.sum(dim=0).to(inputs.bias.dtype)
     return Gradients(hidden, weight, bias)
+
+
+def _rounded(
+    inputs: LinearInputs, rows: Tensor, gradient: Tensor, needs: Needs, rounding: Rounding
+) -> Gradients:
+    """The same for a gradient that may have an error."""
+    rounding.begin(trained_head=needs.weight)
+    rounded = RoundedRows(inputs, rows, gradient, rounding)
+    made = _through_head(inputs, rows, rounded.gradient, needs)
+    if made.weight is not None:
+        rounded.note_weight(made.weight.to(gradient.dtype))
+    if made.hidden is None:
+        return made
+    hidden = torch.zeros_like(made.hidden)
+    hidden[rows] = rounded.hidden().to(hidden.dtype)
+    return made._replace(hidden=hidden)

@@ -38,6 +38,7 @@ from selfdistill_kernels.backends.triton.tuned_tiles import Tiles, tiles_in_use
 from selfdistill_kernels.objective import DIVERGENCES, Objective
 from selfdistill_kernels.statistics import Column
 from selfdistill_kernels.token_loss import active_tokens, term_weights_of
+from selfdistill_kernels.tolerance import Rounding
 
 NONE = DIVERGENCES["none"]
 NO_GRADIENTS = Gradients(None, None, None)
@@ -74,7 +75,12 @@ class TritonBackend:
         return statistics
 
     def keep(
-        self, inputs: LinearInputs, objective: Objective, expected: Expected, workspace: int
+        self,
+        inputs: LinearInputs,
+        objective: Objective,
+        expected: Expected,
+        workspace: int,
+        rounding: Rounding | None = None,
     ) -> None:
         """Keep nothing: the backward pass makes the logits again."""
 
@@ -91,6 +97,7 @@ class TritonBackend:
         old_logprobs: Tensor | None,
         needs: Needs,
         workspace: int,
+        rounding: Rounding | None = None,
     ) -> tuple[Tensor, Tensor, Gradients]:
         problem = self._problem(inputs, objective)
         loss_weight = loss_weight.to(torch.float32)
@@ -128,6 +135,7 @@ class TritonBackend:
         needs: Needs,
         workspace: int,
         entries: Entries | None = None,
+        rounding: Rounding | None = None,
     ) -> Gradients:
         # Upstream gradients decide which tokens take part: nothing says that most do.
         problem = self._problem(inputs, objective)

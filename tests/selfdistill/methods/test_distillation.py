@@ -243,3 +243,16 @@ def test_live_teacher_with_equal_prompts_has_nothing_to_teach(
     # Both passes compute the same logits, packed differently: up to 1e-5, of order 10 in float32. A
     # divergence goes with the square of that, and the loss is its sum over 33 tokens.
     assert output.loss.item() < 1e-7
+
+
+@pytest.mark.parametrize("mask", [None, {"top_fraction": 0.5}])
+def test_a_tolerance_reaches_the_kernels(mask: dict[str, float] | None) -> None:
+    generator = torch.Generator().manual_seed(1)
+    head = plain_head(3.0 * torch.randn(61, 16, generator=generator))
+    for tolerance in (None, 0.3):
+        settings = {"gradient_tolerance": tolerance, "advantage_mask": mask}
+        loss = DistillationLoss(LossConfig.model_validate(settings))
+        output = loss(random_tokens(16), head, head, normalizer=20)
+        assert (output.gradient_error is None) == (tolerance is None)
+    with pytest.raises(ValueError, match="gradient_tolerance"):
+        LossConfig.model_validate({"gradient_tolerance": 1.5})

@@ -1,0 +1,149 @@
+"""Gradients of logits that are rounded at random to few entries, and their products.
+
+Whole rows of scores only: a row's threshold follows from all of it. What cannot be rounded, or
+would need too many entries, is an exact gradient; that is within every tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selfdistill_kernels.backends.interface import LinearInputs
+from selfdistill_kernels.backends.lots import centre_of, keys_of
+from selfdistill_kernels.backends.native.rows import RowKernels, Tile
+from selfdistill_kernels.backends.tokens import Tokens
+from selfdistill_kernels.tolerance import Rounding
+
+# Columns of the head that an entry's products read and write together: a part of a core's caches.
+SLAB = 1024
+# Rows that are visited together.
+BLOCK = 32
+# Of a row's columns, the share of entries from which on library products are faster.
+DENSE_SHARE = 1 / 6
+
+
+# Of some rows of a tile: statistics [r, 10] and weights [r, 3] of the terms.
+Terms = Callable[[Tile, slice], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Centred:
+    """A head [V, H] around a row c: an entry's product takes W_j - c, where that is allowed.
+
+    Attributes:
+        weight: [V, H].
+        centre: [H] float32, the mean row, or zeros where the rows of a gradient do not sum to 0.
+        spread: [V] float32, |W_j - c|^2.
+    """
+
+    weight: Tensor
+    centre: Tensor
+    spread: Tensor
+
+    @classmethod
+    def of(cls, inputs: LinearInputs) -> Centred:
+        assert inputs.weight is not None
+        weight, centre = inputs.weight.detach(), centre_of(inputs)
+        return cls(weight, centre, torch.ops.selfdistill.rounding_spread(weight, centre))
+
+
+@dataclass(frozen=True)
+class SparseTile:
+    """Rounded gradients of r tokens, in the memory of their scores.
+
+    Attributes:
+        tokens: the r tokens.
+        scores: [r, V] float32: what `row_round_` left there.
+        starts: [r, slabs + 1] int32, where the entries of each slab begin; -1 first in a dense row.
+        variance: [r, 2] float32, summed over the elements of dH and over the entries.
+    """
+
+    tokens: Tokens
+    scores: Tensor
+    starts: Tensor
+    variance: Tensor
+
+    @property
+    def is_dense(self) -> Tensor:
+        """[r] bool, the rows that are dense gradients."""
+        return self.starts[:, 0] < 0
+
+
+class Rounder:
+    """Rounds the gradients of one call.
+
+    Args:
+        inputs: the problem; its head is whole.
+        rounding: what is allowed, and where the errors go.
+    """
+
+    def __init__(self, inputs: LinearInputs, rounding: Rounding) -> None:
+        assert inputs.weight is not None
+        assert inputs.shard is None
+        self._inputs, self._rounding = inputs, rounding
+        self.head = Centred.of(inputs)
+        self._weight_variance = self._squares = 0.0
+
+    def round(self, kernels: RowKernels, tile: Tile, terms: Terms) -> SparseTile:
+        """The scores of whole rows become rounded gradients."""
+        rows, columns = tile.student.shape
+        starts = tile.student.new_empty((rows, -(-columns // SLAB) + 1), dtype=torch.int32)
+        variance = tile.student.new_empty((rows, 2))
+        tolerance = self._rounding.tolerance
+        keys = keys_of(self._inputs, tile.tokens, tolerance.seed)
+        # A few rows at a time, so that they are still in the cache when they are read again.
+        for first in range(0, rows, BLOCK):
+            some = slice(first, min(first + BLOCK, rows))
+            part = Tile(
+                tile.tokens.part(some.start, some.stop),
+                tile.student[some],
+                None if tile.teacher is None else tile.teacher[some],
+                0,
+            )
+            kernels.round(
+                part, *terms(part, some),
+                self.head.weight, self.head.centre, self.head.spread,
+                keys[some], tolerance.relative_error,
+                min(int(DENSE_SHARE * columns), columns // 2), SLAB, starts[some], variance[some],
+            )  # fmt: skip
+        return SparseTile(tile.tokens, tile.student, starts, variance)
+
+    def hidden_gradient(self, tile: SparseTile) -> Tensor:
+        """Part of dH, [r, H] float32, zeros for dense rows; notes its error."""
+        head = self.head
+        made = tile.scores.new_empty((tile.scores.shape[0], head.weight.shape[1]))
+        torch.ops.selfdistill.sparse_hidden_gradient_(
+            tile.scores, tile.starts, SLAB, head.weight, head.centre, made
+        )
+        error = tile.variance[:, 0].sqrt() / torch.linalg.vector_norm(made, dim=1)
+        error.masked_fill_(tile.variance[:, 0] == 0, 0.0)
+        tile.tokens.put(self._rounding.error.hidden, error)
+        return made
+
+    def weight_gradient(
+        self, tile: SparseTile, *, out: Tensor, add: Tensor | None, bias: Tensor | None
+    ) -> None:
+        """out [V, H] = entries^T hidden (+ add [V, H] float32); bias [V] += their sums."""
+        hidden = tile.tokens.of(self._inputs.student_hidden).contiguous()
+        self._squares = torch.ops.selfdistill.sparse_weight_gradient_(
+            tile.scores, tile.starts, SLAB, hidden, add, out, bias
+        )
+        lengths = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float32)
+        self._weight_variance += float(tile.variance[:, 1] @ lengths.square())
+
+    def bias_gradient(self, tile: SparseTile, *, out: Tensor) -> None:
+        """out [V] += the sums of the entries, where no dW is made with them."""
+        torch.ops.selfdistill.sparse_bias_gradient_(tile.scores, tile.starts, SLAB, out)
+
+    def finish(self, weight: Tensor, *, is_sparse: bool) -> None:
+        """Note the error of dW [V, H], which only entries have made if `is_sparse`."""
+        if not self._weight_variance:
+            return
+        squares = self._squares
+        if not is_sparse:
+            squares = float(torch.linalg.vector_norm(weight, dtype=torch.float32)) ** 2
+        self._rounding.error.weight.fill_((self._weight_variance / squares) ** 0.5)

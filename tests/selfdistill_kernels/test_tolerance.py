@@ -1,0 +1,420 @@
+"""gradient_tolerance: the error that a gradient may have, is said to have, and has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from selfdistill_kernels import (
+    AdvantageMask,
+    DistillationOutput,
+    FusedLinearDistillationLoss,
+    GradientTolerance,
+    Objective,
+    fused_linear_distillation,
+)
+from selfdistill_kernels.backends.dispatch import decide
+from selfdistill_kernels.backends.registry import found
+
+TOKENS, HIDDEN, VOCABULARY = 48, 48, 4003
+OBJECTIVES: dict[str, str | Objective] = {
+    "forward_kl": "forward_kl",
+    "reverse_kl": "reverse_kl",
+    "jsd": Objective("jsd", beta=0.3),
+    "skew_kl": Objective("skew_kl", beta=0.1),
+    "skew_reverse_kl": Objective("skew_reverse_kl", beta=0.2),
+    "cross_entropy": "cross_entropy",
+    "policy_gradient": "policy_gradient",
+    "entropy": Objective("none", entropy=-0.5, cross_entropy=0.1),
+    "all": Objective("reverse_kl", policy_gradient=0.5, cross_entropy=0.2, entropy=0.1),
+    "clipped": Objective("forward_kl", divergence_clip=0.5, cross_entropy=0.3),
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scaled": {"logit_scale": 1.3, "temperature": 0.8},
+    "capped": {"softcap": 30.0},
+    "weighted": {"mask": True, "token_weight": True},
+}
+
+
+def problem(
+    *, dtype: torch.dtype = torch.float32, trained: bool = True, seed: int = 0, **sizes: int
+) -> dict[str, Tensor]:
+    """Distributions from nearly sure to broad, as a language model has them."""
+    tokens, hidden = sizes.get("tokens", TOKENS), sizes.get("hidden", HIDDEN)
+    vocabulary = sizes.get("vocabulary", VOCABULARY)
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    weight = 4.0 / math.sqrt(hidden) * randn(vocabulary, hidden) + 0.3 * randn(1, hidden)
+    targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    boost = 6.0 * torch.rand(tokens, 1, generator=generator)
+    student = randn(tokens, hidden) + boost * torch.nn.functional.normalize(weight[targets], dim=1)
+    teacher = student + 0.3 * randn(tokens, hidden)
+    return {
+        "student_hidden": student.to(dtype).requires_grad_(),
+        "teacher_hidden": teacher.to(dtype),
+        "weight": weight.to(dtype).requires_grad_(trained),
+        "targets": targets,
+    }
+
+
+def loss_of(tensors: dict[str, Tensor], **options: Any) -> DistillationOutput:
+    made: dict[str, Any] = dict(options)
+    tokens, vocabulary = tensors["targets"].shape[0], tensors["weight"].shape[0]
+    generator = torch.Generator().manual_seed(7)
+    if made.pop("bias", False):
+        made["bias"] = tensors.get("bias", torch.randn(vocabulary, generator=generator))
+    if made.get("mask") is True:
+        made["mask"] = torch.rand(tokens, generator=generator) < 0.8
+    if made.get("token_weight") is True:
+        made["token_weight"] = torch.randn(tokens, generator=generator)
+    made |= {name: tensor for name, tensor in tensors.items() if name != "bias"}
+    return fused_linear_distillation(**made)
+
+
+def gradients(
+    tensors: dict[str, Tensor], upstream: Tensor | None = None, **options: Any
+) -> tuple[dict[str, Tensor], DistillationOutput]:
+    """The gradients of the leaves, in float64."""
+    out = loss_of(tensors, **options)
+    leaves = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    made = torch.autograd.grad(out.loss, list(leaves.values()), upstream)
+    return dict(zip(leaves, (g.double() for g in made), strict=True)), out
+
+
+def assert_error_is_reported(
+    tensors: dict[str, Tensor],
+    tolerance: float,
+    *,
+    factor: float = 1.3,
+    upstream: Tensor | None = None,
+    rounding: float = 0.0,
+    **options: Any,
+) -> DistillationOutput:
+    """Over all tokens, and of dW, what is measured is what is said and what is allowed."""
+    exact_options = {**options, "backend": "reference"}
+    exact, before = gradients(tensors, upstream, **exact_options)
+    made, out = gradients(tensors, upstream, gradient_tolerance=tolerance, **options)
+    assert before.gradient_error is None
+    said = out.gradient_error
+    assert said is not None
+    error = (made["student_hidden"] - exact["student_hidden"]).norm(dim=-1)
+    size = exact["student_hidden"].norm(dim=-1)
+    has = size > 0
+    measured = (error[has] / size[has]).square().mean().sqrt()
+    predicted = said.hidden.double()[has].square().mean().sqrt()
+    assert 0 < predicted <= factor * tolerance
+    assert measured <= factor * predicted + rounding
+    assert (error[~has] == 0).all()
+    assert (said.hidden[~has] == 0).all()
+    if "weight" in made:
+        measured = (made["weight"] - exact["weight"]).norm() / exact["weight"].norm()
+        assert measured <= factor * said.weight + rounding
+    else:
+        assert said.weight.isnan()
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_error_is_what_is_said(objective: str, kind: str) -> None:
+    # Under a cap no centre makes the head's rows smaller: more entries are needed.
+    tolerance = 0.05 if kind == "capped" else 0.02
+    assert_error_is_reported(
+        problem(), tolerance, objective=OBJECTIVES[objective], backend="native", **KINDS[kind]
+    )
+
+
+@pytest.mark.parametrize("objective", ["reverse_kl", "all"])
+def test_the_reference_rounds_too(objective: str) -> None:
+    assert_error_is_reported(problem(), 0.02, objective=OBJECTIVES[objective], backend="reference")
+
+
+def test_both_backends_draw_the_same_lots() -> None:
+    tensors = problem()
+    exact, _ = gradients(tensors, backend="reference")
+    errors = []
+    for backend in ("native", "reference"):
+        made, _ = gradients(tensors, backend=backend, gradient_tolerance=0.02)
+        errors.append((made["weight"] - exact["weight"]).flatten())
+    # Thresholds differ a little, and lots of their own would have a correlation near 0.
+    assert torch.corrcoef(torch.stack(errors))[0, 1] > 0.5
+
+
+def test_gradients_are_right_on_average(backend: str) -> None:
+    tensors = problem(tokens=12, vocabulary=1009)
+    exact, _ = gradients(tensors, backend="reference")
+    one, mean = [], {name: torch.zeros_like(g) for name, g in exact.items()}
+    seeds = 64
+    for seed in range(seeds):
+        made, _ = gradients(
+            tensors, backend=backend, gradient_tolerance=GradientTolerance(0.05, seed)
+        )
+        one.append({name: (made[name] - exact[name]).norm() for name in exact})
+        for name in exact:
+            mean[name] += made[name] / seeds
+    for name in exact:
+        typical = torch.stack([error[name] for error in one]).square().mean().sqrt()
+        left = (mean[name] - exact[name]).norm()
+        assert left <= 1.3 * typical / math.sqrt(seeds), name
+        assert left >= 0.7 * typical / math.sqrt(seeds), name  # the seeds are not all the same
+
+
+def test_equal_models_have_no_gradient(backend: str) -> None:
+    tensors = problem()
+    tensors["teacher_hidden"] = tensors["student_hidden"].detach()
+    for objective in ("forward_kl", "reverse_kl", "jsd"):
+        made, out = gradients(
+            tensors, backend=backend, objective=objective, gradient_tolerance="rounding"
+        )
+        assert out.gradient_error is not None
+        assert out.loss == 0
+        assert all((gradient == 0).all() for gradient in made.values())
+        assert (out.gradient_error.hidden == 0).all()
+        assert out.gradient_error.weight == 0
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_micro_batches_and_threads_draw_the_same_lots() -> None:
+    tensors, tolerance = problem(tokens=48), 0.02
+    whole, _ = gradients(tensors, backend="native", gradient_tolerance=tolerance, reduction="sum")
+    exact, _ = gradients(tensors, backend="native", reduction="sum")
+    error = (whole["student_hidden"] - exact["student_hidden"]).norm()
+    with threads(2):
+        again, _ = gradients(
+            tensors, backend="native", gradient_tolerance=tolerance, reduction="sum"
+        )
+    parts = []
+    for rows in (slice(0, 7), slice(7, 48)):
+        part = {
+            name: tensor if name == "weight" else tensor.detach()[rows].clone()
+            for name, tensor in tensors.items()
+        }
+        part["student_hidden"].requires_grad_()
+        made, _ = gradients(part, backend="native", gradient_tolerance=tolerance, reduction="sum")
+        parts.append(made["student_hidden"])
+    # A product has other last bits in another shape; other lots would be 1.4 times the error.
+    assert (torch.cat(parts) - whole["student_hidden"]).norm() < 0.1 * error
+    assert (again["student_hidden"] - whole["student_hidden"]).norm() < 0.1 * error
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_rows_have_the_same_bits_with_any_number_of_threads(softcap: float | None) -> None:
+    from selfdistill_kernels.backends.interface import LinearInputs
+    from selfdistill_kernels.backends.native.rounding import Rounder
+    from selfdistill_kernels.backends.native.rows import RowKernels, Tile
+    from selfdistill_kernels.logits import LogitTransform
+    from selfdistill_kernels.tolerance import GradientError, Rounding
+
+    tensors = {name: tensor.detach() for name, tensor in problem(tokens=33).items()}
+    inputs = LinearInputs(
+        tensors["student_hidden"], tensors["teacher_hidden"], tensors["weight"], None, None, None,
+        tensors["targets"], None, LogitTransform(1.0, softcap, 1.0),
+    )  # fmt: skip
+    kernels = RowKernels(inputs, Objective.of("forward_kl"), 0)
+    scores = torch.empty(2 * 33 * VOCABULARY)
+    kernels.tile(inputs.tokens, 0, VOCABULARY, scores, with_teacher=True)
+    weights = torch.tensor([1.0, 0.0, 0.0]).repeat(33, 1)
+    made = []
+    for count in (1, 2, 5):
+        with threads(count):
+            tile = kernels.tile(
+                inputs.tokens, 0, VOCABULARY, torch.empty_like(scores), with_teacher=True
+            )
+            assert tile.teacher is not None
+            both = scores.view(2 * 33, VOCABULARY).clone()
+            tile.student.copy_(both[:33])
+            tile.teacher.copy_(both[33:])
+            rounding = Rounding(
+                GradientTolerance(0.05), GradientError(torch.zeros(33), torch.zeros(()))
+            )
+            rounder = Rounder(inputs, rounding)
+            statistics = kernels.statistics(tile)
+
+            def terms(_: Tile, rows: slice, found: Tensor = statistics) -> tuple[Tensor, Tensor]:
+                return found[rows], weights[rows]
+
+            sparse = rounder.round(kernels, tile, terms)
+            assert not sparse.is_dense.all()
+            weight = torch.empty(VOCABULARY, HIDDEN)
+            rounder.weight_gradient(sparse, out=weight, add=None, bias=None)
+            made.append((sparse.starts, rounder.hidden_gradient(sparse), weight))
+    for other in made[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(made[0], other, strict=True))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduction": "none"},
+        {"reduction": "none", "workspace": 35 * (8 * VOCABULARY + 16 * HIDDEN)},
+        {"advantage_mask": AdvantageMask(top_fraction=0.5)},
+        {"advantage_mask": AdvantageMask(sign="negative")},
+        {"workspace": 35 * (8 * VOCABULARY + 16 * HIDDEN)},
+        {"objective": OBJECTIVES["clipped"]},
+        {"bias": True, "reduction": "sum"},
+    ],
+    ids=["per token", "per token, tiles", "ranked", "gated", "tiles", "two visits", "bias"],
+)
+def test_every_path_to_a_gradient(options: dict[str, Any], trained: bool) -> None:
+    tensors = problem(trained=trained)
+    if "bias" in options:
+        tensors["bias"] = torch.randn(VOCABULARY).requires_grad_(trained)
+    upstream = None
+    if options.get("reduction") == "none":
+        upstream = torch.linspace(-1.0, 2.0, TOKENS)
+        upstream[3] = 0.0
+    assert_error_is_reported(tensors, 0.02, upstream=upstream, backend="native", **options)
+
+
+def test_where_no_row_is_whole_the_gradient_is_exact() -> None:
+    tensors, small = problem(), 60_000
+    exact, _ = gradients(tensors, backend="native", workspace=small)
+    made, out = gradients(tensors, backend="native", workspace=small, gradient_tolerance=0.02)
+    assert out.gradient_error is not None
+    assert all(torch.equal(made[name], exact[name]) for name in exact)
+    assert (out.gradient_error.hidden == 0).all()
+    assert out.gradient_error.weight == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flat_rows_stay_exact(dtype: torch.dtype) -> None:
+    """They would need more entries than products are worth."""
+    tensors = problem(dtype=dtype)
+    flat = [1, 4, 5]
+    with torch.no_grad():
+        tensors["student_hidden"][flat] *= 0.01
+        tensors["teacher_hidden"][flat] = 0.02 * torch.randn(3, HIDDEN).to(dtype)
+    exact, _ = gradients(tensors, backend="native")
+    made, out = gradients(tensors, backend="native", gradient_tolerance=0.01)
+    assert out.gradient_error is not None
+    error = out.gradient_error.hidden
+    assert (error[flat] == 0).all()
+    assert (error > 0).sum() > TOKENS // 2
+    far = (made["student_hidden"] - exact["student_hidden"])[flat].norm()
+    assert far <= 20 * torch.finfo(dtype).eps * exact["student_hidden"][flat].norm()
+    measured = (made["weight"] - exact["weight"]).norm() / exact["weight"].norm()
+    rounding = 2 * torch.finfo(torch.bfloat16).eps if dtype == torch.bfloat16 else 0.0
+    assert measured <= 1.3 * out.gradient_error.weight + rounding
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_bfloat16_heads(trained: bool) -> None:
+    out = assert_error_is_reported(
+        problem(dtype=torch.bfloat16, trained=trained),
+        0.02,
+        backend="native",
+        rounding=torch.finfo(torch.bfloat16).eps,
+    )
+    assert out.gradient_error is not None
+    assert (out.gradient_error.hidden > 0).sum() > TOKENS // 2
+
+
+def test_a_smaller_tolerance_is_kept() -> None:
+    errors = []
+    for tolerance in (0.1, 0.03, 0.01):
+        out = assert_error_is_reported(problem(), tolerance, backend="native")
+        assert out.gradient_error is not None
+        errors.append(float(out.gradient_error.hidden.square().mean().sqrt()))
+        assert errors[-1] > 0.3 * tolerance
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_what_is_not_finite_stays_in_its_token() -> None:
+    tensors = problem()
+    with torch.no_grad():
+        tensors["student_hidden"][2] = math.nan
+    made, out = gradients(tensors, backend="native", gradient_tolerance=0.02)
+    exact, _ = gradients(tensors, backend="native")
+    assert out.gradient_error is not None
+    assert made["student_hidden"][2].isnan().all()
+    others = [row for row in range(TOKENS) if row != 2]
+    far = (made["student_hidden"] - exact["student_hidden"])[others].norm(dim=1)
+    assert (far <= 0.1 * exact["student_hidden"][others].norm(dim=1)).all()
+
+
+def test_banned_entries(backend: str) -> None:
+    tensors = problem()
+    bias = torch.zeros(VOCABULARY)
+    bias[100:400] = -math.inf
+    targets = tensors["targets"]
+    targets[(targets >= 100) & (targets < 400)] = 0
+    tensors["bias"] = bias
+    made, _ = gradients(tensors, backend=backend, bias=True, gradient_tolerance=0.02)
+    exact, _ = gradients(tensors, backend="reference", bias=True)
+    assert (made["weight"][100:400] == 0).all()
+    far = (made["student_hidden"] - exact["student_hidden"]).norm()
+    assert far <= 0.04 * exact["student_hidden"].norm()
+
+
+def test_errors_come_with_the_backward_pass() -> None:
+    tensors = problem()
+    out = loss_of(tensors, reduction="none", gradient_tolerance=0.02)
+    assert out.gradient_error is not None
+    assert out.gradient_error.hidden.isnan().all()
+    out.loss.sum().backward()
+    assert (out.gradient_error.hidden > 0).any()
+    assert out.gradient_error.weight > 0
+
+
+def test_the_module_takes_it() -> None:
+    tensors = problem()
+    module = FusedLinearDistillationLoss(gradient_tolerance=0.02)
+    out = module(**tensors)
+    assert out.gradient_error is not None
+    assert (out.gradient_error.hidden > 0).any()
+    with pytest.raises(ValueError, match="gradient_tolerance"):
+        FusedLinearDistillationLoss(gradient_tolerance=2.0)
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1.0, -1e-3, math.nan, math.inf, "exact", "2e-3"])
+def test_values_that_are_refused(wrong: float | str) -> None:
+    with pytest.raises(ValueError, match="gradient_tolerance"):
+        loss_of(problem(), gradient_tolerance=wrong)
+
+
+@pytest.mark.parametrize("wrong", [True, [1e-3]])
+def test_types_that_are_refused(wrong: object) -> None:
+    with pytest.raises(TypeError, match="gradient_tolerance"):
+        loss_of(problem(), gradient_tolerance=wrong)
+
+
+def test_what_has_no_tolerance_says_so() -> None:
+    tensors = problem()
+    with pytest.raises(ValueError, match="gradient_tolerance: an objective with top_k"):
+        loss_of(tensors, objective=Objective(top_k=4), gradient_tolerance=0.02)
+    if decide("auto", device="cuda", dtype=torch.float32, found=found()).backend == "triton":
+        with pytest.raises(ValueError, match="gradient_tolerance: backend 'triton'"):
+            loss_of(
+                {name: tensor.cuda() for name, tensor in tensors.items()}, gradient_tolerance=0.02
+            )
+
+
+def test_transforms_say_so() -> None:
+    tensors = problem()
+
+    def of(hidden: Tensor) -> Tensor:
+        return loss_of({**tensors, "student_hidden": hidden}, gradient_tolerance=0.02).loss
+
+    with pytest.raises(NotImplementedError, match="gradient_tolerance"):
+        torch.func.grad(of)(tensors["student_hidden"].detach())
