@@ -19,7 +19,11 @@ from selfdistill.model.lm_head import find_lm_head
 from selfdistill.rollout.engine import EngineError, Rollout, SamplingParams
 from selfdistill.rollout.vllm_engine import VLLMEngine
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
-from selfdistill.training.agreement import EngineMismatchError, check_agreement
+from selfdistill.training.agreement import (
+    EngineMismatchError,
+    check_agreement,
+    with_own_logprobs,
+)
 from selfdistill.training.loop import train
 
 # `make test-vllm` is for these tests: there a vLLM that cannot be imported fails them.
@@ -304,3 +308,41 @@ def test_a_training_run_checks_its_engine_at_every_step(
         train(config(2, "stale"))
     assert len(JsonLines(tmp_path / "stale" / "metrics.jsonl").read()) == 1
     assert (tmp_path / "stale" / "checkpoints" / "last" / "state.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "cut", [{"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.4}, {"top_k": 20, "top_p": 0.9}], ids=str
+)
+def test_what_is_cut_off_is_never_sampled_and_ratios_are_one(
+    whole: tuple[LlamaForCausalLM, VLLMEngine], cut: dict[str, Any]
+) -> None:
+    model, engine = whole
+    engine.sync(model)
+    params = replace(PARAMS, **cut)
+    groups = engine.generate(PROMPTS, group_size=4, params=params)
+    head = find_lm_head(model)
+    assert check_agreement(model, head, PROMPTS, groups, params=params, tolerance=NATS) <= NATS
+    known = with_own_logprobs(model, head, PROMPTS, groups, temperature=params.temperature)
+    policies = [
+        [replace(rollout, logprobs=rollout.policy_logprobs) for rollout in group] for group in known
+    ]
+    assert disagreement(model, policies) < NATS
+    assert min(share for group in known for r in group for share in r.log_kept or []) < -0.01
+
+
+def test_a_stop_string_ends_a_completion(whole: tuple[LlamaForCausalLM, VLLMEngine]) -> None:
+    _, engine = whole
+    free = engine.generate(PROMPTS, group_size=4, params=PARAMS)
+    text = max((rollout.text for group in free for rollout in group), key=len)
+    stop = text[len(text) // 2 : len(text) // 2 + 3]
+    stopped = engine.generate(PROMPTS, group_size=4, params=replace(PARAMS, stop=(stop,)))
+    pairs = [
+        (a, b)
+        for one, two in zip(free, stopped, strict=True)
+        for a, b in zip(one, two, strict=True)
+    ]
+    for whole_one, rollout in pairs:
+        if stop in whole_one.text:
+            assert rollout.finished
+            assert rollout.token_ids == whole_one.token_ids[: len(rollout.token_ids)]
+            assert rollout.text.rstrip().endswith(stop.rstrip()) or stop in rollout.text
