@@ -18,8 +18,8 @@ class GradientTolerance:
 
     The gradient of a token's logits is rounded at random to few entries, so that it is right on
     average: an entry e below a threshold tau becomes tau with probability |e| / tau, else 0. The
-    random numbers follow from the token's hidden states, its target and the seed, so that neither
-    threads nor micro-batches change them.
+    random numbers follow from the bits of the token's hidden states, its target and the seed, so
+    that with the same hidden states neither threads nor micro-batches change them.
 
     Attributes:
         relative_error: the relative standard error that a token's dH may have, in (0, 1).
@@ -46,6 +46,8 @@ class GradientTolerance:
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"gradient_tolerance: seed: expected an int, got {self.seed!r}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"gradient_tolerance: seed: expected 64 bits, got {self.seed!r}")
 
     @classmethod
     def of(cls, value: float | str | GradientTolerance | None) -> GradientTolerance | None:
@@ -71,7 +73,7 @@ class GradientError(NamedTuple):
 
     Attributes:
         hidden: [...] float32, of each token's dH: the square root of the expected
-            |dH - exact dH|^2 over |dH|.
+            |dH - exact dH|^2 over |dH|; NaN where the hidden states have no gradient.
         weight: [] float32, of dW in the same way, over all of its elements; NaN for a frozen head.
     """
 
@@ -90,7 +92,8 @@ class Rounding(NamedTuple):
     tolerance: GradientTolerance
     error: GradientError
 
-    def begin(self, *, trained_head: bool) -> None:
-        """A gradient is being made: no error yet."""
-        self.error.hidden.zero_()
-        self.error.weight.fill_(0.0 if trained_head else math.nan)
+    def begin(self, *, hidden: bool, weight: bool) -> None:
+        """Gradients of hidden states and of the head are being made: no error yet, and none of what
+        is not made."""
+        self.error.hidden.fill_(0.0 if hidden else math.nan)
+        self.error.weight.fill_(0.0 if weight else math.nan)

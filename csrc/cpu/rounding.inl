@@ -146,6 +146,7 @@ float threshold_for(const Sample& sample, double variance) {
     const Moments below = moments_below(sample, (float)tau);
     if (!(below.first > 0.0)) break;
     const double next = (variance + below.second) / below.first;
+    if (!isfinite(next)) return 0.0f;  // float32 could not hold the sums: an exact row
     if (!(next < tau * (1.0 - 1e-3))) return (float)tau;
     tau = next;
   }

@@ -23,6 +23,8 @@ using at::Tensor;
 constexpr int64_t kColumns = 256;
 constexpr int64_t kTokens = 256;
 constexpr int64_t kStep = 16;  // columns that a thread takes at the least: a cache line of the result
+// The library sums a few rows or columns in other orders, so that a block takes what would be left behind it.
+constexpr int64_t kFew = 16;
 constexpr int64_t kTile = 16;  // of a block, turned round together: whole cache lines on both sides
 
 void check_operand(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
@@ -48,6 +50,11 @@ void turn_round(const float* from, int64_t rows, int64_t columns, float* to, int
   }
 }
 
+// How many blocks `size` is cut into: of `width`, the last one with fewer or up to kFew more.
+int64_t blocks(int64_t size, int64_t width) {
+  return std::max<int64_t>(size / width + (size % width >= kFew ? 1 : 0), 1);
+}
+
 // out [R, V] = hidden [R, H] weight [V, H]^T. Threads share the vocabulary.
 void gemm_transposed_logits_(const Tensor& hidden, const Tensor& weight, Tensor& out) {
   const int64_t tokens = hidden.size(0), depth = hidden.size(1), vocabulary = weight.size(0);
@@ -62,15 +69,16 @@ void gemm_transposed_logits_(const Tensor& hidden, const Tensor& weight, Tensor&
   const int64_t fair = (vocabulary + at::get_num_threads() - 1) / at::get_num_threads();
   const int64_t width = std::min((fair + kStep - 1) / kStep * kStep, kColumns);
   if (tokens == 0 || vocabulary == 0) return;
-  at::parallel_for(0, (vocabulary + width - 1) / width, 1, [&](int64_t begin, int64_t end) {
+  const int64_t panels = blocks(vocabulary, width), parts = blocks(tokens, kTokens);
+  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView guard;  // a thread's own: nothing here is recorded
-    const Tensor memory = at::empty({width, std::min(tokens, kTokens)}, at::TensorOptions().dtype(at::kFloat));
+    const Tensor memory = at::empty({(width + kFew) * std::min(tokens, kTokens + kFew)}, at::TensorOptions().dtype(at::kFloat));
     float* block = memory.data_ptr<float>();
-    for (int64_t v = begin * width; v < std::min(end * width, vocabulary); v += width) {
-      const int64_t columns = std::min(width, vocabulary - v);
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t v = p * width, columns = p + 1 < panels ? width : vocabulary - v;
       const Tensor panel = view(w + v * w_stride, columns, depth, w_stride);
-      for (int64_t first = 0; first < tokens; first += kTokens) {
-        const int64_t rows = std::min(kTokens, tokens - first);
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t first = part * kTokens, rows = part + 1 < parts ? kTokens : tokens - first;
         Tensor product = view(block, columns, rows, rows);
         at::mm_out(product, panel, view(h + first * h_stride, rows, depth, h_stride).t());
         turn_round(block, columns, rows, logits + first * out_stride + v, out_stride);

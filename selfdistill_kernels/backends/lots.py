@@ -12,6 +12,8 @@ from selfdistill_kernels.backends.tokens import Tokens
 # Rows of the head that its mean is taken from, one in so many: any centre is right, and the mean is
 # the best one.
 MEAN_STEP = 16
+# Integers of the size of an element.
+WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Multipliers of splitmix64 (S. Vigna, public domain), as signed integers.
 GOLDEN, FIRST, SECOND = (
     value - (1 << 64) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -51,9 +53,16 @@ def keys_of(inputs: LinearInputs, tokens: Tokens, seed: int) -> Tensor:
     return keys
 
 
+def copies_of(keys: Tensor) -> Tensor:
+    """[n] float32, how many of the tokens with keys [n] draw the lots that each one draws: their
+    errors add up, where those of others average out."""
+    _, places, counts = torch.unique(keys, return_inverse=True, return_counts=True)
+    return counts[places].to(torch.float32)
+
+
 def _digest(rows: Tensor) -> Tensor:
     """[r] int64 of the bits of rows [r, H]."""
-    words = rows.contiguous().view(torch.int32 if rows.element_size() == 4 else torch.int16)
+    words = rows.contiguous().view(WORDS[rows.element_size()])
     places = torch.arange(1, rows.shape[1] + 1, dtype=torch.int64)
     return (words * _mixed(places * GOLDEN)).sum(dim=1)
 

@@ -122,7 +122,7 @@ class NativeBackend:
     ) -> tuple[Tensor, Tensor, Gradients]:
         plan, rounder = plan_for(inputs, needs, workspace), None
         if rounding is not None:
-            rounding.begin(trained_head=needs.weight)
+            rounding.begin(hidden=needs.hidden, weight=needs.weight)
             rounded = rounding_plan_for(inputs, needs, workspace)
             if rounded is not None and needs:
                 plan, rounder = rounded, Rounder(inputs, rounding)
@@ -156,7 +156,7 @@ class NativeBackend:
         # Whether a budget is enough must not depend on how many tokens have a gradient today.
         plan = slabs_for(inputs, inputs.student_hidden.shape[0], needs, workspace)
         if rounding is not None:
-            rounding.begin(trained_head=needs.weight)
+            rounding.begin(hidden=needs.hidden, weight=needs.weight)
             whole = rounding_plan_for(inputs, needs, workspace)
             if whole is not None and needs:
                 return store.rounded_gradients(

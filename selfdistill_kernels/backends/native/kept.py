@@ -75,7 +75,7 @@ class KeptScores:
             kernels = RowKernels(inputs, objective, self._plan.widened)
             tile = _compacted(tile, tile.tokens.of(chosen), term_weights)
             if rounding is not None:
-                rounding.begin(trained_head=needs.weight)
+                rounding.begin(hidden=needs.hidden, weight=needs.weight)
                 rounder = Rounder(inputs, rounding)
                 return store.round_and_multiply(
                     kernels, self._plan, self._lease.space, tile, needs, rounder,

@@ -6,6 +6,7 @@ would need too many entries, is an exact gradient; that is within every toleranc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from selfdistill_kernels.backends.interface import LinearInputs
-from selfdistill_kernels.backends.lots import centre_of, keys_of
+from selfdistill_kernels.backends.lots import centre_of, copies_of, keys_of
 from selfdistill_kernels.backends.native.rows import RowKernels, Tile
 from selfdistill_kernels.backends.tokens import Tokens
 from selfdistill_kernels.tolerance import Rounding
@@ -86,6 +87,11 @@ class Rounder:
         assert inputs.shard is None
         self._inputs, self._rounding = inputs, rounding
         self.head = Centred.of(inputs)
+        # Of all tokens, those without a gradient, too.
+        self._keys = keys_of(
+            inputs, Tokens(inputs.student_hidden.shape[0]), rounding.tolerance.seed
+        )
+        self._copies = copies_of(self._keys)
         self._weight_variance = self._squares = 0.0
 
     def round(self, kernels: RowKernels, tile: Tile, terms: Terms) -> SparseTile:
@@ -94,7 +100,7 @@ class Rounder:
         starts = tile.student.new_empty((rows, -(-columns // SLAB) + 1), dtype=torch.int32)
         variance = tile.student.new_empty((rows, 2))
         tolerance = self._rounding.tolerance
-        keys = keys_of(self._inputs, tile.tokens, tolerance.seed)
+        keys = tile.tokens.of(self._keys)
         # A few rows at a time, so that they are still in the cache when they are read again.
         for first in range(0, rows, BLOCK):
             some = slice(first, min(first + BLOCK, rows))
@@ -133,7 +139,8 @@ class Rounder:
             tile.scores, tile.starts, SLAB, hidden, add, out, bias
         )
         lengths = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float32)
-        self._weight_variance += float(tile.variance[:, 1] @ lengths.square())
+        variance = tile.variance[:, 1] * tile.tokens.of(self._copies)
+        self._weight_variance += float(variance @ lengths.square())
 
     def bias_gradient(self, tile: SparseTile, *, out: Tensor) -> None:
         """out [V] += the sums of the entries, where no dW is made with them."""
@@ -146,4 +153,5 @@ class Rounder:
         squares = self._squares
         if not is_sparse:
             squares = float(torch.linalg.vector_norm(weight, dtype=torch.float32)) ** 2
-        self._rounding.error.weight.fill_((self._weight_variance / squares) ** 0.5)
+        error = (self._weight_variance / squares) ** 0.5 if squares else math.inf
+        self._rounding.error.weight.fill_(error)

@@ -229,7 +229,7 @@ def _rounded(
     inputs: LinearInputs, rows: Tensor, gradient: Tensor, needs: Needs, rounding: Rounding
 ) -> Gradients:
     """The same for a gradient that may have an error."""
-    rounding.begin(trained_head=needs.weight)
+    rounding.begin(hidden=needs.hidden, weight=needs.weight)
     rounded = RoundedRows(inputs, rows, gradient, rounding)
     made = _through_head(inputs, rows, rounded.gradient, needs)
     if made.weight is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from selfdistill_kernels.backends.interface import LinearInputs
-from selfdistill_kernels.backends.lots import centre_of, keys_of, uniform_numbers
+from selfdistill_kernels.backends.lots import centre_of, copies_of, keys_of, uniform_numbers
 from selfdistill_kernels.backends.tokens import Tokens
 from selfdistill_kernels.tolerance import Rounding
 
@@ -56,7 +56,8 @@ class RoundedRows:
         finite = gradient.isfinite().all(dim=1)
         self.gradient = torch.where(finite[:, None], rounded, gradient)
         own = torch.where(small & finite[:, None], size * (tau - size), 0.0)
-        self._variance, self._own_variance = own @ spread, own.sum(dim=1)
+        self._variance = own @ spread
+        self._own_variance = own.sum(dim=1) * copies_of(keys).to(own)
 
     def hidden(self) -> Tensor:
         """dH [n, H] before it is rounded to a dtype; notes its error."""
