@@ -421,6 +421,4 @@ class FusedLinearDistillationLoss(nn.Module):
     def extra_repr(self) -> str:
         tolerance = self.gradient_tolerance
         rounded = "" if tolerance is None else f", gradient_tolerance={tolerance.relative_error:g}"
-        return (
-            f"{self.objective}, reduction={self.reduction!r}, backend={self.backend!r}{rounded}"
-        )
+        return f"{self.objective}, reduction={self.reduction!r}, backend={self.backend!r}{rounded}"

@@ -62,9 +62,11 @@ def fused_head_distillation(
     with different soft caps or dtypes computed. Everything else takes the fused kernels.
 
     Args:
-        student_hidden, teacher_hidden, targets, mask, token_weight, old_logprobs, objective,
-        advantage_mask, step_ids, ignore_index, temperature, reduction, normalizer, backend,
-        gradient_tolerance: as in `fused_linear_distillation`; chunks have no tolerance.
+        student_hidden, teacher_hidden, targets, mask, token_weight, old_logprobs: as in
+            `fused_linear_distillation`.
+        objective, advantage_mask, step_ids, ignore_index, temperature: as there.
+        reduction, normalizer, backend: as there.
+        gradient_tolerance: as there; chunks have none.
         student: its head; gradients flow to the weight, bias and adapters that require them.
         teacher: its head, None when the teacher is the student; no gradient.
         workspace: as in `fused_linear_distillation`; with chunks the bytes of their logits,

@@ -170,6 +170,59 @@ def test_gradients_are_right_on_average(backend: str) -> None:
         assert left >= 0.7 * typical / math.sqrt(seeds), name  # the seeds are not all the same
 
 
+def test_copies_of_a_token_count_in_the_error_of_the_head(backend: str) -> None:
+    """They draw the same lots, so that their errors add up."""
+    tensors = problem(tokens=6)
+    for name in ("student_hidden", "teacher_hidden", "targets"):
+        tensors[name] = tensors[name].detach().repeat_interleave(16, 0)
+    tensors["student_hidden"].requires_grad_()
+    exact, _ = gradients(tensors, backend="reference")
+    measured, said = [], []
+    for seed in range(8):
+        made, out = gradients(
+            tensors, backend=backend, gradient_tolerance=GradientTolerance(0.02, seed)
+        )
+        assert out.gradient_error is not None
+        measured.append((made["weight"] - exact["weight"]).norm() / exact["weight"].norm())
+        said.append(out.gradient_error.weight.double())
+    ratio = torch.stack(measured).square().mean().sqrt() / torch.stack(said).mean()
+    assert 1 / 1.3 <= ratio <= 1.3
+
+
+def test_float64_is_rounded_too() -> None:
+    tensors = {name: t.detach() for name, t in problem(tokens=8).items()}
+    for name in ("student_hidden", "teacher_hidden", "weight"):
+        tensors[name] = tensors[name].double()
+    for name in ("student_hidden", "weight"):
+        tensors[name].requires_grad_()
+    assert_error_is_reported(tensors, 0.02)
+
+
+def test_weights_beyond_float32_leave_the_gradient_exact() -> None:
+    tensors = problem(tokens=8)
+    weight = torch.full((8,), 1e22)
+    exact, _ = gradients(tensors, backend="native", token_weight=weight)
+    made, out = gradients(tensors, backend="native", token_weight=weight, gradient_tolerance=0.02)
+    assert out.gradient_error is not None
+    for name in exact:
+        assert (made[name] - exact[name]).norm() <= 1e-5 * exact[name].norm(), name
+    assert (out.gradient_error.hidden == 0).all()
+
+
+def test_what_is_not_made_has_no_error(backend: str) -> None:
+    tensors = problem(tokens=8)
+    frozen = {name: tensor.detach() for name, tensor in tensors.items()}
+    errors = loss_of(frozen, backend=backend, gradient_tolerance=0.02).gradient_error
+    assert errors is not None
+    assert errors.hidden.isnan().all()
+    assert errors.weight.isnan()
+    frozen["weight"].requires_grad_()
+    _, out = gradients(frozen, backend=backend, gradient_tolerance=0.02)
+    assert out.gradient_error is not None
+    assert out.gradient_error.hidden.isnan().all()
+    assert out.gradient_error.weight > 0
+
+
 def test_equal_models_have_no_gradient(backend: str) -> None:
     tensors = problem()
     tensors["teacher_hidden"] = tensors["student_hidden"].detach()
@@ -391,6 +444,12 @@ def test_the_module_takes_it() -> None:
 def test_values_that_are_refused(wrong: float | str) -> None:
     with pytest.raises(ValueError, match="gradient_tolerance"):
         loss_of(problem(), gradient_tolerance=wrong)
+
+
+def test_a_seed_has_64_bits() -> None:
+    GradientTolerance(1e-2, seed=-(2**63))
+    with pytest.raises(ValueError, match="seed: expected 64 bits, got 9223372036854775808"):
+        GradientTolerance(1e-2, seed=2**63)
 
 
 @pytest.mark.parametrize("wrong", [True, [1e-3]])

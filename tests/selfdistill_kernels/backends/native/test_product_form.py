@@ -36,6 +36,19 @@ def test_transposed_logits(shape, threads):
     assert_no_worse_than_torch("logits", out[:, :vocabulary], hidden @ weight.T, exact)
 
 
+@pytest.mark.parametrize("size", [24, 64])
+def test_what_is_left_behind_blocks_has_the_same_bits(size: int) -> None:
+    """Where a comparison says so. Blocks of few tokens or columns would sum in other orders."""
+    hidden, weight = torch.randn(271, size), torch.randn(8192 + 15, size)
+    if not compare(hidden[:256], weight, torch.empty(256, 8207)).same_bits:
+        return  # the form is never taken
+    for tokens in (256, 257, 263, 271):
+        for columns in (8192, 8193, 8195, 8207):
+            out = torch.empty(tokens, columns)
+            ops.gemm_transposed_logits_(hidden[:tokens], weight[:columns], out)
+            assert torch.equal(out, hidden[:tokens] @ weight[:columns].T), (tokens, columns)
+
+
 def test_any_number_of_threads_makes_the_same_bits():
     hidden, weight = torch.randn(70, 48), torch.randn(1030, 48)
     before, made = torch.get_num_threads(), []
