@@ -167,12 +167,30 @@ def test_every_setting_says_what_it_does() -> None:
         ({}, "at least one of train, dev and test"),
         ({"train": "a", "all": "b"}, "Extra inputs"),
         ({"all": "a", "shares": {"train": 0.9, "dev": 0.2, "test": 0}}, "must sum to 1, got 1.1"),
+        (
+            {"all": "a", "shares": {"train": 0.9, "dev": 0.1, "test": 0}, "counts": {"dev": 1}},
+            "give shares or counts, not both",
+        ),
     ],
 )
 def test_splits_that_mean_nothing_are_refused(splits: dict[str, Any], message: str) -> None:
     task = {"name": "jsonl", "splits": splits}
     with pytest.raises(ValidationError, match=message):
         Config.model_validate({"model": "m", "output_dir": "o", "task": task, "method": GRPO})
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        "{name: jsonl, splits: {all: a.jsonl, counts: {dev: 2}}}",
+        "{name: python, file: a.py, counts: {dev: 2, test: 3}}",
+    ],
+)
+def test_counts_are_read_back_from_a_saved_file(tmp_path: Path, task: str) -> None:
+    text = f"model: m\noutput_dir: o\nmethod: {{name: grpo}}\ntask: {task}\n"
+    config = load_config(write(tmp_path, text))
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
 
 
 def test_the_scribe_is_refused_by_name_for_other_tasks(tmp_path: Path) -> None:
