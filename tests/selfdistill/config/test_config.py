@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from selfdistill.config import (
@@ -16,6 +17,7 @@ from selfdistill.config import (
     load_config,
     save_config,
 )
+from selfdistill.config.overrides import override
 
 
 def write(folder: Path, text: str) -> Path:
@@ -275,7 +277,29 @@ def test_settings_of_the_command_line_count(tmp_path: Path) -> None:
         ("steps=[", r"the value is no YAML"),
         ("steps=-1", r"steps=-1 on the command line: steps: .* greater than 0"),
         ("optimizer.leaning_rate=1", r"command line: .*did you mean learning_rate\?"),
-        ("method.name=grop", r"method\.name=grop on the command line|method: "),
+        ("method.name=grop", r"^method\.name=grop on the command line: method: "),
+        ("method={name: grpo, group_size: [a]}", r"^method=.* on the command line: .*group_size"),
     ]:
         with pytest.raises(ConfigError, match=message):
             load_config(path, [wrong])
+
+
+def test_what_is_wrong_in_the_file_is_not_blamed_on_the_command_line(tmp_path: Path) -> None:
+    engine = "{name: transformers, model: 3}"
+    text = f"""model: m
+output_dir: o
+method:
+  name: stepalign
+  critic: {{name: llm, engine: {engine}}}
+"""
+    innocent = ["model=n", "method.name=stepalign", "method.critic.name=llm"]
+    with pytest.raises(ConfigError, match=r"line 5: .*model: .*got 3") as got:
+        load_config(write(tmp_path, text), innocent)
+    assert "command line" not in str(got.value)
+
+
+def test_a_setting_of_the_command_line_stays_out_of_other_sections() -> None:
+    settings = yaml.safe_load("a: &same {x: {y: 1}, z: 2}\nb: *same\n")
+    changed = override(settings, ["a.x.y=3", "a.z=4"])
+    assert changed == {"a": {"x": {"y": 3}, "z": 4}, "b": {"x": {"y": 1}, "z": 2}}
+    assert settings["a"] == settings["b"] == {"x": {"y": 1}, "z": 2}
