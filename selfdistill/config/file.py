@@ -57,7 +57,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         for each in error.errors():
             line = document.line(each["loc"])
             place = f"{path}, line {line}" if line else f"{path}"
-            if assignment := origin(each["loc"], overrides):
+            if assignment := origin(each, data, overrides):
                 place = f"{assignment} on the command line"
             wrong.append(f"{place}: {describe_error(each, Config)}")
         raise ConfigError("\n".join(wrong)) from error

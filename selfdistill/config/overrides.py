@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
+from pydantic_core import ErrorDetails
 
 from selfdistill.config.section import ConfigError
 
@@ -21,7 +21,7 @@ def override(settings: dict[str, Any], assignments: Sequence[str]) -> dict[str, 
     Raises:
         ConfigError: one of them is no assignment, or goes into what is no mapping.
     """
-    settings = copy.deepcopy(settings)
+    settings = dict(settings)
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         *outer, last = name.split(".")
@@ -32,14 +32,14 @@ def override(settings: dict[str, Any], assignments: Sequence[str]) -> dict[str, 
             )
         here = settings
         for place, part in enumerate(outer):
-            if here.get(part) is None:
-                here[part] = {}
-            here = here[part]
-            if not isinstance(here, dict):
+            inner = {} if here.get(part) is None else here[part]
+            if not isinstance(inner, dict):
                 raise ConfigError(
                     f"{assignment!r} on the command line: {'.'.join(outer[: place + 1])} is "
-                    f"{here!r:.80} in the file, expected a mapping"
+                    f"{inner!r:.80} in the file, expected a mapping"
                 )
+            # A copy: under an alias of YAML, the same mapping stands at another place, too.
+            here[part] = here = dict(inner)
         try:
             here[last] = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -50,15 +50,26 @@ def override(settings: dict[str, Any], assignments: Sequence[str]) -> dict[str, 
     return settings
 
 
-def origin(place: Sequence[str | int], assignments: Sequence[str]) -> str | None:
-    """Return the assignment that a setting comes from; None where the file has it.
+def origin(error: ErrorDetails, settings: dict[str, Any], assignments: Sequence[str]) -> str | None:
+    """Return the assignment that a wrong setting comes from; None where the file has it.
 
     Args:
-        place: keys from the outside in; it also names the members of unions.
+        error: one of a ValidationError's.
+        settings: what was validated, as `override` returned it.
         assignments: see `override`; the last one counts.
     """
+    # An error's place also names the members of unions, and settings that are missing.
+    place: list[str] = []
+    here: Any = settings
+    for part in error["loc"]:
+        known = here if isinstance(here, dict) else range(len(here) if type(here) is list else 0)
+        if part in known:
+            place.append(str(part))
+            here = here[part]
+    if error["type"] == "union_tag_invalid":  # is told of the section that has the wrong name
+        place.append("name")
     for assignment in reversed(assignments):
-        parts = iter(map(str, place))
-        if all(part in parts for part in assignment.partition("=")[0].split(".")):
+        parts = assignment.partition("=")[0].split(".")
+        if parts == place[: len(parts)]:
             return assignment
     return None

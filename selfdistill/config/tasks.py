@@ -101,7 +101,8 @@ class Cut(Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> Cut:
-        if self.counts is not None and "shares" in self.model_fields_set:
+        # By value: a run's own config.yaml has the defaults written out, too.
+        if self.counts is not None and self.shares != Shares():
             raise ValueError("give shares or counts, not both")
         return self
 

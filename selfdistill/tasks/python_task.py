@@ -41,6 +41,8 @@ from selfdistill.tasks.user_file import Function, UserFile, accepted, name_of
 
 # What TRL's trainers hand over beside the columns and this one does not have.
 _NOT_HERE = ("completion_ids", "trainer_state", "environments")
+# What a reward is told beside the columns.
+_BESIDE_COLUMNS = ("prompts", "completions", "log_extra", "log_metric")
 
 
 def load_python_task(config: PythonTaskConfig) -> PythonTask:
@@ -65,9 +67,9 @@ def load_python_task(config: PythonTaskConfig) -> PythonTask:
     else:
         rows = {"all": _rows(file, source)}
         splits = cut_problems([row.problem for row in rows["all"]], config)
-    return PythonTask(
-        file, splits, {row.problem.id: row for found in rows.values() for row in found}, config
-    )
+    # By question: ids may come again in another split, questions may not.
+    by_question = {question_key(row.problem): row for found in rows.values() for row in found}
+    return PythonTask(file, splits, by_question, config)
 
 
 class _Row:
@@ -80,6 +82,12 @@ class _Row:
     """
 
     def __init__(self, fields: Mapping[str, Any], place: str) -> None:
+        for name in (*_BESIDE_COLUMNS, *_NOT_HERE):
+            if name in fields:
+                raise TaskError(
+                    f"{place}: it has the key {name!r}, which is an argument of the reward that "
+                    "trainers hand over: call it something else"
+                )
         self.columns = {name: value for name, value in fields.items() if name != "prompt"}
         self.prompt = fields.get("prompt", fields.get("question"))
         question = self.prompt
@@ -96,10 +104,12 @@ class _Row:
                 f"{place}: the prompt is {question!r:.80}, expected a text, or a list with one "
                 f"message of the user; the problem has {', '.join(map(str, fields))}"
             )
+        # None is what a table has where a row has nothing, and 0 is an id and an answer.
+        own_id, answer = fields.get("id"), fields.get("answer")
         self.problem = Problem(
-            id=str(fields.get("id", question_id(question))),
+            id=question_id(question) if own_id is None else str(own_id),
             question=question.strip(),
-            answer=str(fields.get("answer", "")),
+            answer="" if answer is None else str(answer),
             reference=str(fields.get("reference") or ""),
         )
 
@@ -151,11 +161,11 @@ class PythonTask(ProblemList):
     Args:
         file: with the functions.
         splits: the problems of each split.
-        rows: the problems as the file gave them, by id.
+        rows: the problems as the file gave them, by `question_key`.
         config: of the task.
 
     Attributes:
-        sources: digests of what decides the rewards, for checkpoints.
+        sources: the digest of the file, for checkpoints; what it imports has no part in it.
 
     Raises:
         TaskError: the reward asks for what there is not.
@@ -258,7 +268,7 @@ class PythonTask(ProblemList):
         self, function: Function, attempts: Sequence[tuple[Problem, str]], what: str
     ) -> list[Any]:
         """Call a function of the reward's signature."""
-        rows = [self._rows[problem.id] for problem, _ in attempts]
+        rows = [self._rows[question_key(problem)] for problem, _ in attempts]
         offered: dict[str, Any] = {
             "prompts": [row.prompt for row in rows],
             "completions": [
@@ -303,7 +313,7 @@ class PythonTask(ProblemList):
         return None if found is None else str(found)
 
     def _check_arguments(self, function: Function) -> None:
-        offered = ("prompts", "completions", "log_extra", "log_metric", *self._columns)
+        offered = (*_BESIDE_COLUMNS, *self._columns)
         _, missing = accepted(function, offered)
         if not missing:
             return

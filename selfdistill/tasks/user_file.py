@@ -51,7 +51,8 @@ class UserFile:
         self._guarded(self._run, module, what="the file")
 
     def _run(self, module: ModuleType) -> None:
-        code: CodeType = compile(self.source, str(self.path), "exec")
+        # Without the `from __future__` of this module, which would make texts of its annotations.
+        code: CodeType = compile(self.source, str(self.path), "exec", dont_inherit=True)
         exec(code, module.__dict__)
 
     def function(self, name: str) -> Function | None:

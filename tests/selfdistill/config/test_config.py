@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from selfdistill.config import (
@@ -16,6 +17,7 @@ from selfdistill.config import (
     load_config,
     save_config,
 )
+from selfdistill.config.overrides import override
 
 
 def write(folder: Path, text: str) -> Path:
@@ -167,12 +169,30 @@ def test_every_setting_says_what_it_does() -> None:
         ({}, "at least one of train, dev and test"),
         ({"train": "a", "all": "b"}, "Extra inputs"),
         ({"all": "a", "shares": {"train": 0.9, "dev": 0.2, "test": 0}}, "must sum to 1, got 1.1"),
+        (
+            {"all": "a", "shares": {"train": 0.9, "dev": 0.1, "test": 0}, "counts": {"dev": 1}},
+            "give shares or counts, not both",
+        ),
     ],
 )
 def test_splits_that_mean_nothing_are_refused(splits: dict[str, Any], message: str) -> None:
     task = {"name": "jsonl", "splits": splits}
     with pytest.raises(ValidationError, match=message):
         Config.model_validate({"model": "m", "output_dir": "o", "task": task, "method": GRPO})
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        "{name: jsonl, splits: {all: a.jsonl, counts: {dev: 2}}}",
+        "{name: python, file: a.py, counts: {dev: 2, test: 3}}",
+    ],
+)
+def test_counts_are_read_back_from_a_saved_file(tmp_path: Path, task: str) -> None:
+    text = f"model: m\noutput_dir: o\nmethod: {{name: grpo}}\ntask: {task}\n"
+    config = load_config(write(tmp_path, text))
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
 
 
 def test_the_scribe_is_refused_by_name_for_other_tasks(tmp_path: Path) -> None:
@@ -257,7 +277,29 @@ def test_settings_of_the_command_line_count(tmp_path: Path) -> None:
         ("steps=[", r"the value is no YAML"),
         ("steps=-1", r"steps=-1 on the command line: steps: .* greater than 0"),
         ("optimizer.leaning_rate=1", r"command line: .*did you mean learning_rate\?"),
-        ("method.name=grop", r"method\.name=grop on the command line|method: "),
+        ("method.name=grop", r"^method\.name=grop on the command line: method: "),
+        ("method={name: grpo, group_size: [a]}", r"^method=.* on the command line: .*group_size"),
     ]:
         with pytest.raises(ConfigError, match=message):
             load_config(path, [wrong])
+
+
+def test_what_is_wrong_in_the_file_is_not_blamed_on_the_command_line(tmp_path: Path) -> None:
+    engine = "{name: transformers, model: 3}"
+    text = f"""model: m
+output_dir: o
+method:
+  name: stepalign
+  critic: {{name: llm, engine: {engine}}}
+"""
+    innocent = ["model=n", "method.name=stepalign", "method.critic.name=llm"]
+    with pytest.raises(ConfigError, match=r"line 5: .*model: .*got 3") as got:
+        load_config(write(tmp_path, text), innocent)
+    assert "command line" not in str(got.value)
+
+
+def test_a_setting_of_the_command_line_stays_out_of_other_sections() -> None:
+    settings = yaml.safe_load("a: &same {x: {y: 1}, z: 2}\nb: *same\n")
+    changed = override(settings, ["a.x.y=3", "a.z=4"])
+    assert changed == {"a": {"x": {"y": 3}, "z": 4}, "b": {"x": {"y": 1}, "z": 2}}
+    assert settings["a"] == settings["b"] == {"x": {"y": 1}, "z": 2}

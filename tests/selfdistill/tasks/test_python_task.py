@@ -7,12 +7,20 @@ from typing import Any
 import pytest
 from tiny_runs import lines
 
+from selfdistill.analysis.comparison import read_run_curve
 from selfdistill.config import Config, PythonTaskConfig, load_config
 from selfdistill.methods.build import build_method
 from selfdistill.rollout.attempts import Attempts
 from selfdistill.rollout.engine import Rollout
 from selfdistill.tasks.build import build_task, held_out_problems
-from selfdistill.tasks.interface import FeedbackTask, SteppedTask, StepTask, Task, TaskError
+from selfdistill.tasks.interface import (
+    BatchTask,
+    FeedbackTask,
+    SteppedTask,
+    StepTask,
+    Task,
+    TaskError,
+)
 from selfdistill.training.checkpoint import CheckpointError
 from selfdistill.training.loop import train
 
@@ -81,6 +89,45 @@ def problems():
     assert task.check(problem, "4").reward == 0.0
 
 
+def test_ids_may_come_again_in_another_split(tmp_path: Path) -> None:
+    text = """
+def problems(split):
+    return [{"id": i, "prompt": f"{split} {i}?", "solution": f"{split} {i}"} for i in range(3)]
+"""
+    task = written(tmp_path, text + REWARD)
+    for split in ("train", "dev", "test"):
+        for problem in task.problems(split=split, count=3):
+            assert task.check(problem, problem.question).reward == 1.0
+
+
+def test_an_empty_cell_is_no_id_and_no_answer(tmp_path: Path) -> None:
+    text = """
+def problems():
+    empty = [{"prompt": f"{i}?", "id": None, "answer": None} for i in range(3)]
+    return [*empty, {"prompt": "zero?", "id": 0, "answer": 0}]
+
+def reward(completions, **columns):
+    return [0.0 for _ in completions]
+"""
+    task = written(tmp_path, text, shares={"train": 1.0, "dev": 0.0, "test": 0.0})
+    found = {p.question: (p.id, p.answer) for p in task.problems(split="train", count=4)}
+    assert found.pop("zero?") == ("0", "0")
+    assert {answer for _, answer in found.values()} == {""}
+    assert len({name for name, _ in found.values()} - {"None"}) == 3
+
+
+def test_annotations_are_what_the_file_says(tmp_path: Path) -> None:
+    check = "\ndef f(x: int): ...\nassert f.__annotations__ == {'x': int}\n"
+    written(tmp_path, PROBLEMS + REWARD + check)
+
+
+@pytest.mark.parametrize("key", ["completions", "prompts", "completion_ids", "log_metric"])
+def test_a_column_does_not_stand_in_for_what_the_model_wrote(tmp_path: Path, key: str) -> None:
+    text = f"def problems():\n    return [{{'prompt': '1?', 'solution': '1', '{key}': 'x'}}]\n"
+    with pytest.raises(TaskError, match=rf"mine\.py, line 1: problem 0: it has the key '{key}'"):
+        written(tmp_path, text + REWARD)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -123,8 +170,10 @@ def test_a_reward_that_goes_wrong_is_named_with_its_line(
 ) -> None:
     task = written(tmp_path, f"{PROBLEMS}\ndef reward(completions, **columns):\n    {body}\n")
     pairs = [(problem, "") for problem in task.problems(split="train", count=2)]
+    assert isinstance(task, BatchTask)
+    assert task.check_all([]) == []  # as on a process without a share; the reward is not asked
     with pytest.raises(TaskError, match=message):
-        task.check_all(pairs)  # type: ignore[attr-defined]
+        task.check_all(pairs)
 
 
 def test_the_example_has_steps_feedback_and_rewards_between_wrong_and_right() -> None:
@@ -169,7 +218,7 @@ def test_grpo_learns_from_rewards_between_wrong_and_right(solver_dir: Path, tmp_
         "model": str(solver_dir),
         "output_dir": tmp_path / "run",
         "device": "cpu",
-        "task": {"name": "python", "file": str(path)},
+        "task": {"name": "python", "file": str(path), "counts": {"dev": 4, "test": 4}},
         "method": {"name": "grpo", "group_size": 3},
         "steps": 1,
         "prompts_per_step": 2,
@@ -183,7 +232,10 @@ def test_grpo_learns_from_rewards_between_wrong_and_right(solver_dir: Path, tmp_
     evaluations = lines(tmp_path / "run", "evaluations.jsonl")
     assert result.best_metric == max(line["mean_reward"] for line in evaluations)
     assert all(math.isfinite(line["mean_reward"]) for line in evaluations)
+    # As the page, the export and the resumed run read it.
+    assert len(read_run_curve(tmp_path / "run").evaluations) == len(evaluations)
+    assert train(Config.model_validate({**settings, "steps": 2}), resume=True).step == 2
     # Another reward would be another run.
     path.write_text(path.read_text().replace("20", "10"))
     with pytest.raises(CheckpointError, match="other task file"):
-        train(Config.model_validate({**settings, "steps": 2}), resume=True)
+        train(Config.model_validate({**settings, "steps": 3}), resume=True)
