@@ -258,7 +258,7 @@ class CheckpointStore:
             if path.resolve() not in linked
         ]
         # `last` is one of those that are kept.
-        for path in others[: len(others) - self._keep + 1]:
+        for path in others[: max(0, len(others) - self._keep + 1)]:
             shutil.rmtree(path, ignore_errors=True)
 
 
