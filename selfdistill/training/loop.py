@@ -288,6 +288,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             # the student is no longer the one that sampled them.
             rate = rate_of(step)
             taught = False
+            keeper = completions if completions is not None and completions.keeps(step) else None
             for _ in range(config.updates_per_step):
                 with clock("score"):
                     optimizer.zero_grad()
@@ -296,7 +297,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                         batch.groups,
                         tokens_per_pass=config.tokens_per_microbatch,
                         ranks=ranks,
-                        observe=None if completions is None else completions.observe,
+                        observe=None if keeper is None else keeper.observe,
                     )
                 taught = taught or totals.active > 0
                 with clock("update"):
@@ -318,10 +319,10 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             with clock("sync"):
                 solver.engine.sync(student)
 
-            if completions is not None:
-                written = ranks.gather(completions.records(attempts, contexts, batch))
+            if keeper is not None:
+                written = ranks.gather(keeper.records(attempts, contexts, batch))
                 if ranks.is_main:
-                    completions.write(step, written)
+                    keeper.write(step, written)
             # What each rank left out is added up on all of them; only then is the step done.
             unasked = (len(drawn) - len(left)) * method.group_size
             unsure = sum(verdict.undecided for a in attempts for verdict in a.verdicts)
