@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_rounding_decides_about_what_is_kept_but_another_model_does_not(
     model: LlamaForCausalLM,
     make_model: ModelFactory,
     tokenizer: PreTrainedTokenizerBase,
-    cut: dict[str, float],
+    cut: dict[str, Any],
 ) -> None:
     """An engine in bfloat16 keeps other tokens than float32 does, and its runs are sound."""
     other = make_model(seed=9)
