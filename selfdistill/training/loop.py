@@ -16,9 +16,10 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from selfdistill.config import Config, OptimizerConfig
+from selfdistill.config import Config, ConfigError, OptimizerConfig
 from selfdistill.errors import UserError
 from selfdistill.model.attention import enable_prefix_sharing
+from selfdistill.model.device import resolve_device
 from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.parts import whole
 from selfdistill.model.randomness import enable_activation_checkpointing, refuse_random_passes
@@ -87,6 +88,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         console: where progress is shown; the standard error stream by default.
 
     Raises:
+        ConfigError: `gradient_tolerance` on a GPU, or a schedule or tracker that is none.
         RunExistsError: the folder holds a run and `resume` is False, or one that cannot go on.
         PlaceTakenError: another process works in the folder.
         LogError: the folder holds a log that is none.
@@ -115,6 +117,12 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
 
 
 def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
+    loss, device = getattr(config.method, "loss", None), resolve_device(config.device)
+    if getattr(loss, "gradient_tolerance", None) is not None and device != "cpu":
+        raise ConfigError(
+            f"method.loss.gradient_tolerance: a run on {device} makes the exact gradient only: set "
+            "it to null, or device: cpu"
+        )
     kept = config.checkpoint.keep
     store = CheckpointStore(config.output_dir / CHECKPOINTS, keep=None if kept == "all" else kept)
     rate_of, may_differ = warm_up(config.optimizer), {*MAY_DIFFER}
