@@ -65,8 +65,7 @@ class TrainResult:
         step: finished optimiser steps.
         interrupted: True when somebody stopped it before its end; it can be resumed. One that
             stops by itself (`evaluation.patience`) has come to its end.
-        best_step: the step with the best held-out Avg@k.
-        best_metric: that Avg@k.
+        best_step, best_metric: see `selfdistill.training.checkpoint.TrainState`.
     """
 
     step: int
@@ -217,7 +216,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
     with (
         deferred_interrupt(console, launched=ranks.size > 1) as interrupt,
         progress_bars(console) as bars,
-        _tracked(config, ranks, metrics_log, evaluation_log),
+        _tracked(config, ranks, console, metrics_log, evaluation_log),
     ):
         evaluate_now = partial(
             evaluate,
@@ -396,13 +395,15 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
     )
 
 
-def _tracked(config: Config, ranks: Ranks, *logs: JsonLines) -> AbstractContextManager[None]:
+def _tracked(
+    config: Config, ranks: Ranks, console: Console, *logs: JsonLines
+) -> AbstractContextManager[None]:
     """Let trackers follow the logs, where the configuration names some."""
     if not (config.trackers and ranks.is_main):
         return nullcontext()
     from selfdistill.training.trackers import following
 
-    return following(config, dict(zip(("train", "dev"), logs, strict=True)))
+    return following(config, dict(zip(("train", "dev"), logs, strict=True)), console)
 
 
 def warm_up(settings: OptimizerConfig) -> Callable[[int], float]:
