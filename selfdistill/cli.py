@@ -69,6 +69,8 @@ def train(
     """Train a solver as a YAML file says."""
     from selfdistill.config import load_config
 
+    if ask_critic and not dry_run:
+        raise typer.BadParameter("it belongs to --dry-run: give both", param_hint="--ask-critic")
     # Of several processes (torchrun), one speaks.
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     run = load_config(config, settings or ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,14 +65,16 @@ def export(
 
 def card(config: Config, state: StateFile, *, form: str) -> str:
     """Return the page of a model: what it is, and how it was trained."""
+    # A folder is nothing to anybody else, and the Hub refuses it as a base model.
+    on_hub = not Path(config.model).is_dir()
     front = {
-        "base_model": config.model,
+        **({"base_model": config.model} if on_hub else {}),
         "library_name": "transformers" if form == "merged" else "peft",
         "pipeline_tag": "text-generation",
         "tags": ["self-distillation", config.method.name],
     }
-    settings = config.model_dump(
-        mode="json", exclude={"model", "output_dir"}, exclude_defaults=True
+    settings = _without_folders(
+        config.model_dump(mode="json", exclude={"model", "output_dir"}, exclude_defaults=True)
     )
     best = (
         ""
@@ -89,6 +92,18 @@ def card(config: Config, state: StateFile, *, form: str) -> str:
         "The settings that are not defaults:\n\n"
         f"```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```\n"
     )
+
+
+def _without_folders(settings: Any) -> Any:
+    """Return settings with every path of this machine reduced to its name."""
+    if isinstance(settings, dict):
+        return {name: _without_folders(value) for name, value in settings.items()}
+    if isinstance(settings, list):
+        return [_without_folders(value) for value in settings]
+    # Only where there is something: a prompt or a stop string may begin with a slash, too.
+    if isinstance(settings, str) and os.path.isabs(settings) and os.path.exists(settings):
+        return Path(settings).name or settings
+    return settings
 
 
 def push(folder: Path, name: str) -> str:

@@ -57,8 +57,8 @@ class RunCurve:
 
     @property
     def best(self) -> int:
-        """The place of the evaluation with the highest Avg@k, the first of equals."""
-        values = [e.avg_at_k.value for e in self.evaluations]
+        """The place of the best evaluation, the first of equals, as `checkpoints/best` has it."""
+        values = [e.merit for e in self.evaluations]
         return values.index(max(values))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from selfdistill.config.section import Float, PositiveInt, Section
 
@@ -108,3 +108,12 @@ class LossConfig(Section):
 
     The rest is neither read nor counted. Needs a task that knows steps.
     """
+
+    @model_validator(mode="after")
+    def _the_tolerance_is_of_whole_vocabularies(self) -> LossConfig:
+        if self.top_k is not None and self.gradient_tolerance is not None:
+            raise ValueError(
+                "gradient_tolerance: the most likely tokens alone (top_k) have the exact gradient "
+                "only: set one of the two to null"
+            )
+        return self

@@ -132,8 +132,8 @@ class OptimizerConfig(Section):
         "inverse_sqrt",
         "warmup_stable_decay",
     ] = "constant"
-    """What follows the warm-up, as transformers' `get_scheduler` has it. All but `constant` end
-    with the run, so that one that goes on cannot change `steps`."""
+    """What follows the warm-up, as transformers' `get_scheduler` has it. Only with
+    `constant` can a run that goes on change `steps`: most of the others end with the run."""
     schedule_options: JsonObject = Field(default_factory=dict)
     """More for such a schedule: {num_cycles: 3}, {min_lr_rate: 0.1} or {power: 2}."""
     betas: tuple[Decay, Decay] = (0.9, 0.99)
@@ -153,7 +153,10 @@ class OptimizerConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Held-out evaluation during training; the best checkpoint is chosen by its Avg@k."""
+    """Held-out evaluation during training; the best checkpoint is chosen by its Avg@k.
+
+    Where a task's own rewards are more than right or wrong, by their mean.
+    """
 
     every: PositiveInt = 15
     """Evaluate after every so many steps, and once before the first and after the last."""

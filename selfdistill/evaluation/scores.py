@@ -67,6 +67,11 @@ class Evaluation:
     too_long: int = 0
     mean_reward: float | None = None
 
+    @property
+    def merit(self) -> float:
+        """What the best checkpoint is chosen by: the mean reward where there is one, or Avg@k."""
+        return self.avg_at_k.value if self.mean_reward is None else self.mean_reward
+
     def to_json(self) -> str:
         """This evaluation as one line of JSON."""
         return TypeAdapter(Evaluation).dump_json(self).decode()

@@ -241,15 +241,15 @@ def stop_place(
     tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], stop: Sequence[str]
 ) -> int | None:
     """Return how many tokens it takes to the end of the first stop string; None without one."""
-    text = completion_text(tokenizer, token_ids)
-    ends = [text.index(each) + len(each) for each in stop if each in text]
-    if not ends:
+
+    def stopped(tokens: int) -> bool:
+        text = completion_text(tokenizer, token_ids[:tokens])
+        return any(each in text for each in stop)
+
+    # Not by the length of the text: the bytes of half a character decode to a character, too.
+    if not stopped(len(token_ids)):
         return None
-    return 1 + bisect_left(
-        range(len(token_ids)),
-        min(ends),
-        key=lambda token: len(completion_text(tokenizer, token_ids[: token + 1])),
-    )
+    return bisect_left(range(len(token_ids)), True, key=stopped)
 
 
 def make_rollout(

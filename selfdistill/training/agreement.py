@@ -7,6 +7,7 @@ log-probs of the sampled tokens are the only check that sees it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -74,7 +75,7 @@ def check_agreement(
     pack, hidden, own = _read(model, head, prompts, groups, temperature, attention)
     least = most = own
     if params.truncates:
-        least, most = _between(head, hidden, pack.targets, params, edge=min(tolerance, 0.02))
+        least, most = _between(head, hidden, pack.targets, params, tolerance=tolerance)
     theirs = torch.tensor([lp for group in groups for r in group for lp in r.logprobs])
     differences = torch.maximum(least.cpu() - theirs, theirs - most.cpu()).clamp(min=0)
     worst = int(differences.argmax())
@@ -154,7 +155,7 @@ def _read(
 
 @torch.no_grad()
 def _between(
-    head: LMHead, hidden: Tensor, targets: Tensor, params: SamplingParams, *, edge: float
+    head: LMHead, hidden: Tensor, targets: Tensor, params: SamplingParams, *, tolerance: float
 ) -> tuple[Tensor, Tensor]:
     """Return the least and the largest log-prob that a token may have been drawn with, [T] each.
 
@@ -163,20 +164,25 @@ def _between(
         hidden: [T, H].
         targets: [T] int64, the tokens.
         params: what is cut off.
-        edge: how far off a share may be where it is compared with `top_p` and `min_p`.
+        tolerance: how far off a log-prob may be, and so what is compared with the last one that
+            is kept. Of a token outside of what is kept even then, both are -inf.
     """
     least, most = [], []
+    # A token less decides little, so that here a share may be off by a little.
+    edge, slack = min(tolerance, 0.02), math.exp(-tolerance)
     # A few rows of logits at a time.
     pieces = zip(hidden.split(_ROWS), targets.to(hidden.device).split(_ROWS), strict=True)
     for states, tokens in pieces:
         logits = head.values.logits(states).float()
         scores = torch.log_softmax(logits / params.temperature, -1)
-        wide = truncate(
+        kept = truncate(
             scores,
-            top_k=params.top_k + 1 if params.top_k else 0,
-            top_p=min(1.0, params.top_p + edge),
-            min_p=params.min_p * (1 - edge),
+            top_k=params.top_k,
+            top_p=1 - (1 - params.top_p) * slack,
+            min_p=params.min_p * slack,
         )
+        last = kept.masked_fill(kept == -torch.inf, torch.inf).amin(-1, keepdim=True)
+        wide = scores.masked_fill(scores < last - tolerance, -torch.inf)
         narrow = truncate(
             scores,
             top_k=params.top_k,

@@ -61,8 +61,9 @@ class TrainState:
     Attributes:
         step: finished optimiser steps.
         evaluated_step: the last step with a held-out evaluation, or None before the first.
-        best_step: the step whose held-out Avg@k was highest, or None before the first evaluation.
-        best_metric: that Avg@k, or None.
+        best_step: the step whose held-out `Evaluation.merit` was highest (Avg@k, or the mean reward
+            of a task with graded ones), or None before the first evaluation.
+        best_metric: that figure, or None.
         config: the run's configuration (`Config.model_dump(mode="json")`).
         base_sha256: fingerprint of the weights that the run started from.
         inputs: `digest_inputs` of the run.
@@ -96,7 +97,7 @@ class CheckpointStore:
 
     @property
     def best(self) -> Path:
-        """The state with the best held-out Avg@k."""
+        """The state of `TrainState.best_step`."""
         return self.directory / "best"
 
     def save(
@@ -258,7 +259,7 @@ class CheckpointStore:
             if path.resolve() not in linked
         ]
         # `last` is one of those that are kept.
-        for path in others[: len(others) - self._keep + 1]:
+        for path in others[: max(0, len(others) - self._keep + 1)]:
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -46,6 +46,10 @@ class CompletionLog:
         self._tokenizer = tokenizer
         self._advantages: dict[int, list[list[float]]] = {}
 
+    def keeps(self, step: int) -> bool:
+        """Return whether the step is one whose rollouts are kept."""
+        return step % self._settings.every == 0
+
     def observe(
         self, groups: Sequence[PromptGroup], scored: ScoredTokens, output: DistillationOutput
     ) -> None:
@@ -111,8 +115,6 @@ class CompletionLog:
 
     def write(self, step: int, records: Sequence[dict[str, Any]]) -> None:
         """Write a step's file, and remove the oldest ones beyond the limit."""
-        if step % self._settings.every != 0:
-            return
         text = "".join(json.dumps({"step": step, **record}) + "\n" for record in records)
         write_atomically(self._folder / f"step-{step:06d}.jsonl", text)
         room = self._settings.max_mib * 2**20

@@ -107,7 +107,6 @@ def evaluate(
     if ranks.is_main:
         log.append({"step": state.step, "seconds": clock.seconds, **json.loads(result.to_json())})
     state = replace(state, evaluated_step=state.step)
-    value = result.avg_at_k.value if result.mean_reward is None else result.mean_reward
-    if state.best_metric is not None and value <= state.best_metric:
+    if state.best_metric is not None and result.merit <= state.best_metric:
         return state
-    return replace(state, best_step=state.step, best_metric=value)
+    return replace(state, best_step=state.step, best_metric=result.merit)

@@ -16,9 +16,10 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from selfdistill.config import Config, OptimizerConfig
+from selfdistill.config import Config, ConfigError, OptimizerConfig
 from selfdistill.errors import UserError
 from selfdistill.model.attention import enable_prefix_sharing
+from selfdistill.model.device import resolve_device
 from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.parts import whole
 from selfdistill.model.randomness import enable_activation_checkpointing, refuse_random_passes
@@ -64,8 +65,7 @@ class TrainResult:
         step: finished optimiser steps.
         interrupted: True when somebody stopped it before its end; it can be resumed. One that
             stops by itself (`evaluation.patience`) has come to its end.
-        best_step: the step with the best held-out Avg@k.
-        best_metric: that Avg@k.
+        best_step, best_metric: see `selfdistill.training.checkpoint.TrainState`.
     """
 
     step: int
@@ -87,6 +87,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         console: where progress is shown; the standard error stream by default.
 
     Raises:
+        ConfigError: `gradient_tolerance` on a GPU, or a schedule or tracker that is none.
         RunExistsError: the folder holds a run and `resume` is False, or one that cannot go on.
         PlaceTakenError: another process works in the folder.
         LogError: the folder holds a log that is none.
@@ -115,6 +116,12 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
 
 
 def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
+    loss, device = getattr(config.method, "loss", None), resolve_device(config.device)
+    if getattr(loss, "gradient_tolerance", None) is not None and device != "cpu":
+        raise ConfigError(
+            f"method.loss.gradient_tolerance: a run on {device} makes the exact gradient only: set "
+            "it to null, or device: cpu"
+        )
     kept = config.checkpoint.keep
     store = CheckpointStore(config.output_dir / CHECKPOINTS, keep=None if kept == "all" else kept)
     rate_of, may_differ = warm_up(config.optimizer), {*MAY_DIFFER}
@@ -209,7 +216,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
     with (
         deferred_interrupt(console, launched=ranks.size > 1) as interrupt,
         progress_bars(console) as bars,
-        _tracked(config, ranks, metrics_log, evaluation_log),
+        _tracked(config, ranks, console, metrics_log, evaluation_log),
     ):
         evaluate_now = partial(
             evaluate,
@@ -288,6 +295,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             # the student is no longer the one that sampled them.
             rate = rate_of(step)
             taught = False
+            keeper = completions if completions is not None and completions.keeps(step) else None
             for _ in range(config.updates_per_step):
                 with clock("score"):
                     optimizer.zero_grad()
@@ -296,7 +304,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                         batch.groups,
                         tokens_per_pass=config.tokens_per_microbatch,
                         ranks=ranks,
-                        observe=None if completions is None else completions.observe,
+                        observe=None if keeper is None else keeper.observe,
                     )
                 taught = taught or totals.active > 0
                 with clock("update"):
@@ -318,10 +326,10 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             with clock("sync"):
                 solver.engine.sync(student)
 
-            if completions is not None:
-                written = ranks.gather(completions.records(attempts, contexts, batch))
+            if keeper is not None:
+                written = ranks.gather(keeper.records(attempts, contexts, batch))
                 if ranks.is_main:
-                    completions.write(step, written)
+                    keeper.write(step, written)
             # What each rank left out is added up on all of them; only then is the step done.
             unasked = (len(drawn) - len(left)) * method.group_size
             unsure = sum(verdict.undecided for a in attempts for verdict in a.verdicts)
@@ -387,13 +395,15 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
     )
 
 
-def _tracked(config: Config, ranks: Ranks, *logs: JsonLines) -> AbstractContextManager[None]:
+def _tracked(
+    config: Config, ranks: Ranks, console: Console, *logs: JsonLines
+) -> AbstractContextManager[None]:
     """Let trackers follow the logs, where the configuration names some."""
     if not (config.trackers and ranks.is_main):
         return nullcontext()
     from selfdistill.training.trackers import following
 
-    return following(config, dict(zip(("train", "dev"), logs, strict=True)))
+    return following(config, dict(zip(("train", "dev"), logs, strict=True)), console)
 
 
 def warm_up(settings: OptimizerConfig) -> Callable[[int], float]:

@@ -271,6 +271,9 @@ def test_a_dry_run_trains_nothing(
 ) -> None:
     assert run(monkeypatch, "train", write_config(tmp_path, solver_dir), "--dry-run") == 0
     assert "[shared prefix, " in capsys.readouterr().out
+    # Nor does one that was forgotten, where the critic was to be asked.
+    assert run(monkeypatch, "train", tmp_path / "run.yaml", "--ask-critic") == 2
+    assert "it belongs to --dry-run" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

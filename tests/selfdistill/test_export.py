@@ -7,13 +7,15 @@ import huggingface_hub
 import peft
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfdistill.config import Config
-from selfdistill.export import ExportError, export, push
+from selfdistill.export import ExportError, card, export, push
 from selfdistill.places import PlaceTakenError
 from selfdistill.training.loop import train
 from selfdistill.training.solver import load_checkpoint
+from selfdistill.training.state_file import StateFile
 
 
 def trained(solver_dir: Path, run: Path, **changes: Any) -> Config:
@@ -63,6 +65,26 @@ def test_a_merged_model_is_the_trained_one(solver_dir: Path, tmp_path: Path) -> 
     export(run, tmp_path / "half", checkpoint="last", dtype="bfloat16")
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
     assert half.dtype == torch.bfloat16
+
+
+def test_a_card_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    settings = {
+        "output_dir": tmp_path / "run",
+        "method": {"name": "grpo"},
+        "task": {"name": "jsonl", "splits": {"all": str(tmp_path / "rows.jsonl")}},
+        "rollout": {"stop": ["/a/b", "/"]},
+    }
+    state = StateFile.model_construct(step=1, best_step=None, best_metric=None)
+    for model, named in ((str(tmp_path / "base"), None), ("owner/base", "owner/base")):
+        config = Config.model_validate({"model": model, **settings})
+        page = card(config, state, form="merged")
+        assert yaml.safe_load(page.split("---")[1]).get("base_model") == named
+        assert "# base, trained by grpo" in page
+        assert "all: rows.jsonl\n" in page
+        assert all(f"- {stop}\n" in page for stop in ("/a/b", "/"))
+        assert str(tmp_path) not in page
 
 
 def test_an_adapter_is_for_peft(solver_dir: Path, tmp_path: Path) -> None:

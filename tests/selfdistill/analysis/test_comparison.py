@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +92,15 @@ def runs() -> list[RunCurve]:
         run("b", config(seed=1), {0: [1, 1, 2, 0], 5: [4, 3, 2, 3]}),
         run("c", config(name="grpo", group_size=8), {0: [0, 1, 2, 1], 5: [1, 1, 2, 1]}),
     ]
+
+
+def test_the_best_of_a_run_is_that_of_its_checkpoints() -> None:
+    found = run("a", config(), {0: [4, 4], 5: [3, 3], 10: [2, 2]})
+    assert found.best == 0
+    graded = [
+        replace(e, mean_reward=r) for e, r in zip(found.evaluations, (0.2, 0.7, 0.7), strict=True)
+    ]
+    assert replace(found, evaluations=tuple(graded)).best == 1
 
 
 def test_seeds_of_one_configuration_are_one_curve(runs: list[RunCurve]) -> None:

@@ -256,3 +256,5 @@ def test_a_tolerance_reaches_the_kernels(mask: dict[str, float] | None) -> None:
         assert (output.gradient_error is None) == (tolerance is None)
     with pytest.raises(ValueError, match="gradient_tolerance"):
         LossConfig.model_validate({"gradient_tolerance": 1.5})
+    with pytest.raises(ValueError, match=r"top_k\) have the exact gradient only"):
+        LossConfig.model_validate({"gradient_tolerance": 0.1, "top_k": {"k": 4}})

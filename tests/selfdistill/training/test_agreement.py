@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from selfdistill.model.lm_head import find_lm_head
@@ -68,3 +71,38 @@ def test_the_worst_token_is_named(
                 params=SamplingParams(temperature=1.0),
                 tolerance=1e-4,
             )
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 20}, {"min_p": 0.05}, {"top_p": 0.9}])
+def test_rounding_decides_about_what_is_kept_but_another_model_does_not(
+    model: LlamaForCausalLM,
+    make_model: ModelFactory,
+    tokenizer: PreTrainedTokenizerBase,
+    cut: dict[str, Any],
+) -> None:
+    """An engine in bfloat16 keeps other tokens than float32 does, and its runs are sound."""
+    other = make_model(seed=9)
+    with torch.no_grad():
+        for seed, each in enumerate((model, other)):
+            torch.manual_seed(seed)
+            # A head of its own, that has preferences.
+            each.lm_head.weight = nn.Parameter(torch.randn_like(each.lm_head.weight) / 5)
+    engine_model = deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+
+    def rounded(module: nn.Module, inputs: object, logits: torch.Tensor) -> torch.Tensor:
+        noise = 0.03 * torch.randn(logits.shape, generator=generator)
+        return (logits + noise).bfloat16().float()
+
+    engine_model.lm_head.register_forward_hook(rounded)
+    params = SamplingParams(max_new_tokens=40, seed=1, **cut)
+
+    def check(sampled_from: LlamaForCausalLM) -> float:
+        engine = TransformersEngine(sampled_from, tokenizer)
+        groups = engine.generate(PROMPTS, group_size=32, params=params)
+        head = find_lm_head(model)
+        return check_agreement(model, head, PROMPTS, groups, params=params, tolerance=1.0)
+
+    assert check(engine_model) < 0.5
+    with pytest.raises(EngineMismatchError, match="samples from other weights"):
+        check(other)

@@ -102,6 +102,16 @@ def test_only_last_and_best_are_kept(saved: Saved) -> None:
     assert names == ["best", "last", "step-000001", "step-000003"]
 
 
+@pytest.mark.parametrize("keep", [1, 3, 4, 5])
+def test_the_newest_are_kept_beside_the_best(saved: Saved, keep: int) -> None:
+    store = CheckpointStore(saved.store.directory, keep=keep)
+    for step in range(2, 10):
+        state = replace(saved.state, step=step)
+        store.save(state, saved.weights, saved.tokenizer, saved.optimizer)
+        newest = range(max(2, step - keep + 1), step + 1)
+        assert store.saved() == [f"step-{each:06d}" for each in (1, *newest)]
+
+
 def test_a_write_that_fails_leaves_the_last_one(
     saved: Saved, make_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,7 +84,7 @@ def test_the_oldest_files_go_and_later_ones_are_forgotten(tmp_path: Path) -> Non
     settings = CompletionsConfig(every=2, max_mib=1)
     log = CompletionLog(tmp_path, settings, byte_level())
     large = [{"text": "x" * 400_000}]
-    for step in range(1, 9):
+    for step in filter(log.keeps, range(1, 9)):
         log.write(step, large)
     folder = tmp_path / "completions"
     assert sorted(saved(folder)) == [6, 8]
@@ -93,6 +93,22 @@ def test_the_oldest_files_go_and_later_ones_are_forgotten(tmp_path: Path) -> Non
     assert sorted(saved(folder)) == [10]
     log.keep_until(9)
     assert saved(folder) == {}
+
+
+def test_only_steps_that_are_kept_are_recorded(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[CompletionLog] = []
+    records = CompletionLog.records
+
+    def count(log: CompletionLog, *args: Any) -> list[dict[str, Any]]:
+        made.append(log)
+        return records(log, *args)
+
+    monkeypatch.setattr(CompletionLog, "records", count)
+    train(make_config(solver_dir, tmp_path, steps=3, completions={"every": 2}))
+    assert len(made) == 1
+    assert [*saved(tmp_path / "completions")] == [2]
 
 
 def test_a_logged_number_is_the_passes(sharp_solver_dir: Path, tmp_path: Path) -> None:

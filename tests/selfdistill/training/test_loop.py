@@ -19,7 +19,14 @@ from transformers import LlamaForCausalLM
 import selfdistill.training.batch
 import selfdistill.training.gradients
 import selfdistill.training.loop
-from selfdistill.config import AdapterConfig, Config, LossConfig, RefSolMethod, load_config
+from selfdistill.config import (
+    AdapterConfig,
+    Config,
+    ConfigError,
+    LossConfig,
+    RefSolMethod,
+    load_config,
+)
 from selfdistill.evaluation.scores import Evaluation
 from selfdistill.model.attention import UnavailableBackendError, UnsupportedModelError
 from selfdistill.model.scoring import score
@@ -246,6 +253,13 @@ def test_a_run_is_not_overwritten_and_a_foreign_one_not_continued(
     with pytest.raises(CheckpointError, match=r"seed \(3 there, 4 here\)"):
         train(make_config(solver_dir, tmp_path / "run", steps=1, seed=4), resume=True)
     assert train(make_config(solver_dir, tmp_path / "run", steps=2), resume=True).step == 2
+
+
+def test_a_tolerance_on_a_gpu_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    method = {"name": "refsol", "loss": {"gradient_tolerance": 0.1}}
+    config = make_config(tmp_path / "nowhere", tmp_path / "run", device="cuda", method=method)
+    with pytest.raises(ConfigError, match="gradient_tolerance: a run on cuda"):
+        train(config)
 
 
 def test_a_torn_last_checkpoint_is_refused(solver_dir: Path, tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ import torch
 from exactness import assert_no_worse_than_torch
 from padded_step import in_float64
 from tiny_runs import lines
+from tiny_tokenizers import byte_level
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from selfdistill.config import Config
 from selfdistill.model.lm_head import find_lm_head
-from selfdistill.rollout.engine import Rollout, SamplingParams, completion_text
+from selfdistill.rollout.engine import Rollout, SamplingParams, completion_text, stop_place
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.training.agreement import (
     EngineMismatchError,
@@ -119,6 +120,18 @@ def test_stop_strings_end_a_completion(
         assert stop in rollout.text
         assert stop not in completion_text(tokenizer, rollout.token_ids[:-1])
     assert ended
+
+
+@pytest.mark.parametrize(
+    ("stop", "kept"), [("。", "答え。"), ("え", "答え"), ("x", "答え。x"), ("y", None)]
+)
+def test_a_stop_string_may_end_in_a_character_of_several_tokens(
+    stop: str, kept: str | None
+) -> None:
+    # A token is a byte, and the bytes of half a character decode to a character as well.
+    tokens = byte_level()("答え。x").input_ids
+    place = None if kept is None else len(kept.encode())
+    assert stop_place(byte_level(), tokens, ["never", stop]) == place
 
 
 def test_evaluations_sample_as_they_are_told(solver_dir: Path, tmp_path: Path) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from rich.console import Console
 from tiny_runs import lines
 
 from selfdistill.config import Config, ConfigError
-from selfdistill.training.loop import train
+from selfdistill.training.loop import DivergedError, train
 from selfdistill.training.trackers import TrackerError
 
 
@@ -41,7 +43,17 @@ class Notebook(GeneralTracker):
         self.kept["finished"] = True
 
 
-def make_config(solver_dir: Path, output_dir: Path, tracker: dict[str, Any]) -> Config:
+class Offline(Notebook):
+    """Starts, and then finds no network."""
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        raise ConnectionError("no network to log to")
+
+    def finish(self) -> None:
+        raise ConnectionError("nobody to say goodbye to")
+
+
+def make_config(solver_dir: Path, output_dir: Path, *trackers: dict[str, Any]) -> Config:
     return Config.model_validate(
         {
             "model": str(solver_dir),
@@ -53,7 +65,7 @@ def make_config(solver_dir: Path, output_dir: Path, tracker: dict[str, Any]) -> 
             "prompts_per_step": 1,
             "rollout": {"max_new_tokens": 4},
             "evaluation": {"every": 2, "problems": 2, "samples": 1},
-            "trackers": [tracker],
+            "trackers": trackers,
         }
     )
 
@@ -88,3 +100,30 @@ def test_a_tracker_that_is_not_there_or_does_not_start_is_named(
     options = {"name": "notebook", "options": {"broken": True}}
     with pytest.raises(TrackerError, match=r"notebook does not start \(ValueError: no network"):
         train(make_config(solver_dir, tmp_path / "b", options))
+
+
+def test_a_tracker_that_fails_ends_no_run(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "notebook", Notebook)
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "offline", Offline)
+    written = StringIO()
+    console = Console(file=written, width=60)
+    trackers = [{"name": "notebook"}, {"name": "offline"}]
+    result = train(make_config(solver_dir, tmp_path / "a", *trackers), console=console)
+    assert result.step == 2
+    assert len(lines(tmp_path / "a", "metrics.jsonl")) == 2
+    said = written.getvalue()
+    assert said.count("the tracker offline failed at log (ConnectionError: no network") == 1
+    assert said.count("the tracker offline failed at finish (ConnectionError: nobody") == 1
+    assert Notebook.kept["finished"]
+    assert len([1 for _, values in Notebook.kept["logged"] if "train/loss" in values]) == 2
+
+    # What ends a run itself is not hidden behind a tracker that does not end.
+    def diverge(*args: object) -> None:
+        raise DivergedError("the run's own error")
+
+    monkeypatch.setattr("selfdistill.training.loop.refuse_divergence", diverge)
+    with pytest.raises(DivergedError, match="the run's own error"):
+        train(make_config(solver_dir, tmp_path / "b", *trackers), console=console)
+    assert Notebook.kept["finished"]
