@@ -1,4 +1,5 @@
-"""Pages link to pages here alone, which `make docs` checks; nothing checks other links."""
+"""Pages link to pages here alone, which `make docs` checks; nothing checks other links. The
+reader's own machine, in an example, is no link."""
 
 from __future__ import annotations
 
@@ -15,6 +16,6 @@ def test_no_page_links_elsewhere() -> None:
     found = {
         f"{page.relative_to(ROOT)}: {link}"
         for page in pages
-        for link in re.findall(r"https?://[^\s)>`]+", page.read_text())
+        for link in re.findall(r"https?://(?!localhost)[^\s)>`]+", page.read_text())
     }
     assert not found

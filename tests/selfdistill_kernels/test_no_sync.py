@@ -102,12 +102,17 @@ class Device:
     def statistics(self, inputs, objective, workspace):
         return meta(inputs.student_hidden.shape[0], len(Column), dtype=torch.float32)
 
-    def gradient(self, inputs, objective, statistics, term_weights, needs, workspace, entries=None):
+    def gradient(
+        self, inputs, objective, statistics, term_weights, needs, workspace,
+        entries=None, rounding=None,
+    ):  # fmt: skip
         return Gradients(
             torch.empty_like(inputs.student_hidden), torch.empty_like(inputs.weight), None
         )
 
-    def visit(self, inputs, objective, gate, loss_weight, old_logprobs, needs, workspace):
+    def visit(
+        self, inputs, objective, gate, loss_weight, old_logprobs, needs, workspace, rounding=None
+    ):
         statistics = self.statistics(inputs, objective, workspace)
         active = active_tokens(statistics, loss_weight, inputs.exists, gate)
         weights = term_weights_of(objective, statistics, loss_weight * active, old_logprobs)

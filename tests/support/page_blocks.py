@@ -95,6 +95,7 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/loop.md": models,
     "docs/memory-and-speed.md": tensors,
     "docs/objectives.md": tensors,
+    "docs/tolerance.md": tensors,
     "docs/your-own-task.md": dict,
 }
 
