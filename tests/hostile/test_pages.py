@@ -193,7 +193,9 @@ def printed(console: Console) -> str:
 def test_a_dry_run_shows_escapes_and_obeys_none(solver_dir: Path, tmp_path: Path) -> None:
     question = "1 + \x1b[2J\x1b]0;owned\x07 \u202e 2 [bold]"
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": question, "answer": "3"}) + "\n")
-    task = {"name": "jsonl", "splits": {"train": str(tmp_path / "a.jsonl")}, "checker": "plain"}
+    (tmp_path / "b.jsonl").write_text(json.dumps({"question": "2 + 2", "answer": "4"}) + "\n")
+    splits = {"train": str(tmp_path / "a.jsonl"), "dev": str(tmp_path / "b.jsonl")}
+    task = {"name": "jsonl", "splits": splits, "checker": "plain"}
     # The arithmetic vocabulary would lose them before they are shown.
     settings = {"model": str(byte_level_solver(tmp_path)), "output_dir": tmp_path, "task": task}
     config = Config.model_validate({**settings, "method": {"name": "environment"}})
