@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -97,7 +98,7 @@ def sampled(model: Path, tokens: int, new_tokens: int, seed: int) -> dict[str, T
 
 def read_problem(path: Path, dtype: torch.dtype, objective: str) -> Problem:
     """What `main` has written, as `make_problem` makes one."""
-    found = torch.load(path, weights_only=True)
+    found = load_file(path)
     return Problem(
         found["student_hidden"].to(dtype).requires_grad_(),
         found["teacher_hidden"].to(dtype),
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    torch.save(sampled(args.model, args.tokens, args.new_tokens, args.seed), args.output)
+    save_file(sampled(args.model, args.tokens, args.new_tokens, args.seed), args.output)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "../library.h"
+#include "matrices.h"
 #include "pack.h"
 
 namespace selfdistill {
@@ -69,13 +70,6 @@ bool gemm_bf16_available() {
 #else
   return false;
 #endif
-}
-
-void check_operand(const char* name, const Tensor& t, at::ScalarType dtype, int64_t rows, int64_t columns) {
-  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == dtype && t.dim() == 2 && t.size(0) == rows &&
-                  t.size(1) == columns && (columns == 1 || t.stride(1) == 1) && (rows <= 1 || t.stride(0) >= columns),
-              name, ": expected a ", dtype, " CPU tensor [", rows, ", ", columns, "] with contiguous rows, got ",
-              t.scalar_type(), " ", t.sizes(), " with strides ", t.strides(), " on ", t.device());
 }
 
 void check_available() {

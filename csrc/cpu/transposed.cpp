@@ -7,12 +7,12 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
 
 #include "../library.h"
+#include "matrices.h"
 
 namespace selfdistill {
 namespace {
@@ -26,18 +26,6 @@ constexpr int64_t kStep = 16;  // columns that a thread takes at the least: a ca
 // The library sums a few rows or columns in other orders, so that a block takes what would be left behind it.
 constexpr int64_t kFew = 16;
 constexpr int64_t kTile = 16;  // of a block, turned round together: whole cache lines on both sides
-
-void check_operand(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
-  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.dim() == 2 && t.size(0) == rows &&
-                  t.size(1) == columns && (columns == 1 || t.stride(1) == 1) && (rows <= 1 || t.stride(0) >= columns),
-              name, ": expected a float32 CPU tensor [", rows, ", ", columns, "] with contiguous rows, got ",
-              t.scalar_type(), " ", t.sizes(), " with strides ", t.strides(), " on ", t.device());
-}
-
-// A part of a float32 matrix.
-Tensor view(const float* data, int64_t rows, int64_t columns, int64_t stride) {
-  return at::from_blob(const_cast<float*>(data), {rows, columns}, {stride, 1}, at::TensorOptions().dtype(at::kFloat));
-}
 
 // to [columns, rows] = from [rows, columns]^T
 void turn_round(const float* from, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
@@ -58,9 +46,9 @@ int64_t blocks(int64_t size, int64_t width) {
 // out [R, V] = hidden [R, H] weight [V, H]^T. Threads share the vocabulary.
 void gemm_transposed_logits_(const Tensor& hidden, const Tensor& weight, Tensor& out) {
   const int64_t tokens = hidden.size(0), depth = hidden.size(1), vocabulary = weight.size(0);
-  check_operand("hidden", hidden, tokens, depth);
-  check_operand("weight", weight, vocabulary, depth);
-  check_operand("out", out, tokens, vocabulary);
+  check_operand("hidden", hidden, at::kFloat, tokens, depth);
+  check_operand("weight", weight, at::kFloat, vocabulary, depth);
+  check_operand("out", out, at::kFloat, tokens, vocabulary);
   const float* h = hidden.const_data_ptr<float>();
   const float* w = weight.const_data_ptr<float>();
   float* logits = out.data_ptr<float>();

@@ -6,7 +6,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
@@ -17,6 +16,7 @@
 #include "rows.h"
 
 #include "../library.h"
+#include "matrices.h"
 
 namespace selfdistill {
 
@@ -28,18 +28,6 @@ using at::BFloat16;
 using at::Tensor;
 
 constexpr int64_t kStep = 16;  // columns or elements of a hidden state that a thread takes at the least
-
-void check_operand(const char* name, const Tensor& t, at::ScalarType dtype, int64_t rows, int64_t columns) {
-  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == dtype && t.dim() == 2 && t.size(0) == rows &&
-                  t.size(1) == columns && (columns == 1 || t.stride(1) == 1) && (rows <= 1 || t.stride(0) >= columns),
-              name, ": expected a ", dtype, " CPU tensor [", rows, ", ", columns, "] with contiguous rows, got ",
-              t.scalar_type(), " ", t.sizes(), " with strides ", t.strides(), " on ", t.device());
-}
-
-// A part of a float32 matrix.
-Tensor view(const float* data, int64_t rows, int64_t columns, int64_t stride) {
-  return at::from_blob(const_cast<float*>(data), {rows, columns}, {stride, 1}, at::TensorOptions().dtype(at::kFloat));
-}
 
 // c = a b, or c + a b, by the library with one thread: the caller's threads are busy with other parts.
 void multiply(Tensor c, const Tensor& a, const Tensor& b, bool accumulate) {

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import yaml
+from tiny_runs import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfdistill.config import Config
@@ -19,21 +20,12 @@ from selfdistill.training.state_file import StateFile
 
 
 def trained(solver_dir: Path, run: Path, **changes: Any) -> Config:
-    config = Config.model_validate(
-        {
-            "model": str(solver_dir),
-            "output_dir": run,
-            "device": "cpu",
-            "task": {"step_counts": [1]},
-            "method": {"name": "refsol", "group_size": 2},
-            "steps": 1,
-            "prompts_per_step": 1,
-            "rollout": {"max_new_tokens": 4},
-            "optimizer": {"learning_rate": 1e-2, "warmup_steps": 0},
-            "evaluation": {"every": 1, "problems": 2, "samples": 1},
-            **changes,
-        }
-    )
+    settings = {
+        "steps": 1,
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 0},
+        "evaluation": {"every": 1, "problems": 2, "samples": 1},
+    }
+    config = tiny_config(solver_dir, run, **settings | changes)
     train(config)
     return config
 

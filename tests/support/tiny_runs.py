@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from selfdistill.config import Config
 from selfdistill.runlog import JsonLines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +62,24 @@ def forked_runs(action: str, request: dict[str, Any], folder: Path) -> dict[str,
     assert result.returncode == 0, result.stderr
     answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return answer
+
+
+def tiny_config(solver_dir: Path, output_dir: Path, **changes: Any) -> Config:
+    """A run of seconds on a CPU: two steps of RefSol with one problem each."""
+    return Config.model_validate(
+        {
+            "model": str(solver_dir),
+            "output_dir": output_dir,
+            "device": "cpu",
+            "task": {"step_counts": [1]},
+            "method": {"name": "refsol", "group_size": 2},
+            "steps": 2,
+            "prompts_per_step": 1,
+            "rollout": {"max_new_tokens": 4},
+            "evaluation": {"every": 2, "problems": 2, "samples": 1},
+            **changes,
+        }
+    )
 
 
 def ranks_settings(solver_dir: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:

@@ -121,8 +121,7 @@ def round_and_multiply(
     and weights [N, 3]."""
     pending = _Pending(kernels, space, plan, needs, rounder)
     tokens = tile.tokens
-    dense = pending.round(tile, _known(tokens.of(statistics), tokens.of(term_weights)))
-    pending.take(kernels.keep_active(tile, dense, None))
+    pending.take_rounded(tile, tokens.of(statistics), tokens.of(term_weights))
     return pending.finish()
 
 
@@ -141,8 +140,7 @@ def rounded_gradients(
         pending = _Pending(kernels, space, plan, needs, rounder)
         for part in _cut(tokens, pending, plan.models):
             tile = kernels.tile(part, 0, plan.columns, pending.free, with_teacher=with_teacher)
-            dense = pending.round(tile, _known(part.of(statistics), part.of(term_weights)))
-            pending.take(kernels.keep_active(tile, dense, None))
+            pending.take_rounded(tile, part.of(statistics), part.of(term_weights))
         return pending.finish()
 
 
@@ -166,10 +164,6 @@ def _weigher(
         return found, weights
 
     return terms
-
-
-def _known(statistics: Tensor, term_weights: Tensor) -> Terms:
-    return lambda _, rows: (statistics[rows], term_weights[rows])
 
 
 def _cut(tokens: Tokens, pending: _Pending, models: int) -> Iterator[Tokens]:
@@ -239,6 +233,12 @@ class _Pending:
         if not dense.all():
             self._add_sparse(self._rounder, made, is_all=not dense.any())
         return dense
+
+    def take_rounded(self, tile: Tile, statistics: Tensor, term_weights: Tensor) -> None:
+        """Round a tile of scores in the first of the free rows for known statistics [r, 10] and
+        weights [r, 3], and keep what is left dense."""
+        dense = self.round(tile, lambda _, rows: (statistics[rows], term_weights[rows]))
+        self.take(self._kernels.keep_active(tile, dense, None))
 
     def _add_sparse(self, rounder: Rounder, tile: SparseTile, *, is_all: bool) -> None:
         student = self._inputs.student_hidden

@@ -228,8 +228,8 @@ method: {{name: stepalign, critic: {critic}}}
     assert config.model == str(tmp_path.parent / "m")
     assert config.output_dir == tmp_path / "runs" / "o"
     assert config.prompt.chat_template == str(tmp_path / "t.jinja")
-    assert config.task.splits.all == str(tmp_path / "sub" / "a.jsonl")  # type: ignore[union-attr]
-    engine = config.method.critic.engine  # type: ignore[union-attr]
+    assert config.task.splits.all == str(tmp_path / "sub" / "a.jsonl")
+    engine = config.method.critic.engine
     assert engine.model == str(tmp_path / "c")
     assert engine.cache == tmp_path / "d"
     assert engine.chat_template == str(tmp_path / "e")
@@ -258,7 +258,7 @@ def test_files_of_a_task_are_found_next_to_the_file(tmp_path: Path) -> None:
         task = load_config(path).task
         assert task.name == "jsonl"
         assert getattr(task.splits, name) == str(tmp_path / "a.jsonl")
-    assert task.splits.test == str(tmp_path / "b.jsonl")  # type: ignore[union-attr]
+    assert task.splits.test == str(tmp_path / "b.jsonl")
     config = load_config(path)
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config

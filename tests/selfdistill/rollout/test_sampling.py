@@ -27,7 +27,7 @@ SCORES = torch.tensor([[0.2, 0.4, 0.1, 0.3]]).log()
     ],
 )
 def test_what_is_kept(cut: dict[str, float], kept: list[int]) -> None:
-    scores = truncate(SCORES, **{"top_k": 0, "top_p": 1.0, "min_p": 0.0, **cut})  # type: ignore[arg-type]
+    scores = truncate(SCORES, **{"top_k": 0, "top_p": 1.0, "min_p": 0.0, **cut})
     assert scores.isfinite().nonzero()[:, 1].tolist() == kept
     assert torch.equal(scores[0, kept], SCORES[0, kept])
 
@@ -36,7 +36,7 @@ def test_what_is_kept(cut: dict[str, float], kept: list[int]) -> None:
     "cut", [{}, {"top_k": 2}, {"top_p": 0.75}, {"min_p": 0.6}, {"temperature": 0.5, "top_k": 3}]
 )
 def test_tokens_are_drawn_from_what_is_kept(cut: dict[str, float]) -> None:
-    params = SamplingParams(**cut)  # type: ignore[arg-type]
+    params = SamplingParams(**cut)
     rows = 4000
     draws = uniforms(1, rows, 1)[:, 0]
     choice = choose((SCORES + 3.0).expand(rows, 4), draws, params)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import assert_same_run, lines
+from tiny_runs import assert_same_run, lines, tiny_config
 from tiny_tokenizers import byte_level
 
 from selfdistill.analysis.completions import NoCompletionsError, read_step, show
@@ -16,22 +16,14 @@ from selfdistill.training.loop import train
 
 
 def make_config(solver_dir: Path, output_dir: Path, **changes: Any) -> Config:
-    return Config.model_validate(
-        {
-            "model": str(solver_dir),
-            "output_dir": output_dir,
-            "device": "cpu",
-            "task": {"step_counts": [1]},
-            "method": {"name": "stepalign", "group_size": 2},
-            "steps": 2,
-            "prompts_per_step": 3,
-            "tokens_per_microbatch": 64,
-            "rollout": {"max_new_tokens": 6},
-            "evaluation": {"every": 2, "problems": 2, "samples": 1},
-            "completions": {},
-            **changes,
-        }
-    )
+    settings = {
+        "method": {"name": "stepalign", "group_size": 2},
+        "prompts_per_step": 3,
+        "tokens_per_microbatch": 64,
+        "rollout": {"max_new_tokens": 6},
+        "completions": {},
+    }
+    return tiny_config(solver_dir, output_dir, **settings | changes)
 
 
 def test_every_rollout_is_kept_with_what_the_teacher_thought(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import assert_same_run, lines
+from tiny_runs import assert_same_run, lines, tiny_config
 from transformers import get_scheduler
 
 import selfdistill.training.loop
@@ -58,21 +58,12 @@ def test_a_constant_rate_has_a_warm_up_and_options_are_checked() -> None:
 
 
 def make_config(solver_dir: Path, output_dir: Path, **changes: Any) -> Config:
-    return Config.model_validate(
-        {
-            "model": str(solver_dir),
-            "output_dir": output_dir,
-            "device": "cpu",
-            "task": {"step_counts": [1]},
-            "method": {"name": "refsol", "group_size": 2},
-            "steps": 6,
-            "prompts_per_step": 1,
-            "rollout": {"max_new_tokens": 4},
-            "optimizer": {"schedule": "cosine", "warmup_steps": 1, "learning_rate": 1e-3},
-            "evaluation": {"every": 1, "problems": 2, "samples": 1, "patience": 3},
-            **changes,
-        }
-    )
+    settings = {
+        "steps": 6,
+        "optimizer": {"schedule": "cosine", "warmup_steps": 1, "learning_rate": 1e-3},
+        "evaluation": {"every": 1, "problems": 2, "samples": 1, "patience": 3},
+    }
+    return tiny_config(solver_dir, output_dir, **settings | changes)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit_with_a_schedule_until_patience_ends(

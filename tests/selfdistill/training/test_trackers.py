@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from rich.console import Console
-from tiny_runs import lines
+from tiny_runs import lines, tiny_config
 
 from selfdistill.config import Config, ConfigError
 from selfdistill.training.loop import DivergedError, train
@@ -54,20 +54,7 @@ class Offline(Notebook):
 
 
 def make_config(solver_dir: Path, output_dir: Path, *trackers: dict[str, Any]) -> Config:
-    return Config.model_validate(
-        {
-            "model": str(solver_dir),
-            "output_dir": output_dir,
-            "device": "cpu",
-            "task": {"step_counts": [1]},
-            "method": {"name": "refsol", "group_size": 2},
-            "steps": 2,
-            "prompts_per_step": 1,
-            "rollout": {"max_new_tokens": 4},
-            "evaluation": {"every": 2, "problems": 2, "samples": 1},
-            "trackers": trackers,
-        }
-    )
+    return tiny_config(solver_dir, output_dir, trackers=trackers)
 
 
 def test_a_tracker_gets_every_figure(

@@ -88,7 +88,7 @@ def test_an_amd_gpu_without_tiles_is_known_before_it_runs():
 
 
 def test_an_amd_gpus_machine_is_its_own(monkeypatch):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="pip install 'triton>=3.5'")
     from selfdistill_kernels.backends.triton.plan import Machine, _machine
 
     names = {0: "gfx942:sramecc+:xnack-", 1: "gfx950:sramecc+:xnack-", 2: "gfx90a:xnack-"}

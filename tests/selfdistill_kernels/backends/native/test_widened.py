@@ -15,14 +15,6 @@ ops = torch.ops.selfdistill
 SHAPES = [(1, 1, 1, 1), (1, 33, 70, 16), (5, 40, 101, 48), (64, 96, 300, 256), (37, 17, 257, 7)]
 
 
-@pytest.fixture(params=[1, 2, 5])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=["avx512", "avx2", "default"])
 def capability(request):
     before = ops.cpu_capability()
