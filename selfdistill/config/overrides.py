@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
 from pydantic_core import ErrorDetails
 
 from selfdistill.config.section import ConfigError
+from selfdistill.config.yaml_text import YAMLTextError, read_yaml
 
 
 def override(settings: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -41,12 +41,9 @@ def override(settings: dict[str, Any], assignments: Sequence[str]) -> dict[str, 
             # A copy: under an alias of YAML, the same mapping stands at another place, too.
             here[part] = here = dict(inner)
         try:
-            here[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(
-                f"{assignment!r} on the command line: the value is no YAML "
-                f"({' '.join(str(error).split())})"
-            ) from error
+            here[last] = read_yaml(text).data
+        except YAMLTextError as error:
+            raise ConfigError(f"{assignment!r} on the command line: {error}") from error
     return settings
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -94,5 +95,17 @@ OutputPath = Annotated[
 ]
 
 
-# What a server and a chat template can be told; a date, say, would come back as a text.
-JsonObject: TypeAlias = dict[str, JsonValue]
+def _with_exponents(value: Any) -> Any:
+    """Return plain data with numbers such as 1e-3, which YAML 1.1 reads as texts; a field of a type
+    of its own needs no such help."""
+    if isinstance(value, dict):
+        return {key: _with_exponents(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_exponents(inner) for inner in value]
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
+# What a server, a chat template and a schedule can be told; a date, say, would come back as a text.
+JsonObject: TypeAlias = Annotated[dict[str, JsonValue], BeforeValidator(_with_exponents)]

@@ -120,7 +120,8 @@ def refuse_overlap(splits: Mapping[str, Sequence[Problem]]) -> None:
                 raise TaskError(
                     f"task.splits: {split} and {other_split} overlap: problem {problem.id!r} of "
                     f"{split} asks the question of {other.id!r} of {other_split}. Remove one, or "
-                    "give one source as task.splits.all and let the hash of the ids decide"
+                    "give all problems without a split (task.splits.all, or problems() of a Python "
+                    "task) and let the hash of the ids decide"
                 )
             seen[key] = (split, problem)
 

@@ -274,7 +274,7 @@ def test_settings_of_the_command_line_count(tmp_path: Path) -> None:
     for wrong, message in [
         ("steps", r"'steps' is no setting, expected name=value"),
         ("steps.a=1", r"steps is 3 in the file, expected a mapping"),
-        ("steps=[", r"the value is no YAML"),
+        ("steps=[", r"on the command line: not valid YAML"),
         ("steps=-1", r"steps=-1 on the command line: steps: .* greater than 0"),
         ("optimizer.leaning_rate=1", r"command line: .*did you mean learning_rate\?"),
         ("method.name=grop", r"^method\.name=grop on the command line: method: "),

@@ -9,7 +9,7 @@ from tiny_runs import assert_same_run, lines, tiny_config
 from transformers import get_scheduler
 
 import selfdistill.training.loop
-from selfdistill.config import Config, ConfigError
+from selfdistill.config import Config, ConfigError, load_config
 from selfdistill.training.checkpoint import CheckpointError
 from selfdistill.training.held_out import evaluate
 from selfdistill.training.loop import train, warm_up
@@ -55,6 +55,20 @@ def test_a_constant_rate_has_a_warm_up_and_options_are_checked() -> None:
     for name, options in [("linear", {"power": 2}), ("warmup_stable_decay", {})]:
         with pytest.raises(ConfigError, match=rf"schedule {name} of transformers does not take"):
             learning_rates(run_of(schedule=name, schedule_options=options))
+
+
+def test_a_rate_as_people_write_it_is_a_number(tmp_path: Path) -> None:
+    """YAML 1.1 takes 1e-1 for a text where no type says otherwise."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: m\noutput_dir: o\nmethod: {name: environment}\nsteps: 10\noptimizer:\n"
+        "  {schedule: cosine_with_min_lr, schedule_options: {min_lr_rate: 1e-1}, warmup_steps: 0}\n"
+    )
+    config = load_config(file)
+    assert config.optimizer.schedule_options == {"min_lr_rate": 0.1}
+    # The schedule is one step longer than the run.
+    at_the_end = learning_rates(config)(10) / config.optimizer.learning_rate
+    assert 0.1 <= at_the_end <= 0.13
 
 
 def make_config(solver_dir: Path, output_dir: Path, **changes: Any) -> Config:
