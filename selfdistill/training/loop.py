@@ -49,7 +49,7 @@ from selfdistill.training.run_folder import (
     refuse_other_run,
 )
 from selfdistill.training.solver import build_engine, keep_date, load_solver, sampling_params
-from selfdistill.training.state_file import MAY_DIFFER, digest_inputs
+from selfdistill.training.state_file import MAY_DIFFER, digest_inputs, refuse_ranks_apart
 from selfdistill.visible import say
 
 
@@ -175,6 +175,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
         base_sha256=base_sha256,
         inputs=digest_inputs(solver.task, solver.tokenizer),
     )
+    refuse_ranks_apart(ranks.gather([state.inputs]))
     # Everything that has a state exists now, and a checkpoint puts its own in place.
     if os.path.lexists(store.last):
         found = store.load(

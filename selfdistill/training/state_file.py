@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from selfdistill.config import Config
+from selfdistill.config import Config, ConfigError
 from selfdistill.errors import UserError
 from selfdistill.json_text import parse_json
 from selfdistill.tasks.interface import Task
@@ -222,6 +222,23 @@ def digest_inputs(task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, s
         "tokens or chat template": _digest(vocabulary, template),
         **getattr(task, "sources", {}),
     }
+
+
+def refuse_ranks_apart(inputs: Sequence[Mapping[str, str]]) -> None:
+    """Make sure that all ranks read the same.
+
+    Args:
+        inputs: of each rank, see `digest_inputs`.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    apart = sorted({name for own in inputs for name in own if own[name] != inputs[0].get(name)})
+    if apart:
+        raise ConfigError(
+            f"the ranks do not read the same {', '.join(apart)}: each runs the task itself, so "
+            "what it draws at random needs a seed"
+        )
 
 
 def sha256_of(path: Path) -> str:

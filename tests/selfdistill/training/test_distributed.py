@@ -104,6 +104,29 @@ def test_a_message_counts_what_all_ranks_left_out(solver_dir: Path, tmp_path: Pa
         assert set(said[f"{name} 3"].values()) == {alone}
 
 
+def test_ranks_with_other_problems_are_refused(solver_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "task.py"
+    file.write_text(
+        "import os\n"
+        "def problems():\n"
+        "    return [{'prompt': f'{os.getpid()} + {i}', 'answer': '1'} for i in range(40)]\n"
+        "def reward(completions, **columns):\n"
+        "    return [0.0 for _ in completions]\n"
+    )
+    settings = ranks_settings(
+        solver_dir,
+        tmp_path / "run",
+        task={"name": "python", "file": str(file)},
+        method={"name": "grpo", "group_size": 2},
+    )
+    case = {"config": settings, "does": "raise", "rank": None, "size": 2}
+    (said,) = forked_runs("failures", {"cases": {"apart": case}}, tmp_path).values()
+    assert set(said.values()) == {
+        "ConfigError: the ranks do not read the same dev problems, training problems: each runs "
+        "the task itself, so what it draws at random needs a seed"
+    }
+
+
 def test_the_rank_that_failed_is_named_by_the_others(solver_dir: Path, tmp_path: Path) -> None:
     cases = {
         f"{does} {rank} of {size}": {

@@ -33,7 +33,7 @@ def test_what_is_left_behind_blocks_has_the_same_bits(size: int) -> None:
     """Where a comparison says so. Blocks of few tokens or columns would sum in other orders."""
     hidden, weight = torch.randn(271, size), torch.randn(8192 + 15, size)
     if not compare(hidden[:256], weight, torch.empty(256, 8207)).same_bits:
-        return  # the form is never taken
+        pytest.skip("this library makes other bits in the other form, which is never taken then")
     for tokens in (256, 257, 263, 271):
         for columns in (8192, 8193, 8195, 8207):
             out = torch.empty(tokens, columns)
