@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -97,6 +98,12 @@ def cuda_reason(torch_cuda: str | None, nvcc: str | None, release: str | None) -
     if release is None or release.split(".")[0] != torch_cuda.split(".")[0]:
         return f"torch is built for CUDA {torch_cuda}, but {nvcc} is of release {release}"
     return None
+
+
+def jobs() -> int:
+    """How many files to compile at a time: MAX_JOBS, as in torch's own builds, else one a core."""
+    told = os.environ.get("MAX_JOBS", "")
+    return int(told) if told.isdigit() and int(told) else os.cpu_count() or 1
 
 
 def built_for() -> str:
@@ -183,6 +190,17 @@ def native_extensions() -> tuple[list[Extension], dict[str, type[Command]]]:
                 compile_file(obj, src, ext, cc_args, [*postargs, *flags], pp_opts)
 
             self.compiler._compile = compile_with_flags
+            compile_files = self.compiler.compile
+
+            def compile_at_once(sources: list[str], *args: Any, **options: Any) -> list[str]:
+                # Torch's wrapper changes the compiler itself while nvcc has its turn.
+                if any(source.endswith(".cu") for source in sources):
+                    return compile_files(sources, *args, **options)
+                with ThreadPoolExecutor(jobs()) as pool:
+                    made = pool.map(lambda one: compile_files([one], *args, **options), sources)
+                    return [name for names in made for name in names]
+
+            self.compiler.compile = compile_at_once
             for extension in self.extensions:
                 earlier = Path(self.get_ext_fullpath(extension.name))
                 if earlier.exists() and built_for().encode() not in earlier.read_bytes():

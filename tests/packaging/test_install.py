@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
+import sysconfig
 import tarfile
 import venv
 from pathlib import Path
@@ -31,11 +33,17 @@ assert student.grad.norm() > 0
 
 
 class Environment:
-    """A fresh virtual environment; commands run in a folder that imports find nothing in."""
+    """A virtual environment; commands run in a folder that imports find nothing in.
 
-    def __init__(self, folder: Path) -> None:
-        venv.create(folder / "env", with_pip=True)
-        self.programs = folder / "env" / "bin"
+    Args:
+        folder: of the test.
+        programs: of an environment that is there already, which nothing may change; None makes one.
+    """
+
+    def __init__(self, folder: Path, programs: Path | None = None) -> None:
+        if programs is None:
+            venv.create(folder / "env", with_pip=True)
+        self.programs = programs or folder / "env" / "bin"
         self.empty = folder / "empty"
         self.empty.mkdir()
         # The torch of requirements.txt, and everything else that it pins.
@@ -47,7 +55,7 @@ class Environment:
         self.variables = {
             **kept,
             "PATH": f"{self.programs}{os.pathsep}{os.environ['PATH']}",
-            "VIRTUAL_ENV": str(folder / "env"),
+            "VIRTUAL_ENV": str(self.programs.parent),
             "PIP_CONSTRAINT": str(constraints),
             "OMP_NUM_THREADS": "1",
         }
@@ -75,20 +83,17 @@ class Environment:
         assert re.search(r"native on cpu +ready", doctor), doctor
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """With torch and setuptools."""
-    made = Environment(tmp_path_factory.mktemp("installation"))
-    made.must("pip install torch 'setuptools>=77'")
-    return made
+@pytest.fixture
+def own(tmp_path: Path) -> Environment:
+    """The environment of the tests themselves, for what installs into a folder, or nothing."""
+    return Environment(tmp_path, Path(sys.executable).parent)
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
     """A copy of the working tree, without anything that was built in it."""
-    folder = tmp_path_factory.mktemp("source")
-    working_tree.copy_to(folder)
-    return folder
+    working_tree.copy_to(tmp_path / "source")
+    return tmp_path / "source"
 
 
 def readme_lines() -> list[str]:
@@ -99,10 +104,31 @@ def readme_lines() -> list[str]:
     return [line for line in lines if line]
 
 
-def test_lines_of_the_readme(environment: Environment, source: Path) -> None:
+def source_distribution(own: Environment, source: Path, folder: Path) -> Path:
+    """Make the archive, and return the folder that it unpacks to."""
+    hook = "from setuptools import build_meta; import sys; build_meta.build_sdist(sys.argv[1])"
+    own.must(f"python -c '{hook}' {folder}", cwd=source)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    (unpacked,) = (path for path in folder.iterdir() if path.is_dir())
+    return unpacked
+
+
+def test_lines_of_the_readme_in_a_source_distribution(
+    own: Environment, source: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    unpacked = source_distribution(own, source, made)
+    missing = [name for name in working_tree.files() if not (unpacked / name).is_file()]
+    assert not missing
+
+    (tmp_path / "fresh").mkdir()
+    environment = Environment(tmp_path / "fresh")
     torch, kernels, trainer, setuptools, unisolated = readme_lines()
     environment.must(torch)
-    environment.must(kernels, cwd=source)
+    environment.must(kernels, cwd=unpacked)
     environment.run_natively()
 
     installed = environment.must("pip list").lower()
@@ -113,27 +139,14 @@ def test_lines_of_the_readme(environment: Environment, source: Path) -> None:
     assert "is not installed: run `pip install '.[train]'` in the source folder" in told.stderr
     assert "Traceback" not in told.stderr
 
-    environment.must(trainer, cwd=source)
+    environment.must(trainer, cwd=unpacked)
     environment.run_natively()
     assert "native on cpu" in environment.must("selfdistill doctor")
     assert "doctor" in environment.must("python -m selfdistill --help")
 
     environment.must("pip uninstall --yes selfdistill")
     environment.must(setuptools)
-    environment.must(unisolated, cwd=source)
-    environment.run_natively()
-
-
-def test_source_distribution(environment: Environment, source: Path, tmp_path: Path) -> None:
-    hook = "from setuptools import build_meta; import sys; build_meta.build_sdist(sys.argv[1])"
-    environment.must(f"python -c '{hook}' {tmp_path}", cwd=source)
-    (archive,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
-        names = {name.partition("/")[2] for name in tar.getnames()}
-    assert {str(name) for name in working_tree.files()} - names == set()
-
-    environment.must("pip uninstall --yes selfdistill")
-    environment.must(f"pip install {archive}")
+    environment.must(unisolated, cwd=unpacked)
     environment.run_natively()
 
 
@@ -155,22 +168,22 @@ def test_without_torch_it_says_so_before_anything_is_fetched(source: Path, tmp_p
     ids=["no compiler", "misspelt"],
 )
 def test_a_build_without_kernels_fails(
-    environment: Environment, tmp_path: Path, variables: dict[str, str], said: str
+    own: Environment, source: Path, variables: dict[str, str], said: str
 ) -> None:
-    working_tree.copy_to(tmp_path / "source")
-    done = environment.shell("pip install .", cwd=tmp_path / "source", **variables)
+    done = own.shell("pip install --no-deps --target packages .", cwd=source, **variables)
     assert done.returncode != 0
     assert said in done.stderr
 
 
-def test_kernels_can_be_left_out(environment: Environment, tmp_path: Path) -> None:
-    working_tree.copy_to(tmp_path / "source")
-    target = tmp_path / "packages"
-    environment.must(
-        f"pip install --no-deps --target {target} .",
-        cwd=tmp_path / "source", SELFDISTILL_KERNELS_BUILD="none", CXX="/no/compiler",
+def test_kernels_can_be_left_out(own: Environment, source: Path) -> None:
+    own.must(
+        "pip install --no-deps --target packages .",
+        cwd=source, SELFDISTILL_KERNELS_BUILD="none", CXX="/no/compiler",
     )  # fmt: skip
+    target = source / "packages"
     assert not list(target.glob("selfdistill_kernels/*.so"))
-    done = environment.shell(f"python -c '{SCRIPT}'", PYTHONPATH=str(target))
+    # Without `site`, which would hand the missing extension over from the editable installation.
+    paths = os.pathsep.join([str(target), sysconfig.get_path("purelib")])
+    done = own.shell(f"python -S -c '{SCRIPT}'", PYTHONPATH=paths)
     assert done.returncode == 0, done.stderr
     assert "using the reference backend" in done.stderr
