@@ -86,12 +86,13 @@ TESTS = (
             "analysis/test_tokens.py", "methods", "model/attention/test_backends.py",
             "model/attention/test_tree.py", "model/test_scoring.py", "model/test_sharding.py",
             "model/test_teacher.py", "model/test_weights.py", "rollout",
-            "training/test_agreement.py", "training/test_distributed.py",
-            "training/test_gradients.py",
+            "training/test_agreement.py", "training/test_gradients.py",
         )
     ),
     "tests/benchmarks/test_peers.py",
 )  # fmt: skip
+# Their ranks have one thread each, whatever a set says, and `make test` has run them so.
+ONE_THREAD = "tests/selfdistill/model/test_sharding.py"
 # Inductor compiles for the processor that it finds, 20 s a test.
 SELECTION = ("-m", "not slow", "-k", "not inductor and not compiled_equals_the_truth")
 PROCESSORS = 2
@@ -202,7 +203,8 @@ def main() -> int:
         status = subprocess.run(
             [
                 sys.executable, "-m", "pytest", "-q", "--durations=5",
-                "-n", str(PROCESSORS // chosen.threads), "--dist", "loadfile", *SELECTION, *TESTS,
+                "-n", str(PROCESSORS // chosen.threads), "--dist", "loadfile", *SELECTION,
+                *TESTS, *(() if chosen.threads == 1 else ("--ignore", ONE_THREAD)),
             ],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": str(chosen.threads), **chosen.variables},
