@@ -31,8 +31,18 @@ class EmaTeacherConfig(Section):
     """How much of the average stays in one step."""
 
 
+class RefreshedTeacherConfig(Section):
+    """The student as it was at the last refresh, at first the base model; fixed in between."""
+
+    name: Literal["refreshed"] = "refreshed"
+    every: PositiveInt | None = None
+    """Steps between refreshes; null refreshes after an evaluation that was no better than the best
+    one before it: then the student has learned what this teacher knows."""
+
+
 TeacherConfig = Annotated[
-    BaseTeacherConfig | LiveTeacherConfig | EmaTeacherConfig, Field(discriminator="name")
+    BaseTeacherConfig | LiveTeacherConfig | EmaTeacherConfig | RefreshedTeacherConfig,
+    Field(discriminator="name"),
 ]
 
 

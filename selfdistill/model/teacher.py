@@ -49,6 +49,10 @@ class Teacher(Protocol):
         """Follow the student after an optimiser step; `masters` are its float32 weights."""
         return
 
+    def refresh(self, masters: Mapping[str, torch.Tensor]) -> None:
+        """Become the student, where the configuration says that it is time."""
+        return
+
     def publish(self) -> None:
         """Put `state`, which a checkpoint has changed, to use."""
         return
@@ -119,7 +123,7 @@ def build_teacher(
         config: names the strategy; None for a method without a teacher.
         student: the model that learns.
         base: the model as it was before, for a student without adapters that has learned already.
-        own_frozen: see `selfdistill.model.ema_teacher.EmaTeacher`.
+        own_frozen: see `selfdistill.model.following_teacher.FollowingTeacher`.
     """
     if config is None:
         return None
@@ -127,9 +131,13 @@ def build_teacher(
         case "live":
             return LiveTeacher()
         case "ema":
-            from selfdistill.model.ema_teacher import EmaTeacher
+            from selfdistill.model.following_teacher import EmaTeacher
 
             return EmaTeacher(student, decay=config.decay, own_frozen=own_frozen)
+        case "refreshed":
+            from selfdistill.model.following_teacher import RefreshedTeacher
+
+            return RefreshedTeacher(student, own_frozen=own_frozen)
         case "base" if hasattr(student, "disable_adapter"):
             return BaseTeacher()
         case "base":

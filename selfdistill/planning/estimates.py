@@ -11,7 +11,7 @@ I intermediate size, h and k attention heads and key/value heads of size d, L la
     gradients           4 A
     optimizer (AdamW)   8 A
     teacher             base: e P for the frozen copy, 0 with adapters (they are switched off);
-                        ema: 4 A, and e A where the compute dtype is not float32; live: 0
+                        ema, refreshed: 4 A, and e A where the compute dtype is not float32; live: 0
     activations         e L T (6 H + 2 (h + k) d + 4 I): what a gated decoder layer keeps for its
                         backward pass; with activation checkpointing e T (L H + one layer's)
     rollout cache       transformers: 2 e L k d (prompt + completion) for each row sampled at once;
@@ -181,7 +181,7 @@ class Weights:
     """
 
     itemsize: int = 4
-    teacher: Literal["base", "live", "ema"] | None = "base"
+    teacher: Literal["base", "live", "ema", "refreshed"] | None = "base"
     checkpointing: bool = False
 
 
@@ -203,6 +203,7 @@ def plan_memory(model: ModelShape, step: StepShape, weights: Weights) -> dict[st
     teachers = {
         "base": 0 if model.adapters else e * model.parameters,
         "ema": (4 + e * half) * trained,
+        "refreshed": (4 + e * half) * trained,
         "live": 0,
     }
     cache = 2 * e * model.layers * model.kv_heads * model.head_dim
@@ -225,7 +226,7 @@ def sharded_memory(model: ModelShape, weights: Weights) -> tuple[int, int]:
     """Return the bytes that FSDP2 divides by the number of ranks, and those that each adds.
 
     Divided are the float32 weights that are trained (no rounded ones beside them), frozen weights,
-    gradients, moments, and the teacher; an EMA teacher of adapters has frozen weights of its own.
+    gradients, moments, and the teacher; one that follows adapters has frozen weights of its own.
     Each rank adds a whole copy of the model, which samples.
     """
     e = weights.itemsize
@@ -233,6 +234,7 @@ def sharded_memory(model: ModelShape, weights: Weights) -> tuple[int, int]:
     teachers = {
         "base": 0 if model.adapters else e * model.parameters,
         "ema": 4 * model.trained + frozen,
+        "refreshed": 4 * model.trained + frozen,
         "live": 0,
     }
     teacher = teachers[weights.teacher] if weights.teacher else 0

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from rich.progress import Progress
 
-from selfdistill.config import EvaluationConfig
+from selfdistill.config import EvaluationConfig, TeacherConfig
 from selfdistill.evaluation.scores import summarize
 from selfdistill.rollout.attempts import Attempts
 from selfdistill.runlog import Clock, JsonLines
@@ -41,6 +41,18 @@ def out_of_patience(state: TrainState, settings: EvaluationConfig) -> bool:
         return False
     waited = state.step // settings.every - state.best_step // settings.every
     return waited >= settings.patience
+
+
+def refresh_is_due(state: TrainState, teacher: TeacherConfig | None) -> bool:
+    """Return whether a step that is done (and evaluated, where it is to be) makes the teacher anew.
+
+    It follows from the state alone, as `out_of_patience` does.
+    """
+    if teacher is None or teacher.name != "refreshed":
+        return False
+    if teacher.every is not None:
+        return state.step % teacher.every == 0
+    return state.evaluated_step == state.step and state.best_step != state.step
 
 
 class _EvaluationStopped(Exception):

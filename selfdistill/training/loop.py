@@ -37,7 +37,12 @@ from selfdistill.training.checkpoint import CheckpointStore, TrainState, fingerp
 from selfdistill.training.distributed import Ranks, join_ranks
 from selfdistill.training.empty_steps import describe, nothing_learned, trailing
 from selfdistill.training.gradients import StudentLoss, accumulate_gradients
-from selfdistill.training.held_out import evaluate, evaluation_is_due, out_of_patience
+from selfdistill.training.held_out import (
+    evaluate,
+    evaluation_is_due,
+    out_of_patience,
+    refresh_is_due,
+)
 from selfdistill.training.interrupt import deferred_interrupt
 from selfdistill.training.metrics import StepMetrics, rewards, tied
 from selfdistill.training.run_folder import (
@@ -214,6 +219,10 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
     def save() -> None:
         store.save(state, weights, solver.tokenizer, optimizer, teacher, writes=ranks.is_main)
 
+    def refresh() -> None:
+        if teacher is not None and refresh_is_due(state, config.method.teacher):
+            teacher.refresh(weights.masters)
+
     with (
         deferred_interrupt(console, launched=ranks.size > 1) as interrupt,
         progress_bars(console) as bars,
@@ -234,6 +243,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
         evaluates = evaluation_is_due(state, config.evaluation, steps=config.steps)
         if evaluates:
             state = evaluate_now(state)
+            refresh()
         # Not before: after a start that failed, the mended configuration must not meet the first
         # one, which would make it another run.
         if ranks.is_main:
@@ -342,6 +352,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             if evaluation_is_due(state, config.evaluation, steps=config.steps):
                 with clock("evaluate"):
                     state = evaluate_now(state)
+            refresh()
             metrics = StepMetrics(
                 step=step,
                 loss=totals.loss,

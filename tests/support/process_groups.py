@@ -1,7 +1,7 @@
 """Runs a function in the processes of one gloo group.
 
-Importing torch, transformers and TRL takes seconds for every process. So one server imports what the
-caller has imported, computes nothing, and forks the ranks.
+Importing torch, transformers and TRL takes seconds for every process. So one server imports what
+the caller has imported, computes nothing, and forks the ranks.
 """
 
 from __future__ import annotations

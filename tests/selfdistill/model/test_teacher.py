@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from selfdistill.model.ema_teacher import EmaTeacher
+from selfdistill.model.following_teacher import EmaTeacher, RefreshedTeacher
 from selfdistill.model.layout import PromptGroup
 from selfdistill.model.scoring import score
 from selfdistill.model.teacher import BaseTeacher, LiveTeacher
@@ -106,6 +106,24 @@ def test_an_average_may_not_borrow_the_students_prefix(
         for teacher in (EmaTeacher(student, decay=0.9), LiveTeacher())
     )
     assert read == lent + 9 + 4  # what student and teacher begin with, of both groups
+
+
+def test_a_refreshed_teacher_is_the_student_of_the_last_refresh(
+    tiny_model: Callable[..., PreTrainedModel],
+) -> None:
+    student = tiny_model("llama").to(torch.bfloat16)
+    teacher = RefreshedTeacher(student)
+    start = {name: value.clone() for name, value in teacher.state.items()}
+    masters = {name: value + 1e-4 for name, value in start.items()}  # lost in bfloat16
+    teacher.update(masters)
+    assert all(torch.equal(value, start[name]) for name, value in teacher.state.items())
+    teacher.refresh(masters)
+    assert all(torch.equal(value, masters[name]) for name, value in teacher.state.items())
+    with teacher.weights(student) as model:
+        weight = model.get_parameter("lm_head.weight")
+        assert torch.equal(weight, masters["lm_head.weight"].bfloat16())
+    assert student.get_parameter("lm_head.weight") is not weight
+    assert masters["lm_head.weight"].data_ptr() != teacher.state["lm_head.weight"].data_ptr()
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.1])

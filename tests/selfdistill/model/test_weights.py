@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from selfdistill.config import AdapterConfig, Config, LossConfig
 from selfdistill.methods.distillation import DistillationLoss
 from selfdistill.model.adapters import attach_adapter
-from selfdistill.model.ema_teacher import EmaTeacher
+from selfdistill.model.following_teacher import EmaTeacher
 from selfdistill.model.layout import PromptGroup
 from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.randomness import enable_activation_checkpointing

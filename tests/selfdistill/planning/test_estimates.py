@@ -73,7 +73,8 @@ def test_sharded_memory_follows_its_formulas() -> None:
     # Trained weights are float32 only; the teacher is half of that.
     assert sharded_memory(full, half) == (16 * p + 2 * p, 2 * p)
     assert sharded_memory(full, Weights(itemsize=4, teacher="live")) == (16 * p, 4 * p)
-    assert sharded_memory(full, replace(half, teacher="ema")) == (16 * p + 4 * p, 2 * p)
+    for follows in ("ema", "refreshed"):
+        assert sharded_memory(full, replace(half, teacher=follows)) == (16 * p + 4 * p, 2 * p)
     assert sharded_memory(lora, half) == (16 * a + 2 * p, 2 * (p + a))
     assert sharded_memory(lora, replace(half, teacher="ema"))[0] == 16 * a + 2 * p + 4 * a + 2 * p
 
@@ -95,6 +96,8 @@ def test_memory_follows_its_formulas() -> None:
     half = plan_memory(shape, STEP, Weights(itemsize=2, teacher="ema", checkpointing=True))
     assert (half["weights"], half["master weights"]) == (2 * p, 4 * p)
     assert half["teacher (ema)"] == 6 * p
+    refreshed = Weights(itemsize=2, teacher="refreshed", checkpointing=True)
+    assert plan_memory(shape, STEP, refreshed)["teacher (refreshed)"] == 6 * p
     assert half["activations"] == 2 * tokens * 3 * 48 + layer // 2
     assert plan_memory(shape, STEP, Weights(teacher="live"))["teacher (live)"] == 0
 

@@ -1,0 +1,89 @@
+"""A teacher that is made anew: when, from which weights, and after a stop as without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import assert_same_run, tiny_config
+
+import selfdistill.training.loop
+from selfdistill.config import (
+    BaseTeacherConfig,
+    Config,
+    RefreshedTeacherConfig,
+)
+from selfdistill.training.checkpoint import TrainState
+from selfdistill.training.held_out import evaluate, refresh_is_due
+from selfdistill.training.loop import train
+
+
+def state(step: int, *, evaluated: int | None, best: int | None) -> TrainState:
+    return TrainState(step, evaluated, best, None if best is None else 0.5, {}, "")
+
+
+def test_it_is_time_after_so_many_steps_or_when_an_evaluation_found_nothing_better() -> None:
+    every_third, stalled = RefreshedTeacherConfig(every=3), RefreshedTeacherConfig()
+    steps = [state(step, evaluated=None, best=None) for step in range(1, 7)]
+    assert [refresh_is_due(each, every_third) for each in steps] == [False, False, True] * 2
+    assert not any(refresh_is_due(each, stalled) for each in steps)
+    assert refresh_is_due(state(4, evaluated=4, best=2), stalled)
+    assert not refresh_is_due(state(4, evaluated=4, best=4), stalled)
+    assert not refresh_is_due(state(5, evaluated=4, best=2), stalled)
+    for teacher in (None, BaseTeacherConfig()):
+        assert not refresh_is_due(state(3, evaluated=3, best=0), teacher)
+
+
+def make_config(solver_dir: Path, output_dir: Path, every: int | None, **changes: Any) -> Config:
+    settings = {
+        "steps": 5,
+        "method": {
+            "name": "stepalign",
+            "group_size": 2,
+            "teacher": {"name": "refreshed", "every": every},
+        },
+        "optimizer": {"warmup_steps": 0, "learning_rate": 1e-3},
+        "evaluation": {"every": 2, "problems": 3, "samples": 1},
+        "checkpoint": {"keep": "all", "every": 1},
+    }
+    return tiny_config(solver_dir, output_dir, **settings | changes)
+
+
+# The step whose student teaches after each step. A random model solves nothing, so that no
+# evaluation (after steps 2 and 4, and after the last one) is better than the first.
+@pytest.mark.parametrize(
+    ("every", "teaches"), [(3, [0, 0, 3, 3, 3]), (None, [0, 2, 2, 4, 5])], ids=["every", "stalled"]
+)
+def test_the_teacher_is_the_student_of_the_step_before(
+    solver_dir: Path, tmp_path: Path, every: int | None, teaches: list[int]
+) -> None:
+    train(make_config(solver_dir, tmp_path / "run", every))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    weights = [load_file(checkpoints / f"step-{n:06d}" / "model.safetensors") for n in range(6)]
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert len({weight[name].sum().item() for weight in weights}) == 6
+    for step, source in enumerate(teaches, start=1):
+        teacher = load_file(checkpoints / f"step-{step:06d}" / "teacher.safetensors")
+        assert torch.equal(teacher[name], weights[source][name]), step
+
+
+def test_a_run_that_stopped_in_the_deciding_evaluation_goes_on_with_the_same_bits(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = (make_config(solver_dir, tmp_path / name, None) for name in ("whole", "parts"))
+    train(whole)
+
+    def interrupted(*args: Any, **options: Any) -> TrainState:
+        options["interrupt"].requested = args[2].step == 2
+        return evaluate(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(selfdistill.training.loop, "evaluate", interrupted)
+        assert train(parts).interrupted
+    checkpoints = tmp_path / "parts" / "checkpoints"
+    assert (checkpoints / "last").resolve().name == "step-000002"
+    train(parts, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
