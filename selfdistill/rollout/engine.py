@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import random
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -151,8 +154,19 @@ def sample(
     """
     if not prompts:
         return []
-    try:
+    with naming_failures(engine, names):
         return engine.generate(prompts, group_size=group_size, params=params)
+
+
+@contextmanager
+def naming_failures(engine: RolloutEngine, names: Sequence[str]) -> Iterator[None]:
+    """Say what failed, and which prompt: `names` has one for each.
+
+    Raises:
+        EngineError: whatever was raised; the message says what and how to go on.
+    """
+    try:
+        yield
     except NotANumberError as error:
         raise NotANumberError(
             prompt=error.prompt, token=error.token, what=names[error.prompt]
@@ -205,6 +219,27 @@ def check_request(
                 f"{params.max_new_tokens} it exceeds the model's {max_length} positions. "
                 "Shorten the prompt or lower max_new_tokens."
             )
+
+
+def rollout_seeds(prompts: int, *, group_size: int, seed: int) -> list[int]:
+    """Return a seed for each rollout, for engines that draw each by a generator of its own.
+
+    Those of prompt i come from the stream of `seed + i`, and no two streams share one.
+    """
+    streams = [random.Random(seed + place) for place in range(prompts)]
+    return [stream.getrandbits(56) for stream in streams for _ in range(group_size)]
+
+
+def refuse_no_numbers(rollouts: Sequence[Rollout], *, group_size: int) -> None:
+    """Refuse what an engine drew where the model has no probabilities, which it may not notice.
+
+    Raises:
+        NotANumberError: a log-prob is not finite.
+    """
+    for place, rollout in enumerate(rollouts):
+        for token, logprob in enumerate(rollout.logprobs):
+            if not math.isfinite(logprob):
+                raise NotANumberError(prompt=place // group_size, token=token)
 
 
 def end_token_ids(
