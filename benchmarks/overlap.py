@@ -27,7 +27,7 @@ from selfdistill.training.loop import train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
-from vllm_models import VLLMServer, save, tiny
+from vllm_models import VLLMServer, save, tiny  # type: ignore[import-not-found]
 
 # What a step does while nothing is drawn ahead, beside the rollouts.
 _NOT_TRAINING = ("rollout", "evaluate")
