@@ -54,7 +54,7 @@ def main() -> None:
     if len(cores) < 2:
         raise SystemExit("needs two cores")
     with tempfile.TemporaryDirectory() as folder:
-        model = save(tiny(tied=True, seed=0, layers=4, hidden=256), Path(folder, "model"))
+        model = save(tiny(tied=True, seed=0, layers=6, hidden=384), Path(folder, "model"))
         server = VLLMServer(model, Path(folder, "log"), core=cores[1])
         try:
             server.wait()
@@ -66,13 +66,14 @@ def main() -> None:
                 "device": "cpu",
                 "task": {"step_counts": [2]},
                 "adapter": {"r": 8},
-                "method": {"name": "refsol", "group_size": 4, "loss": {"importance_clip": 2}},
+                "method": {"name": "refsol", "group_size": 8, "loss": {"importance_clip": 2}},
                 "steps": arguments.steps,
-                "prompts_per_step": 4,
+                "prompts_per_step": 8,
                 "rollout": {
                     "max_new_tokens": arguments.new_tokens,
                     "engine": {
                         "name": "vllm_server", "base_urls": [server.url], "dtype": "float32",
+                        "tolerance": 1e-2,  # weights of a size that trained ones do not have
                     },
                 },
                 "checkpoint": {"every": 1000},
@@ -89,6 +90,9 @@ def main() -> None:
     )
     whole = median(sum(step.values()) for step in together)
     waiting = median(step["wait"] for step in together)
+    for name, steps in (("0", alone), ("1", together)):
+        parts = {what: median(step[what] for step in steps) for what in steps[0]}
+        print(f"max_staleness {name}:", *(f"{k} {v:.3f}" for k, v in parts.items()))
     print(f"rollouts alone {drawing:.3f} s, training alone {training:.3f} s")
     print(f"one after the other {drawing + training:.3f} s a step")
     print(

@@ -282,7 +282,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
 
                 prompts, model = questions.prompts, (student, lm_heads[0])
                 with clock("check"):
-                    fresh = (prompts, groups) if ahead is None else ahead.probe(questions, groups)
+                    fresh = (prompts, groups) if ahead is None else ahead.fresh
                     disagreement = check_engine(
                         config.rollout, step, *model, *fresh, config.attention
                     )

@@ -23,7 +23,7 @@ from selfdistill.training.questions import Questions
 
 _FILE = "rollouts.json"
 # Tokens of the rollouts that are drawn to compare log-probs only.
-_PROBE = 16
+_PROBE = 8
 
 
 class Ahead:
@@ -34,6 +34,10 @@ class Ahead:
         ask: tells what a step asks; all ranks call it together.
         ranks: the processes that share a step.
         steps: of the whole run.
+
+    Attributes:
+        fresh: prompts and rollouts of the weights that the servers have in the step at hand, to
+            compare log-probs with; none where the comparison is not due.
     """
 
     def __init__(
@@ -52,7 +56,7 @@ class Ahead:
         self._next: Questions | None = None
         self._drawing: Drawing | None = None
         self._drawn: list[list[Rollout]] | None = None
-        self._is_fresh = False
+        self.fresh: tuple[list[list[int]], list[list[Rollout]]] = [], []
 
     def take(self, questions: Questions) -> list[list[Rollout]]:
         """Return the rollouts of a step, and begin to draw those of the next one.
@@ -61,9 +65,12 @@ class Ahead:
             EngineError: see `selfdistill.rollout.engine.sample`.
         """
         groups, self._drawn = self._drawn, None
-        self._is_fresh = groups is None
         if groups is None:
             groups = questions.sample(self._engine)
+            self.fresh = questions.prompts, groups
+        else:
+            # While the servers are idle: beside other rollouts a short one takes as long as they.
+            self.fresh = self._probe(questions)
         if questions.step < self._steps:
             self._next = self._ask(questions.step + 1)
             if self._next.prompts:
@@ -75,25 +82,20 @@ class Ahead:
                     )
         return groups
 
-    def probe(
-        self, questions: Questions, groups: list[list[Rollout]]
-    ) -> tuple[list[list[int]], list[list[Rollout]]]:
-        """Return prompts and rollouts of the weights that the servers have now.
-
-        Args:
-            questions: of the step.
-            groups: what `take` returned, which is of these weights at the first step only.
-        """
+    def _probe(self, questions: Questions) -> tuple[list[list[int]], list[list[Rollout]]]:
         settings = self._engine.settings
-        if self._is_fresh or questions.step % settings.check_every or not questions.prompts:
-            return questions.prompts, groups if self._is_fresh else []
+        if questions.step % settings.check_every:
+            return [], []
         # The first prompts go to one server each.
-        prompts = questions.prompts[: len(settings.base_urls)]
-        params = replace(
-            questions.params, max_new_tokens=min(_PROBE, questions.params.max_new_tokens)
+        probe = replace(
+            questions,
+            prompts=questions.prompts[: len(settings.base_urls)],
+            group_size=1,
+            params=replace(
+                questions.params, max_new_tokens=min(_PROBE, questions.params.max_new_tokens)
+            ),
         )
-        with naming_failures(self._engine, questions.names):
-            return prompts, self._engine.generate(prompts, group_size=1, params=params)
+        return probe.prompts, probe.sample(self._engine)
 
     def settle(self) -> None:
         """Wait for what is being drawn, which must be over before the weights are synced.

@@ -56,8 +56,16 @@ def _key(prompt: Sequence[int], seed: int) -> str:
     return f"{list(prompt)} {seed}"
 
 
-def rank_of_a_run(rank: int, settings: dict[str, Any]) -> None:
+def rank_of_runs(rank: int, runs: Sequence[dict[str, Any]]) -> None:
     """Train as one rank of the group that is there; what it drew goes to drawn-RANK.json."""
+    torch.optim.AdamW = SmoothAdamW  # type: ignore[misc]
+    load = loop.load_solver
+    for settings in runs:
+        loop.load_solver = load
+        _rank_of_a_run(rank, settings)
+
+
+def _rank_of_a_run(rank: int, settings: dict[str, Any]) -> None:
     config = Config.model_validate(settings)
     drawn: Drawn = {}
     load = loop.load_solver
@@ -69,7 +77,6 @@ def rank_of_a_run(rank: int, settings: dict[str, Any]) -> None:
         return loaded
 
     loop.load_solver = load_and_record  # type: ignore[assignment]
-    torch.optim.AdamW = SmoothAdamW  # type: ignore[misc]
     loop.train(config, console=Console(quiet=True))
     path = Path(settings["output_dir"], f"drawn-{rank}.json")
     path.write_text(json.dumps(drawn))

@@ -14,7 +14,7 @@ import pytest
 from process_groups import in_processes
 from tiny_runs import assert_close_runs, lines
 from vllm_models import TOKENIZER, VLLMServer, disagreement, moved, save, tiny
-from vllm_ranks import rank_of_a_run, replayed
+from vllm_ranks import rank_of_runs, replayed
 
 from selfdistill.config import Config, VLLMServerEngineConfig
 from selfdistill.rollout.engine import EngineError, SamplingParams
@@ -50,9 +50,8 @@ def run_settings(folder: Path, output_dir: Path, engine: dict[str, Any]) -> dict
     }
 
 
-@pytest.mark.parametrize("adapter", [None, {"r": 2}], ids=["whole", "adapter"])
 def test_two_ranks_with_an_engine_each_give_the_result_of_one_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: dict[str, int] | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each rank's vLLM samples and follows; one rank then learns from the same token ids."""
     save(tiny(tied=True, seed=0), tmp_path / "model")
@@ -60,15 +59,24 @@ def test_two_ranks_with_an_engine_each_give_the_result_of_one_without(
         "name": "vllm", "dtype": "float32", "max_length": 256, "kv_cache_gib": 0.125,
         "enforce_eager": True,
     }  # fmt: skip
-    settings = run_settings(tmp_path / "model", tmp_path / "two", vllm) | {"adapter": adapter}
-    in_processes(rank_of_a_run, settings, tmp_path)
-    parts = [json.loads((tmp_path / "two" / f"drawn-{rank}.json").read_text()) for rank in (0, 1)]
-    assert all(parts)
-    records = lines(tmp_path / "two", "metrics.jsonl")
-    assert all(record["engine_disagreement"] < NATS for record in records)
-    alone = run_settings(tmp_path / "model", tmp_path / "one", {"name": "transformers"})
-    replayed(alone | {"adapter": adapter}, parts[0] | parts[1], monkeypatch)
-    assert_close_runs(tmp_path / "one", tmp_path / "two", not_compared={"engine_disagreement"})
+    kinds: dict[str, dict[str, int] | None] = {"whole": None, "adapter": {"r": 2}}
+    in_processes(
+        rank_of_runs,
+        [
+            run_settings(tmp_path / "model", tmp_path / f"{kind}-two", vllm) | {"adapter": adapter}
+            for kind, adapter in kinds.items()
+        ],
+        tmp_path,
+    )
+    for kind, adapter in kinds.items():
+        two, one = tmp_path / f"{kind}-two", tmp_path / f"{kind}-one"
+        parts = [json.loads((two / f"drawn-{rank}.json").read_text()) for rank in (0, 1)]
+        assert all(parts)
+        records = lines(two, "metrics.jsonl")
+        assert all(record["engine_disagreement"] < NATS for record in records)
+        alone = run_settings(tmp_path / "model", one, {"name": "transformers"})
+        replayed(alone | {"adapter": adapter}, parts[0] | parts[1], monkeypatch)
+        assert_close_runs(one, two, not_compared={"engine_disagreement"})
 
 
 @pytest.fixture(scope="module")

@@ -97,11 +97,11 @@ def test_what_is_drawn_when_and_by_which_weights(
         step = ["6 of 18", "finish", "update", "sync"]
         assert events == [*evaluation, *step, *step, *evaluation, *step, *evaluation]
     else:
-        drawing, probe, done = ["6 of 18"], ["2 of 16", "finish"], ["update", "finish", "sync"]
+        drawing, probe, done = ["6 of 18"], ["2 of 8", "finish"], ["update", "finish", "sync"]
         assert events == [
             *evaluation,
             *drawing, "finish", *drawing, *done,
-            *drawing, *probe, *done, *evaluation,
+            *probe, *drawing, *done, *evaluation,
             *probe, "update", "sync", *evaluation,
         ]  # fmt: skip
     records = lines(tmp_path / "run", "metrics.jsonl")
