@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import random
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -219,27 +217,6 @@ def check_request(
                 f"{params.max_new_tokens} it exceeds the model's {max_length} positions. "
                 "Shorten the prompt or lower max_new_tokens."
             )
-
-
-def rollout_seeds(prompts: int, *, group_size: int, seed: int) -> list[int]:
-    """Return a seed for each rollout, for engines that draw each by a generator of its own.
-
-    Those of prompt i come from the stream of `seed + i`, and no two streams share one.
-    """
-    streams = [random.Random(seed + place) for place in range(prompts)]
-    return [stream.getrandbits(56) for stream in streams for _ in range(group_size)]
-
-
-def refuse_no_numbers(rollouts: Sequence[Rollout], *, group_size: int) -> None:
-    """Refuse what an engine drew where the model has no probabilities, which it may not notice.
-
-    Raises:
-        NotANumberError: a log-prob is not finite.
-    """
-    for place, rollout in enumerate(rollouts):
-        for token, logprob in enumerate(rollout.logprobs):
-            if not math.isfinite(logprob):
-                raise NotANumberError(prompt=place // group_size, token=token)
 
 
 def end_token_ids(

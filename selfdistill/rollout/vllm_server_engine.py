@@ -31,9 +31,8 @@ from selfdistill.rollout.engine import (
     check_request,
     end_token_ids,
     make_rollout,
-    refuse_no_numbers,
-    rollout_seeds,
 )
+from selfdistill.rollout.vllm_requests import refuse_no_numbers, rollout_seeds
 from selfdistill.rollout.vllm_servers import Adapter, Servers
 
 _NO_NUMBER = -9999.0  # what vLLM writes for a log-prob that is -inf or less than it can say
