@@ -10,8 +10,9 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-# Ranges that this table cannot speak for: they need a GPU, or an environment of their own.
-ELSEWHERE = {"flash-attn", "vllm"}
+# Ranges that this table cannot speak for: they need a GPU, or an environment of their own, or speak
+# to servers only.
+ELSEWHERE = {"flash-attn", "vllm", "httpx2"}
 
 
 def table() -> list[dict[str, str]]:

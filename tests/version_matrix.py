@@ -33,7 +33,7 @@ WORK = ROOT / "build" / "matrix"
 TABLE = ROOT / "docs" / "compatibility.md"
 
 # What every row has besides its own versions: the tests, and what they compare with.
-COMMON = ("setuptools>=77", "wheel", "hypothesis", "pytest-timeout", "pytest-xdist")
+COMMON = ("setuptools>=77", "wheel", "hypothesis", "httpx2", "pytest-timeout", "pytest-xdist")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ without a meaning is rejected when the file is read.
 """
 
 from selfdistill.config.engines import (
+    SERVER_ADDRESSES,
     VLLM_ADAPTER_RANKS,
     EngineConfig,
     LocalTextEngine,
@@ -21,6 +22,7 @@ from selfdistill.config.engines import (
     TransformersEngineConfig,
     TransformersTextEngine,
     VLLMEngineConfig,
+    VLLMServerEngineConfig,
     VLLMSettings,
     VLLMTextEngine,
 )
@@ -92,6 +94,7 @@ from selfdistill.config.tasks import (
 
 __all__ = [
     "ANSWER_FORMS",
+    "SERVER_ADDRESSES",
     "STEP_INSTRUCTION",
     "VLLM_ADAPTER_RANKS",
     "AdapterConfig",
@@ -151,6 +154,7 @@ __all__ = [
     "TransformersTextEngine",
     "Truncation",
     "VLLMEngineConfig",
+    "VLLMServerEngineConfig",
     "VLLMSettings",
     "VLLMTextEngine",
     "load_config",

@@ -22,7 +22,7 @@ VLLM_ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class VLLMSettings(Section):
-    """What any vLLM engine needs to know; it runs in the trainer's own process, on its device."""
+    """What a vLLM engine needs to know that runs in the trainer's own process, on its device."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """The dtype of its weights and of its cache."""
@@ -36,6 +36,9 @@ class VLLMSettings(Section):
     of a prompt are shared between its rollouts."""
     enforce_eager: bool = False
     """No compilation and no CUDA graphs: starts in seconds, samples more slowly on a GPU."""
+    sleep: bool = False
+    """Give the GPU's memory back while nothing is sampled (vLLM's sleep mode, for GPUs only): the
+    cache is dropped, the weights wait in the machine's memory."""
 
 
 class TextEngine(Section):
@@ -113,14 +116,56 @@ class TransformersEngineConfig(Section):
     memory of the key/value cache."""
 
 
-class VLLMEngineConfig(VLLMSettings):
-    """vLLM with weights of its own, which follow the student's after every step."""
+class CheckedEngine(Section):
+    """What engines with weights of their own have in common."""
 
-    name: Literal["vllm"] = "vllm"
     check_every: PositiveInt = 1
     """Compare the engine's log-probs with the trainer's own float32 ones every so many steps."""
     tolerance: Float | None = Field(default=None, gt=0)
     """Largest difference that is allowed, in nats; by default 1e-4 in float32, 1 in bfloat16."""
 
 
-EngineConfig = Annotated[TransformersEngineConfig | VLLMEngineConfig, Field(discriminator="name")]
+class VLLMEngineConfig(CheckedEngine, VLLMSettings):
+    """vLLM with weights of its own, which follow the student's after every step; on every rank."""
+
+    name: Literal["vllm"] = "vllm"
+
+
+ServerURL = Annotated[str, Field(pattern=r"^https?://[^/]")]
+
+
+class VLLMServerEngineConfig(CheckedEngine):
+    """Servers of vLLM on this or other machines, which are handed the student's LoRA adapter."""
+
+    name: Literal["vllm_server"] = "vllm_server"
+    base_urls: Annotated[tuple[ServerURL, ...], Field(min_length=1)]
+    """Each up to and with /v1, such as http://localhost:8000/v1; they share the prompts, and a
+    redirect is not followed."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """What the servers were started with: how close their log-probs can be."""
+    max_staleness: Annotated[Int, Field(ge=0, le=1)] = 0
+    """1: the rollouts of a step are drawn while the one before trains, so by weights that are one
+    step older. The loss has to weigh them: GRPO does, others with `importance_clip`."""
+    adapters: OutputPath | None = None
+    """A folder for adapters that all servers read under the same path; by default a temporary one,
+    which only servers on this machine read."""
+    api_key_variable: str = "VLLM_API_KEY"
+    """The environment variable that holds the key, if the servers want one."""
+    timeout: Float = Field(default=600.0, gt=0)
+    """Seconds without an answer before a server counts as away; others then take its prompts."""
+    patience: Float = Field(default=60.0, ge=0)
+    """Seconds to wait for a server to come back when all are away; then the run ends."""
+    concurrency: PositiveInt = 64
+    """Rollouts under way at once on each server, from each rank."""
+
+
+EngineConfig = Annotated[
+    TransformersEngineConfig | VLLMEngineConfig | VLLMServerEngineConfig,
+    Field(discriminator="name"),
+]
+
+# Where servers are and how they are asked: what is sampled does not depend on it.
+SERVER_ADDRESSES = (
+    *("base_urls", "adapters", "api_key_variable"),
+    *("timeout", "patience", "concurrency"),
+)

@@ -11,7 +11,7 @@ from selfdistill.config.engines import (
     VLLM_ADAPTER_RANKS,
     EngineConfig,
     TransformersEngineConfig,
-    VLLMEngineConfig,
+    VLLMServerEngineConfig,
 )
 from selfdistill.config.methods import (
     MethodConfig,
@@ -266,13 +266,38 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _engine_takes_the_adapter(self) -> Config:
-        if isinstance(self.rollout.engine, VLLMEngineConfig) and self.adapter is not None:
+        engine = self.rollout.engine
+        if isinstance(engine, VLLMServerEngineConfig) and self.adapter is None:
+            raise ValueError(
+                "adapter: rollout.engine vllm_server hands servers a LoRA adapter, and this run "
+                "trains whole weights, which vLLM's own transfer moves between GPUs only (NCCL, "
+                "CUDA IPC): set adapter: {}, or rollout.engine.name: vllm"
+            )
+        if engine.name != "transformers" and self.adapter is not None:
             most = VLLM_ADAPTER_RANKS[-1]
             if self.adapter.r > most:
                 raise ValueError(
                     f"adapter.r: got {self.adapter.r}, but vLLM takes adapters up to rank {most}: "
                     "set a smaller one, or rollout.engine.name: transformers"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _older_rollouts_are_weighed(self) -> Config:
+        if not getattr(self.rollout.engine, "max_staleness", 0):
+            return self
+        loss = getattr(self.method, "loss", None)
+        if loss is not None and loss.importance_clip is None:
+            raise ValueError(
+                "rollout.engine.max_staleness: rollouts of the weights before need importance "
+                "weights: set method.loss.importance_clip (such as 2), or max_staleness to 0"
+            )
+        if self.rollout.top_k or self.rollout.top_p < 1 or self.rollout.min_p:
+            raise ValueError(
+                "rollout.engine.max_staleness: with top_k, top_p or min_p importance weights need "
+                "the share that was kept; vLLM does not say it, and the weights that could tell "
+                "are gone: set them to 0, 1 and 0, or max_staleness to 0"
+            )
         return self
 
     @model_validator(mode="after")

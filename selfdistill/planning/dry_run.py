@@ -181,6 +181,8 @@ def step_shape(config: Config, model: ModelShape, *, prompt: int, context: int) 
     if engine.name == "vllm":
         itemsize = 4 if engine.dtype == "float32" else 2
         engine_bytes = int(engine.kv_cache_gib * GIBIBYTE) + itemsize * model.parameters
+    elif engine.name == "vllm_server":
+        engine_bytes = 0
     return StepShape(
         prompts=config.prompts_per_step,
         group_size=config.method.group_size,
@@ -212,7 +214,9 @@ def memory_table(model: ModelShape, step: StepShape, weights: Weights) -> Table:
         "rollout cache": f"{min(step.rollout_rows, step.rollouts)} rows of "
         f"{step.prompt + step.completion} tokens"
         if step.engine_bytes is None
-        else "the engine's cache as configured, and its own copy of the weights",
+        else "the engine's cache as configured, and its own copy of the weights"
+        if step.engine_bytes
+        else "on the servers",
         "loss workspace": loss_plan(model, step, weights).describe(),
     }
     for name, size in terms.items():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -151,8 +152,19 @@ def sample(
     """
     if not prompts:
         return []
-    try:
+    with naming_failures(engine, names):
         return engine.generate(prompts, group_size=group_size, params=params)
+
+
+@contextmanager
+def naming_failures(engine: RolloutEngine, names: Sequence[str]) -> Iterator[None]:
+    """Say what failed, and which prompt: `names` has one for each.
+
+    Raises:
+        EngineError: whatever was raised; the message says what and how to go on.
+    """
+    try:
+        yield
     except NotANumberError as error:
         raise NotANumberError(
             prompt=error.prompt, token=error.token, what=names[error.prompt]

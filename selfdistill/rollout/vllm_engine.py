@@ -3,13 +3,15 @@
 Prompts go in and completions come out as token ids; vLLM never sees a tokenizer. After every change
 of the weights `sync` hands them over: all of them, or a LoRA adapter under a new id. Cached keys
 and values of the old weights are dropped each time.
+
+Every rank of a run has an engine of its own, on its own device: vLLM is told that somebody else has
+launched the processes ("external_launcher"), and uses the group that is there. No rank waits for
+another one while it samples.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,13 +26,13 @@ from selfdistill.config import VLLM_ADAPTER_RANKS, VLLMSettings
 from selfdistill.model.folder import load_config, load_generation_config
 from selfdistill.rollout.engine import (
     EngineError,
-    NotANumberError,
     Rollout,
     SamplingParams,
     check_request,
     end_token_ids,
     make_rollout,
 )
+from selfdistill.rollout.vllm_requests import refuse_no_numbers, rollout_seeds
 
 
 class WeightSync:
@@ -62,7 +64,8 @@ class WeightSync:
 class VLLMEngine:
     """Samples with vLLM (implements `selfdistill.rollout.engine.RolloutEngine`).
 
-    The engine starts at its first use.
+    The engine starts at its first use; where several ranks have one each, at once, because they
+    start together.
 
     Args:
         source: the model's folder or Hub name, the weights to begin with.
@@ -71,7 +74,7 @@ class VLLMEngine:
         adapter_rank: r of the LoRA adapters that `sync` will bring; None: it brings all weights.
 
     Raises:
-        EngineError: several processes share the run, or vLLM has no room for such an adapter.
+        EngineError: vLLM has no room for such an adapter, or one of several ranks does not start.
         UnusableModelError: the model's configuration cannot be used.
     """
 
@@ -83,12 +86,6 @@ class VLLMEngine:
         *,
         adapter_rank: int | None = None,
     ) -> None:
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise EngineError(
-                "the vLLM engine samples for one process, but this run has "
-                f"{torch.distributed.get_world_size()}: use rollout.engine.name: transformers, or "
-                "one process"
-            )
         if adapter_rank is not None and adapter_rank > VLLM_ADAPTER_RANKS[-1]:
             raise EngineError(
                 f"an adapter of rank {adapter_rank} is more than vLLM's {VLLM_ADAPTER_RANKS[-1]}"
@@ -103,6 +100,11 @@ class VLLMEngine:
         self._adapter: Any = None
         self._adapter_folder: tempfile.TemporaryDirectory[str] | None = None
         self._syncs = 0
+        self._asleep = False
+        group = torch.distributed
+        self._is_one_of_several = group.is_initialized() and group.get_world_size() > 1
+        if self._is_one_of_several:
+            _ = self._llm
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, group_size: int, params: SamplingParams
@@ -121,31 +123,29 @@ class VLLMEngine:
         llm = self._llm
         import vllm
 
-        requests, sampling = [], []
-        for place, prompt in enumerate(prompts):
-            seeds = random.Random(params.seed + place)
-            for _ in range(group_size):
-                requests.append({"prompt_token_ids": list(prompt)})
-                sampling.append(
-                    vllm.SamplingParams(
-                        temperature=params.temperature,
-                        top_k=params.top_k,
-                        top_p=params.top_p,
-                        min_p=params.min_p,
-                        max_tokens=params.max_new_tokens,
-                        seed=seeds.getrandbits(56),
-                        logprobs=0,  # of the sampled token alone
-                        stop_token_ids=list(self.eos_token_ids),
-                        detokenize=False,
-                    )
-                )
+        requests = [{"prompt_token_ids": list(p)} for p in prompts for _ in range(group_size)]
+        sampling = [
+            vllm.SamplingParams(
+                temperature=params.temperature,
+                top_k=params.top_k,
+                top_p=params.top_p,
+                min_p=params.min_p,
+                max_tokens=params.max_new_tokens,
+                seed=seed,
+                logprobs=0,  # of the sampled token alone
+                stop_token_ids=list(self.eos_token_ids),
+                detokenize=False,
+            )
+            for seed in rollout_seeds(len(prompts), group_size=group_size, seed=params.seed)
+        ]
         with self._guarded("sampling"):
+            self._wake()
             outputs = llm.generate(requests, sampling, use_tqdm=False, lora_request=self._adapter)
             rollouts = [self._rollout(output.outputs[0], params.stop) for output in outputs]
-        for place, rollout in enumerate(rollouts):
-            for token, logprob in enumerate(rollout.logprobs):
-                if not math.isfinite(logprob):  # vLLM goes on with some token
-                    raise NotANumberError(prompt=place // group_size, token=token)
+            if self.settings.sleep:
+                llm.sleep(level=1)
+                self._asleep = True
+        refuse_no_numbers(rollouts, group_size=group_size)
         return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
 
     def sync(self, model: nn.Module) -> None:
@@ -169,6 +169,7 @@ class VLLMEngine:
         llm = self._llm
         self._syncs += 1
         with self._guarded("taking over the student's weights"):
+            self._wake()
             if has_adapter:
                 self._take_adapter(model)
             else:
@@ -197,6 +198,11 @@ class VLLMEngine:
         # vLLM may read it again while it is in use.
         self._adapter, self._adapter_folder = adapter, folder
 
+    def _wake(self) -> None:
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+
     @cached_property
     def _llm(self) -> Any:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the weights are handed over in memory
@@ -213,8 +219,14 @@ class VLLMEngine:
         if self.adapter_rank is not None:
             rank = min(r for r in VLLM_ADAPTER_RANKS if r >= self.adapter_rank)
             adapter = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+        launcher: dict[str, Any] = {}
+        if self._is_one_of_several:
+            # What torchrun sets, and whoever has made the group in another way may not have set.
+            os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
+            os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
+            launcher = {"distributed_executor_backend": "external_launcher"}
         with self._guarded("starting"):
-            return vllm.LLM(
+            llm = vllm.LLM(
                 self.source,
                 skip_tokenizer_init=True,
                 trust_remote_code=False,
@@ -227,8 +239,17 @@ class VLLMEngine:
                 generation_config="vllm",  # nothing is sampled otherwise than asked for
                 logprobs_mode="processed_logprobs",  # of what is sampled from
                 worker_extension_cls=f"{WeightSync.__module__}.{WeightSync.__qualname__}",
+                enable_sleep_mode=settings.sleep,
                 **adapter,
+                **launcher,
             )
+        if self._is_one_of_several:
+            # At the end of the process vLLM would take down the ranks' group, which is not its own
+            # and is gone by then.
+            finalizer = getattr(llm.llm_engine.engine_core, "_finalizer", None)
+            if finalizer is not None:
+                finalizer.detach()
+        return llm
 
     @contextmanager
     def _guarded(self, doing: str) -> Iterator[None]:

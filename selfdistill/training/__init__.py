@@ -2,6 +2,7 @@
 
 loop.py                      a run, step by step
 solver.py                    student, task, engine and prompts together
+questions.py, overlap.py     what a step asks; rollouts of the next step, drawn meanwhile
 batch.py                     from judged rollouts to what a step learns from
 gradients.py, microbatch.py  scoring, loss and backward in passes of bounded size
 held_out.py, metrics.py      evaluations on the way; what a step says of itself

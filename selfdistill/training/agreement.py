@@ -87,7 +87,8 @@ def check_agreement(
             f"({theirs[worst]:.4f} there, {least[worst]:.4f} here), expected at most "
             f"{tolerance:.0e}: the engine samples from other weights than those that are trained. "
             "Nothing was learned from these rollouts. If only the precision differs, raise "
-            "rollout.engine.tolerance or set rollout.engine.dtype: float32",
+            "rollout.engine.tolerance or set rollout.engine.dtype: float32. A server says what it "
+            "sampled from only with --logprobs-mode processed_logprobs",
             difference=difference,
             tolerance=tolerance,
         )

@@ -5,6 +5,7 @@
                      adapter_model.safetensors adapter_config.json       (a PEFT folder)
                      optimizer.safetensors rng.safetensors state.json
                      teacher.safetensors          (of a teacher with a state, such as ema)
+                     rollouts.json                (drawn for the next step: max_staleness)
       last -> step-000042
       best -> step-000030
 
@@ -108,6 +109,7 @@ class CheckpointStore:
         optimizer: torch.optim.Optimizer,
         teacher: Teacher | None = None,
         *,
+        files: Mapping[str, str] | None = None,
         writes: bool = True,
     ) -> Path | None:
         """Write one checkpoint, point `last` (and `best`, when it is the best) at it, tidy up.
@@ -118,6 +120,7 @@ class CheckpointStore:
         Args:
             state: what the run knows besides tensors.
             weights, tokenizer, optimizer, teacher: of the run.
+            files: name and text of what else has to be kept.
             writes: False on the ranks that only hand over their parts.
 
         Returns:
@@ -147,6 +150,8 @@ class CheckpointStore:
                 save_file(averages, temporary / TEACHER_FILE)
             save_file(tensors, temporary / OPTIMIZER_FILE)
             save_file(_rng_states(), temporary / RNG_FILE)
+            for file, text in (files or {}).items():
+                (temporary / file).write_text(text, encoding="utf-8")
             document = {
                 "format": FORMAT,
                 "version": VERSION,

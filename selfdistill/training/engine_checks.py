@@ -26,7 +26,8 @@ def check_engine(
 ) -> float | None:
     """Compare the log-probs of an engine that has weights of its own with the student's.
 
-    One prompt's rollouts are enough: wrong weights are wrong everywhere.
+    One prompt's rollouts are enough, of several servers one for each (the first prompts go to one
+    server each): wrong weights are wrong everywhere.
 
     Returns:
         The largest difference in nats, or None when there is nothing to compare at this step.
@@ -37,12 +38,13 @@ def check_engine(
     engine = settings.engine
     if engine.name == "transformers" or step % engine.check_every != 0 or not groups:
         return None
+    engines = len(engine.base_urls) if engine.name == "vllm_server" else 1
     exact = engine.dtype == "float32" and student.dtype == torch.float32
     return check_agreement(
         student,
         head,
-        prompts[:1],
-        groups[:1],
+        prompts[:engines],
+        groups[:engines],
         params=sampling_params(settings, 0),
         tolerance=engine.tolerance or (1e-4 if exact else 1.0),
         attention=attention,

@@ -28,11 +28,9 @@ from selfdistill.model.weights import TrainedWeights
 from selfdistill.places import alone_in
 from selfdistill.progress import progress_bars
 from selfdistill.rollout.attempts import judge
-from selfdistill.rollout.engine import sample
 from selfdistill.runlog import Clock, JsonLines, peak_rss_mib
-from selfdistill.seeds import derive_seed
 from selfdistill.tasks.build import training_problems
-from selfdistill.training.batch import build_batch, context_kinds, leave_out_long_questions
+from selfdistill.training.batch import build_batch, context_kinds
 from selfdistill.training.checkpoint import CheckpointStore, TrainState, fingerprint
 from selfdistill.training.distributed import Ranks, join_ranks
 from selfdistill.training.empty_steps import describe, nothing_learned, trailing
@@ -45,6 +43,7 @@ from selfdistill.training.held_out import (
 )
 from selfdistill.training.interrupt import deferred_interrupt
 from selfdistill.training.metrics import StepMetrics, rewards, tied
+from selfdistill.training.questions import questions_of
 from selfdistill.training.run_folder import (
     CHECKPOINTS,
     EVALUATIONS_FILE,
@@ -53,7 +52,7 @@ from selfdistill.training.run_folder import (
     keep_config,
     refuse_other_run,
 )
-from selfdistill.training.solver import build_engine, keep_date, load_solver, sampling_params
+from selfdistill.training.solver import build_engine, keep_date, load_solver
 from selfdistill.training.state_file import MAY_DIFFER, digest_inputs, refuse_ranks_apart
 from selfdistill.visible import say
 
@@ -134,6 +133,9 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
         from selfdistill.training.schedule import learning_rates
 
         rate_of, may_differ = learning_rates(config), may_differ - {"steps"}
+    overlaps = bool(getattr(config.rollout.engine, "max_staleness", 0))
+    if overlaps:  # nothing is drawn for a step behind the last one
+        may_differ = may_differ - {"steps"}
     # The day that prompts write comes first, because a checkpoint is compared with a configuration
     # that holds it. All ranks take that of rank 0: it may be midnight.
     day = first_day(config) or date.today()
@@ -154,6 +156,12 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
     )
     # Divided weights would be gathered for every sampled token, so a whole copy samples; it is made
     # while there is a whole model to copy.
+    if sharded and config.rollout.engine.name != "transformers":
+        raise ConfigError(
+            f"shard: rollout.engine {config.rollout.engine.name} takes over whole weights, and its "
+            "log-probs are compared with theirs, but no rank has them: set shard: false (with an "
+            "adapter there is little to spread), or rollout.engine.name: transformers"
+        )
     if sharded:
         solver = replace(solver, engine=build_engine(config, deepcopy(student), solver.tokenizer))
     if config.activation_checkpointing:
@@ -216,8 +224,21 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
         solver.task, count=config.steps * config.prompts_per_step, seed=config.seed
     )
 
+    ask = partial(
+        questions_of, solver=solver, problems=problems, group_size=method.group_size, ranks=ranks
+    )
+    ahead = None
+    if overlaps:
+        from selfdistill.training.overlap import Ahead
+
+        ahead = Ahead(solver.engine, ask, ranks=ranks, steps=config.steps)
+        if state.step:
+            ahead.restore(store.last)
+
     def save() -> None:
-        store.save(state, weights, solver.tokenizer, optimizer, teacher, writes=ranks.is_main)
+        files = None if ahead is None else ahead.files()
+        main = ranks.is_main
+        store.save(state, weights, solver.tokenizer, optimizer, teacher, files=files, writes=main)
 
     def refresh() -> None:
         if teacher is not None and refresh_is_due(state, config.method.teacher):
@@ -258,40 +279,28 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             step = state.step + 1
             interrupt.doing, interrupt.step = "step", step
             clock = Clock()
-            first = state.step * config.prompts_per_step
-            drawn = problems[first : first + config.prompts_per_step]
-            # What is left out is left out on all ranks, before they share the rest.
-            left = drawn
-            if config.prompt.too_long == "drop":
-                left = leave_out_long_questions(solver, drawn, ranks)
-            share = ranks.share(len(left))
-            asked = left[share.start : share.stop]
+            questions = ask(step)
 
             # The student attempts the problems; nothing below changes what it wrote.
             with clock("rollout"):
-                prompts = [solver.context.student_prompt(problem) for problem in asked]
-                groups = sample(
-                    solver.engine,
-                    prompts,
-                    group_size=method.group_size,
-                    # Problem i of the step draws from the stream of this seed + i.
-                    params=sampling_params(
-                        config.rollout, derive_seed(config.seed, "rollout", step) + share.start
-                    ),
-                    names=[f"step {step}, problem {problem.id!r}" for problem in asked],
-                )
+                groups = questions.sample(solver.engine) if ahead is None else ahead.take(questions)
             # Attempts of other weights than the student's would teach the wrong thing, so they are
             # refused before anybody judges them.
             disagreement = None
             if config.rollout.engine.name != "transformers":
                 from selfdistill.training.engine_checks import check_engine, complete_logprobs
 
-                reading = (student, lm_heads[0], prompts, groups, config.attention)
+                prompts, model = questions.prompts, (student, lm_heads[0])
                 with clock("check"):
-                    disagreement = check_engine(config.rollout, step, *reading)
-                    groups = complete_logprobs(config.rollout, method, *reading)
+                    fresh = (prompts, groups) if ahead is None else ahead.fresh
+                    disagreement = check_engine(
+                        config.rollout, step, *model, *fresh, config.attention
+                    )
+                    groups = complete_logprobs(
+                        config.rollout, method, *model, prompts, groups, config.attention
+                    )
             with clock("reward"):
-                attempts = judge(solver.task, asked, groups)
+                attempts = judge(solver.task, questions.asked, groups)
             # The critic is called here, by methods that have one (methods/stepalign.py); others
             # make what the teacher sees from the verdicts or the references.
             with clock("critique"):
@@ -333,7 +342,11 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                     weights.publish()
                     if teacher is not None:
                         teacher.update(weights.masters)
-            # Before the evaluation, which samples from the new weights.
+            # What is drawn for the next step is of the weights before. The new ones are handed over
+            # before the evaluation, which samples from them.
+            if ahead is not None:
+                with clock("wait"):
+                    ahead.settle()
             with clock("sync"):
                 solver.engine.sync(student)
 
@@ -342,7 +355,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                 if ranks.is_main:
                     keeper.write(step, written)
             # What each rank left out is added up on all of them; only then is the step done.
-            unasked = (len(drawn) - len(left)) * method.group_size
+            unasked = questions.left_out * method.group_size
             unsure = sum(verdict.undecided for a in attempts for verdict in a.verdicts)
             dropped, too_long, undecided = map(
                 int, ranks.sum(batch.dropped, batch.too_long, unsure)

@@ -259,6 +259,10 @@ def build_engine(
     settings = config.rollout.engine
     if settings.name == "transformers":
         return TransformersEngine(model, tokenizer, batch_size=settings.batch_size)
+    if settings.name == "vllm_server":
+        from selfdistill.rollout.vllm_server_engine import VLLMServerEngine
+
+        return VLLMServerEngine(config.model, tokenizer, settings)
     from selfdistill.model.adapters import adapter_rank
     from selfdistill.rollout.vllm_engine import VLLMEngine
 

@@ -116,6 +116,8 @@ def test_command_exists(line: str) -> None:
         case ["python", "-m", module, *_]:
             assert util.find_spec(module) is not None, module
             check_options(line, help_of(sys.executable, "-m", module))
+        case ["torchrun", *_]:
+            check_options(line, help_of(sys.executable, "-m", "torch.distributed.run"))
         case ["pytest", folder, *_]:
             assert (ROOT / folder).exists()
             check_options(line, help_of(sys.executable, "-m", "pytest"))

@@ -196,11 +196,17 @@ def test_training_loads_what_it_needs_and_no_more(solver_dir: Path, tmp_path: Pa
     assert "selfdistill.training.loop" in loaded
     other_rooms = ("analysis", "export", "filtering", "planning")
     not_chosen = (
-        *("config.messages", "critic.", "methods.grpo", "methods.stepalign", "rollout.vllm_engine"),
+        *("config.messages", "critic.", "methods.grpo", "methods.stepalign", "rollout.vllm_"),
         *("model.adapters", "model.following_teacher", "model.sharding", "tasks.arithmetic.noise"),
         *("model.attention.flash", "model.attention.flex", "tasks.dataset"),
         *("training.agreement", "training.rank_failures", "training.completions"),
-        *("training.trackers", "config.overrides", "prompts.templates", "tasks.python_task"),
+        *(
+            "training.overlap",
+            "training.trackers",
+            "config.overrides",
+            "prompts.templates",
+            "tasks.python_task",
+        ),
     )
     unwanted = tuple(f"selfdistill.{name}" for name in (*other_rooms, *not_chosen))
     # What a critic is, every method knows.

@@ -11,14 +11,15 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import vllm_models
+from transformers import LlamaForCausalLM
+from vllm_models import TOKENIZER, moved, save, tiny
 
 from selfdistill.config import Config, TransformersTextEngine, VLLMEngineConfig, VLLMTextEngine
 from selfdistill.critic.textgen.build import build_text_generator
 from selfdistill.model.lm_head import find_lm_head
 from selfdistill.rollout.engine import EngineError, Rollout, SamplingParams
 from selfdistill.rollout.vllm_engine import VLLMEngine
-from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
 from selfdistill.training.agreement import (
     EngineMismatchError,
     check_agreement,
@@ -37,60 +38,15 @@ SETTINGS = VLLMEngineConfig(dtype="float32", max_length=256, kv_cache_gib=0.125,
 # The first prompt fills a whole cache block of 32 tokens.
 PROMPTS = [[1, 4, *[9, 10, 11, 12] * 10, 5], [1, 4, 8, 5], [1, 4, 7, 13, 14, 5]]
 PARAMS = SamplingParams(temperature=1.3, max_new_tokens=16, seed=3)
-TOKENIZER = build_tokenizer()
 # What training allows a float32 engine. Log-probs reach 15 or so; each of two layers and the head
 # rounds them by 1e-6, in vLLM's kernels and in torch's, and nothing else may differ. Weights that
 # were not handed over differ by 1e-2 and more.
 NATS = 1e-4
 
 
-def tiny(*, tied: bool, seed: int) -> LlamaForCausalLM:
-    """A model with a head size that vLLM has on a CPU."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(TOKENIZER),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        bos_token_id=TOKENIZER.bos_token_id,
-        eos_token_id=TOKENIZER.eos_token_id,
-        pad_token_id=TOKENIZER.pad_token_id,
-    )
-    return moved(LlamaForCausalLM(config).eval(), 0.2)
-
-
-def moved(model: Any, scale: float) -> Any:
-    """Change every matrix that learns by a random step, in place."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.dim() == 2:
-                parameter.add_(scale * torch.randn_like(parameter))
-    return model
-
-
-def save(model: LlamaForCausalLM, folder: Path) -> str:
-    model.save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return str(folder)
-
-
-def disagreement(model: Any, groups: list[list[Rollout]], temperature: float = 1.3) -> float:
+def disagreement(model: Any, groups: list[list[Rollout]]) -> float:
     """The largest difference from the log-probs of a plain forward pass in float32."""
-    worst = 0.0
-    for prompt, group in zip(PROMPTS, groups, strict=True):
-        for rollout in group:
-            ids = torch.tensor([prompt + rollout.token_ids])
-            with torch.no_grad():
-                logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
-            own = (logits / temperature).log_softmax(-1)
-            own = own.gather(-1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
-            worst = max(worst, (own - torch.tensor(rollout.logprobs)).abs().max().item())
-    return worst
+    return vllm_models.disagreement(model, PROMPTS, groups, PARAMS.temperature)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

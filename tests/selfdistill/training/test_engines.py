@@ -11,6 +11,7 @@ import pytest
 import torch
 from completion_server import Answer, Server, completion
 from safetensors.torch import load_file
+from tiny_runs import forked_runs, ranks_settings
 
 from selfdistill.cli import main
 from selfdistill.config import Config, save_config
@@ -18,7 +19,6 @@ from selfdistill.rollout.engine import EngineError
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.runlog import JsonLines
 from selfdistill.training.loop import train
-from selfdistill.training.solver import load_solver
 
 
 @pytest.fixture
@@ -146,13 +146,14 @@ def test_a_missing_vllm_is_named_with_its_remedy(
     assert "pip install vllm" in capsys.readouterr().err
 
 
-def test_vllm_is_refused_for_several_processes_before_anything_is_sampled(
-    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_engine_with_weights_of_its_own_takes_no_part_in_sharding(
+    solver_dir: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    config = make_config(solver_dir, tmp_path / "run", rollout={"engine": {"name": "vllm"}})
-    with pytest.raises(
-        EngineError, match=r"for one process, but this run has 2: use .*transformers"
-    ):
-        load_solver(config)
+    """It needs whole weights, and so does the comparison with its log-probs."""
+    settings = ranks_settings(solver_dir, tmp_path / "run", shard=True)
+    settings["adapter"] = {"r": 2}
+    urls = ["http://127.0.0.1:9/v1"]  # is not asked
+    settings["rollout"]["engine"] = {"name": "vllm_server", "base_urls": urls}
+    case = {"config": settings, "does": "raise", "rank": None, "size": 2}
+    (said,) = forked_runs("failures", {"cases": {"shard": case}}, tmp_path).values()
+    assert all("set shard: false" in text for text in said.values())
