@@ -242,7 +242,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    completions: CompletionsConfig | None = None
+    completions: CompletionsConfig | None = CompletionsConfig()
     """Keeps what the student wrote at each step; null keeps the figures alone."""
     trackers: tuple[TrackerConfig, ...] = ()
     """Who gets the figures of each step beside metrics.jsonl."""
