@@ -2,7 +2,7 @@
 
     completions/step-000042.jsonl      a line for each rollout
 
-Loaded where the configuration asks for it. The oldest files go when the folder gets too large.
+Loaded unless the configuration says `completions: null`. The oldest files go when the folder gets too large.
 """
 
 from __future__ import annotations

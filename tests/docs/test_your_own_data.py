@@ -48,7 +48,7 @@ def test_a_reader_gets_from_the_table_to_the_adapter(
                 said[line] = " ".join(ended.output.split())
 
     # What the page promises.
-    assert "40 rows with message team reason" in capsys.readouterr().out
+    assert "40 rows with ['message', 'team', 'reason']" in capsys.readouterr().out
     dry = said["selfdistill train tickets.yaml --dry-run"]
     for promise in ("Problems: train 24, dev 8, test 8.", "Of 24 solutions", "finds 24 right"):
         assert promise in dry
