@@ -2,7 +2,8 @@
 
     completions/step-000042.jsonl      a line for each rollout
 
-Loaded unless the configuration says `completions: null`. The oldest files go when the folder gets too large.
+Loaded unless the configuration says `completions: null`. The oldest files go when the folder gets
+too large.
 """
 
 from __future__ import annotations
