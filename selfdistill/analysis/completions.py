@@ -31,8 +31,7 @@ def read_step(run: Path, step: int | None) -> list[dict[str, Any]]:
     files = saved(run / FOLDER)
     if not files:
         raise NoCompletionsError(
-            f"{run} keeps no completions: set `completions: {{}}` in its configuration before it "
-            "is trained"
+            f"{run} keeps no completions: train it without `completions: null` in its configuration"
         )
     step = max(files) if step is None else step
     if step not in files:

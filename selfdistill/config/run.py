@@ -132,8 +132,8 @@ class OptimizerConfig(Section):
         "inverse_sqrt",
         "warmup_stable_decay",
     ] = "constant"
-    """What follows the warm-up, as transformers' `get_scheduler` has it. Only with
-    `constant` can a run that goes on change `steps`: most of the others end with the run."""
+    """What follows the warm-up, as transformers' `get_scheduler` has it. With `constant` and
+    `inverse_sqrt` a run that goes on may change `steps`; the others end with the run."""
     schedule_options: JsonObject = Field(default_factory=dict)
     """More for such a schedule: {num_cycles: 3}, {min_lr_rate: 0.1} or {power: 2}."""
     betas: tuple[Decay, Decay] = (0.9, 0.99)
@@ -242,7 +242,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    completions: CompletionsConfig | None = None
+    completions: CompletionsConfig | None = CompletionsConfig()
     """Keeps what the student wrote at each step; null keeps the figures alone."""
     trackers: tuple[TrackerConfig, ...] = ()
     """Who gets the figures of each step beside metrics.jsonl."""

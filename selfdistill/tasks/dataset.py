@@ -119,7 +119,7 @@ def load_dataset_task(config: JsonlTaskConfig | HubTaskConfig) -> DatasetTask:
         case NamedSplits() as named:
             sources = {split: getattr(named, split) for split in SPLITS}
             splits = {split: read(source) for split, source in sources.items() if source}
-            refuse_overlap(splits)
+            refuse_overlap(splits, place="task.splits", together="task.splits.all")
     return DatasetTask(
         config.name,
         splits,

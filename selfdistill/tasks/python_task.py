@@ -63,7 +63,7 @@ def load_python_task(config: PythonTaskConfig) -> PythonTask:
     if inspect.signature(source).parameters:
         rows = {split: _rows(file, source, split) for split in SPLITS}
         splits = {split: [row.problem for row in found] for split, found in rows.items()}
-        refuse_overlap(splits)
+        refuse_overlap(splits, place=file.place(source), together="problems() without an argument")
     else:
         rows = {"all": _rows(file, source)}
         splits = cut_problems([row.problem for row in rows["all"]], config)

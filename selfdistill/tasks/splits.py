@@ -105,8 +105,13 @@ def question_key(problem: Problem) -> str:
     return " ".join(problem.question.split())
 
 
-def refuse_overlap(splits: Mapping[str, Sequence[Problem]]) -> None:
+def refuse_overlap(splits: Mapping[str, Sequence[Problem]], *, place: str, together: str) -> None:
     """Make sure that no question is in two splits.
+
+    Args:
+        splits: the problems of each.
+        place: where they come from, for the message: a setting, or a line of a file.
+        together: how to give all problems without a split, for the message.
 
     Raises:
         TaskError: names two such problems.
@@ -118,10 +123,10 @@ def refuse_overlap(splits: Mapping[str, Sequence[Problem]]) -> None:
             if key in seen:
                 other_split, other = seen[key]
                 raise TaskError(
-                    f"task.splits: {split} and {other_split} overlap: problem {problem.id!r} of "
+                    f"{place}: {split} and {other_split} overlap: problem {problem.id!r} of "
                     f"{split} asks the question of {other.id!r} of {other_split}. Remove one, or "
-                    "give all problems without a split (task.splits.all, or problems() of a Python "
-                    "task) and let the hash of the ids decide"
+                    f"give all problems without a split ({together}) and let the hash of the ids "
+                    "decide"
                 )
             seen[key] = (split, problem)
 

@@ -2,7 +2,8 @@
 
     completions/step-000042.jsonl      a line for each rollout
 
-Loaded where the configuration asks for it. The oldest files go when the folder gets too large.
+Loaded unless the configuration says `completions: null`. The oldest files go when the folder gets
+too large.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,8 @@ class CompletionLog:
         self._settings = settings
         self._tokenizer = tokenizer
         self._advantages: dict[int, list[list[float]]] = {}
+        # Most pairs of tokens come again, and decoding is most of what a record takes.
+        self._piece = lru_cache(maxsize=1 << 16)(self._decode)
 
     def keeps(self, step: int) -> bool:
         """Return whether the step is one whose rollouts are kept."""
@@ -106,12 +111,12 @@ class CompletionLog:
 
     def _pieces(self, token_ids: Sequence[int]) -> list[str]:
         """Return the text of each token, as it stands behind the one before it."""
-        pieces = []
-        for place, token in enumerate(token_ids):
-            before = list(token_ids[max(0, place - 1) : place])
-            start = len(completion_text(self._tokenizer, before))
-            pieces.append(completion_text(self._tokenizer, [*before, token])[start:])
-        return pieces
+        return [self._piece(*pair) for pair in pairwise([None, *token_ids])]
+
+    def _decode(self, before: int | None, token: int) -> str:
+        lead = [] if before is None else [before]
+        start = len(completion_text(self._tokenizer, lead))
+        return completion_text(self._tokenizer, [*lead, token])[start:]
 
     def write(self, step: int, records: Sequence[dict[str, Any]]) -> None:
         """Write a step's file, and remove the oldest ones beyond the limit."""

@@ -130,12 +130,14 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
     store = CheckpointStore(config.output_dir / CHECKPOINTS, keep=None if kept == "all" else kept)
     rate_of, may_differ = warm_up(config.optimizer), {*MAY_DIFFER}
     if config.optimizer.schedule != "constant":
-        from selfdistill.training.schedule import learning_rates
+        from selfdistill.training.schedule import ends_with_the_run, learning_rates
 
-        rate_of, may_differ = learning_rates(config), may_differ - {"steps"}
+        rate_of = learning_rates(config)
+        if ends_with_the_run(config.optimizer.schedule):
+            may_differ -= {"steps"}
     overlaps = bool(getattr(config.rollout.engine, "max_staleness", 0))
     if overlaps:  # nothing is drawn for a step behind the last one
-        may_differ = may_differ - {"steps"}
+        may_differ -= {"steps"}
     # The day that prompts write comes first, because a checkpoint is compared with a configuration
     # that holds it. All ranks take that of rank 0: it may be midnight.
     day = first_day(config) or date.today()

@@ -10,6 +10,11 @@ from transformers import get_scheduler
 from selfdistill.config import Config, ConfigError
 
 
+def ends_with_the_run(schedule: str) -> bool:
+    """Return whether the rates of a schedule hang on the number of steps."""
+    return schedule not in ("constant", "inverse_sqrt")
+
+
 def learning_rates(config: Config) -> Callable[[int], float]:
     """Return the rate of each step, counted from 1; a pure function, so nothing has to be saved.
 

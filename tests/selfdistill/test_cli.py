@@ -182,7 +182,7 @@ def test_the_study_of_a_clone_in_the_working_directory_is_found(
 def test_training_loads_what_it_needs_and_no_more(solver_dir: Path, tmp_path: Path) -> None:
     path = write_config(tmp_path, solver_dir)
     # The page is made when the run is over, by a room of its own.
-    path.write_text(path.read_text() + "report: false\n")
+    path.write_text(path.read_text() + "report: false\ncompletions: null\n")
     code = (
         f"import sys; sys.argv = ['selfdistill', 'train', {str(path)!r}]\n"
         "from selfdistill.cli import main\n"
@@ -290,7 +290,7 @@ def test_show_and_export(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = write_config(tmp_path, solver_dir)
-    assert run(monkeypatch, "train", config, "completions={}", "report=false") == 0
+    assert run(monkeypatch, "train", config, "report=false") == 0
     assert not (tmp_path / "run" / "report").exists()
     assert run(monkeypatch, "show", tmp_path / "run", "--rollouts", "1") == 0
     assert "rollout 0: reward 0, wrong" in capsys.readouterr().out

@@ -34,6 +34,12 @@ class Block(NamedTuple):
     line: int
     text: str
 
+    @property
+    def file(self) -> str | None:
+        """The file that a reader saves it as, where its first line is a comment with its name."""
+        found = re.match(r"# (\S+\.(?:py|yaml))\n", self.text)
+        return None if found is None else found[1]
+
 
 def blocks(page: Path) -> Iterator[Block]:
     """The fenced blocks of a page; one without a language holds commands."""
@@ -98,6 +104,8 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/tolerance.md": tensors,
     "docs/your-own-task.md": dict,
 }
+# Pages whose blocks go on from each other, files and commands among them: a test follows each.
+FOLLOWED = ["docs/your-own-data.md"]
 
 
 def main(page: str) -> None:

@@ -10,7 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from selfdistill.tasks.arithmetic.tokenizer import build_tokenizer
 
 
-def tiny_llama(tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(
+    tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, positions: int = 256
+) -> LlamaForCausalLM:
     """Return a tiny random Llama over a tokenizer's vocabulary."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -20,7 +22,7 @@ def tiny_llama(tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> LlamaFor
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=256,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

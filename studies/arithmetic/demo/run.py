@@ -57,6 +57,7 @@ ARTIFACTS = (
     "config.yaml",
     "metrics.jsonl",
     "evaluations.jsonl",
+    "completions",
     "checkpoints",
     "held_out_after.json",
     "analysis_after.json",

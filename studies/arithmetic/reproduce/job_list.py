@@ -198,6 +198,8 @@ class _Builder:
             "max_empty_steps": None,
             # The best step is saved in any case; this bounds what a kill costs.
             "checkpoint": {"every": scale.evaluate_every},
+            # Nobody reads the words of 92 jobs.
+            "completions": None,
         }
         return Config.model_validate({**settings, **top})
 

@@ -72,7 +72,9 @@ def test_splits_that_overlap_are_refused(tmp_path: Path) -> None:
         "train": write(tmp_path / "train.jsonl", RECORDS[:5]),
         "test": write(tmp_path / "test.jsonl", [spaced]),
     }
-    with pytest.raises(TaskError, match=r"test and train overlap: problem '77' .* of '3' of train"):
+    with pytest.raises(
+        TaskError, match=r"task.splits: test and train overlap: problem '77' .* of '3' of train"
+    ):
         build(name="jsonl", splits=sources, id="n")
 
 

@@ -57,6 +57,15 @@ def test_problems_and_a_reward_of_ones_own(tmp_path: Path) -> None:
     assert not isinstance(task, (StepTask, FeedbackTask))
 
 
+def test_a_question_of_two_splits_is_refused_by_its_line(tmp_path: Path) -> None:
+    text = "\ndef problems(split):\n    return [{'prompt': 'the same', 'solution': '1'}]\n"
+    with pytest.raises(
+        TaskError,
+        match=r"mine\.py, line 2: dev and train overlap.*\(problems\(\) without an argument\)",
+    ):
+        written(tmp_path, text + REWARD)
+
+
 def test_conversations_are_handed_over_as_trl_does(tmp_path: Path) -> None:
     text = """
 def problems(split):

@@ -112,6 +112,22 @@ def test_a_stopped_run_goes_on_bit_for_bit_with_a_schedule_until_patience_ends(
         train(make_config(solver_dir, tmp_path / "parts", steps=8), resume=True)
 
 
+def test_a_schedule_that_never_ends_lets_a_run_have_more_steps(
+    solver_dir: Path, tmp_path: Path
+) -> None:
+    optimizer = {"schedule": "inverse_sqrt", "warmup_steps": 1, "learning_rate": 1e-3}
+    settings: dict[str, Any] = {
+        "optimizer": optimizer,
+        "evaluation": {"every": 9, "problems": 2, "samples": 1},
+    }
+    train(make_config(solver_dir, tmp_path / "whole", steps=3, **settings))
+    train(make_config(solver_dir, tmp_path / "more", steps=2, **settings))
+    train(make_config(solver_dir, tmp_path / "more", steps=3, **settings), resume=True)
+    whole, more = (lines(tmp_path / name, "metrics.jsonl") for name in ("whole", "more"))
+    assert whole == more
+    assert len({line["learning_rate"] for line in whole}) == 3
+
+
 def test_checkpoints_are_kept_as_asked(solver_dir: Path, tmp_path: Path) -> None:
     for keep, names in [(1, [0, 4]), (3, [0, 2, 3, 4]), ("all", [0, 1, 2, 3, 4])]:
         run = tmp_path / str(keep)

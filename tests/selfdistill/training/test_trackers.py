@@ -1,4 +1,4 @@
-"""Trackers get what the logs get; here one that needs no network."""
+"""Trackers get what the logs get; here tensorboard, and stand-ins that need no network."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from rich.console import Console
 from tiny_runs import lines, tiny_config
@@ -76,6 +77,39 @@ def test_a_tracker_gets_every_figure(
     assert "train/seconds/rollout" in steps[0][1]
     values = [values["dev/avg_at_k"] for _, values in kept["logged"] if "dev/avg_at_k" in values]
     assert values == [line["avg_at_k"]["value"] for line in lines(run, "evaluations.jsonl")]
+
+
+def test_tensorboard_reads_back_every_figure(solver_dir: Path, tmp_path: Path) -> None:
+    reason = "needs tensorboard, which requirements.txt has: pip install tensorboard"
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason=reason
+    )
+    run = tmp_path / "run"
+    # A run that goes on writes on.
+    for steps in (2, 3):
+        config = tiny_config(
+            solver_dir, run, steps=steps, trackers=[{"name": "tensorboard", "project": "mine"}]
+        )
+        train(config, resume=True)
+    events = accumulator.EventAccumulator(str(run / "tensorboard" / "mine"))
+    events.Reload()
+    told = {
+        name: {event.step: event.value for event in events.Scalars(name)}
+        for name in events.Tags()["scalars"]
+    }
+    metrics, evaluations = lines(run, "metrics.jsonl"), lines(run, "evaluations.jsonl")
+    assert [line["step"] for line in evaluations] == [0, 2, 3]
+    for name in ("loss", "reward", "grad_norm", "learning_rate", "tokens"):
+        # An event is a float32.
+        assert told[f"train/{name}"] == pytest.approx(
+            {line["step"]: line[name] for line in metrics}, rel=1e-6
+        )
+    assert told["dev/mean_tokens"] == pytest.approx(
+        {line["step"]: line["mean_tokens"] for line in evaluations}, rel=1e-6
+    )
+    assert told["train/contexts/reference"] == {1: 2, 2: 2, 3: 2}
+    (noted, _) = sorted((run / "tensorboard" / "mine").rglob("hparams.yml"))
+    assert yaml.safe_load(noted.read_text())["rollout.max_new_tokens"] == 4
 
 
 def test_a_tracker_that_is_not_there_or_does_not_start_is_named(
