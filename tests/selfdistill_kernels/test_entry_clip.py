@@ -23,6 +23,8 @@ from selfdistill_kernels.backends.dispatch import Choice, Found, decide
 
 INF = float("inf")
 CLIP = 0.05
+# At which some rows of the problem of seed 3 are clipped and some are not.
+CLIPS = dict.fromkeys(DIVERGENCES, CLIP) | {"jsd": 0.02}
 TOKENS, HIDDEN, VOCABULARY = 23, 9, 57
 # Too little for a row of both models: slabs of the vocabulary.
 SLABS = {"workspace": 2000}
@@ -64,7 +66,10 @@ def check(case64, objective, *, dtype=torch.float32, **options):
 def test_values_and_gradients(divergence, path, backend):
     case = make_case(TOKENS, HIDDEN, VOCABULARY, bias=True, seed=3, closeness=0.2)
     bound = check(
-        case, Objective(divergence, entry_clip=CLIP, **MIXED), backend=backend, **PATHS[path]
+        case,
+        Objective(divergence, entry_clip=CLIPS[divergence], **MIXED),
+        backend=backend,
+        **PATHS[path],
     )
     assert not bound.all(), "every row is clipped"
     alone = Objective(divergence, 0.7, entry_clip=0.002)
@@ -127,11 +132,12 @@ def test_where_nothing_is_clipped_no_bit_changes(divergence, path, backend):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_rows_without_a_clipped_entry_keep_their_bits(divergence, backend):
     case = make_case(TOKENS, HIDDEN, VOCABULARY, seed=3, closeness=0.2)
-    bound = clipped_rows(case, Objective(divergence, 0.3, entry_clip=CLIP))
+    bound = clipped_rows(case, Objective(divergence, 0.3, entry_clip=CLIPS[divergence]))
+    assert bound.any()
     case = case.cast(torch.float32)
     logits = [h @ case.weight.T for h in (case.student_hidden, case.teacher_hidden)]
     gradients = []
-    for clip in (None, CLIP):
+    for clip in (None, CLIPS[divergence]):
         leaf = logits[0].clone().requires_grad_()
         objective = Objective(divergence, 0.3, entry_clip=clip)
         out = distillation_from_logits(leaf, logits[1], objective=objective, backend=backend)
@@ -250,14 +256,14 @@ def test_buckets_of_a_top_k(divergence, backend):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiled_and_transformed(reduction, backend):
+def test_compiled_and_transformed(reduction):
     case = make_case(TOKENS, HIDDEN, VOCABULARY, seed=3).cast(torch.float32)
     objective = Objective("forward_kl", entry_clip=CLIP)
 
     def loss(hidden):
         out = fused_linear_distillation(
             hidden, case.teacher_hidden, case.weight, case.targets, objective=objective,
-            reduction=reduction, backend=backend,
+            reduction=reduction, backend="native",
         )  # fmt: skip
         return out.loss.mean()
 
