@@ -4,7 +4,7 @@
 // also bfloat16 or float16, whose gradients then have that type. Logits are
 // softcap(logit_scale * (raw + bias)) / temperature (softcap 0: none); gradients are with respect to raw. A bias has one
 // float32 for each column of the tile. divergence: 0 none, 1 KL(T||S), 2 KL(S||T), 3 JSD, 4 KL(T||m), 5 KL(S||m), where
-// m = beta T + (1 - beta) S. statistics: float32 [rows, 10], state: float64 [rows, 16] (columns in csrc/divergence.h).
+// m = beta T + (1 - beta) S. statistics: float32 [rows, 10], state: float64 [rows, 19] (columns in csrc/divergence.h).
 #include <Python.h>
 
 #include "library.h"
@@ -14,6 +14,7 @@ SELFDISTILL_LIBRARY(m) {
   // Loss of a token: loss_weight * (divergence - policy_gradient * A * log p_s(y) - cross_entropy * log p_s(y) +
   // entropy * H(p_s)), A = log p_t(y) - log p_s(y) held constant. Without loss_weight: statistics only.
   // gate_sign: -2 none, 0 |A| > threshold, 1 A > threshold, -1 A < -threshold; a NaN advantage passes.
+  // entry_clip: what an entry adds to the divergence at most; 0: no limit. On the CPU only.
   // active: in, the rows that may have a gradient; out, those that have one. The others' student rows are left as logits
   // (-inf as -1e30);
   // on CUDA tiles are not transformed: they are left as they were, and without a gate become zeros.
@@ -22,7 +23,7 @@ SELFDISTILL_LIBRARY(m) {
       "row_visit_(Tensor(a!) student, Tensor(b!)? teacher, Tensor? student_bias, Tensor? teacher_bias, "
       "Tensor? targets, Tensor? loss_weight, float logit_scale, float softcap, float temperature, int divergence, "
       "float beta, float policy_gradient, float cross_entropy, float entropy, int gate_sign, float gate_threshold, "
-      "bool gradient_in_bfloat16, Tensor(c!) statistics, Tensor(d!) active) -> ()");
+      "bool gradient_in_bfloat16, Tensor(c!) statistics, Tensor(d!) active, float entry_clip=0.0) -> ()");
   // Streaming over slabs of the vocabulary. The slabs are only read.
   m.def(
       "row_statistics_(Tensor student, Tensor? teacher, Tensor? student_bias, Tensor? teacher_bias, Tensor? targets, "
@@ -32,13 +33,17 @@ SELFDISTILL_LIBRARY(m) {
   m.def(
       "row_mixture_(Tensor student, Tensor teacher, Tensor? student_bias, Tensor? teacher_bias, float logit_scale, "
       "float softcap, float temperature, int divergence, float beta, Tensor(a!) state) -> ()");
+  // The same for the sums with clipped entries, on the CPU.
+  m.def(
+      "row_clip_(Tensor student, Tensor teacher, Tensor? student_bias, Tensor? teacher_bias, float logit_scale, "
+      "float softcap, float temperature, int divergence, float beta, float entry_clip, Tensor(a!) state) -> ()");
   m.def("row_finish(Tensor state, bool has_teacher, bool has_targets, int divergence, float beta) -> Tensor");
   // Raw slab in, gradient out. term_weights: float32 [rows, 3], of the divergence, of -log p_s(y), of the entropy; a row
   // of zeros gives a gradient of zeros. The teacher is only read, and only for a divergence.
   m.def(
       "row_gradient_(Tensor(a!) student, Tensor? teacher, Tensor? student_bias, Tensor? teacher_bias, Tensor? targets, "
       "Tensor statistics, Tensor term_weights, float logit_scale, float softcap, float temperature, int divergence, "
-      "float beta, int column_offset, bool gradient_in_bfloat16) -> ()");
+      "float beta, int column_offset, bool gradient_in_bfloat16, float entry_clip=0.0) -> ()");
   // A gradient rounded at random to few entries, on the CPU. spread: float32 [columns], |W_j - centre|^2 of the rows of W.
   m.def("rounding_spread(Tensor weight, Tensor centre) -> Tensor");
   // Whole rows of raw scores in. Out: entries in the row's own memory, int32 columns from its start and float32 values from

@@ -94,6 +94,11 @@ inline void set_gradient_type(Problem& p, bool gradient_in_bfloat16) {
   p.gradient_in_bfloat16 = gradient_in_bfloat16;
 }
 
+inline void set_entry_clip(Problem& p, double entry_clip) {
+  TORCH_CHECK(entry_clip >= 0, "entry_clip: got ", entry_clip, ", expected 0 (none) or more");
+  p.entry_clip = p.divergence == Divergence::kNone ? 0.0 : entry_clip;
+}
+
 inline VisitTerms make_visit(const at::Tensor& student, bool has_teacher, bool has_targets,
                              const OptionalTensor& loss_weight, double policy_gradient, double cross_entropy,
                              double entropy, int64_t gate_sign, double gate_threshold, at::Tensor& statistics,

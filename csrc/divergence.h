@@ -47,7 +47,9 @@ enum Statistic : int {
   kEntropy = 6,
   kTeacherEntropy = 7,
   kDivergence = 8,
-  kPivot = 9,  // JSD: KL(S || m); skew KL: see skew_pivot(); skew reverse KL: sum p_s r + 1 - beta
+  // Forward KL: what clipped entries have of T; reverse KL: the KL; JSD: KL(S || m); skew KL: see skew_pivot(); skew
+  // reverse KL: sum p_s r + 1 - beta. Where an entry is clipped: see csrc/clip.h.
+  kPivot = 9,
   kStatistics = 10,
 };
 
@@ -132,8 +134,9 @@ struct RowState {
   double student_mixture, teacher_mixture;  // second sweep: KL(S || m); KL(T || m)
   double pivot, kappa;                      // the pivot of Statistic; for skew KL kappa - 1 and kappa = sum p_s p_t / m
   double exposed;  // forward: the largest z_t that the student rules out; reverse: the largest z_s that the teacher does
+  double clipped, clipped_value, clipped_slope;  // second sweep of csrc/clip.h
 };
-static constexpr int kStateColumns = 16;  // a row of the float64 state is a RowState
+static constexpr int kStateColumns = 19;  // a row of the float64 state is a RowState
 static_assert(sizeof(RowState) == kStateColumns * sizeof(double), "state row");
 
 template <class R>
@@ -278,6 +281,7 @@ SELFDISTILL_FN void finish(RowState s, bool has_teacher, bool has_targets, Diver
       const double lse = divergence == Divergence::kForwardKL ? s.teacher_max + log_t : lse_s;
       const double kl = finish_kl(s, divergence);
       statistics[kDivergence] = s.exposed - lse > kLeastLogprob && !isnan(kl) ? INFINITY : (float)kl;
+      if (divergence == Divergence::kReverseKL) statistics[kPivot] = statistics[kDivergence];
       break;
     }
     case Divergence::kJSD:
@@ -399,7 +403,7 @@ SELFDISTILL_FN void second_element(R student, R teacher, const Normalised& n, fl
 
 struct GradientTerms {
   Normalised n;
-  float beta, entropy, divergence, pivot;               // the row's values
+  float beta, entropy, pivot;                             // the row's values
   float divergence_weight, token_weight, entropy_weight;  // of the divergence, of -log p_s(y), of the entropy
 };
 
@@ -413,10 +417,10 @@ SELFDISTILL_FN R gradient_element(R student, R teacher, const GradientTerms& t) 
   const R x = log_ratio(student, teacher, t.n.ratio);
   if constexpr (kDivergence == Divergence::kForwardKL) {
     const R p_t = teacher_probability(teacher, t.n);
-    return p_s * slope - t.divergence_weight * probability_difference(p_s, p_t, x);
+    return p_s * (slope - t.divergence_weight * t.pivot) - t.divergence_weight * probability_difference(p_s, p_t, x);
   }
   R g = x;
-  if constexpr (kDivergence == Divergence::kReverseKL) g = -(x + t.divergence);
+  if constexpr (kDivergence == Divergence::kReverseKL) g = -(x + t.pivot);
   if constexpr (needs_mixture(kDivergence)) {
     const Mixture<R> m = mixture(x, t.beta);
     const float rest = 1.0f - t.beta;

@@ -24,6 +24,7 @@ struct Problem {
   double logit_scale = 1.0, softcap = 0.0, temperature = 1.0;
   Divergence divergence = Divergence::kNone;
   double beta = 0.5;
+  double entry_clip = 0.0;  // 0: none
   bool gradient_in_bfloat16 = false;
 };
 

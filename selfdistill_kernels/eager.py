@@ -119,9 +119,9 @@ class _EagerStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         tensors, (scalars, expected, ctx.shard, ctx.rounding) = arguments[:8], arguments[8:]
-        *transform, divergence, beta, top_k, top_k_of, tail, workspace, backend = scalars
+        *transform, divergence, beta, clip, top_k, top_k_of, tail, workspace, backend = scalars
         ctx.transform, ctx.execution = LogitTransform(*transform), (workspace, backend)
-        ctx.objective = divergence_alone(divergence, beta, top_k, top_k_of, tail)
+        ctx.objective = divergence_alone(divergence, beta, clip, top_k, top_k_of, tail)
         inputs = linear_inputs(*(*tensors, ctx.transform, ctx.shard))
         found, ctx.kept = sweep(inputs, ctx.objective, workspace, backend, expected, ctx.rounding)
         ctx.save_for_backward(*tensors, *found)

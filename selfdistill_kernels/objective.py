@@ -37,6 +37,11 @@ class Objective:
         entropy: weight of the student's entropy in the loss; negative for an entropy bonus.
         divergence_clip: a token's divergence counts at most this much (nats); clipped tokens get no
             gradient from it. None: no limit.
+        entry_clip: each vocabulary entry's part of a token's divergence counts at most this much
+            (nats), before the parts are summed: sum_v min(f_v, entry_clip), as in OPSD (its
+            jsd_token_clip). Unlike `divergence_clip`, which drops a whole token, it takes single
+            entries out of the gradient and keeps the others; the sum may be negative, and its
+            gradient may point away from the teacher (docs/objectives.md). None: no limit.
         top_k: compare the distributions on the k most likely entries only, the others summed up in
             one bucket; None: on the whole vocabulary. Statistics besides the divergence stay exact.
         top_k_of: whose most likely entries, "student" or "teacher".
@@ -45,7 +50,8 @@ class Objective:
             `old_logprobs`. None: no weight.
 
     Raises:
-        ValueError: unknown divergence, beta outside [0, 1], a clip <= 0, top_k < 1 or without a
+        ValueError: unknown divergence, beta outside [0, 1], a clip <= 0, entry_clip without a
+            divergence, top_k < 1 or without a
             divergence, or no term at all.
     """
 
@@ -59,6 +65,7 @@ class Objective:
     top_k: int | None = None
     top_k_of: str = "student"
     tail: bool = True
+    entry_clip: float | None = None
 
     def __post_init__(self) -> None:
         if self.divergence not in DIVERGENCES:
@@ -68,7 +75,7 @@ class Objective:
             )
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"objective: beta must lie in [0, 1], got {self.beta}")
-        for name in ("divergence_clip", "importance_clip"):
+        for name in ("divergence_clip", "entry_clip", "importance_clip"):
             value = getattr(self, name)
             if value is not None and not value > 0.0:
                 raise ValueError(f"objective: {name} must be > 0 or None, got {value}")
@@ -80,6 +87,11 @@ class Objective:
             raise ValueError(
                 "objective: top_k must be at least 1 and needs a divergence, got "
                 f"{self.top_k} with divergence {self.divergence!r}"
+            )
+        if self.entry_clip is not None and self.divergence == "none":
+            raise ValueError(
+                "objective: entry_clip limits the entries of a divergence, got divergence 'none'; "
+                "name one, or leave entry_clip out"
             )
         if self.divergence == "none" and not (
             self.policy_gradient or self.cross_entropy or self.entropy

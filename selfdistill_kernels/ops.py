@@ -74,6 +74,7 @@ def linear_loss(
     entropy: float,
     divergence_clip: float | None,
     importance_clip: float | None,
+    entry_clip: float | None,
     gate_sign: int | None,
     gate_threshold: float,
     need_hidden: bool,
@@ -90,7 +91,7 @@ def linear_loss(
         LogitTransform(logit_scale, softcap, temperature),
         Objective(
             divergence, beta, policy_gradient, cross_entropy, entropy, divergence_clip,
-            importance_clip,
+            importance_clip, entry_clip=entry_clip,
         ),
         None if gate_sign is None else Gate(gate_sign, gate_threshold),
         Needs(need_hidden, need_weight, need_bias),
@@ -178,6 +179,7 @@ def linear_statistics(
     temperature: float,
     divergence: str,
     beta: float,
+    entry_clip: float | None,
     top_k: int,
     top_k_of: str,
     tail: bool,
@@ -193,19 +195,25 @@ def linear_statistics(
         student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, targets,
         exists, LogitTransform(logit_scale, softcap, temperature),
     )  # fmt: skip
-    objective = divergence_alone(divergence, beta, top_k, top_k_of, tail)
+    objective = divergence_alone(divergence, beta, entry_clip, top_k, top_k_of, tail)
     found, _ = sweep(inputs, objective, workspace, backend)
     return found.statistics, found.support, found.logprobs
 
 
 def divergence_alone(
-    divergence: str, beta: float, top_k: int, top_k_of: str = "student", tail: bool = True
+    divergence: str,
+    beta: float,
+    entry_clip: float | None,
+    top_k: int,
+    top_k_of: str = "student",
+    tail: bool = True,
 ) -> Objective:
     """What the schemas of the statistics say of an objective; `top_k` is 0 for none."""
     # "none" alone is no objective; the entropy term makes it one without needing a target.
     return Objective(
-        divergence, beta, entropy=1.0, top_k=top_k or None, top_k_of=top_k_of, tail=tail
-    )
+        divergence, beta, entropy=1.0, top_k=top_k or None, top_k_of=top_k_of, tail=tail,
+        entry_clip=entry_clip,
+    )  # fmt: skip
 
 
 @linear_statistics.register_fake
@@ -238,6 +246,7 @@ def linear_statistics_backward(
     temperature: float,
     divergence: str,
     beta: float,
+    entry_clip: float | None,
     tail: bool,
     need_hidden: bool,
     need_weight: bool,
@@ -250,7 +259,7 @@ def linear_statistics_backward(
         student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, targets,
         exists, LogitTransform(logit_scale, softcap, temperature),
     )  # fmt: skip
-    objective = divergence_alone(divergence, beta, support.shape[1], tail=tail)
+    objective = divergence_alone(divergence, beta, entry_clip, support.shape[1], tail=tail)
     gradients = sweep_gradient(
         inputs, objective, Sweep(statistics, support, logprobs), term_weights,
         Needs(need_hidden, need_weight, need_bias), workspace, backend,

@@ -42,7 +42,7 @@ class LossOptions:
             transform.logit_scale, transform.softcap, transform.temperature,
             objective.divergence, objective.beta, objective.policy_gradient,
             objective.cross_entropy, objective.entropy,
-            objective.divergence_clip, objective.importance_clip,
+            objective.divergence_clip, objective.importance_clip, objective.entry_clip,
             None if gate is None else gate.sign, 0.0 if gate is None else gate.threshold,
             needs.hidden, needs.weight, needs.bias, self.workspace, self.backend,
         )  # fmt: skip
@@ -54,6 +54,6 @@ class LossOptions:
         tail = objective.tail and objective.top_k != vocabulary
         return (
             transform.logit_scale, transform.softcap, transform.temperature,
-            objective.divergence, objective.beta,
+            objective.divergence, objective.beta, objective.entry_clip,
             objective.top_k or 0, objective.top_k_of, tail, self.workspace, self.backend,
         )  # fmt: skip

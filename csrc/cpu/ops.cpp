@@ -86,10 +86,11 @@ void row_visit_(Tensor& student, const OptionalTensor& teacher, const OptionalTe
                 const OptionalTensor& teacher_bias, const OptionalTensor& targets, const OptionalTensor& loss_weight,
                 double logit_scale, double softcap, double temperature, int64_t divergence, double beta,
                 double policy_gradient, double cross_entropy, double entropy, int64_t gate_sign, double gate_threshold,
-                bool gradient_in_bfloat16, Tensor& statistics, Tensor& active) {
+                bool gradient_in_bfloat16, Tensor& statistics, Tensor& active, double entry_clip) {
   Problem p = make_problem(student, teacher, student_bias, teacher_bias, targets, logit_scale, softcap, temperature,
                            divergence, beta, 0);
   set_gradient_type(p, gradient_in_bfloat16);
+  set_entry_clip(p, entry_clip);
   const VisitTerms v = make_visit(student, teacher.has_value(), targets.has_value(), loss_weight, policy_gradient,
                                   cross_entropy, entropy, gate_sign, gate_threshold, statistics, active);
   const int64_t rows = student.size(0);
@@ -130,6 +131,21 @@ void row_mixture_(const Tensor& student, const Tensor& teacher, const OptionalTe
   over_rows(rows, [&](int64_t begin, int64_t end) { k.mixture(p, to, begin, end); });
 }
 
+void row_clip_(const Tensor& student, const Tensor& teacher, const OptionalTensor& student_bias,
+               const OptionalTensor& teacher_bias, double logit_scale, double softcap, double temperature,
+               int64_t divergence, double beta, double entry_clip, Tensor& state) {
+  Problem p = make_problem(student, teacher, student_bias, teacher_bias, std::nullopt, logit_scale, softcap, temperature,
+                           divergence, beta, 0);
+  set_entry_clip(p, entry_clip);
+  TORCH_CHECK(p.entry_clip > 0, "entry_clip: got ", entry_clip, " with divergence ", divergence,
+              ", expected more than 0 and a divergence");
+  const int64_t rows = student.size(0);
+  check_state(state, student.device(), rows);
+  double* to = state.data_ptr<double>();
+  const Kernels& k = kernels();
+  over_rows(rows, [&](int64_t begin, int64_t end) { k.clip(p, to, begin, end); });
+}
+
 Tensor row_finish(const Tensor& state, bool has_teacher, bool has_targets, int64_t divergence, double beta) {
   check_finish(state, has_teacher, divergence);
   const int64_t rows = state.size(0);
@@ -141,6 +157,7 @@ Tensor row_finish(const Tensor& state, bool has_teacher, bool has_targets, int64
       RowState row;
       memcpy(&row, from + r * kStateColumns, sizeof row);
       finish(row, has_teacher, has_targets, static_cast<Divergence>(divergence), beta, to + r * kStatistics);
+      finish_clipped(row, static_cast<Divergence>(divergence), beta, to + r * kStatistics);
     }
   });
   return statistics;
@@ -149,10 +166,12 @@ Tensor row_finish(const Tensor& state, bool has_teacher, bool has_targets, int64
 void row_gradient_(Tensor& student, const OptionalTensor& teacher, const OptionalTensor& student_bias,
                    const OptionalTensor& teacher_bias, const OptionalTensor& targets, const Tensor& statistics,
                    const Tensor& term_weights, double logit_scale, double softcap, double temperature,
-                   int64_t divergence, double beta, int64_t column_offset, bool gradient_in_bfloat16) {
+                   int64_t divergence, double beta, int64_t column_offset, bool gradient_in_bfloat16,
+                   double entry_clip) {
   Problem p = make_problem(student, teacher, student_bias, teacher_bias, targets, logit_scale, softcap, temperature,
                            divergence, beta, column_offset);
   set_gradient_type(p, gradient_in_bfloat16);
+  set_entry_clip(p, entry_clip);
   check_row_terms(student, statistics, term_weights);
   const int64_t rows = student.size(0);
   const float* from = statistics.const_data_ptr<float>();
@@ -193,6 +212,7 @@ SELFDISTILL_LIBRARY_IMPL(CPU, m) {
   m.impl("row_visit_", selfdistill::row_visit_);
   m.impl("row_statistics_", selfdistill::row_statistics_);
   m.impl("row_mixture_", selfdistill::row_mixture_);
+  m.impl("row_clip_", selfdistill::row_clip_);
   m.impl("row_finish", selfdistill::row_finish);
   m.impl("row_gradient_", selfdistill::row_gradient_);
   m.impl("gather_active_rows_", selfdistill::gather_active_rows_);

@@ -273,6 +273,8 @@ void second_sweep(const Problem& p, const Row& student, const Row& teacher, RowS
   }
 }
 
+#include "clip.inl"
+
 float logit_at(const Row& row, int64_t column) {
   float z;
   return *row.logits(column, 1, &z);
@@ -285,7 +287,6 @@ GradientTerms gradient_terms(const Problem& p, const Transform& transform, const
   terms.n = normalised(statistics);
   terms.beta = (float)p.beta;
   terms.entropy = statistics[kEntropy];
-  terms.divergence = statistics[kDivergence];
   terms.pivot = statistics[kPivot];
   terms.divergence_weight = (float)(slope * divergence_weight);
   terms.token_weight = (float)(slope * token_weight);
@@ -313,12 +314,25 @@ void gradient_row(const Problem& p, const Row& student, const Row& teacher, int6
     at_target = gradient.target(z, divergent ? logit_at(teacher, target) : 0.0f, terms);
     if (transform.ceiling > 0.0f) at_target *= cap_derivative(z, transform);
   }
-  float student_buffer[kBlock], teacher_buffer[kBlock];
+  const bool clips = divergent && p.entry_clip > 0.0;
+  const Clip clip = clip_of(p.divergence);
+  const ClipTerms clip_terms =
+      clips ? make_clip_terms(terms.n, p.divergence, p.beta, p.entry_clip) : ClipTerms{};
+  float student_buffer[kBlock], teacher_buffer[kBlock], clipped[kBlock];
+  int32_t columns[kBlock];
   for (int64_t j = 0; j < p.columns; j += kBlock) {
     const int64_t n = p.columns - j < kBlock ? p.columns - j : kBlock;
     const float* s = student.logits(j, n, student_buffer);
     const float* t = divergent ? teacher.logits(j, n, teacher_buffer) : nullptr;
+    const int count = clips ? clip.find(s, t, n, clip_terms, columns) : 0;
+    for (int i = 0; i < count; ++i) {  // before the block is overwritten
+      const float z = s[columns[i]];
+      clipped[i] = clipped_gradient(z, terms, p.divergence, j + columns[i] == target);
+      if (transform.ceiling > 0.0f) clipped[i] *= cap_derivative(z, transform);
+      if (j + columns[i] == target) at_target = clipped[i];
+    }
     gradient.block(s, t, n, terms, transform, to + j);
+    for (int i = 0; i < count; ++i) store(to + j + columns[i], clipped[i]);
   }
   if (target >= 0) store(to + target, at_target);
 }
@@ -341,8 +355,10 @@ void visit(const Problem& p, const VisitTerms& v, int64_t begin, int64_t end) {
       if (has_teacher) state.teacher_target = logit_at(teacher, target);
     }
     if (needs_mixture(p.divergence)) second_sweep(p, student, teacher, state);
+    if (p.entry_clip > 0.0) clip_sweep(p, student, teacher, true, state);
     float* statistics = v.statistics + r * kStatistics;
     finish(state, has_teacher, target >= 0, p.divergence, p.beta, statistics);
+    finish_clipped(state, p.divergence, p.beta, statistics);
 
     const float advantage = statistics[kTeacherLogprob] - statistics[kStudentLogprob];
     const float weight = v.loss_weight ? v.loss_weight[r] : 1.0f;
@@ -414,7 +430,7 @@ void narrow(const float* from, int64_t count, uint16_t* bfloat16) {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    visit, statistics, mixture_sums, gradient, widen, narrow,
+    visit, statistics, mixture_sums, clip_sums, gradient, widen, narrow,
     {spread, round_rows, rounding_space, sparse_hidden_gradient, sparse_weight_gradient},
 };
 

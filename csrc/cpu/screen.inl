@@ -41,7 +41,7 @@ struct Bound {
 };
 
 Bound make_bound(Divergence divergence, const GradientTerms& t) {
-  Bound b{fabsf(t.token_weight), fabsf(t.entropy_weight), fabsf(t.divergence_weight), 1.0f, fabsf(t.divergence)};
+  Bound b{fabsf(t.token_weight), fabsf(t.entropy_weight), fabsf(t.divergence_weight), 1.0f, fabsf(t.pivot)};
   const float rest = 1.0f - t.beta;
   if (divergence == Divergence::kForwardKL) b.rest = 0.0f, b.pivot = 1.0f;
   if (divergence == Divergence::kJSD) b.rest = rest, b.pivot = rest * fabsf(t.pivot);

@@ -39,15 +39,20 @@ void check_launch(const char* error) { TORCH_CHECK(!error, "selfdistill: a CUDA 
 
 cuda::Stream stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
+void refuse_entry_clip(double entry_clip) {
+  TORCH_CHECK(entry_clip == 0, "entry_clip: got ", entry_clip, ", but the CUDA rows clip no entries; pass 0");
+}
+
 void row_visit_(Tensor& student, const OptionalTensor& teacher, const OptionalTensor& student_bias,
                 const OptionalTensor& teacher_bias, const OptionalTensor& targets, const OptionalTensor& loss_weight,
                 double logit_scale, double softcap, double temperature, int64_t divergence, double beta,
                 double policy_gradient, double cross_entropy, double entropy, int64_t gate_sign, double gate_threshold,
-                bool gradient_in_bfloat16, Tensor& statistics, Tensor& active) {
+                bool gradient_in_bfloat16, Tensor& statistics, Tensor& active, double entry_clip) {
   check_student(student);
   Problem p = make_problem(student, teacher, student_bias, teacher_bias, targets, logit_scale, softcap, temperature,
                            divergence, beta, 0, true);
   set_gradient_type(p, gradient_in_bfloat16);
+  refuse_entry_clip(entry_clip);
   const VisitTerms v = make_visit(student, teacher.has_value(), targets.has_value(), loss_weight, policy_gradient,
                                   cross_entropy, entropy, gate_sign, gate_threshold, statistics, active);
   const c10::DeviceGuard guard(student.device());
@@ -93,11 +98,13 @@ Tensor row_finish(const Tensor& state, bool has_teacher, bool has_targets, int64
 void row_gradient_(Tensor& student, const OptionalTensor& teacher, const OptionalTensor& student_bias,
                    const OptionalTensor& teacher_bias, const OptionalTensor& targets, const Tensor& statistics,
                    const Tensor& term_weights, double logit_scale, double softcap, double temperature,
-                   int64_t divergence, double beta, int64_t column_offset, bool gradient_in_bfloat16) {
+                   int64_t divergence, double beta, int64_t column_offset, bool gradient_in_bfloat16,
+                   double entry_clip) {
   check_student(student);
   Problem p = make_problem(student, teacher, student_bias, teacher_bias, targets, logit_scale, softcap, temperature,
                            divergence, beta, column_offset, true);
   set_gradient_type(p, gradient_in_bfloat16);
+  refuse_entry_clip(entry_clip);
   check_row_terms(student, statistics, term_weights);
   const c10::DeviceGuard guard(student.device());
   check_launch(cuda::gradient(p, statistics.const_data_ptr<float>(), term_weights.const_data_ptr<float>(),

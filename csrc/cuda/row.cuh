@@ -330,7 +330,6 @@ SELFDISTILL_FN GradientTerms make_terms(const float* statistics, double beta, co
   terms.n = normalised(statistics);
   terms.beta = (float)beta;
   terms.entropy = statistics[kEntropy];
-  terms.divergence = statistics[kDivergence];
   terms.pivot = statistics[kPivot];
   terms.divergence_weight = (float)(slope * divergence_weight);
   terms.token_weight = (float)(slope * token_weight);

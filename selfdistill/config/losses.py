@@ -95,6 +95,12 @@ class LossConfig(Section):
     """Restricts the divergence to the most likely tokens; null compares the whole vocabulary."""
     divergence_clip: Float | None = Field(default=None, gt=0)
     """A token's divergence counts at most this much (nats); beyond it has no gradient."""
+    entry_clip: Float | None = Field(default=None, gt=0)
+    """A single vocabulary entry's part of a token's divergence counts at most this much (nats).
+
+    OPSD's 0.05. Clipped entries get no gradient of their own, the token's others keep theirs; the
+    loss may be negative, and its gradient may turn round (docs/objectives.md).
+    """
     importance_clip: Float | None = Field(default=None, gt=0)
     """Weighs each token by how much likelier it has become since it was sampled, at most by this.
 
@@ -115,5 +121,10 @@ class LossConfig(Section):
             raise ValueError(
                 "gradient_tolerance: the most likely tokens alone (top_k) have the exact gradient "
                 "only: set one of the two to null"
+            )
+        if self.entry_clip is not None and self.gradient_tolerance is not None:
+            raise ValueError(
+                "gradient_tolerance: clipped entries (entry_clip) have the exact gradient only: "
+                "set one of the two to null"
             )
         return self

@@ -77,6 +77,7 @@ class DistillationLoss:
             top_k_of="student" if top_k is None else top_k.of,
             tail=top_k is None or top_k.tail,
             divergence_clip=config.divergence_clip,
+            entry_clip=config.entry_clip,
             importance_clip=config.importance_clip,
         )
         mask = config.advantage_mask

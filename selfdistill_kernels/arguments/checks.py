@@ -247,6 +247,8 @@ def check_tolerance(
         return
     if objective.top_k is not None:
         reason = "an objective with top_k has the exact gradient only"
+    elif objective.entry_clip is not None:
+        reason = "an objective with entry_clip has the exact gradient only"
     elif is_sharded:
         reason = "a head that is sharded along the vocabulary has the exact gradient only"
     elif backend == "triton" or device.type != "cpu":

@@ -252,7 +252,12 @@ def prepare(
     check_companions(objective, mask, tokens.old_logprobs, tokens.step_ids)
     is_sharded = models.group is not None
     backend = choose_backend(
-        settings.backend, device=student.device, dtype=student.dtype, is_sharded=is_sharded
+        settings.backend,
+        device=student.device,
+        dtype=student.dtype,
+        is_sharded=is_sharded,
+        # Buckets of a top-k are clipped outside of the backends.
+        clips_entries=objective.entry_clip is not None and objective.top_k is None,
     )
 
     check_tolerance(settings.tolerance, objective, backend, student.device, is_sharded=is_sharded)

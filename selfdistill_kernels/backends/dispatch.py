@@ -14,6 +14,9 @@ PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "native"), "cpu": (
 # Backends whose statistics join those of other ranks, where the vocabulary is sharded.
 JOINING = ("native", "reference")
 
+# Backends beside the reference that take an `Objective.entry_clip`, and where.
+CLIPPING = (("native", "cpu"),)
+
 # Least compute capability of an NVIDIA GPU for the Triton kernels (bfloat16 tensor cores).
 TRITON_CAPABILITY = (8, 0)
 # AMD GPUs that the Triton kernels have tiles for: MI300 and MI325, MI350 and MI355.
@@ -108,7 +111,13 @@ def check_backend_name(name: str) -> None:
 
 
 def decide(
-    name: str, *, device: str, dtype: torch.dtype, found: Found, is_sharded: bool = False
+    name: str,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    found: Found,
+    is_sharded: bool = False,
+    clips_entries: bool = False,
 ) -> Choice:
     """Resolve "auto" and refuse a named backend that cannot serve these inputs.
 
@@ -118,10 +127,11 @@ def decide(
         dtype: of the inputs.
         found: what this process can use.
         is_sharded: whether the vocabulary lies in parts on several ranks.
+        clips_entries: whether the entries of a divergence over the vocabulary are clipped.
 
     Raises:
-        ValueError: unknown name, or a named backend that does not take the device, the dtype or
-            shards.
+        ValueError: unknown name, or a named backend that does not take the device, the dtype,
+            shards or clipped entries.
         RuntimeError: a named backend that is not available here.
     """
     check_backend_name(name)
@@ -130,10 +140,18 @@ def decide(
             f"backend: {name!r} takes no heads that are sharded along the vocabulary; use "
             "backend='auto', 'native' or 'reference'"
         )
+    if clips_entries and name not in ("auto", "reference") and (name, device) not in CLIPPING:
+        raise ValueError(
+            f"backend: {name!r} on {device!r} takes no objective with entry_clip: which entries "
+            "are clipped is known once their row is summed up, and the logits would have to be "
+            "made again; use backend='auto' or 'reference', or divergence_clip"
+        )
     if name == "auto":
         passed_over: list[tuple[str, str]] = []
         for backend in PREFERENCE.get(device, ()):
             if dtype not in SERVED[backend, device] or (is_sharded and backend not in JOINING):
+                continue
+            if clips_entries and (backend, device) not in CLIPPING:
                 continue
             missing = found.missing(backend, device)
             if missing is None:

@@ -19,7 +19,12 @@ CPU_TORCH = "this torch is built for CPUs only; install one for your GPU (pytorc
 
 
 def choose_backend(
-    name: str, *, device: torch.device, dtype: torch.dtype, is_sharded: bool = False
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    is_sharded: bool = False,
+    clips_entries: bool = False,
 ) -> str:
     """Resolve "auto" and refuse a backend that cannot serve these inputs (dispatch.decide).
 
@@ -28,7 +33,12 @@ def choose_backend(
         RuntimeError: a named backend that is not available here.
     """
     choice = decide(
-        name, device=device.type, dtype=dtype, found=found_on(device), is_sharded=is_sharded
+        name,
+        device=device.type,
+        dtype=dtype,
+        found=found_on(device),
+        is_sharded=is_sharded,
+        clips_entries=clips_entries,
     )
     if choice.backend == "reference" and choice.passed_over and not torch.compiler.is_compiling():
         _warn_once(choice.passed_over)

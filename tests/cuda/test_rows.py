@@ -184,7 +184,7 @@ def test_entries_that_are_ruled_out(emulated, divergence, ban, of_bias, columns)
 
     # And from finished statistics, the sums of two slabs.
     cut = columns - 450
-    state = torch.full((4, 16), math.nan, dtype=torch.float64)
+    state = torch.full((4, 19), math.nan, dtype=torch.float64)
     common = (p.scale, p.softcap, p.temperature, divergence)
     for part in (slice(0, cut), slice(cut, columns)):
         biases = [None if b is None else b[part] for b in (p.student_bias, p.teacher_bias)]
@@ -316,7 +316,7 @@ def test_slabs_equal_one_visit(emulated, divergence, transform, slab):
         )  # fmt: skip
 
     before = p.student.clone(), p.teacher.clone()
-    state = torch.full((4, 16), math.nan, dtype=torch.float64)
+    state = torch.full((4, 19), math.nan, dtype=torch.float64)
     for piece in pieces:
         emulated.row_statistics_(
             *parts(piece, p.student), p.targets, *transform_options, divergence, piece.start,

@@ -118,7 +118,7 @@ def materialised_losses(case: Case, objective: Objective) -> tuple[Tensor, Tenso
         return torch.log_softmax(scores / temperature, dim=-1)
 
     def kl(p: Tensor, q: Tensor) -> Tensor:
-        return (p.exp() * (p - q)).sum(-1)
+        return p.exp() * (p - q)
 
     student = logprobs(case.student_hidden, case.weight, case.bias)
     head = case.weight if case.teacher_weight is None else case.teacher_weight
@@ -132,14 +132,17 @@ def materialised_losses(case: Case, objective: Objective) -> tuple[Tensor, Tenso
     beta = objective.beta
     if objective.divergence in ("jsd", "skew_kl", "skew_reverse_kl"):
         mixture = torch.logaddexp(student + math.log(1 - beta), teacher + math.log(beta))
-    divergence = {
-        "none": lambda: torch.zeros_like(student[:, 0]),
+    entries = {
+        "none": lambda: torch.zeros_like(student),
         "forward_kl": lambda: kl(teacher, student),
         "reverse_kl": lambda: kl(student, teacher),
         "jsd": lambda: beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture),
         "skew_kl": lambda: kl(teacher, mixture),
         "skew_reverse_kl": lambda: kl(student, mixture),
     }[objective.divergence]()
+    if objective.entry_clip is not None:
+        entries = entries.clamp(max=objective.entry_clip)
+    divergence = entries.sum(-1)
     student, teacher = full_student, full_teacher
     index = case.targets[:, None]
     student_logprob = student.gather(1, index)[:, 0]

@@ -148,5 +148,5 @@ class KeptProducts:
 def unit_objective(objective: Objective, term: int) -> Objective:
     """A loss of one term of a gradient with a weight of 1."""
     if term == 0:
-        return Objective(objective.divergence, objective.beta)
+        return Objective(objective.divergence, objective.beta, entry_clip=objective.entry_clip)
     return Objective("none", cross_entropy=float(term == 1), entropy=float(term == 2))

@@ -36,9 +36,9 @@ def sweep_statistics(kernels: RowKernels, plan: TilePlan) -> Tensor:
     with memory.workspace(plan.tile_elements, kernels.inputs.device) as buffer:
         sweep(kernels.accumulate, buffer)
         state = kernels.joined(state)
-        if kernels.needs_mixture:
-            sweep(kernels.accumulate_mixture, buffer)
-            kernels.join_mixture(state)
+        if kernels.needs_second_sweep:
+            sweep(kernels.accumulate_second, buffer)
+            kernels.join_second(state)
     return kernels.finish(state)
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from selfdistill_kernels.advantage import Gate
 from selfdistill_kernels.backends.interface import LinearInputs
 from selfdistill_kernels.backends.native.gemm import Head, head_for
-from selfdistill_kernels.backends.native.state import add_mixture_sums, join_parts
+from selfdistill_kernels.backends.native.state import add_second_sums, join_parts
 from selfdistill_kernels.backends.tokens import Tokens
 from selfdistill_kernels.objective import DIVERGENCES, Objective
 from selfdistill_kernels.token_loss import active_tokens, term_weights_of
 
 NO_GATE = Gate(sign=-2, threshold=0.0)
-STATE_COLUMNS = 16  # of the float64 streaming state, csrc/divergence.h
+STATE_COLUMNS = 19  # of the float64 streaming state, csrc/divergence.h
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class RowKernels:
         self.teacher_head: Head = (
             self.head if inputs.teacher_weight is None else head_for(inputs.teacher_weight, widened)
         )
+        self.entry_clip = objective.entry_clip if self.divergence != DIVERGENCES["none"] else None
         transform = inputs.transform
         self.transform = (transform.logit_scale, transform.softcap or 0.0, transform.temperature)
         self._bias = None if inputs.bias is None else inputs.bias.to(torch.float32)
@@ -66,6 +67,11 @@ class RowKernels:
     def needs_mixture(self) -> bool:
         """True when the divergence needs both normalisers before its own sweep."""
         return self.divergence >= DIVERGENCES["jsd"]
+
+    @property
+    def needs_second_sweep(self) -> bool:
+        """The same, or which entries are clipped."""
+        return self.needs_mixture or self.entry_clip is not None
 
     def tile(
         self, tokens: Tokens, start: int, stop: int, buffer: Tensor, *, with_teacher: bool
@@ -113,7 +119,7 @@ class RowKernels:
             *self.transform, self.divergence, objective.beta, objective.policy_gradient,
             objective.cross_entropy, objective.entropy, kernel_gate.sign, kernel_gate.threshold,
             self.head.narrow_gradient,
-            statistics, active,
+            statistics, active, self.entry_clip or 0.0,
         )  # fmt: skip
 
     def keep_active(self, tile: Tile, active: Tensor, gate: Gate | None) -> Tokens:
@@ -160,9 +166,9 @@ class RowKernels:
         state = self.new_state(tile.tokens.count)
         self.accumulate(tile, state)
         state = self.joined(state)
-        if self.needs_mixture:
-            self.accumulate_mixture(tile, state)
-            self.join_mixture(state)
+        if self.needs_second_sweep:
+            self.accumulate_second(tile, state)
+            self.join_second(state)
         return self.finish(state)
 
     def new_state(self, count: int) -> Tensor:
@@ -170,28 +176,33 @@ class RowKernels:
         return torch.empty((count, STATE_COLUMNS), dtype=torch.float64, device=self.inputs.device)
 
     def accumulate(self, tile: Tile, state: Tensor) -> None:
-        """First sweep: merge a slab into `state` [r, 16]."""
+        """First sweep: merge a slab into `state` [r, 19]."""
         torch.ops.selfdistill.row_statistics_(
             tile.student, tile.teacher, *self._biases(tile), self._targets(tile),
             *self.transform, self.divergence, tile.start, tile.start == 0, state,
         )  # fmt: skip
 
-    def accumulate_mixture(self, tile: Tile, state: Tensor) -> None:
-        """Second sweep of the mixture divergences."""
-        torch.ops.selfdistill.row_mixture_(
+    def accumulate_second(self, tile: Tile, state: Tensor) -> None:
+        """Second sweep, of the mixture divergences and of clipped entries."""
+        operands = (
             tile.student, tile.teacher, *self._biases(tile),
-            *self.transform, self.divergence, self.objective.beta, state,
+            *self.transform, self.divergence, self.objective.beta,
         )  # fmt: skip
+        if self.needs_mixture:
+            torch.ops.selfdistill.row_mixture_(*operands, state)
+        if self.entry_clip is not None:
+            torch.ops.selfdistill.row_clip_(*operands, self.entry_clip, state)
 
     def joined(self, state: Tensor) -> Tensor:
-        """The state [r, 16] of the vocabulary between the sweeps, with what other ranks have."""
+        """The state [r, 19] of the vocabulary between the sweeps, with what other ranks have."""
         shard = self.inputs.shard
         return state if shard is None else join_parts(state, self.divergence, shard)
 
-    def join_mixture(self, state: Tensor) -> None:
+    def join_second(self, state: Tensor) -> None:
         """Add what the second sweep of other ranks has found."""
         if self.inputs.shard is not None:
-            add_mixture_sums(state, self.inputs.shard)
+            clips = self.entry_clip is not None
+            add_second_sums(state, self.inputs.shard, mixture=self.needs_mixture, clips=clips)
 
     def finish(self, state: Tensor) -> Tensor:
         """Statistics [r, 10] from a state that has seen the whole vocabulary."""
@@ -208,7 +219,7 @@ class RowKernels:
             tile.student, tile.teacher, *self._biases(tile), self._targets(tile),
             statistics, term_weights, *self.transform,
             0 if tile.teacher is None else self.divergence, self.objective.beta, tile.start,
-            self.head.narrow_gradient,
+            self.head.narrow_gradient, 0.0 if tile.teacher is None else self.entry_clip or 0.0,
         )  # fmt: skip
 
     def round(

@@ -1,7 +1,8 @@
-"""The streaming state of rows [n, 16] float64 (RowState of csrc/divergence.h) across ranks.
+"""The streaming state of rows [n, 19] float64 (RowState of csrc/divergence.h) across ranks.
 
 Each rank has swept its part of the vocabulary. The maxima are agreed on, every rank moves its sums
-to them, and the sums are added up: 12 numbers a token cross the network, 16 with a mixture.
+to them, and the sums are added up: 12 numbers a token cross the network, 4 more with a
+mixture and 3 more with clipped entries.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ STUDENT_MAX, TEACHER_MAX = 0, 1
 SUMS = slice(2, 11)  # those of the first sweep, in the order of `_moved`, and the targets' logits
 MIXTURE_SUMS = slice(11, 15)
 EXPOSED = 15
+CLIP_SUMS = slice(16, 19)
 
 
 def join_parts(state: Tensor, divergence: int, shard: VocabularyShard) -> Tensor:
@@ -28,9 +30,11 @@ def join_parts(state: Tensor, divergence: int, shard: VocabularyShard) -> Tensor
     return joined
 
 
-def add_mixture_sums(state: Tensor, shard: VocabularyShard) -> None:
-    """Add up what the second sweep left on each rank."""
-    state[:, MIXTURE_SUMS] = shard.total(state[:, MIXTURE_SUMS])
+def add_second_sums(state: Tensor, shard: VocabularyShard, *, mixture: bool, clips: bool) -> None:
+    """Add up what the second sweep left on each rank, of a mixture and of clipped entries."""
+    for columns, is_there in ((MIXTURE_SUMS, mixture), (CLIP_SUMS, clips)):
+        if is_there:
+            state[:, columns] = shard.total(state[:, columns])
 
 
 def _moved(state: Tensor, student_max: Tensor, teacher_max: Tensor, divergence: int) -> Tensor:

@@ -117,7 +117,10 @@ class ReferenceBackend:
         if teacher is not None:
             # Row constants anew rather than from `statistics`, which is rounded to float32.
             constants = _row_constants(student, teacher, objective, inputs.shard)
-            slope = divergence_gradient(log_s, teacher.logprobs, *constants, objective)
+            slope = divergence_gradient(
+                log_s, teacher.logprobs, *constants, objective,
+                lambda sums: _over_ranks(sums, inputs.shard),
+            )  # fmt: skip
             # A weight of 0 is no gradient, whatever the row holds (an infinite KL that is clipped).
             gradient += torch.where(weights[:, 0:1] == 0, 0.0, weights[:, 0:1] * slope)
         gradient += weights[:, 1:2] * p_s

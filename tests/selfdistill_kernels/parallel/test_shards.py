@@ -69,6 +69,8 @@ PLAIN = {
     "top-k of the teacher": Problem(Objective("jsd", top_k=5, top_k_of="teacher")),
     "top-k without tail": Problem(Objective("reverse_kl", top_k=9, tail=False, entropy=0.1)),
     "slabs": Problem(Objective("jsd", beta=0.3), {"tokens": 40}, {"workspace": 7000}),
+    "clipped entries": Problem(Objective("forward_kl", entry_clip=0.05, entropy=0.1)),
+    "clipped entries of a mixture": Problem(Objective("skew_kl", beta=0.2, entry_clip=0.05)),
 }
 PLAIN_JSD = Problem(Objective("jsd"))
 # Hidden states as DTensors: of a plain body, and of one with sequence parallelism.

@@ -144,7 +144,7 @@ def test_slabs_equal_one_visit(capability, divergence, transform, slab):
         return None if x is None else x[..., piece]
 
     before = p.student.clone(), p.teacher.clone()
-    state = torch.full((4, 16), math.nan, dtype=torch.float64)
+    state = torch.full((4, 19), math.nan, dtype=torch.float64)
     for piece in pieces:
         ops.row_statistics_(
             cut(p.student, piece), cut(p.teacher, piece), cut(p.student_bias, piece),
