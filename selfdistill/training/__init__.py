@@ -11,4 +11,5 @@ checkpoint.py, state_file.py states on disk, and whose they are
 run_folder.py                what a run may find in its folder
 distributed.py               the ranks that share a step; rank_failures.py: which one failed
 interrupt.py, empty_steps.py stopping in good order; steps that teach nothing
+divergence.py                numbers that are none
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from selfdistill.config import Config, ConfigError, OptimizerConfig
-from selfdistill.errors import UserError
 from selfdistill.model.attention import enable_prefix_sharing
 from selfdistill.model.device import resolve_device
 from selfdistill.model.lm_head import find_lm_heads
@@ -33,6 +31,7 @@ from selfdistill.tasks.build import training_problems
 from selfdistill.training.batch import build_batch, context_kinds
 from selfdistill.training.checkpoint import CheckpointStore, TrainState, fingerprint
 from selfdistill.training.distributed import Ranks, join_ranks
+from selfdistill.training.divergence import refuse_divergence
 from selfdistill.training.empty_steps import describe, nothing_learned, trailing
 from selfdistill.training.gradients import StudentLoss, accumulate_gradients
 from selfdistill.training.held_out import (
@@ -55,10 +54,6 @@ from selfdistill.training.run_folder import (
 from selfdistill.training.solver import build_engine, keep_date, load_solver
 from selfdistill.training.state_file import MAY_DIFFER, digest_inputs, refuse_ranks_apart
 from selfdistill.visible import say
-
-
-class DivergedError(UserError):
-    """The loss or the gradient is no longer a finite number."""
 
 
 @dataclass(frozen=True)
@@ -437,18 +432,3 @@ def warm_up(settings: OptimizerConfig) -> Callable[[int], float]:
     """Return the rate of each step, counted from 1: a warm-up and a constant."""
     rate, steps = settings.learning_rate, max(1, settings.warmup_steps)
     return lambda step: rate * min(1.0, step / steps)
-
-
-def refuse_divergence(step: int, loss: float, grad_norm: float, store: CheckpointStore) -> None:
-    """Stop before a step that would ruin the weights.
-
-    Raises:
-        DivergedError: the loss or the gradient norm is not finite.
-    """
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    raise DivergedError(
-        f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, expected finite "
-        f"numbers. The step was not taken; the last good state is {store.last}. Lower "
-        "optimizer.learning_rate, or look at the rollouts of this step."
-    )

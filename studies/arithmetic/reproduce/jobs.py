@@ -38,7 +38,8 @@ from selfdistill.rollout.attempts import Attempts, judge
 from selfdistill.runlog import JsonLines, write_atomically
 from selfdistill.seeds import derive_seed
 from selfdistill.training.checkpoint import CheckpointStore
-from selfdistill.training.loop import DivergedError, train
+from selfdistill.training.divergence import DivergedError
+from selfdistill.training.loop import train
 from selfdistill.training.solver import Solver, load_solver, sampling_params
 from studies.arithmetic.reproduce.job_list import (
     BaseEvaluation,

@@ -41,8 +41,9 @@ from selfdistill.tasks.answers import PlainChecker
 from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.tasks.interface import TaskError
 from selfdistill.training.checkpoint import CheckpointError
+from selfdistill.training.divergence import DivergedError
 from selfdistill.training.empty_steps import NothingLearnedError
-from selfdistill.training.loop import DivergedError, train
+from selfdistill.training.loop import train
 from selfdistill.training.run_folder import RunExistsError
 from selfdistill.training.solver import Solver, load_solver
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from tiny_runs import lines, tiny_config
 
 from selfdistill.config import Config, ConfigError
-from selfdistill.training.loop import DivergedError, train
+from selfdistill.training.divergence import DivergedError
+from selfdistill.training.loop import train
 from selfdistill.training.trackers import TrackerError
 
 

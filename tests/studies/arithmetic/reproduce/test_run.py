@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from selfdistill.cli import EXIT_INTERRUPTED, app
 from selfdistill.config import PromptConfig
 from selfdistill.evaluation.scores import Evaluation
-from selfdistill.training.loop import DivergedError
+from selfdistill.training.divergence import DivergedError
 from selfdistill.training.solver import load_solver
 from studies.arithmetic.reproduce.arms import FULL, QUICK, Scale
 from studies.arithmetic.reproduce.findings import collect
