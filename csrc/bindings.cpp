@@ -44,12 +44,13 @@ SELFDISTILL_LIBRARY(m) {
   // Whole rows of raw scores in. Out: entries in the row's own memory, int32 columns from its start and float32 values from
   // its middle on; those of slab i lie in [starts[i], starts[i + 1]), starts int32 [rows, slabs + 1]. A row that would need
   // more than `limit` is a dense gradient, and its first start -1. keys: int64 [rows], which the random numbers follow from.
-  // variance: float32 [rows, 2], predicted, summed over the elements of dH and over the entries.
+  // variance: float32 [rows, 2], predicted, summed over the elements of dH and over the entries. moments: float32 [rows, 4],
+  // from all entries: the same two, and the most that the lot of one entry moves dH and an entry.
   m.def(
       "row_round_(Tensor(a!) student, Tensor? teacher, Tensor? student_bias, Tensor? teacher_bias, Tensor? targets, "
       "Tensor statistics, Tensor term_weights, float logit_scale, float softcap, float temperature, int divergence, "
       "float beta, bool gradient_in_bfloat16, Tensor weight, Tensor centre, Tensor spread, Tensor keys, float tolerance, "
-      "int limit, int slab, Tensor(b!) starts, Tensor(c!) variance) -> ()");
+      "int limit, int slab, Tensor(b!) starts, Tensor(c!) variance, Tensor(d!)? moments) -> ()");
   // out [rows, H] float32 = entries (weight - centre); zeros for a dense row.
   m.def(
       "sparse_hidden_gradient_(Tensor tile, Tensor starts, int slab, Tensor weight, Tensor centre, Tensor(a!) out) -> ()");

@@ -66,7 +66,8 @@ void row_round_(Tensor& student, const OptionalTensor& teacher, const OptionalTe
                 const OptionalTensor& teacher_bias, const OptionalTensor& targets, const Tensor& statistics,
                 const Tensor& term_weights, double logit_scale, double softcap, double temperature, int64_t divergence,
                 double beta, bool gradient_in_bfloat16, const Tensor& weight, const Tensor& centre, const Tensor& spread,
-                const Tensor& keys, double tolerance, int64_t limit, int64_t slab, Tensor& starts, Tensor& variance) {
+                const Tensor& keys, double tolerance, int64_t limit, int64_t slab, Tensor& starts, Tensor& variance,
+                const OptionalTensor& moments) {
   Problem p = make_problem(student, teacher, student_bias, teacher_bias, targets, logit_scale, softcap, temperature,
                            divergence, beta, 0);
   set_gradient_type(p, gradient_in_bfloat16);
@@ -87,6 +88,10 @@ void row_round_(Tensor& student, const OptionalTensor& teacher, const OptionalTe
   rounding.limit = limit;
   rounding.keys = keys.const_data_ptr<int64_t>();
   rounding.variance = variance.data_ptr<float>();
+  if (moments) {
+    check_matrix("moments", *moments, student.device(), at::kFloat, rows, 4);
+    rounding.moments = moments->data_ptr<float>();
+  }
   const float* from = statistics.const_data_ptr<float>();
   const float* weights = term_weights.const_data_ptr<float>();
   const RoundingKernels& k = kernels().rounding;

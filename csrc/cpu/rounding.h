@@ -28,6 +28,7 @@ struct Rounding {
   int64_t limit = 0;              // a row that needs more entries becomes dense
   const int64_t* keys = nullptr;  // [rows], what a row's random numbers follow from
   float* variance = nullptr;      // [rows, 2]: predicted, summed over the elements of dH and over the entries
+  float* moments = nullptr;       // [rows, 4] or nullptr: what moments_of() in rounding.inl says of all entries
 };
 
 // What dW is made from and where it goes.
