@@ -23,6 +23,8 @@ from selfdistill_kernels.tolerance import Rounding, relative_bound
 SLAB = 1024
 # Rows that are visited together.
 BLOCK = 32
+# Rows of dW whose norm is taken together.
+NORM_ROWS = 2048
 # Of a row's columns, the share of entries from which on library products are faster.
 DENSE_SHARE = 1 / 6
 
@@ -170,7 +172,9 @@ class Rounder:
             return
         squares, said = self._squares, self._rounding.error
         if not is_sparse:
-            squares = float(torch.linalg.vector_norm(weight, dtype=torch.float32)) ** 2
+            # By parts: torch takes a 16-bit tensor as a whole to float32, or one element at a time.
+            parts = weight.split(NORM_ROWS)
+            squares = sum(float(torch.linalg.vector_norm(part.float())) ** 2 for part in parts)
         said.weight.fill_((self._weight_variance / squares) ** 0.5 if squares else math.inf)
         if said.weight_bound is not None:
             variance, step, size = torch.tensor([self._whole_variance, self._step, squares**0.5])
