@@ -51,16 +51,19 @@ SELFDISTILL_LIBRARY(m) {
       "Tensor statistics, Tensor term_weights, float logit_scale, float softcap, float temperature, int divergence, "
       "float beta, bool gradient_in_bfloat16, Tensor weight, Tensor centre, Tensor spread, Tensor keys, float tolerance, "
       "int limit, int slab, Tensor(b!) starts, Tensor(c!) variance, Tensor(d!)? moments) -> ()");
-  // out [rows, H] float32 = entries (weight - centre); zeros for a dense row.
+  // out [rows, H] float32 = entries (weight - centre); of a dense row, zeros or `with_dense` its values times weight.
   m.def(
-      "sparse_hidden_gradient_(Tensor tile, Tensor starts, int slab, Tensor weight, Tensor centre, Tensor(a!) out) -> ()");
+      "sparse_hidden_gradient_(Tensor tile, Tensor starts, int slab, bool with_dense, bool dense_in_bfloat16, Tensor weight, "
+      "Tensor centre, Tensor(a!) out) -> ()");
   // out [columns, H] float32 or bfloat16 = entries^T hidden [rows, H] (+ add, float32, which may be out itself), and bias
   // [columns] += their sums; returns the sum of the squares of out.
   m.def(
-      "sparse_weight_gradient_(Tensor tile, Tensor starts, int slab, Tensor hidden, Tensor? add, Tensor(a!) out, "
-      "Tensor(b!)? bias) -> float");
+      "sparse_weight_gradient_(Tensor tile, Tensor starts, int slab, bool with_dense, bool dense_in_bfloat16, Tensor hidden, "
+      "Tensor? add, Tensor(a!) out, Tensor(b!)? bias) -> float");
   // out float32 [columns] += the sums of the entries.
-  m.def("sparse_bias_gradient_(Tensor tile, Tensor starts, int slab, Tensor(a!) out) -> ()");
+  m.def(
+      "sparse_bias_gradient_(Tensor tile, Tensor starts, int slab, bool with_dense, bool dense_in_bfloat16, Tensor(a!) out) "
+      "-> ()");
   // Moves the active rows of a tile of any dtype to its front; returns their original places, int64 [active rows].
   m.def("gather_active_rows_(Tensor(a!) tile, Tensor active) -> Tensor");
   // Asks for large pages before a fresh tensor is touched. Values stay undefined.

@@ -21,6 +21,10 @@ struct SparseRows {
   int64_t stride = 0, capacity = 0;
   int64_t slab = 0, slabs = 0;  // columns of a slab, and how many there are
   int32_t* starts = nullptr;    // [rows, slabs + 1]: entries of slab i are [starts[i], starts[i + 1]); -1: a dense row
+  // Whether products take the dense rows along, and whether those are bfloat16.
+  bool with_dense = false, dense_is_bfloat16 = false;
+
+  bool is_dense(int64_t r) const { return starts[r * (slabs + 1)] < 0; }
 };
 
 struct Rounding {

@@ -6,6 +6,7 @@ would need too many entries, is an exact gradient; that is within every toleranc
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ BLOCK = 32
 NORM_ROWS = 2048
 # Of a row's columns, the share of entries from which on library products are faster.
 DENSE_SHARE = 1 / 6
+# A library product for a few dense rows reads and writes all of dW: up to one row of so many, they
+# are multiplied as if they were sparse.
+FEW = 32
 
 
 # Of some rows of a tile: statistics [r, 10] and weights [r, 3] of the terms.
@@ -72,11 +76,22 @@ class SparseTile:
     starts: Tensor
     variance: Tensor
     moments: Tensor | None
+    dense_in_bfloat16: bool
+
+    @functools.cached_property
+    def with_dense(self) -> bool:
+        """Whether the products take the dense rows along."""
+        return int((self.starts[:, 0] < 0).sum()) <= self.starts.shape[0] // FEW
 
     @property
     def is_dense(self) -> Tensor:
-        """[r] bool, the rows that are dense gradients."""
-        return self.starts[:, 0] < 0
+        """[r] bool, the rows that are left to library products."""
+        return (self.starts[:, 0] < 0) & (not self.with_dense)
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, int, bool, bool]:
+        """What the sparse products take of it."""
+        return self.scores, self.starts, SLAB, self.with_dense, self.dense_in_bfloat16
 
 
 class Rounder:
@@ -126,14 +141,15 @@ class Rounder:
                 min(int(DENSE_SHARE * columns), columns // 2), SLAB, starts[some], variance[some],
                 None if moments is None else moments[some],
             )  # fmt: skip
-        return SparseTile(tile.tokens, tile.student, starts, variance, moments)
+        narrow = kernels.head.narrow_gradient
+        return SparseTile(tile.tokens, tile.student, starts, variance, moments, narrow)
 
     def hidden_gradient(self, tile: SparseTile) -> Tensor:
-        """Part of dH, [r, H] float32, zeros for dense rows; notes its error."""
+        """Part of dH, [r, H] float32, zeros for rows that are left; notes its error."""
         head = self.head
         made = tile.scores.new_empty((tile.scores.shape[0], head.weight.shape[1]))
         torch.ops.selfdistill.sparse_hidden_gradient_(
-            tile.scores, tile.starts, SLAB, head.weight, head.centre, made
+            *tile.operands, head.weight, head.centre, made
         )
         sizes, said = torch.linalg.vector_norm(made, dim=1), self._rounding.error
         error = tile.variance[:, 0].sqrt() / sizes
@@ -152,7 +168,7 @@ class Rounder:
         """out [V, H] = entries^T hidden (+ add [V, H] float32); bias [V] += their sums."""
         hidden = tile.tokens.of(self._inputs.student_hidden).contiguous()
         self._squares = torch.ops.selfdistill.sparse_weight_gradient_(
-            tile.scores, tile.starts, SLAB, hidden, add, out, bias
+            *tile.operands, hidden, add, out, bias
         )
         lengths = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float32)
         copies = tile.tokens.of(self._copies)
@@ -164,7 +180,7 @@ class Rounder:
 
     def bias_gradient(self, tile: SparseTile, *, out: Tensor) -> None:
         """out [V] += the sums of the entries, where no dW is made with them."""
-        torch.ops.selfdistill.sparse_bias_gradient_(tile.scores, tile.starts, SLAB, out)
+        torch.ops.selfdistill.sparse_bias_gradient_(*tile.operands, out)
 
     def finish(self, weight: Tensor, *, is_sparse: bool) -> None:
         """Note the error of dW [V, H], which only entries have made if `is_sparse`."""
