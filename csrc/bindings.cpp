@@ -49,22 +49,26 @@ SELFDISTILL_LIBRARY(m) {
   // Whole rows of raw scores in. Out: entries in the row's own memory, int32 columns from its start and float32 values from
   // its middle on; those of slab i lie in [starts[i], starts[i + 1]), starts int32 [rows, slabs + 1]. A row that would need
   // more than `limit` is a dense gradient, and its first start -1. keys: int64 [rows], which the random numbers follow from.
-  // variance: float32 [rows, 2], predicted, summed over the elements of dH and over the entries.
+  // variance: float32 [rows, 2], predicted, summed over the elements of dH and over the entries. moments: float32 [rows, 4],
+  // from all entries: the same two, and the most that the lot of one entry moves dH and an entry.
   m.def(
       "row_round_(Tensor(a!) student, Tensor? teacher, Tensor? student_bias, Tensor? teacher_bias, Tensor? targets, "
       "Tensor statistics, Tensor term_weights, float logit_scale, float softcap, float temperature, int divergence, "
       "float beta, bool gradient_in_bfloat16, Tensor weight, Tensor centre, Tensor spread, Tensor keys, float tolerance, "
-      "int limit, int slab, Tensor(b!) starts, Tensor(c!) variance) -> ()");
-  // out [rows, H] float32 = entries (weight - centre); zeros for a dense row.
+      "int limit, int slab, Tensor(b!) starts, Tensor(c!) variance, Tensor(d!)? moments) -> ()");
+  // out [rows, H] float32 = entries (weight - centre); of a dense row, zeros or `with_dense` its values times weight.
   m.def(
-      "sparse_hidden_gradient_(Tensor tile, Tensor starts, int slab, Tensor weight, Tensor centre, Tensor(a!) out) -> ()");
+      "sparse_hidden_gradient_(Tensor tile, Tensor starts, int slab, bool with_dense, bool dense_in_bfloat16, Tensor weight, "
+      "Tensor centre, Tensor(a!) out) -> ()");
   // out [columns, H] float32 or bfloat16 = entries^T hidden [rows, H] (+ add, float32, which may be out itself), and bias
   // [columns] += their sums; returns the sum of the squares of out.
   m.def(
-      "sparse_weight_gradient_(Tensor tile, Tensor starts, int slab, Tensor hidden, Tensor? add, Tensor(a!) out, "
-      "Tensor(b!)? bias) -> float");
+      "sparse_weight_gradient_(Tensor tile, Tensor starts, int slab, bool with_dense, bool dense_in_bfloat16, Tensor hidden, "
+      "Tensor? add, Tensor(a!) out, Tensor(b!)? bias) -> float");
   // out float32 [columns] += the sums of the entries.
-  m.def("sparse_bias_gradient_(Tensor tile, Tensor starts, int slab, Tensor(a!) out) -> ()");
+  m.def(
+      "sparse_bias_gradient_(Tensor tile, Tensor starts, int slab, bool with_dense, bool dense_in_bfloat16, Tensor(a!) out) "
+      "-> ()");
   // Moves the active rows of a tile of any dtype to its front; returns their original places, int64 [active rows].
   m.def("gather_active_rows_(Tensor(a!) tile, Tensor active) -> Tensor");
   // Asks for large pages before a fresh tensor is touched. Values stay undefined.

@@ -25,6 +25,12 @@ from selfdistill_kernels.ops import (
 from selfdistill_kernels.options import LossOptions
 from selfdistill_kernels.passes import Sweep, linear_inputs, sweep, sweep_gradient, visit
 
+NO_TRANSFORMS = (
+    "gradient_tolerance: not under transforms of torch.func, nor where losses of single tokens, "
+    "ranked masks or log-probs meet dispatch modes or tensor subclasses; pass None for the exact "
+    "gradient"
+)
+
 
 def call_linear_loss(
     inputs: LinearInputs, loss_weight: Tensor, old_logprobs: Tensor | None, options: LossOptions
@@ -33,10 +39,17 @@ def call_linear_loss(
     tensors = (*inputs.tensors(), loss_weight, old_logprobs)
     if options.needs.in_place:
         return LogitsLossInPlace.apply(*tensors, options)
-    if options.rounding is not None:
-        return _outside_of_graphs(_EagerLoss.apply, tensors)(*tensors, options)
+    rounding = options.rounding
     if _is_traced(tensors):
-        loss, statistics, active, *_ = linear_loss(*tensors, *options.loss_scalars())
+        is_transformed = (
+            not torch.compiler.is_compiling()
+            and torch._C._functorch.peek_interpreter_stack() is not None
+        )
+        if rounding is not None and is_transformed:
+            raise NotImplementedError(NO_TRANSFORMS)
+        loss, statistics, active, *_, errors = linear_loss(*tensors, *options.loss_scalars())
+        if rounding is not None:
+            rounding.table.copy_(errors.detach())
         return loss, statistics, active
     return _EagerLoss.apply(*tensors, options)
 
@@ -60,15 +73,13 @@ def call_linear_statistics(
 
 
 def _outside_of_graphs(apply: Any, tensors: tuple[Tensor | None, ...]) -> Any:
-    """`apply` with a gradient tolerance: an operator's schema has no place for the errors, so that
-    a graph breaks there. Raises NotImplementedError for other tracers."""
+    """`apply` with a gradient tolerance: its errors are known in the backward pass, and an operator
+    may not write what its forward pass has returned, so that a graph breaks there. Raises
+    NotImplementedError for other tracers."""
     if torch.compiler.is_compiling():
         return torch.compiler.disable(apply)
     if _is_traced(tensors):
-        raise NotImplementedError(
-            "gradient_tolerance: not under transforms of torch.func, dispatch modes or tensor "
-            "subclasses; pass None for the exact gradient"
-        )
+        raise NotImplementedError(NO_TRANSFORMS)
     return apply
 
 

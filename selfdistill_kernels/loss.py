@@ -277,7 +277,20 @@ def _shaped(rounding: Rounding | None, leading: tuple[int, ...]) -> GradientErro
     """The errors, of tokens [...]: views of what the backend fills."""
     if rounding is None:
         return None
-    return rounding.error._replace(hidden=rounding.error.hidden.view(leading))
+    error = rounding.error
+    bound = error.hidden_bound
+    return error._replace(
+        hidden=error.hidden.view(leading),
+        hidden_bound=None if bound is None else bound.view(leading),
+    )
+
+
+class RoundedLogprobOutput(NamedTuple):
+    """The same with a `gradient_tolerance`: `gradient_error` is NaN until the backward pass."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    gradient_error: GradientError
 
 
 def fused_linear_logprobs(
@@ -295,7 +308,8 @@ def fused_linear_logprobs(
     entropy: str = "differentiable",
     workspace: str | int = "auto",
     backend: str = "auto",
-) -> LogprobOutput:
+    gradient_tolerance: float | Literal["rounding"] | GradientTolerance | None = None,
+) -> LogprobOutput | RoundedLogprobOutput:
     """log-probs of the targets and entropy, without materialising [tokens, vocabulary].
 
     What is differentiable is so with respect to hidden, weight and bias. Where all tokens fit the
@@ -309,7 +323,8 @@ def fused_linear_logprobs(
         the rest: as in `fused_linear_distillation`.
 
     Returns:
-        LogprobOutput(logprobs, entropy), [...] float32, 0 where no token exists.
+        LogprobOutput(logprobs, entropy), [...] float32, 0 where no token exists; with a
+        gradient_tolerance RoundedLogprobOutput, which has its errors beside them.
 
     Raises:
         TypeError, ValueError: bad input; the message names the argument.
@@ -322,6 +337,7 @@ def fused_linear_logprobs(
         workspace_bytes(workspace),
         backend,
         reduction="sum",
+        tolerance=GradientTolerance.of(gradient_tolerance),
     )
     models = Models.of_one(hidden, weight, bias, group)
     tokens = PerToken(require_tensor("targets", targets), mask, ignore_index)
@@ -330,10 +346,12 @@ def fused_linear_logprobs(
     expected = Expected(options.needs, terms_wanted, None, is_ranked=False)
     statistics = call_linear_statistics(inputs, options, expected)
     entropies = statistics if entropy == "differentiable" else statistics.detach()
-    return LogprobOutput(
+    found = LogprobOutput(
         statistics[:, Column.STUDENT_LOGPROB].reshape(terms.leading),
         entropies[:, Column.ENTROPY].reshape(terms.leading),
     )
+    errors = _shaped(options.rounding, terms.leading)
+    return found if errors is None else RoundedLogprobOutput(*found, errors)
 
 
 class FusedLinearDistillationLoss(nn.Module):

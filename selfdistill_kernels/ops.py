@@ -22,6 +22,7 @@ from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.options import LossOptions
 from selfdistill_kernels.passes import Sweep, linear_inputs, sweep, sweep_gradient, visit
 from selfdistill_kernels.statistics import Column, statistics_dtype
+from selfdistill_kernels.tolerance import GradientTolerance, Rounding
 
 # Columns of the statistics through which a gradient flows, with their sign in `term_weights`.
 _TERM_COLUMNS = ((Column.DIVERGENCE, 1.0), (Column.STUDENT_LOGPROB, -1.0), (Column.ENTROPY, 1.0))
@@ -77,16 +78,23 @@ def linear_loss(
     entry_clip: float | None,
     gate_sign: int | None,
     gate_threshold: float,
+    tolerance: float | None,
+    seed: int,
+    bound_risk: float | None,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
     workspace: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return loss [], statistics [N, 10], active [N], dH [N, H], dW [V, H], db [V].
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return loss [], statistics [N, 10], active [N], dH [N, H], dW [V, H], db [V] and the table of
+    a `Rounding`, without rows if there is no tolerance.
 
     Gradients that are not needed are empty tensors.
     """
+    rounding = None
+    if tolerance is not None:
+        rounding = Rounding.of(GradientTolerance(tolerance, seed, bound_risk), student_hidden)
     options = LossOptions(
         LogitTransform(logit_scale, softcap, temperature),
         Objective(
@@ -97,24 +105,33 @@ def linear_loss(
         Needs(need_hidden, need_weight, need_bias),
         workspace,
         backend,
+        rounding,
     )  # fmt: skip
     loss, statistics, active, gradients = visit(
         student_hidden, teacher_hidden, weight, teacher_weight, bias, teacher_bias, targets,
         exists, loss_weight, old_logprobs, options,
     )  # fmt: skip
-    return (loss, statistics, active, *_returned(gradients, student_hidden))
+    errors = (
+        student_hidden.new_empty((0, student_hidden.shape[0] + 1), dtype=torch.float32)
+        if rounding is None
+        else rounding.table
+    )
+    return (loss, statistics, active, *_returned(gradients, student_hidden), errors)
 
 
 @linear_loss.register_fake
 def _(
     student_hidden: Tensor, *others: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, dtype = student_hidden.shape[0], statistics_dtype(student_hidden.dtype)
+    tolerance, _seed, bound_risk = others[-8:-5]
+    errors = 0 if tolerance is None else 1 if bound_risk is None else 2
     return (
         student_hidden.new_empty((), dtype=dtype),
         student_hidden.new_empty((tokens, len(Column)), dtype=dtype),
         student_hidden.new_empty(tokens, dtype=torch.bool),
         *_fake_gradients(student_hidden, *others),
+        student_hidden.new_empty((errors, tokens + 1), dtype=torch.float32),
     )
 
 
@@ -122,7 +139,7 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.argument_count = len(inputs)
     needs = inputs[-5:-2]
     ctx.save_for_backward(
-        *(saved if needed else None for needed, saved in zip(needs, output[3:], strict=True))
+        *(saved if needed else None for needed, saved in zip(needs, output[3:6], strict=True))
     )
     ctx.set_materialize_grads(False)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from selfdistill_kernels.advantage import Gate
@@ -44,6 +44,7 @@ class LossOptions:
             objective.cross_entropy, objective.entropy,
             objective.divergence_clip, objective.importance_clip, objective.entry_clip,
             None if gate is None else gate.sign, 0.0 if gate is None else gate.threshold,
+            *((None, 0, None) if self.rounding is None else astuple(self.rounding.tolerance)),
             needs.hidden, needs.weight, needs.bias, self.workspace, self.backend,
         )  # fmt: skip
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # What rounding a gradient to bfloat16 loses: half a unit in its last place, 2^-9.
@@ -24,13 +25,17 @@ class GradientTolerance:
     Attributes:
         relative_error: the relative standard error that a token's dH may have, in (0, 1).
         seed: another one gives other random numbers.
+        bound_risk: a probability in (0, 1) asks for bounds on the errors: over the random numbers,
+            that with which any of one call's may be exceeded. They take exponentials of all
+            entries. None for the standard errors only.
 
     Raises:
-        TypeError, ValueError: neither a number in (0, 1) nor an integer.
+        TypeError, ValueError: neither numbers in (0, 1) nor an integer.
     """
 
     relative_error: float
     seed: int = 0
+    bound_risk: float | None = None
 
     def __post_init__(self) -> None:
         error = self.relative_error
@@ -48,6 +53,18 @@ class GradientTolerance:
             raise TypeError(f"gradient_tolerance: seed: expected an int, got {self.seed!r}")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"gradient_tolerance: seed: expected 64 bits, got {self.seed!r}")
+        risk = self.bound_risk
+        if risk is None:
+            return
+        if isinstance(risk, bool) or not isinstance(risk, float):
+            raise TypeError(
+                f"gradient_tolerance: bound_risk: expected a float or None, got {risk!r}"
+            )
+        if not 0.0 < risk < 1.0:
+            raise ValueError(
+                "gradient_tolerance: bound_risk: expected a probability between 0 and 1, both "
+                f"excluded, such as 1e-6, or None for no bounds; got {risk!r}"
+            )
 
     @classmethod
     def of(cls, value: float | str | GradientTolerance | None) -> GradientTolerance | None:
@@ -75,25 +92,70 @@ class GradientError(NamedTuple):
         hidden: [...] float32, of each token's dH: the square root of the expected
             |dH - exact dH|^2 over |dH|; NaN where the hidden states have no gradient.
         weight: [] float32, of dW in the same way, over all of its elements; NaN for a frozen head.
+        hidden_bound, weight_bound: with the tolerance's `bound_risk`, what |dH - exact dH| over
+            |exact dH| of a token, and the same of dW, cannot be above but with that probability;
+            inf where the exact gradient may be 0. None without.
     """
 
     hidden: Tensor
     weight: Tensor
+    hidden_bound: Tensor | None = None
+    weight_bound: Tensor | None = None
 
 
 class Rounding(NamedTuple):
-    """A tolerance on its way to a backend, with the tensors that take the error.
+    """A tolerance on its way to a backend, with the memory that takes the errors of N tokens.
 
     Attributes:
         tolerance: what is allowed.
-        error: `hidden` is [N] here.
+        table: [1, N + 1] float32, the standard errors of each dH and of dW, or with bounds
+            [2, N + 1], whose second row they are.
     """
 
     tolerance: GradientTolerance
-    error: GradientError
+    table: Tensor
+
+    @classmethod
+    def of(cls, tolerance: GradientTolerance, hidden: Tensor) -> Rounding:
+        """For hidden states [N, H]; errors are NaN."""
+        rows = 1 if tolerance.bound_risk is None else 2
+        size = (rows, hidden.shape[0] + 1)
+        return cls(tolerance, hidden.new_full(size, math.nan, dtype=torch.float32))
+
+    @property
+    def error(self) -> GradientError:
+        """Views of the table, `hidden` of N tokens."""
+        return GradientError(*(part for row in self.table for part in (row[:-1], row[-1])))
+
+    @property
+    def log_risk(self) -> float:
+        """The logarithm of 2 / the risk of one bound: those of N tokens and of dW share theirs."""
+        assert self.tolerance.bound_risk is not None
+        return math.log(2 * self.table.shape[1] / self.tolerance.bound_risk)
 
     def begin(self, *, hidden: bool, weight: bool) -> None:
         """Gradients of hidden states and of the head are being made: no error yet, and none of what
         is not made."""
-        self.error.hidden.fill_(0.0 if hidden else math.nan)
-        self.error.weight.fill_(0.0 if weight else math.nan)
+        self.table[:, :-1].fill_(0.0 if hidden else math.nan)
+        self.table[:, -1].fill_(0.0 if weight else math.nan)
+
+
+def relative_bound(variance: Tensor, step: Tensor, made: Tensor, log_risk: float) -> Tensor:
+    """What the error of a sum of independent random vectors cannot be above, over its exact size.
+
+    Bernstein's inequality in a Hilbert space (I. Pinelis, Annals of Probability 22, 1994, theorem
+    3.4): |S| <= t but with probability 2 exp(-t^2 / (2 variance + 2/3 step t)).
+
+    Args:
+        variance: [...] the sum of the vectors' variances.
+        step: [...] the largest length of one.
+        made: [...] the length of what the error is a part of.
+        log_risk: the logarithm of 2 over the probability.
+
+    Returns:
+        [...], inf where the exact size may be 0.
+    """
+    part = step * (log_risk / 3)
+    far = part + (part.square() + 2 * log_risk * variance).sqrt()
+    bound = torch.where(far < made, far / (made - far), math.inf)
+    return bound.masked_fill(far == 0, 0.0)

@@ -52,6 +52,29 @@ SparseRows make_rows(const Tensor& tile, const Tensor& starts, int64_t slab) {
   return rows;
 }
 
+SparseRows make_rows(const Tensor& tile, const Tensor& starts, int64_t slab, bool with_dense, bool dense_in_bfloat16) {
+  SparseRows rows = make_rows(tile, starts, slab);
+  rows.with_dense = with_dense;
+  rows.dense_is_bfloat16 = dense_in_bfloat16;
+  return rows;
+}
+
+// Calls f(column, value) for the entries of row r in slab s, or those of a dense row that products take along.
+template <class F>
+void each_entry(const SparseRows& from, int64_t r, int64_t s, int64_t columns, const F& f) {
+  const float* row = from.rows + r * from.stride;
+  if (!from.is_dense(r)) {
+    const int32_t* at = from.starts + r * (from.slabs + 1);
+    const int32_t* entries = reinterpret_cast<const int32_t*>(row);
+    for (int32_t i = at[s]; i < at[s + 1]; ++i) f(entries[i], row[from.capacity + i]);
+  } else if (from.with_dense) {
+    const int64_t end = std::min((s + 1) * from.slab, columns);
+    for (int64_t j = s * from.slab; j < end; ++j) {
+      f(j, from.dense_is_bfloat16 ? widened(reinterpret_cast<const uint16_t*>(row)[j]) : row[j]);
+    }
+  }
+}
+
 Tensor rounding_spread(const Tensor& weight, const Tensor& centre) {
   const RoundingHead head = make_head(weight, centre);
   Tensor spread = at::empty({head.columns}, centre.options());
@@ -66,7 +89,8 @@ void row_round_(Tensor& student, const OptionalTensor& teacher, const OptionalTe
                 const OptionalTensor& teacher_bias, const OptionalTensor& targets, const Tensor& statistics,
                 const Tensor& term_weights, double logit_scale, double softcap, double temperature, int64_t divergence,
                 double beta, bool gradient_in_bfloat16, const Tensor& weight, const Tensor& centre, const Tensor& spread,
-                const Tensor& keys, double tolerance, int64_t limit, int64_t slab, Tensor& starts, Tensor& variance) {
+                const Tensor& keys, double tolerance, int64_t limit, int64_t slab, Tensor& starts, Tensor& variance,
+                const OptionalTensor& moments) {
   Problem p = make_problem(student, teacher, student_bias, teacher_bias, targets, logit_scale, softcap, temperature,
                            divergence, beta, 0);
   set_gradient_type(p, gradient_in_bfloat16);
@@ -87,6 +111,10 @@ void row_round_(Tensor& student, const OptionalTensor& teacher, const OptionalTe
   rounding.limit = limit;
   rounding.keys = keys.const_data_ptr<int64_t>();
   rounding.variance = variance.data_ptr<float>();
+  if (moments) {
+    check_matrix("moments", *moments, student.device(), at::kFloat, rows, 4);
+    rounding.moments = moments->data_ptr<float>();
+  }
   const float* from = statistics.const_data_ptr<float>();
   const float* weights = term_weights.const_data_ptr<float>();
   const RoundingKernels& k = kernels().rounding;
@@ -96,10 +124,12 @@ void row_round_(Tensor& student, const OptionalTensor& teacher, const OptionalTe
   });
 }
 
-void sparse_hidden_gradient_(const Tensor& tile, const Tensor& starts, int64_t slab, const Tensor& weight,
-                             const Tensor& centre, Tensor& out) {
+void sparse_hidden_gradient_(const Tensor& tile, const Tensor& starts, int64_t slab, bool with_dense, bool dense_in_bfloat16,
+                             const Tensor& weight, const Tensor& centre, Tensor& out) {
   const RoundingHead head = make_head(weight, centre);
-  const SparseRows from = make_rows(tile, starts, slab);
+  const SparseRows from = make_rows(tile, starts, slab, with_dense, dense_in_bfloat16);
+  TORCH_CHECK(head.columns == tile.size(1), "weight: got ", head.columns, " rows, expected one for each of ", tile.size(1),
+              " columns");
   check_matrix("out", out, tile.device(), at::kFloat, tile.size(0), head.hidden);
   float* to = out.data_ptr<float>();
   // Few rows at a time, for the thread that is free: some have many entries.
@@ -108,9 +138,10 @@ void sparse_hidden_gradient_(const Tensor& tile, const Tensor& starts, int64_t s
   });
 }
 
-double sparse_weight_gradient_(const Tensor& tile, const Tensor& starts, int64_t slab, const Tensor& hidden,
-                               const OptionalTensor& add, Tensor& out, const OptionalTensor& bias) {
-  const SparseRows from = make_rows(tile, starts, slab);
+double sparse_weight_gradient_(const Tensor& tile, const Tensor& starts, int64_t slab, bool with_dense,
+                               bool dense_in_bfloat16, const Tensor& hidden, const OptionalTensor& add, Tensor& out,
+                               const OptionalTensor& bias) {
+  const SparseRows from = make_rows(tile, starts, slab, with_dense, dense_in_bfloat16);
   const int64_t rows = tile.size(0), columns = tile.size(1);
   TORCH_CHECK(hidden.device().is_cpu() && hidden.dim() == 2 && hidden.size(0) == rows && hidden.is_contiguous(),
               "hidden: expected a contiguous CPU tensor [", rows, ", hidden], got ", hidden.sizes(), " on ",
@@ -148,11 +179,7 @@ double sparse_weight_gradient_(const Tensor& tile, const Tensor& starts, int64_t
       std::fill(places, places + slab + 1, 0);
       const auto each = [&](const auto& f) {
         for (int64_t r = 0; r < rows; ++r) {
-          const int32_t* at = from.starts + r * (from.slabs + 1);
-          if (at[0] < 0) continue;
-          const int32_t* entries = reinterpret_cast<const int32_t*>(from.rows + r * from.stride);
-          const float* values = from.rows + r * from.stride + from.capacity;
-          for (int32_t i = at[s]; i < at[s + 1]; ++i) f(r, entries[i] - begin, values[i]);
+          each_entry(from, r, s, columns, [&](int64_t column, float value) { f(r, column - begin, value); });
         }
       };
       // By column, and in each by row, whatever the thread.
@@ -180,16 +207,15 @@ double sparse_weight_gradient_(const Tensor& tile, const Tensor& starts, int64_t
   return total;
 }
 
-void sparse_bias_gradient_(const Tensor& tile, const Tensor& starts, int64_t slab, Tensor& out) {
-  const SparseRows from = make_rows(tile, starts, slab);
+void sparse_bias_gradient_(const Tensor& tile, const Tensor& starts, int64_t slab, bool with_dense, bool dense_in_bfloat16,
+                           Tensor& out) {
+  const SparseRows from = make_rows(tile, starts, slab, with_dense, dense_in_bfloat16);
   check_vector("out", out, tile.device(), at::kFloat, tile.size(1));
   float* to = out.data_ptr<float>();
   for (int64_t r = 0; r < tile.size(0); ++r) {
-    const int32_t* at = from.starts + r * (from.slabs + 1);
-    if (at[0] < 0) continue;
-    const int32_t* entries = reinterpret_cast<const int32_t*>(from.rows + r * from.stride);
-    const float* values = from.rows + r * from.stride + from.capacity;
-    for (int32_t i = 0; i < at[from.slabs]; ++i) to[entries[i]] += values[i];
+    for (int64_t s = 0; s < from.slabs; ++s) {
+      each_entry(from, r, s, tile.size(1), [&](int64_t column, float value) { to[column] += value; });
+    }
   }
 }
 

@@ -21,6 +21,10 @@ struct SparseRows {
   int64_t stride = 0, capacity = 0;
   int64_t slab = 0, slabs = 0;  // columns of a slab, and how many there are
   int32_t* starts = nullptr;    // [rows, slabs + 1]: entries of slab i are [starts[i], starts[i + 1]); -1: a dense row
+  // Whether products take the dense rows along, and whether those are bfloat16.
+  bool with_dense = false, dense_is_bfloat16 = false;
+
+  bool is_dense(int64_t r) const { return starts[r * (slabs + 1)] < 0; }
 };
 
 struct Rounding {
@@ -28,6 +32,7 @@ struct Rounding {
   int64_t limit = 0;              // a row that needs more entries becomes dense
   const int64_t* keys = nullptr;  // [rows], what a row's random numbers follow from
   float* variance = nullptr;      // [rows, 2]: predicted, summed over the elements of dH and over the entries
+  float* moments = nullptr;       // [rows, 4] or nullptr: what moments_of() in rounding.inl says of all entries
 };
 
 // What dW is made from and where it goes.

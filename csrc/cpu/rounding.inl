@@ -238,6 +238,27 @@ Rounded round_row(const RoundedRow& row, const RoundingHead& head, float tau, in
   return made;
 }
 
+// From all entries of a row, with the exponentials that rounding it avoids: the variance of dH and of the entries, and the
+// most that the lot of one entry moves dH and an entry.
+void moments_of(const RoundedRow& row, const RoundingHead& head, float tau, int64_t key, RoundingSpace& space, float* to) {
+  double variance = 0.0, own_variance = 0.0;
+  float spread = 0.0f;
+  // Nothing stays below a threshold of 0: what is left out is smaller than a normal number.
+  row.sweep(0.0, false, Stream(key, kRounding), space.candidates, [&](int32_t column, float e, float) {
+    const float size = fabsf(e);
+    if (size == 0.0f || size >= tau) return true;
+    const double own = (double)size * (tau - size);
+    variance += own * head.spread[column];
+    own_variance += own;
+    spread = larger(spread, head.spread[column]);
+    return true;
+  });
+  to[0] = (float)variance;
+  to[1] = (float)own_variance;
+  to[2] = tau * sqrtf(spread);
+  to[3] = own_variance > 0.0 ? tau : 0.0f;
+}
+
 bool is_finite(const float* statistics, const float* weights) {
   float sum = 0.0f;
   for (int i = 0; i < kStatistics; ++i) {
@@ -262,6 +283,8 @@ void round_rows(const Problem& p, const float* statistics, const float* term_wei
     int32_t* starts = to.starts + r * (to.slabs + 1);
     float* variance = rounding.variance + 2 * r;
     variance[0] = variance[1] = 0.0f;
+    float* moments = rounding.moments ? rounding.moments + 4 * r : nullptr;
+    if (moments) memset(moments, 0, 4 * sizeof(float));
     Rounded made;
     made.fits = false;
     if (weights[0] == 0.0f && weights[1] == 0.0f && weights[2] == 0.0f) {
@@ -272,6 +295,7 @@ void round_rows(const Problem& p, const float* statistics, const float* term_wei
       const RoundedRow row(p, student, teacher, target, found, weights);
       const float tau = choose_threshold(row, head, rounding.tolerance, rounding.keys[r], *space);
       made = round_row(row, head, tau, rounding.limit, rounding.keys[r], to, starts, *space);
+      if (moments && made.fits) moments_of(row, head, tau, rounding.keys[r], *space, moments);
     }
     if (!made.fits) {
       starts[0] = -1;

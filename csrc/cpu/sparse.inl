@@ -39,6 +39,26 @@ SELFDISTILL_FN void add_four(const Element* const* rows, const float* values, in
   }
 }
 
+float dense_value(const SparseRows& from, int64_t r, int64_t column) {
+  const float* row = from.rows + r * from.stride;
+  return from.dense_is_bfloat16 ? widened(reinterpret_cast<const uint16_t*>(row)[column]) : row[column];
+}
+
+// to += sum over columns [begin, end) of a dense row's value * row of the head
+template <class Element>
+void add_dense(const RoundingHead& head, const SparseRows& from, int64_t r, int64_t begin, int64_t end, float* to) {
+  for (int64_t j = begin; j < end; j += 4) {
+    const Element* rows[4];
+    float by[4];
+    for (int k = 0; k < 4; ++k) {
+      const bool inside = j + k < end;
+      rows[k] = static_cast<const Element*>(head.weight) + (inside ? j + k : j) * head.hidden;
+      by[k] = inside ? dense_value(from, r, j + k) : 0.0f;
+    }
+    add_four(rows, by, head.hidden, to);
+  }
+}
+
 template <class Element>
 void sparse_hidden_gradient_of(const RoundingHead& head, const SparseRows& from, float* out, int64_t begin, int64_t end) {
   memset(out + begin * head.hidden, 0, (end - begin) * head.hidden * sizeof(float));
@@ -46,7 +66,11 @@ void sparse_hidden_gradient_of(const RoundingHead& head, const SparseRows& from,
   for (int64_t slab = 0; slab < from.slabs; ++slab) {
     for (int64_t r = begin; r < end; ++r) {
       const int32_t* starts = from.starts + r * (from.slabs + 1);
-      if (starts[0] < 0) continue;
+      if (from.is_dense(r)) {
+        const int64_t first = slab * from.slab, last = first + from.slab < head.columns ? first + from.slab : head.columns;
+        if (from.with_dense) add_dense<Element>(head, from, r, first, last, out + r * head.hidden);
+        continue;
+      }
       const int32_t* columns = reinterpret_cast<const int32_t*>(from.rows + r * from.stride);
       const float* values = from.rows + r * from.stride + from.capacity;
       const Element* weight = static_cast<const Element*>(head.weight);
@@ -64,7 +88,7 @@ void sparse_hidden_gradient_of(const RoundingHead& head, const SparseRows& from,
   }
   for (int64_t r = begin; r < end; ++r) {
     const int32_t* starts = from.starts + r * (from.slabs + 1);
-    if (starts[0] < 0) continue;
+    if (from.is_dense(r)) continue;
     const float* values = from.rows + r * from.stride + from.capacity;
     double total = 0.0;
     for (int32_t i = 0; i < starts[from.slabs]; ++i) total += values[i];

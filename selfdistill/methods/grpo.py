@@ -136,7 +136,7 @@ class GRPOLoss:
         )
 
     def _logprobs(self, hidden: Tensor, targets: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
-        return fused_linear_logprobs(
+        found = fused_linear_logprobs(
             hidden,
             head.weight,
             targets,
@@ -145,6 +145,7 @@ class GRPOLoss:
             logit_scale=head.logit_scale,
             softcap=head.softcap,
         )
+        return found.logprobs, found.entropy
 
 
 T = TypeVar("T")

@@ -37,7 +37,7 @@ from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.options import LossOptions
 from selfdistill_kernels.parallel.operands import agreed_shard, local_operands
 from selfdistill_kernels.statistics import statistics_dtype
-from selfdistill_kernels.tolerance import GradientError, GradientTolerance, Rounding
+from selfdistill_kernels.tolerance import GradientTolerance, Rounding
 
 
 @dataclass(frozen=True)
@@ -305,16 +305,11 @@ def prepare(
         needs,
         settings.workspace,
         backend,
-        None if settings.tolerance is None else _rounding(settings.tolerance, inputs),
+        None
+        if settings.tolerance is None
+        else Rounding.of(settings.tolerance, inputs.student_hidden),
     )
     return inputs, terms, options
-
-
-def _rounding(tolerance: GradientTolerance, inputs: LinearInputs) -> Rounding:
-    """The tolerance with room for errors; 0 for a token without a gradient, NaN before there is
-    one."""
-    hidden = torch.full((inputs.student_hidden.shape[0],), math.nan, device=inputs.device)
-    return Rounding(tolerance, GradientError(hidden, hidden.new_full((), math.nan)))
 
 
 def _linear_inputs(

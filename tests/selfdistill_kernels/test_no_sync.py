@@ -144,7 +144,23 @@ def test_the_loss_operator(operators, gate):
     weight = old = meta(6, dtype=torch.float32)
     terms = ("jsd", 0.5, 0.1, 0.2, 0.3, 2.0, 3.0)
     loss, statistics, active, *_ = operators[ops.linear_loss](
-        *flat_tensors(), weight, old, 1.0, None, 1.0, *terms, gate, 0.1, True, True, False, 0, ""
+        *flat_tensors(),
+        weight,
+        old,
+        1.0,
+        None,
+        1.0,
+        *terms,
+        gate,
+        0.1,
+        None,
+        0,
+        None,
+        True,
+        True,
+        False,
+        0,
+        "",
     )
     assert loss.shape == ()
     assert statistics.shape == (6, len(Column))

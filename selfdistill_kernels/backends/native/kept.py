@@ -138,7 +138,7 @@ class KeptProducts:
             return None
         weight = weight.where(wanted, 0.0)
         if rounding is not None:
-            rounding.error.hidden.masked_fill_(weight == 0, 0.0)
+            rounding.table[:, :-1].masked_fill_(weight == 0, 0.0)
         weight = weight[:, None]
         # A weight of 0 is no gradient, whatever the row holds.
         made = torch.where(weight == 0, 0.0, weight * self._hidden)

@@ -6,6 +6,7 @@ would need too many entries, is an exact gradient; that is within every toleranc
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,14 +18,19 @@ from selfdistill_kernels.backends.interface import LinearInputs
 from selfdistill_kernels.backends.lots import centre_of, copies_of, keys_of
 from selfdistill_kernels.backends.native.rows import RowKernels, Tile
 from selfdistill_kernels.backends.tokens import Tokens
-from selfdistill_kernels.tolerance import Rounding
+from selfdistill_kernels.tolerance import Rounding, relative_bound
 
 # Columns of the head that an entry's products read and write together: a part of a core's caches.
 SLAB = 1024
 # Rows that are visited together.
 BLOCK = 32
+# Rows of dW whose norm is taken together.
+NORM_ROWS = 2048
 # Of a row's columns, the share of entries from which on library products are faster.
 DENSE_SHARE = 1 / 6
+# A library product for a few dense rows reads and writes all of dW: up to one row of so many, they
+# are multiplied as if they were sparse.
+FEW = 32
 
 
 # Of some rows of a tile: statistics [r, 10] and weights [r, 3] of the terms.
@@ -61,17 +67,31 @@ class SparseTile:
         scores: [r, V] float32: what `row_round_` left there.
         starts: [r, slabs + 1] int32, where the entries of each slab begin; -1 first in a dense row.
         variance: [r, 2] float32, summed over the elements of dH and over the entries.
+        moments: [r, 4] float32 for bounds: the same two of all entries, and the most that the lot
+            of one entry moves dH and an entry.
     """
 
     tokens: Tokens
     scores: Tensor
     starts: Tensor
     variance: Tensor
+    moments: Tensor | None
+    dense_in_bfloat16: bool
+
+    @functools.cached_property
+    def with_dense(self) -> bool:
+        """Whether the products take the dense rows along."""
+        return int((self.starts[:, 0] < 0).sum()) <= self.starts.shape[0] // FEW
 
     @property
     def is_dense(self) -> Tensor:
-        """[r] bool, the rows that are dense gradients."""
-        return self.starts[:, 0] < 0
+        """[r] bool, the rows that are left to library products."""
+        return (self.starts[:, 0] < 0) & (not self.with_dense)
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, int, bool, bool]:
+        """What the sparse products take of it."""
+        return self.scores, self.starts, SLAB, self.with_dense, self.dense_in_bfloat16
 
 
 class Rounder:
@@ -93,6 +113,8 @@ class Rounder:
         )
         self._copies = copies_of(self._keys)
         self._weight_variance = self._squares = 0.0
+        # Of all entries, for a bound: the variance of dW, and the most that one lot moves it.
+        self._whole_variance = self._step = 0.0
 
     def round(self, kernels: RowKernels, tile: Tile, terms: Terms) -> SparseTile:
         """The scores of whole rows become rounded gradients."""
@@ -100,6 +122,8 @@ class Rounder:
         starts = tile.student.new_empty((rows, -(-columns // SLAB) + 1), dtype=torch.int32)
         variance = tile.student.new_empty((rows, 2))
         tolerance = self._rounding.tolerance
+        bounds = tolerance.bound_risk is not None
+        moments = tile.student.new_empty((rows, 4)) if bounds else None
         keys = tile.tokens.of(self._keys)
         # A few rows at a time, so that they are still in the cache when they are read again.
         for first in range(0, rows, BLOCK):
@@ -115,19 +139,27 @@ class Rounder:
                 self.head.weight, self.head.centre, self.head.spread,
                 keys[some], tolerance.relative_error,
                 min(int(DENSE_SHARE * columns), columns // 2), SLAB, starts[some], variance[some],
+                None if moments is None else moments[some],
             )  # fmt: skip
-        return SparseTile(tile.tokens, tile.student, starts, variance)
+        narrow = kernels.head.narrow_gradient
+        return SparseTile(tile.tokens, tile.student, starts, variance, moments, narrow)
 
     def hidden_gradient(self, tile: SparseTile) -> Tensor:
-        """Part of dH, [r, H] float32, zeros for dense rows; notes its error."""
+        """Part of dH, [r, H] float32, zeros for rows that are left; notes its error."""
         head = self.head
         made = tile.scores.new_empty((tile.scores.shape[0], head.weight.shape[1]))
         torch.ops.selfdistill.sparse_hidden_gradient_(
-            tile.scores, tile.starts, SLAB, head.weight, head.centre, made
+            *tile.operands, head.weight, head.centre, made
         )
-        error = tile.variance[:, 0].sqrt() / torch.linalg.vector_norm(made, dim=1)
+        sizes, said = torch.linalg.vector_norm(made, dim=1), self._rounding.error
+        error = tile.variance[:, 0].sqrt() / sizes
         error.masked_fill_(tile.variance[:, 0] == 0, 0.0)
-        tile.tokens.put(self._rounding.error.hidden, error)
+        tile.tokens.put(said.hidden, error)
+        if tile.moments is not None:
+            assert said.hidden_bound is not None
+            variance, _, step, _ = tile.moments.unbind(1)
+            bound = relative_bound(variance, step, sizes, self._rounding.log_risk)
+            tile.tokens.put(said.hidden_bound, bound)
         return made
 
     def weight_gradient(
@@ -136,22 +168,31 @@ class Rounder:
         """out [V, H] = entries^T hidden (+ add [V, H] float32); bias [V] += their sums."""
         hidden = tile.tokens.of(self._inputs.student_hidden).contiguous()
         self._squares = torch.ops.selfdistill.sparse_weight_gradient_(
-            tile.scores, tile.starts, SLAB, hidden, add, out, bias
+            *tile.operands, hidden, add, out, bias
         )
         lengths = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float32)
-        variance = tile.variance[:, 1] * tile.tokens.of(self._copies)
-        self._weight_variance += float(variance @ lengths.square())
+        copies = tile.tokens.of(self._copies)
+        self._weight_variance += float((tile.variance[:, 1] * copies) @ lengths.square())
+        if tile.moments is not None:
+            _, whole, _, step = tile.moments.unbind(1)
+            self._whole_variance += float((whole * copies) @ lengths.square())
+            self._step = max(self._step, float((step * copies * lengths).max()))
 
     def bias_gradient(self, tile: SparseTile, *, out: Tensor) -> None:
         """out [V] += the sums of the entries, where no dW is made with them."""
-        torch.ops.selfdistill.sparse_bias_gradient_(tile.scores, tile.starts, SLAB, out)
+        torch.ops.selfdistill.sparse_bias_gradient_(*tile.operands, out)
 
     def finish(self, weight: Tensor, *, is_sparse: bool) -> None:
         """Note the error of dW [V, H], which only entries have made if `is_sparse`."""
-        if not self._weight_variance:
+        if not (self._weight_variance or self._whole_variance):
             return
-        squares = self._squares
+        squares, said = self._squares, self._rounding.error
         if not is_sparse:
-            squares = float(torch.linalg.vector_norm(weight, dtype=torch.float32)) ** 2
-        error = (self._weight_variance / squares) ** 0.5 if squares else math.inf
-        self._rounding.error.weight.fill_(error)
+            # By parts: torch takes a 16-bit tensor as a whole to float32, or one element at a time.
+            parts = weight.split(NORM_ROWS)
+            squares = sum(float(torch.linalg.vector_norm(part.float())) ** 2 for part in parts)
+        said.weight.fill_((self._weight_variance / squares) ** 0.5 if squares else math.inf)
+        if said.weight_bound is not None:
+            variance, step, size = torch.tensor([self._whole_variance, self._step, squares**0.5])
+            bound = relative_bound(variance, step, size, self._rounding.log_risk)
+            said.weight_bound.copy_(bound)

@@ -223,7 +223,11 @@ class RowKernels:
         )  # fmt: skip
 
     def round(
-        self, tile: Tile, statistics: Tensor, term_weights: Tensor, *rounding: Tensor | float
+        self,
+        tile: Tile,
+        statistics: Tensor,
+        term_weights: Tensor,
+        *rounding: Tensor | float | None,
     ) -> None:
         """The student's scores of whole rows become rounded gradients; `rounding` is the rest of
         what `row_round_` takes."""

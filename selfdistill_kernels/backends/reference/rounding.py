@@ -8,7 +8,7 @@ from torch import Tensor
 from selfdistill_kernels.backends.interface import LinearInputs
 from selfdistill_kernels.backends.lots import centre_of, copies_of, keys_of, uniform_numbers
 from selfdistill_kernels.backends.tokens import Tokens
-from selfdistill_kernels.tolerance import Rounding
+from selfdistill_kernels.tolerance import Rounding, relative_bound
 
 # Of the allowed variance, what thresholds are chosen for, as in csrc/cpu/rounding.inl.
 SHARE = 0.75
@@ -55,9 +55,14 @@ class RoundedRows:
         # A row that is not finite stays exact.
         finite = gradient.isfinite().all(dim=1)
         self.gradient = torch.where(finite[:, None], rounded, gradient)
-        own = torch.where(small & finite[:, None], size * (tau - size), 0.0)
+        is_rounded = small & finite[:, None]
+        own = torch.where(is_rounded, size * (tau - size), 0.0)
+        copies = copies_of(keys).to(own)
         self._variance = own @ spread
-        self._own_variance = own.sum(dim=1) * copies_of(keys).to(own)
+        self._own_variance = own.sum(dim=1) * copies
+        # The most that the lot of one entry moves dH, and those of a token and its copies an entry.
+        self._step = tau[:, 0] * torch.where(is_rounded, spread, 0.0).amax(dim=1).sqrt()
+        self._own_step = torch.where(is_rounded.any(dim=1), tau[:, 0] * copies, 0.0)
 
     def hidden(self) -> Tensor:
         """dH [n, H] before it is rounded to a dtype; notes its error."""
@@ -67,7 +72,12 @@ class RoundedRows:
         made = torch.where(exact[:, None], self.gradient @ (self._head + self._centre), made)
         error = (self._variance / made.square().sum(dim=1)).sqrt()
         error = torch.where(exact, 0.0, error)
-        self._rounding.error.hidden[self._rows] = error.to(torch.float32)
+        said = self._rounding.error
+        said.hidden[self._rows] = error.to(torch.float32)
+        if said.hidden_bound is not None:
+            sizes, log_risk = made.norm(dim=1), self._rounding.log_risk
+            bound = relative_bound(self._variance, self._step, sizes, log_risk)
+            said.hidden_bound[self._rows] = bound.to(torch.float32)
         return made
 
     def note_weight(self, weight: Tensor) -> None:
@@ -75,7 +85,12 @@ class RoundedRows:
         lengths = self._inputs.student_hidden[self._rows].to(weight.dtype).square().sum(dim=1)
         variance = self._own_variance @ lengths
         error = (variance / weight.square().sum()).sqrt() if variance > 0 else variance
-        self._rounding.error.weight.copy_(error)
+        said = self._rounding.error
+        said.weight.copy_(error)
+        if said.weight_bound is not None and variance > 0:
+            step = (self._own_step * lengths.sqrt()).max()
+            bound = relative_bound(variance, step, weight.norm(), self._rounding.log_risk)
+            said.weight_bound.copy_(bound)
 
 
 def _variances(size: Tensor, tau: Tensor) -> Tensor:
