@@ -19,7 +19,10 @@ Terms, for N tokens, hidden size H, vocabulary V, e bytes an element and m model
 - *Launches*: LAUNCH_SECONDS each.
 
 What the model leaves out: L2 bandwidth, wave quantisation, clock throttling, the allocator. They
-are inside the achieved fractions, which are assumptions and not measurements.
+are inside the achieved fractions: what others measured of their kernels where somebody published
+it, assumptions elsewhere (`Gpu.reached`).
+
+Warp-specialised kernels, which are a design and no code, have their formulas in design.py.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ STATISTICS_BYTES = 40
 
 FLOAT32 = 4
 
-Kind = Literal["library", "fused", "rows"]
+Kind = Literal["library", "fused", "specialised", "rows"]
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,12 @@ class Gpu:
         bandwidth: of DRAM, bytes/s.
         machine: what the kernels' plan knows of it: multiprocessors, usable cache.
         tile: of the sweep.
-        library, fused: fraction of `peak` that library GEMMs and Triton's GEMMs reach; assumed.
+        library, fused: fraction of `peak` that library GEMMs and Triton's GEMMs reach.
         streaming: fraction of `bandwidth` that a kernel reaches; assumed.
         source: which data sheet.
+        reached: where `library`, `fused` and `specialised` come from.
+        specialised: fraction of `peak` that others' warp-specialised kernels reach; None where
+            there is no such hardware, or no figure.
     """
 
     name: str
@@ -73,11 +79,35 @@ class Gpu:
     fused: float
     streaming: float
     source: str
+    reached: str = "assumed"
+    specialised: float | None = None
+
+    def fraction(self, kind: Kind) -> float:
+        """The fraction of `peak` that GEMMs of this kind reach.
+
+        Raises:
+            ValueError: specialised kernels on a GPU without them.
+        """
+        if kind == "specialised":
+            if self.specialised is None:
+                raise ValueError(f"{self.name}: no figure of a warp-specialised kernel")
+            return self.specialised
+        return self.fused if kind == "fused" else self.library
 
 
-def _gpu(name: str, architecture: str, *, source: str, **figures: float) -> Gpu:
+def _gpu(
+    name: str, architecture: str, *, source: str, reached: str = "assumed", **figures: float
+) -> Gpu:
     machine, tile = MACHINES[architecture], SHIPPED[architecture]["sweep"]
-    return Gpu(name=name, machine=machine, tile=tile, source=source, **figures)
+    return Gpu(name=name, machine=machine, tile=tile, source=source, reached=reached, **figures)
+
+
+# 728 TFLOP/s: three bare GEMMs at 8192/4096/151936 take 42 ms on an H100 (trl #7244). 511: verl's
+# fused cross entropy, a Triton kernel without specialised warps, on an H200 (Liger-Kernel #1422).
+# 811: quack's cross entropy on a Hopper; CuTe's, cuTile's and Liger's there 740 to 763 (#1356).
+_HOPPER = "others' kernels on Hopper: 728, 511 and 811 TFLOP/s"
+# 1,475 TFLOP/s: Liger's CuTe cross entropy (Liger-Kernel #1339). A library is at least as fast.
+_BLACKWELL = "library, specialised: Liger's CuTe kernel, 1,475 TFLOP/s; fused: assumed"
 
 
 GPUS: dict[str, Gpu] = {
@@ -89,16 +119,18 @@ GPUS: dict[str, Gpu] = {
         ),
         _gpu(
             "H100", "sm_90", peak=989e12, bandwidth=3.35e12,
-            library=0.70, fused=0.55, streaming=0.85, source="NVIDIA H100 SXM",
+            library=0.74, fused=0.52, specialised=0.82, streaming=0.85,
+            source="NVIDIA H100 SXM", reached=_HOPPER,
         ),
         _gpu(
             "H200", "sm_90", peak=989e12, bandwidth=4.8e12,
-            library=0.70, fused=0.55, streaming=0.85, source="NVIDIA H200 SXM",
+            library=0.74, fused=0.52, specialised=0.82, streaming=0.85,
+            source="NVIDIA H200 SXM", reached=_HOPPER,
         ),
         _gpu(
             "B200", "sm_100", peak=2250e12, bandwidth=8.0e12,
-            library=0.70, fused=0.45, streaming=0.85,
-            source="NVIDIA HGX B200; its L2 as drivers report it",
+            library=0.65, fused=0.45, specialised=0.65, streaming=0.85,
+            source="NVIDIA HGX B200; its L2 as drivers report it", reached=_BLACKWELL,
         ),
         _gpu(
             "MI300X", "gfx942", peak=1307e12, bandwidth=5.3e12,
@@ -178,9 +210,9 @@ class Step:
 
     def seconds(self, gpu: Gpu) -> float:
         """Predicted."""
-        reached = gpu.fused if self.kind == "fused" else gpu.library
+        arithmetic = self.flops / (gpu.fraction(self.kind) * gpu.peak)
         return (
-            max(self.flops / (reached * gpu.peak), self.bytes / (gpu.streaming * gpu.bandwidth))
+            max(arithmetic, self.bytes / (gpu.streaming * gpu.bandwidth))
             + self.launches * LAUNCH_SECONDS
         )
 

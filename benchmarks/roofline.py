@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from benchmarks import arguments, cost
+from benchmarks import arguments, cost, design
 from benchmarks.cost import GPUS, Cost, Gpu, Size
 from benchmarks.problems import SHAPES, Shape
 from benchmarks.report import OURS, PEER, Table, markdown_table, print_table
@@ -47,6 +47,10 @@ class Strategy:
     @property
     def is_ours(self) -> bool:
         return self.key.startswith(("sweep", "store"))
+
+    def is_for(self, gpu: Gpu) -> bool:
+        """Whether the model knows what this GPU makes of it: the design is not for all."""
+        return gpu.specialised is not None or not self.key.startswith("design")
 
 
 def _liger_chunked(size: Size, gpu: Gpu, *, rows: int = 1024) -> Cost:
@@ -108,6 +112,14 @@ def strategies() -> list[Strategy]:
                 )
                 for rho in RHOS
             ]
+        found += [
+            Strategy(
+                f"design_{way.name}{suffix}",
+                f"design: specialised, {way.label}{frozen}",
+                partial(way.cost, trained=trained),
+            )
+            for way in design.WAYS
+        ]
         found.append(Strategy(f"trl{suffix}", f"TRL tiles{frozen}", partial(_trl, trained=trained)))
         if trained:  # it always computes dW
             found.append(Strategy("liger", "Liger chunks, 1024 rows", _liger_chunked))
@@ -197,6 +209,8 @@ def predictions(gpus: Sequence[Gpu], shapes: Sequence[Shape]) -> list[Prediction
         size = Size(shape.tokens, shape.hidden, shape.vocabulary)
         for gpu in gpus:
             for strategy in strategies():
+                if not strategy.is_for(gpu):
+                    continue
                 made = strategy.cost(size, gpu)
                 found.append(
                     Prediction(
@@ -217,13 +231,18 @@ def gpu_table(gpus: Sequence[Gpu]) -> Table:
             f"{gpu.machine.cache_bytes / MEBIBYTE:.0f}",
             f"{gpu.library:.2f}",
             f"{gpu.fused:.2f}",
+            "-" if gpu.specialised is None else f"{gpu.specialised:.2f}",
             f"{gpu.streaming:.2f}",
             gpu.source,
+            gpu.reached,
         )
         for gpu in gpus
     ]
-    head = ("", "TFLOP/s", "TB/s", "usable cache MiB", "library", "fused", "stream", "data sheet")
-    return Table("GPUs: dense 16-bit peaks; fractions assumed to be reached", head, body)
+    head = (
+        "", "TFLOP/s", "TB/s", "usable cache MiB", "library", "fused", "specialised", "stream",
+        "data sheet", "fractions of GEMMs",
+    )  # fmt: skip
+    return Table("GPUs: dense 16-bit peaks; fractions taken to be reached", head, body)
 
 
 def time_table(found: Sequence[Prediction], shape: str) -> Table:
@@ -232,7 +251,10 @@ def time_table(found: Sequence[Prediction], shape: str) -> Table:
     gpus = list(dict.fromkeys(one.gpu for one in here))
     times = {(one.label, one.gpu): one.predicted_seconds for one in here}
     body = [
-        (label, *(f"{times[label, gpu] * 1e3:.1f}" for gpu in gpus))
+        (
+            label,
+            *(f"{times[label, gpu] * 1e3:.1f}" if (label, gpu) in times else "-" for gpu in gpus),
+        )
         for label in dict.fromkeys(one.label for one in here)
     ]
     return Table(f"Predicted ms, N/H/V {shape}", ("", *gpus), body)

@@ -27,6 +27,10 @@ def by_name(made: Cost) -> dict[str, Step]:
     return {step.name: step for step in made.steps}
 
 
+# With kernels that specialise their warps and reach 0.8 of the peak.
+SPECIALISED = replace(TOY, specialised=0.8)
+
+
 def test_a_step_takes_the_longer_of_arithmetic_and_traffic():
     launch = cost.LAUNCH_SECONDS
     assert Step("", "library", 2e12, 1e9).seconds(TOY) == pytest.approx(2.0 + launch)
@@ -34,6 +38,15 @@ def test_a_step_takes_the_longer_of_arithmetic_and_traffic():
     # Half of the peak for fused kernels.
     assert Step("", "fused", 2e12, 3e9).seconds(TOY) == pytest.approx(4.0 + launch)
     assert Step("", "rows", 0.0, 1e9, 1000).seconds(TOY) == pytest.approx(1.0 + 1000 * launch)
+
+
+def test_specialised_kernels_where_somebody_has_them():
+    step = Step("", "specialised", 2e12, 1e9)
+    assert step.seconds(SPECIALISED) == pytest.approx(2.5 + cost.LAUNCH_SECONDS)
+    with pytest.raises(ValueError, match="toy: no figure of a warp-specialised kernel"):
+        step.seconds(TOY)
+    known = {name for name, gpu in GPUS.items() if gpu.specialised is not None}
+    assert known == {"H100", "H200", "B200"}
 
 
 def test_units_of_a_size():

@@ -76,12 +76,16 @@ def compile_job(job: Job, architecture: str) -> Any:
     return triton.compile(source, target=target, options=compiler_options(job.shape))
 
 
-def _read_nvidia(compiled: Any, warps: int, seconds: float) -> Report:
+def machine_code(compiled: Any) -> tuple[str, str]:
+    """Resource usage and SASS of a kernel compiled for NVIDIA, as `cuobjdump` prints them."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = _cuobjdump("--dump-resource-usage", cubin)
-        sass = _cuobjdump("-sass", cubin)
+        return _cuobjdump("--dump-resource-usage", cubin), _cuobjdump("-sass", cubin)
+
+
+def _read_nvidia(compiled: Any, warps: int, seconds: float) -> Report:
+    usage, sass = machine_code(compiled)
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Report(
         registers=found["REG"],
