@@ -93,7 +93,7 @@ def ratio(divergence: str, clip: float, rounds: int, shape: Shape = SHAPE) -> tu
         for limit in random.sample(list(times), len(times)):
             start = time.process_time()
             out = fused_linear_distillation(
-                *leaves[:1], problem.teacher_hidden, leaves[1],
+                leaves[0], problem.teacher_hidden, leaves[1],
                 objective=Objective(divergence, entry_clip=limit),
             )  # fmt: skip
             torch.autograd.grad(out.loss, leaves)
@@ -113,7 +113,7 @@ def main() -> None:
     if options.plot is not None:
         draw(options.clip, options.plot)
     if options.rounds:
-        print(environment(torch.device("cpu")))
+        print(environment("cpu"))
         for name in ("forward_kl", "jsd"):
             made, changed = ratio(name, options.clip, options.rounds)
             print(f"{name}: {made:.3f} of the time without, {changed:.0%} of the tokens clipped")
