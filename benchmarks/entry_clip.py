@@ -61,7 +61,7 @@ def draw(clip: float, to: Path, points: int = 199) -> None:
     from matplotlib.patches import Patch
 
     colours = ("white", "#9ecae1", "#969696", "#d6604d")
-    figure, panels = plt.subplots(1, len(NAMES), figsize=(10, 4.1), sharey=True)
+    figure, panels = plt.subplots(1, len(NAMES), figsize=(10, 4.3), sharey=True)
     for panel, name in zip(panels, NAMES, strict=True):
         panel.imshow(
             kinds_of_step(name, clip, points).numpy(), origin="lower", extent=(0, 1, 0, 1),
@@ -77,7 +77,7 @@ def draw(clip: float, to: Path, points: int = 199) -> None:
     ]
     figure.legend(handles=patches, loc="lower center", ncols=4, frameon=False)
     figure.suptitle(f"The step of two entries with entry_clip = {clip:g}")
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(to, metadata={"Date": None} if to.suffix == ".svg" else None)
     plt.close(figure)
 
