@@ -86,7 +86,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         console: where progress is shown; the standard error stream by default.
 
     Raises:
-        ConfigError: `gradient_tolerance` on a GPU, or a schedule or tracker that is none.
+        ConfigError: `gradient_tolerance` on a GPU, `shard` with vLLM, no such schedule or tracker.
         RunExistsError: the folder holds a run and `resume` is False, or one that cannot go on.
         PlaceTakenError: another process works in the folder.
         LogError: the folder holds a log that is none.
@@ -121,6 +121,13 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             f"method.loss.gradient_tolerance: a run on {device} makes the exact gradient only: set "
             "it to null, or device: cpu"
         )
+    sharded = config.shard and ranks.size > 1
+    if sharded and config.rollout.engine.name != "transformers":
+        raise ConfigError(
+            f"shard: rollout.engine {config.rollout.engine.name} takes over whole weights, and its "
+            "log-probs are compared with theirs, but no rank has them: set shard: false (with an "
+            "adapter there is little to spread), or rollout.engine.name: transformers"
+        )
     kept = config.checkpoint.keep
     store = CheckpointStore(config.output_dir / CHECKPOINTS, keep=None if kept == "all" else kept)
     rate_of, may_differ = warm_up(config.optimizer), {*MAY_DIFFER}
@@ -144,7 +151,6 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
     enable_prefix_sharing(student, backend=config.attention)
     base_sha256 = fingerprint(student)
     # A teacher with weights of its own copies them here, where the student has learned nothing yet.
-    sharded = config.shard and ranks.size > 1
     teacher = build_teacher(config.method.teacher, student, own_frozen=sharded)
     lm_heads = find_lm_heads(student, teacher)
     method = solver.build_method(config.method)
@@ -153,12 +159,6 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
     )
     # Divided weights would be gathered for every sampled token, so a whole copy samples; it is made
     # while there is a whole model to copy.
-    if sharded and config.rollout.engine.name != "transformers":
-        raise ConfigError(
-            f"shard: rollout.engine {config.rollout.engine.name} takes over whole weights, and its "
-            "log-probs are compared with theirs, but no rank has them: set shard: false (with an "
-            "adapter there is little to spread), or rollout.engine.name: transformers"
-        )
     if sharded:
         solver = replace(solver, engine=build_engine(config, deepcopy(student), solver.tokenizer))
     if config.activation_checkpointing:

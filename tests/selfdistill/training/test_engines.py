@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 from completion_server import Answer, Server, completion
+from rich.console import Console
 from safetensors.torch import load_file
-from tiny_runs import forked_runs, ranks_settings
 
 from selfdistill.cli import main
-from selfdistill.config import Config, save_config
+from selfdistill.config import Config, ConfigError, save_config
 from selfdistill.rollout.engine import EngineError
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.runlog import JsonLines
+from selfdistill.training import loop
+from selfdistill.training.distributed import Ranks
 from selfdistill.training.loop import train
 
 
@@ -146,14 +148,16 @@ def test_a_missing_vllm_is_named_with_its_remedy(
     assert "pip install vllm" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "engine",
+    [{"name": "vllm"}, {"name": "vllm_server", "base_urls": ["http://127.0.0.1:9/v1"]}],
+    ids=["vllm", "vllm_server"],
+)
 def test_an_engine_with_weights_of_its_own_takes_no_part_in_sharding(
-    solver_dir: Path, tmp_path: Path
+    tmp_path: Path, engine: dict[str, Any]
 ) -> None:
-    """It needs whole weights, and so does the comparison with its log-probs."""
-    settings = ranks_settings(solver_dir, tmp_path / "run", shard=True)
-    settings["adapter"] = {"r": 2}
-    urls = ["http://127.0.0.1:9/v1"]  # is not asked
-    settings["rollout"]["engine"] = {"name": "vllm_server", "base_urls": urls}
-    case = {"config": settings, "does": "raise", "rank": None, "size": 2}
-    (said,) = forked_runs("failures", {"cases": {"shard": case}}, tmp_path).values()
-    assert all("set shard: false" in text for text in said.values())
+    """It needs whole weights, and so does the comparison; known before anything is loaded."""
+    settings = {"adapter": {"r": 2}, "rollout": {"engine": engine}, "shard": True}
+    config = make_config(tmp_path / "none", tmp_path / "run", **settings)
+    with pytest.raises(ConfigError, match="set shard: false"):
+        loop._train(config, Ranks(0, 2), console=Console(quiet=True))
