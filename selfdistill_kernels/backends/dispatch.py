@@ -42,6 +42,8 @@ class Found:
         capability: compute capability of the NVIDIA GPU in question; None where there is none, or
             none was asked about.
         amd: architecture of the AMD GPU in question, such as "gfx942"; None likewise.
+        untested_triton: None where the installed Triton was tested, else why "auto" takes it for no
+            GPU, for a person. Whoever names the backend gets it.
     """
 
     triton_problem: str | None
@@ -50,6 +52,7 @@ class Found:
     interprets: bool = False
     capability: tuple[int, int] | None = None
     amd: str | None = None
+    untested_triton: str | None = None
 
     def missing(self, backend: str, device: str) -> str | None:
         """None, or why a backend that takes the inputs cannot run here, and what mends it."""
@@ -69,6 +72,11 @@ class Found:
         if backend == "native":
             return self.cuda_problem if device == "cuda" else self.native_problem
         return None
+
+    def unwanted(self, backend: str, device: str) -> str | None:
+        """None, or why "auto" does not take a backend that takes the inputs."""
+        missing = self.missing(backend, device)
+        return self.untested_triton if missing is None and backend == "triton" else missing
 
 
 def capability_problem(capability: tuple[int, int]) -> str:
@@ -94,7 +102,7 @@ class Choice:
 
     Attributes:
         backend: a name of BACKENDS other than "auto".
-        passed_over: better backends that take these inputs, each with what is missing.
+        passed_over: better backends that take these inputs, each with what is missing or untested.
     """
 
     backend: str
@@ -135,10 +143,10 @@ def decide(
         for backend in PREFERENCE.get(device, ()):
             if dtype not in SERVED[backend, device] or (is_sharded and backend not in JOINING):
                 continue
-            missing = found.missing(backend, device)
-            if missing is None:
+            unwanted = found.unwanted(backend, device)
+            if unwanted is None:
                 return Choice(backend, tuple(passed_over))
-            passed_over.append((backend, missing))
+            passed_over.append((backend, unwanted))
         return Choice("reference", tuple(passed_over))
     if name != "reference":
         if dtype not in SERVED.get((name, device), ()):
