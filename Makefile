@@ -1,8 +1,9 @@
 # `make demo` runs the main job on a fresh machine, `make test` the tests that people wait for,
 # `make test-all` every test, `make lint` ruff and mypy, `make clean` removes what these made.
-# All but `clean` set up .venv first. `make test-vllm` tests the vLLM engine with vLLM itself, in an
+# All but `clean` and `gpu` set up .venv first. `make test-vllm` tests the vLLM engine with vLLM itself, in an
 # environment of its own, and `make test-matrix` what hangs on versions under others than the pinned
-# ones (hours; it writes docs/compatibility.md). `make docs` builds the site in build/site,
+# ones (hours; it writes docs/compatibility.md). `make gpu` measures everything on the GPU at hand with
+# the Python and the packages that are there (docs/gpu-run.md; PYTHON=..., GPU_ARGUMENTS=...). `make docs` builds the site in build/site,
 # `make kernel-hub` a kernel for Hugging Face's hub in build/kernel-hub.
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 # what was skipped, and why.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=10 -n 2 --dist worksteal
 
-.PHONY: demo docs kernel-hub test test-all test-portable test-matrix test-vllm lint setup clean
+.PHONY: demo docs gpu kernel-hub test test-all test-portable test-matrix test-vllm lint setup clean
 
 demo: setup
 	$(BIN)/selfdistill demo
@@ -33,6 +34,10 @@ test-portable: setup
 
 test-matrix:
 	$(PYTHON) tests/version_matrix.py
+
+# Neither a build nor an installation: the tree as it is, found through the working directory.
+gpu:
+	PYTHONPATH=. HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.gpu $(GPU_ARGUMENTS)
 
 kernel-hub: setup
 	$(BIN)/python -m kernel_hub

@@ -5,6 +5,9 @@ Each builder is one of `contender.Contender.build`: mean cross entropy of the sa
 
 from __future__ import annotations
 
+import torch
+from torch.nn import functional as F
+
 from benchmarks.contender import Step, StepResult, gradients
 from benchmarks.problems import Problem
 from selfdistill_kernels import fused_linear_logprobs
@@ -47,6 +50,25 @@ def cut_cross_entropy(problem: Problem, *, implementation: str) -> Step:
     def step() -> StepResult:
         loss = linear_cross_entropy(
             problem.student_hidden, problem.weight, problem.targets, impl=implementation
+        )
+        return gradients(loss, problem.student_hidden, problem.weight)
+
+    return step
+
+
+def core_cross_entropy(problem: Problem, *, rows: int | None = None) -> Step:
+    """torch's own linear_cross_entropy, whole or by chunks of rows.
+
+    Raises:
+        NotImplementedError: this torch has none.
+    """
+    if not hasattr(F, "linear_cross_entropy"):
+        raise NotImplementedError(f"torch {torch.__version__} has no linear_cross_entropy")
+    options = None if rows is None else torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+
+    def step() -> StepResult:
+        loss = F.linear_cross_entropy(
+            problem.student_hidden, problem.weight, problem.targets, options=options
         )
         return gradients(loss, problem.student_hidden, problem.weight)
 

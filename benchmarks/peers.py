@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from benchmarks.contender import Contender, Step, StepResult, gradients
 from benchmarks.cross_entropy import (
+    core_cross_entropy,
     cut_cross_entropy,
     liger_cross_entropy,
     ours_cross_entropy,
@@ -31,6 +32,8 @@ from selfdistill_kernels.backends.registry import found_on
 
 # Rows that Liger scores at a time. Its default, 1024, materialises all logits of the small shapes.
 LIGER_ROWS = (128, 1024)
+# Rows that torch's own linear_cross_entropy takes at a time.
+CORE_ROWS = 1024
 # The versions that are compared with, as pip installs them (requirements.txt).
 TRL, LIGER = "trl==1.16.0", "liger-kernel==0.8.5"
 RHOS = (0.5, 0.2, 0.05)
@@ -128,6 +131,13 @@ def _cross_entropy_contenders() -> list[Contender]:
             partial(materialised, compiled=True),
             rounds_logits=True,
             compiled=True,
+        ),
+        Contender("core", "torch, linear_cross_entropy", core_cross_entropy, rounds_logits=True),
+        Contender(
+            "core_chunks",
+            f"the same, {CORE_ROWS} rows",
+            partial(core_cross_entropy, rows=CORE_ROWS),
+            rounds_logits=True,
         ),
         Contender(
             "liger",

@@ -8,16 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import rich.box
-import rich.table
-from rich.console import Console
-
 from benchmarks.checks import Errors
 from benchmarks.memory import MEBIBYTE
 from benchmarks.timing import Timing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from rich.console import Console
 
 OURS, PEER = "#2563a8", "#b4b9c0"
 
@@ -229,6 +226,10 @@ def markdown_table(table: Table) -> list[str]:
 
 def print_table(console: Console, table: Table) -> None:
     """Draw it on a terminal of 80 columns or more."""
+    # Not at the top: `make gpu` makes the same tables where rich need not be installed.
+    import rich.box
+    import rich.table
+
     drawn = rich.table.Table(
         title=table.title,
         title_justify="left",

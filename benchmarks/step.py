@@ -107,14 +107,17 @@ class StepProblem:
     Attributes:
         shape: of the group.
         size: of the model.
+        device: where it computes; dtype: of its weights.
     """
 
     shape: StepShape
     size: ModelSize
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        return self.size.build()
+        return self.size.build().to(self.device, self.dtype)
 
     @cached_property
     def group(self) -> PromptGroup:
@@ -142,11 +145,11 @@ Step = Callable[[], Tensor]
 def naive(problem: StepProblem) -> Step:
     """Rows of equal length here, so that padding costs the naive step nothing."""
     model, group, response = problem.model, problem.group, problem.shape.response
-    completions = torch.tensor(group.completions)
-    student_ids = torch.cat(
-        [torch.tensor([group.student_prompt] * len(completions)), completions], dim=1
-    )
-    teacher_ids = torch.cat([torch.tensor(group.teacher_prompts), completions], dim=1)
+    completions = torch.tensor(group.completions, device=problem.device)
+    prompts = torch.tensor([group.student_prompt] * len(completions), device=problem.device)
+    student_ids = torch.cat([prompts, completions], dim=1)
+    teacher_prompts = torch.tensor(group.teacher_prompts, device=problem.device)
+    teacher_ids = torch.cat([teacher_prompts, completions], dim=1)
 
     def hidden(ids: Tensor) -> Tensor:
         rows = model.get_decoder()(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
@@ -162,14 +165,19 @@ def naive(problem: StepProblem) -> Step:
     return step
 
 
-def shared(problem: StepProblem) -> Step:
-    """What the trainer does with one group."""
+def shared(problem: StepProblem, *, attention: str = "auto") -> Step:
+    """What the trainer does with one group.
+
+    Args:
+        attention: who computes it (`selfdistill.model.attention.choose_backend`).
+    """
     model, teacher = problem.model, LiveTeacher()
-    score(model, teacher, [problem.group])  # checks the model once, as training does
+    # Checks the model once, as training does.
+    score(model, teacher, [problem.group], attention=attention)
 
     def step() -> Tensor:
         _use(model, "selfdistill_prefix_tree")
-        scored = score(model, teacher, [problem.group])
+        scored = score(model, teacher, [problem.group], attention=attention)
         assert scored.teacher_hidden is not None  # a teacher was given
         return _fused_loss(model, scored.student_hidden, scored.teacher_hidden, scored.targets)
 

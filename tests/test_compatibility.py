@@ -9,17 +9,24 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from selfdistill_kernels.backends.triton_versions import TESTED_TRITON
+from tests.triton_matrix import TARGETS, cell
+
 ROOT = Path(__file__).parents[1]
 # Ranges that this table cannot speak for: they need a GPU, or an environment of their own, or speak
 # to servers only.
 ELSEWHERE = {"flash-attn", "vllm", "httpx2"}
 
 
-def table() -> list[dict[str, str]]:
-    """The rows of docs/compatibility.md, each by column."""
+TRITONS = "## The Tritons that torch ships"
+
+
+def table(part: int = 0) -> list[dict[str, str]]:
+    """The rows of docs/compatibility.md, each by column; part 1 is the table of the Tritons."""
+    text = (ROOT / "docs/compatibility.md").read_text().split(TRITONS)[part]
     lines = [
         [cell.strip() for cell in line.strip("| \n").split(" | ")]
-        for line in (ROOT / "docs/compatibility.md").read_text().splitlines()
+        for line in text.splitlines()
         if line.startswith("|")
     ]
     head, _, *rows = lines
@@ -66,3 +73,18 @@ def _next(above: Version, tested: Version) -> bool:
     """The upper end is the next minor release, or, for packages that keep to it, the next major."""
     major, minor = tested.major, tested.minor
     return above.release in {(major, minor + 1), (major + 1,)}
+
+
+def test_auto_takes_the_tritons_of_the_table_and_no_others():
+    assert tuple(row["Triton"] for row in table(1)) == TESTED_TRITON
+    assert {row["triton"] for row in table(0)} <= set(TESTED_TRITON)
+    for row in table(1):
+        for target in TARGETS:
+            assert row[target].partition(":")[0].isdigit(), f"{row['Triton']}, {target}"
+            assert "does not compile" not in row[target], f"{row['Triton']}, {target}"
+
+
+def test_a_cell_tells_what_is_said_against_which_kernels():
+    passes, spills = {"kernel": "sweep", "refusals": []}, {"kernel": "sweep", "refusals": ["bad"]}
+    assert cell([passes, passes]) == "2"
+    assert cell([passes, spills, spills]) == "3: 2 sweep bad"

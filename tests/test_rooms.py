@@ -32,7 +32,7 @@ ROOMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "token loss": ("token_loss",),
         "interface of a backend": ("backends.tokens", "backends.interface", "options"),
         "lots": ("backends.lots",),
-        "choice of a backend": ("backends.dispatch",),
+        "choice of a backend": ("backends.dispatch", "backends.triton_versions"),
         "reference": ("backends.reference",),
         "native": ("backends.native",),
         "triton": ("backends.triton",),

@@ -45,6 +45,8 @@ class Found:
         capability: compute capability of the NVIDIA GPU in question; None where there is none, or
             none was asked about.
         amd: architecture of the AMD GPU in question, such as "gfx942"; None likewise.
+        untested_triton: None where the installed Triton was tested, else why "auto" takes it for no
+            GPU, for a person. Whoever names the backend gets it.
     """
 
     triton_problem: str | None
@@ -53,6 +55,7 @@ class Found:
     interprets: bool = False
     capability: tuple[int, int] | None = None
     amd: str | None = None
+    untested_triton: str | None = None
 
     def missing(self, backend: str, device: str) -> str | None:
         """None, or why a backend that takes the inputs cannot run here, and what mends it."""
@@ -72,6 +75,11 @@ class Found:
         if backend == "native":
             return self.cuda_problem if device == "cuda" else self.native_problem
         return None
+
+    def unwanted(self, backend: str, device: str) -> str | None:
+        """None, or why "auto" does not take a backend that takes the inputs."""
+        missing = self.missing(backend, device)
+        return self.untested_triton if missing is None and backend == "triton" else missing
 
 
 def capability_problem(capability: tuple[int, int]) -> str:
@@ -97,7 +105,7 @@ class Choice:
 
     Attributes:
         backend: a name of BACKENDS other than "auto".
-        passed_over: better backends that take these inputs, each with what is missing.
+        passed_over: better backends that take these inputs, each with what is missing or untested.
     """
 
     backend: str
@@ -153,10 +161,10 @@ def decide(
                 continue
             if clips_entries and (backend, device) not in CLIPPING:
                 continue
-            missing = found.missing(backend, device)
-            if missing is None:
+            unwanted = found.unwanted(backend, device)
+            if unwanted is None:
                 return Choice(backend, tuple(passed_over))
-            passed_over.append((backend, missing))
+            passed_over.append((backend, unwanted))
         return Choice("reference", tuple(passed_over))
     if name != "reference":
         if dtype not in SERVED.get((name, device), ()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 import warnings
 
@@ -14,6 +13,7 @@ from selfdistill_kernels.backends.dispatch import Found, decide
 from selfdistill_kernels.backends.interface import Backend
 from selfdistill_kernels.backends.native import NativeBackend, extension
 from selfdistill_kernels.backends.reference import ReferenceBackend
+from selfdistill_kernels.backends.triton_versions import installed_triton, untested
 
 CPU_TORCH = "this torch is built for CPUs only; install one for your GPU (pytorch.org/get-started)"
 
@@ -32,16 +32,21 @@ def choose_backend(
         ValueError: unknown name, or a named backend that does not take the device or dtype.
         RuntimeError: a named backend that is not available here.
     """
+    here = found_on(device)
     choice = decide(
         name,
         device=device.type,
         dtype=dtype,
-        found=found_on(device),
+        found=here,
         is_sharded=is_sharded,
         clips_entries=clips_entries,
     )
-    if choice.backend == "reference" and choice.passed_over and not torch.compiler.is_compiling():
-        _warn_once(choice.passed_over)
+    # The rows of the native backend are no loss on a GPU where nothing else was to be had; a Triton
+    # that is there and not taken is worth a word.
+    refused = ("triton", here.untested_triton) in choice.passed_over
+    told = refused or (choice.backend == "reference" and choice.passed_over)
+    if told and not torch.compiler.is_compiling():
+        _warn_once(choice.backend, choice.passed_over)
     return choice.backend
 
 
@@ -73,6 +78,7 @@ def found_on(device: torch.device) -> Found:
         interprets=_FOUND.interprets,
         capability=None if is_amd else (properties.major, properties.minor),
         amd=properties.gcnArchName.partition(":")[0] if is_amd else None,
+        untested_triton=_FOUND.untested_triton,
     )
 
 
@@ -88,12 +94,13 @@ def cuda_problem() -> str | None:
 
 def _find() -> Found:
     native = _load_native()
-    has_triton = importlib.util.find_spec("triton") is not None
+    version = installed_triton()
     return Found(
-        triton_problem=_triton_problem(has_triton),
+        triton_problem=_triton_problem(version is not None),
         native_problem=native,
         cuda_problem=native or _load_cuda(),
-        interprets=has_triton and os.environ.get("TRITON_INTERPRET") == "1",
+        interprets=version is not None and os.environ.get("TRITON_INTERPRET") == "1",
+        untested_triton=None if version is None else untested(version),
     )
 
 
@@ -118,11 +125,11 @@ def _triton_problem(has_triton: bool) -> str | None:
 
 
 @functools.cache
-def _warn_once(passed_over: tuple[tuple[str, str], ...]) -> None:
+def _warn_once(backend: str, passed_over: tuple[tuple[str, str], ...]) -> None:
     reasons = "; ".join(f"{backend}: {missing}" for backend, missing in passed_over)
+    cost = ", which materialises [tokens, vocabulary]" if backend == "reference" else ""
     warnings.warn(
-        f"selfdistill_kernels: using the reference backend, which materialises [tokens, "
-        f"vocabulary]: {reasons}",
+        f"selfdistill_kernels: using the {backend} backend{cost}: {reasons}",
         RuntimeWarning,
         stacklevel=2,
     )

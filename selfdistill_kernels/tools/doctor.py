@@ -175,8 +175,12 @@ def _backends(findings: Findings) -> Iterator[str]:
         if (backend, device) == ("triton", "cpu") and not findings.found.interprets:
             continue
         missing = findings.found.missing(backend, device)
+        unwanted = findings.found.unwanted(backend, device)
         label = f"{backend} on {device}"
-        yield f"{label:15}  {'ready' if missing is None else f'missing: {missing}'}"
+        if missing is None and unwanted is not None:
+            yield f"{label:15}  ready, but not for backend='auto': {unwanted}"
+        else:
+            yield f"{label:15}  {'ready' if missing is None else f'missing: {missing}'}"
     yield f"{'reference':15}  ready (materialises [tokens, vocabulary])"
 
 
@@ -207,7 +211,7 @@ def what_runs(findings: Findings, question: Question) -> Iterator[str]:
         needed = 6 * itemsize * question.tokens * question.vocabulary
         yield f"at least {needed / GIBIBYTE:.2f} GiB for [tokens, vocabulary]"
     for backend, missing in choice.passed_over:
-        yield f"instead of {backend}, which is missing: {missing}"
+        yield f"instead of {backend}: {missing}"
 
 
 def _shape(question: Question) -> str:

@@ -40,13 +40,14 @@ def audit(
         for dtype in dtypes:
             for job in jobs(architecture, dtype):
                 if kernels is None or job.name in kernels:
-                    entry = _entry(job, architecture, dtype)
+                    entry = entry_of(job, architecture, dtype)
                     entries.append(entry)
                     print(_row(entry), flush=True)
     return entries
 
 
-def _entry(job: Job, architecture: str, dtype: str) -> dict[str, object]:
+def entry_of(job: Job, architecture: str, dtype: str) -> dict[str, object]:
+    """What `--json` writes of one kernel: compiled, read and judged."""
     constants = dict(job.constants)
     blocks = [value for name, value in constants.items() if name.startswith("BLOCK")]
     entry: dict[str, object] = {

@@ -12,6 +12,7 @@ import torch
 
 from selfdistill_kernels.backends.dispatch import Found
 from selfdistill_kernels.backends.native.plan import TilePlan
+from selfdistill_kernels.backends.triton_versions import untested
 from selfdistill_kernels.tools import doctor
 from selfdistill_kernels.tools.doctor import (
     NO_GPU,
@@ -47,6 +48,16 @@ def section(text: str, title: str) -> list[str]:
     start = next(i for i, line in enumerate(lines) if line.startswith(title))
     end = next((i for i in range(start, len(lines)) if not lines[i]), len(lines))
     return [line.strip() for line in lines[start + 1 : end]]
+
+
+def test_a_triton_that_was_not_tested_is_no_choice_of_auto():
+    found = Found(None, None, None, untested_triton=untested("3.99.0"))
+    text = report(replace(H100, found=found), QUESTION)
+    (line,) = [one for one in section(text, "Backends") if one.startswith("triton on cuda")]
+    assert "ready, but not for backend='auto': Triton 3.99.0 is none of those" in line
+    runs = section(text, "What would run")
+    assert runs[0] == "backend native"
+    assert runs[-1].startswith("instead of triton: Triton 3.99.0 is none")
 
 
 def test_a_gpu_machine_with_everything():
@@ -91,7 +102,7 @@ def test_a_laptop_with_nothing_says_what_mends_it():
     assert section(text, "What would run") == [
         "backend reference",
         "at least 46.97 GiB for [tokens, vocabulary]",
-        "instead of native, which is missing: no compiler; run `apt install g++`",
+        "instead of native: no compiler; run `apt install g++`",
     ]
 
 
@@ -100,7 +111,7 @@ def test_a_gpu_without_triton_runs_the_cuda_rows_and_says_why():
     lines = list(what_runs(replace(H100, found=found), QUESTION))
     assert lines[0] == "backend native"
     assert lines[1].startswith("recompute (two sweeps over slabs")
-    assert lines[2] == "instead of triton, which is missing: run `pip install 'triton>=3.5'`"
+    assert lines[2] == "instead of triton: run `pip install 'triton>=3.5'`"
 
 
 @pytest.mark.parametrize("frozen", [False, True])

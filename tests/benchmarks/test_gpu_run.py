@@ -1,0 +1,252 @@
+"""What `make gpu` does around its kernels: time, processes, the record and the page.
+
+The kernels of its sections run under Triton's interpreter, in tests/triton/test_gpu_run.py.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import __main__ as program
+from benchmarks.gpu import training_step, workers
+from benchmarks.gpu.page import page
+from benchmarks.gpu.section import Section, Wrong, WrongValueError
+from benchmarks.gpu.setting import SECTIONS, StandInClock, on_a_gpu, rehearsal
+from benchmarks.report import Table
+
+ROOT = Path(__file__).resolve().parents[2]
+WRONG = Wrong(
+    kernels="gradient, product", problem="gradient jsd bfloat16 16/32/64", result="d weight",
+    entry=(3, 7), expected=0.25, got=-1.5, error=0.7, allowed=0.01, plain=0.002,
+    repeat="python -m benchmarks.gpu --section values --problem 'gradient jsd bfloat16 16/32/64'",
+)  # fmt: skip
+
+
+def left_by(section: Section) -> dict:
+    section.save()
+    return json.loads(section.file.read_text())
+
+
+@pytest.fixture
+def section(tmp_path):
+    return Section("values", 60.0, tmp_path / "values.json")
+
+
+def test_a_wrong_value_says_what_a_person_needs():
+    text = str(WrongValueError(WRONG))
+    for part in ("gradient, product", "jsd bfloat16", "d weight", "[3, 7]", "expected 0.25",
+                 "got -1.5", "error 0.7", "allowed 0.01", "--problem 'gradient jsd"):  # fmt: skip
+        assert part in text
+
+
+def test_a_section_knows_its_time_and_names_what_it_left_out(tmp_path):
+    clock = iter([100.0, 107.0, 115.0, 115.0])
+    section = Section("losses", 20.0, tmp_path / "losses.json", now=lambda: next(clock))
+    assert section.has_time("the first", 10.0)
+    assert not section.has_time("the second", 10.0)
+    assert json.loads(section.file.read_text())["left_out"] == ["the second: no time"]
+
+
+def test_the_stand_in_clock_runs_the_call_and_counts():
+    calls = []
+    clock = StandInClock()
+    assert [clock(lambda: calls.append(1)) for _ in range(3)] == [0.001, 0.002, 0.003]
+    assert len(calls) == 3
+
+
+def test_processes_are_joined(section):
+    record = left_by(section)
+    for number, wrong in enumerate((None, WRONG)):
+        own = section.file.with_name(f"values-{number}.json")
+        passed = [{"problem": f"store jsd float{16 << number} 1/2/3", "error of allowed": 0.5}]
+        found = None if wrong is None else vars(wrong)
+        own.write_text(json.dumps({**record, "data": {"passed": passed}, "wrong": found}))
+    files = [section.file.with_name(f"values-{n}.json") for n in range(3)]  # the third never wrote
+    workers.join(section, files)
+    assert section.wrong == WRONG
+    body = section.tables[0].body
+    assert body == [("store", "float16", "1", "0.50"), ("store", "float32", "1", "0.50")]
+    assert not any(file.exists() for file in files)
+
+
+FAILING = """
+import json, pathlib, sys, time
+file = pathlib.Path(sys.argv[sys.argv.index("--file") + 1])
+wrong = {wrong}
+if sys.argv[sys.argv.index("--worker") + 1] == "1":
+    wrong = None
+left = {{"data": {{"passed": []}}, "left_out": [], "wrong": wrong}}
+file.write_text(json.dumps(left))
+time.sleep(0 if wrong else 60)
+"""
+
+
+def test_the_first_wrong_value_ends_the_other_processes(section):
+    command = [sys.executable, "-c", FAILING.format(wrong=vars(WRONG))]
+    began = time.monotonic()
+    workers.check_values(rehearsal(), section, command)
+    assert section.wrong == WRONG
+    assert time.monotonic() - began < 50
+    assert section.left_out == ["process 1 of the small problems: ended from outside"]
+
+
+def test_a_process_that_breaks_is_told(section):
+    with pytest.raises(RuntimeError, match=r"process 0: .*no such thing"):
+        workers.check_values(
+            rehearsal(), section, [sys.executable, "-c", "raise SystemExit('no such thing')"]
+        )
+
+
+@pytest.fixture
+def sections_run(monkeypatch, tmp_path):
+    """Runs everything with sections that do as they are told; returns status, record and page."""
+
+    def run(told):
+        def started(args, name, seconds, file):
+            assert seconds > 0
+            if told.get(name) == "breaks":
+                return "Traceback\nRuntimeError: out of memory"
+            section = Section(name, seconds, file)
+            section.tables.append(Table(f"of {name}", ("", "ms"), [("ours", "1.5")]))
+            section.left_out = ["a library: not installed"]
+            section.wrong = WRONG if told.get(name) == "wrong" else None
+            section.save()
+            return None if section.wrong is None else "status 1"
+
+        monkeypatch.setattr(program, "_started", started)
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        status = program.main(["--rehearse", "--output", str(tmp_path)])
+        record = json.loads((tmp_path / "record.json").read_text())
+        return status, record, (tmp_path / "page.md").read_text()
+
+    return run
+
+
+def test_all_sections_run_and_are_on_the_page(sections_run, capsys):
+    status, record, text = sections_run({})
+    assert status == 0
+    assert [section["name"] for section in record["sections"]] == list(SECTIONS)
+    assert "no time here is one" in record["environment"]["device"]
+    assert text.splitlines()[2].startswith("No value was wrong. Sections: values, whole, tiles")
+    assert "| ours | 1.5 |" in text
+    assert "- left out: a library: not installed" in text
+    assert "page.md" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["values", "whole"])
+def test_nothing_runs_after_a_wrong_value(sections_run, name, capsys):
+    status, record, text = sections_run({name: "wrong"})
+    assert status == 1
+    assert record["sections"][-1]["name"] == name
+    assert record["sections"][-1]["wrong"]["entry"] == [3, 7]
+    assert "nothing ran after it" in text
+    assert "worst at [3, 7]: expected 0.25, got -1.5" in text
+    assert WRONG.repeat in capsys.readouterr().out
+
+
+def test_a_section_that_breaks_leaves_the_others_alone(sections_run):
+    status, record, text = sections_run({"tiles": "breaks"})
+    assert status == 1
+    assert [s["name"] for s in record["sections"]] == ["values", "whole", "losses", "step"]
+    assert record["failures"] == {"tiles": "Traceback\nRuntimeError: out of memory"}
+    assert "## Tiles: failed" in text
+
+
+def test_correctness_that_breaks_ends_the_run(sections_run):
+    status, record, _ = sections_run({"values": "breaks"})
+    assert status == 1
+    assert record["sections"] == []
+
+
+def test_a_section_that_hangs_is_ended_with_what_it_had(monkeypatch, tmp_path):
+    monkeypatch.setattr(program, "LATE", 0.5)
+    file = tmp_path / "losses.json"
+    script = (
+        "import pathlib, sys, time; pathlib.Path(sys.argv[-1]).write_text('{}'); time.sleep(60)"
+    )
+    monkeypatch.setattr(program, "_command", lambda args, name: [sys.executable, "-c", script])
+    args = program._parse(["--output", str(tmp_path)])
+    assert program._started(args, "losses", 1.0, file) == "ended from outside after 2 s"
+    assert file.read_text() == "{}"
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert program.main(["--output", str(tmp_path / "none")]) == 1
+    assert capsys.readouterr().out == f"{program.NO_GPU}\n"
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_unknown_problem_is_answered_with_the_known_ones(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit, match=r"(?s)statistics forward_kl.*got 'nobody'"):
+        program.main(
+            ["--rehearse", "--section", "values", "--problem", "nobody", "--output", str(tmp_path)]
+        )
+
+
+def test_the_program_starts_where_only_torch_is_installed():
+    """What a GPU machine lacks costs the section that needs it, not the run."""
+    lacking = ("rich", "transformers", "pydantic", "matplotlib", "trl", "liger_kernel")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({lacking}))\n"
+        "import benchmarks.gpu.__main__, benchmarks.gpu.losses, benchmarks.gpu.values\n"
+        "import benchmarks.gpu.whole, benchmarks.gpu.workers"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_shares_of_a_gpu_run_fit_its_minutes():
+    setting = on_a_gpu()
+    assert set(setting.shares) == set(SECTIONS)
+    assert setting.minutes <= 9
+    # Correctness cannot take the time of everything else.
+    assert setting.shares["values"] + setting.shares["whole"] < 0.5
+
+
+def test_a_training_step_is_checked_timed_and_measured(tmp_path):
+    section = Section("step", 600.0, tmp_path / "step.json")
+    training_step.measure_steps(rehearsal(), section)
+    names = ["padded rows, sdpa", "shared prefix, loop"]
+    assert list(section.data["gradient errors"]) == names
+    assert [row[0] for row in section.tables[0].body] == names
+    assert section.data[names[1]]["flops"] < section.data[names[0]]["flops"]
+    (flash, flex) = section.left_out
+    assert flash.startswith("shared prefix, flash: attention: flash cannot run")
+    assert flex.startswith("shared prefix, flex")
+
+
+def test_a_wrong_gradient_of_a_step_is_named(tmp_path, monkeypatch):
+    right = training_step.shared
+
+    def wrong(problem, **options):
+        step = right(problem, **options)
+
+        def scaled():
+            loss = step()
+            problem.model.model.layers[1].mlp.up_proj.weight.grad[4, 2] += 1.0
+            return loss
+
+        return scaled
+
+    monkeypatch.setattr(training_step, "shared", wrong)
+    section = Section("step", 600.0, tmp_path / "step.json")
+    with pytest.raises(WrongValueError) as caught:
+        training_step.measure_steps(rehearsal(), section)
+    assert caught.value.wrong.result == "gradient of model.layers.1.mlp.up_proj.weight"
+    assert caught.value.wrong.entry == (4, 2)
+
+
+def test_plots_are_on_the_page(section):
+    section.plots = ["losses.png"]
+    assert "![losses.png](losses.png)" in page({"device": "any"}, [left_by(section)], {})
