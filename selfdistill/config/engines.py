@@ -21,6 +21,10 @@ from selfdistill.config.section import (
 VLLM_ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
+# Without a name and a password, which would be written wherever the address is.
+ServerURL = Annotated[str, Field(pattern=r"^https?://[^/@]+(/|$)")]
+
+
 class VLLMSettings(Section):
     """What a vLLM engine needs to know that runs in the trainer's own process, on its device."""
 
@@ -83,7 +87,7 @@ class ServerTextEngine(TextEngine):
     """A model behind an OpenAI-compatible server."""
 
     name: Literal["server"] = "server"
-    base_url: str = Field(pattern=r"^https?://[^/]")
+    base_url: ServerURL
     """Up to and with /v1, such as http://localhost:8000/v1; a redirect is not followed."""
     api_key_variable: str = "OPENAI_API_KEY"
     """The environment variable that holds the key, if the server wants one."""
@@ -129,9 +133,6 @@ class VLLMEngineConfig(CheckedEngine, VLLMSettings):
     """vLLM with weights of its own, which follow the student's after every step; on every rank."""
 
     name: Literal["vllm"] = "vllm"
-
-
-ServerURL = Annotated[str, Field(pattern=r"^https?://[^/]")]
 
 
 class VLLMServerEngineConfig(CheckedEngine):

@@ -37,7 +37,8 @@ class RefreshedTeacherConfig(Section):
     name: Literal["refreshed"] = "refreshed"
     every: PositiveInt | None = None
     """Steps between refreshes; null refreshes after an evaluation that was no better than the best
-    one before it: then the student has learned what this teacher knows."""
+    one before it: then the student has learned what this teacher knows. Those count for
+    `evaluation.patience` all the same."""
 
 
 TeacherConfig = Annotated[

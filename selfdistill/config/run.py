@@ -15,6 +15,7 @@ from selfdistill.config.engines import (
 )
 from selfdistill.config.methods import (
     MethodConfig,
+    RefreshedTeacherConfig,
     RefSolMethod,
     ScribeCriticConfig,
     StepAlignMethod,
@@ -297,6 +298,18 @@ class Config(Section):
                 "rollout.engine.max_staleness: with top_k, top_p or min_p importance weights need "
                 "the share that was kept; vLLM does not say it, and the weights that could tell "
                 "are gone: set them to 0, 1 and 0, or max_staleness to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _refreshed_teacher_gets_to_teach(self) -> Config:
+        teacher = self.method.teacher
+        stalls = isinstance(teacher, RefreshedTeacherConfig) and teacher.every is None
+        if stalls and self.evaluation.patience == 1:
+            raise ValueError(
+                "method.teacher: without `every` it is made anew after an evaluation that found "
+                "nothing better, and evaluation.patience: 1 ends the run there: raise patience, or "
+                "set `every`"
             )
         return self
 

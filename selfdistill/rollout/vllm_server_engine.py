@@ -13,6 +13,7 @@ import secrets
 import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -74,7 +75,7 @@ class Drawing:
         self._thread.join()
         if self._error is not None:
             raise self._error
-        rollouts = [self._engine.read(choice, self._params.stop) for choice in self._choices]
+        rollouts = [self._engine.read(choice, self._params) for choice in self._choices]
         size = self._group_size
         refuse_no_numbers(rollouts, group_size=size)
         return [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
@@ -104,8 +105,10 @@ class VLLMServerEngine:
         self.servers = Servers(settings)
         config = load_config(source)
         self._positions = getattr(config, "max_position_embeddings", None)
+        self._vocabulary: int | None = getattr(config, "vocab_size", None)
         self.eos_token_ids = end_token_ids(load_generation_config(source, config), tokenizer)
         self._adapter: Adapter | None = None
+        self._removal: weakref.finalize[..., VLLMServerEngine] | None = None
         self._syncs = 0
 
     def generate(
@@ -154,11 +157,15 @@ class VLLMServerEngine:
                 "handed adapters only"
             )
         self._syncs += 1
-        previous = self._adapter
+        previous = self._removal
         is_first = not _has_ranks() or dist.get_rank() == 0
         if is_first:
             name = f"selfdistill-{self._run}-{self._syncs}"
             self._adapter = Adapter(name, self._write(model, name))
+            # The last folder goes when the engine does.
+            self._removal = weakref.finalize(
+                self, shutil.rmtree, self._adapter.folder, ignore_errors=True
+            )
             self.servers.adopt(self._adapter, loads=True)
         if _has_ranks():  # the others hear of it when the servers have it
             told: list[Any] = [self._adapter]
@@ -167,7 +174,7 @@ class VLLMServerEngine:
         if not is_first:
             self.servers.adopt(told[0], loads=False)
         elif previous is not None:
-            shutil.rmtree(previous.folder, ignore_errors=True)
+            previous()
 
     @cached_property
     def _run(self) -> str:
@@ -208,25 +215,33 @@ class VLLMServerEngine:
             "return_token_ids": True,
         }
 
-    def read(self, choice: Any, stop: Sequence[str]) -> Rollout:
+    def read(self, choice: Any, params: SamplingParams) -> Rollout:
         """Return the rollout in a server's answer.
 
         Raises:
-            EngineError: it holds no token ids, or not their log-probs.
+            EngineError: it holds no token ids, or not their log-probs, or others than were asked.
         """
+        most = params.max_new_tokens
         try:
             ids = [int(token) for token in choice["token_ids"]]
             logprobs = [float(value) for value in choice["logprobs"]["token_logprobs"]]
             complete = len(ids) == len(logprobs) > 0
+            known = self._vocabulary is None or max(ids, default=0) < self._vocabulary
         except (LookupError, TypeError, ValueError):
-            complete = False
+            complete = known = False
+        if complete and not (known and len(ids) <= most):
+            raise EngineError(
+                f"a server of rollout.engine.base_urls answered with {len(ids)} tokens up to "
+                f"{max(ids)}, asked for {most} at most of a vocabulary of {self._vocabulary}: is "
+                "it a server of this model?"
+            )
         if not complete:
             raise EngineError(
                 "a server of rollout.engine.base_urls answered without token ids and their "
                 f"log-probs: {str(choice)[:200]}. It has to be vLLM, 0.10.2 or later"
             )
         logprobs = [float("-inf") if value <= _NO_NUMBER else value for value in logprobs]
-        return make_rollout(ids, logprobs, self.tokenizer, self.eos_token_ids, stop=stop)
+        return make_rollout(ids, logprobs, self.tokenizer, self.eos_token_ids, stop=params.stop)
 
 
 def _has_ranks() -> bool:

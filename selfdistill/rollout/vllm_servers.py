@@ -19,7 +19,8 @@ from selfdistill.config import VLLMServerEngineConfig
 from selfdistill.json_text import parse_json
 from selfdistill.rollout.engine import EngineError
 
-_CONNECT = 10.0  # seconds until a machine that says nothing counts as away
+_CONNECT = 10.0  # seconds until a machine that says nothing counts as away, and what has no work
+_BUSY = (429, 502, 503, 504)  # said by a server, or a proxy before it, that is not there just now
 _POLL = 1.0  # seconds between two tries to reach a server when none is left
 _UNASKED = "was not asked yet"
 
@@ -82,6 +83,7 @@ class Servers:
             EngineError: a server refused a request, or all of them are away.
         """
         answers: dict[int, Any] = {}
+        fruitless: float | None = None
         # A round for whatever is left; the next one knows which servers are away.
         while waiting := [place for place in range(len(bodies)) if place not in answers]:
             living = self._living()
@@ -117,6 +119,14 @@ class Servers:
                 thread.join()
             if refusals:
                 raise refusals[0]
+            # A server that says that it is there, and answers no request, does not help.
+            if len(waiting) > len(bodies) - len(answers) or self._some_live():
+                fruitless = None
+                continue
+            now = time.monotonic()
+            fruitless = now if fruitless is None else fruitless
+            if now - fruitless >= self._settings.patience:
+                raise self._nobody_answers()
         return [answers[place] for place in range(len(bodies))]
 
     def adopt(self, adapter: Adapter, *, loads: bool) -> None:
@@ -144,16 +154,20 @@ class Servers:
             for server in self._servers:
                 if server.away == _UNASKED:
                     self._revive(server)
-            living = [server for server in self._servers if server.away is None]
-            if living:
-                return living
+            if self._some_live():
+                return [server for server in self._servers if server.away is None]
             if time.monotonic() >= deadline:
-                break
+                raise self._nobody_answers()
             time.sleep(_POLL)
             for server in self._servers:
                 self._revive(server)
+
+    def _some_live(self) -> bool:
+        return any(server.away is None for server in self._servers)
+
+    def _nobody_answers(self) -> EngineError:
         each = "; ".join(f"{server.url} ({server.away})" for server in self._servers)
-        raise EngineError(
+        return EngineError(
             f"no server of rollout.engine.base_urls answers: {each}. Start them (docs/"
             "several-gpus.md has the command), then go on with --resume: the checkpoints written "
             "so far are intact"
@@ -181,6 +195,8 @@ class Servers:
         status, text = self._send(server, "load_lora_adapter", body)
         if status == 200 or "already been loaded" in text:  # by another rank, at the same time
             return
+        if status in _BUSY:
+            raise _Away(f"HTTP {status}: {text}")
         if status >= 500:
             # It is what a broken adapter and one of too large a rank get, too: no other try helps.
             text += ". Does --max-lora-rank reach adapter.r?"
@@ -201,9 +217,14 @@ class Servers:
         model = server.model if self._adapter is None else self._adapter.name
         answer = self._ask(server, "completions", {"model": model, **body})
         try:
-            return answer["choices"][0]
-        except (LookupError, TypeError):
+            choice = answer["choices"][0]
+            # A server that shuts down hands out what it has.
+            is_whole = choice.get("finish_reason") in (None, "stop", "length")
+        except (LookupError, TypeError, AttributeError):
             raise _Away(f"no completion: {str(answer)[:200]}") from None
+        if not is_whole:
+            raise _Away(f"it ended a completion by {choice['finish_reason']!r}")
+        return choice
 
     def _ask(self, server: _Server, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Return the JSON that a server answers."""
@@ -215,7 +236,7 @@ class Servers:
             )
         if status == 404 and self._adapter is not None:
             raise _Away(f"it does not know the adapter any more (HTTP 404: {text})")
-        if 400 <= status < 500 and status != 429:
+        if 400 <= status < 500 and status not in _BUSY:
             raise EngineError(f"{server.url}/{path} refused the request: HTTP {status}: {text}")
         if status != 200:
             raise _Away(f"HTTP {status}: {text}")
@@ -230,7 +251,10 @@ class Servers:
         """Return status and text of an answer; an error's text is cut."""
         url = f"{server.url}/{path}"
         try:
-            answer = self._client.get(url) if body is None else self._client.post(url, json=body)
+            if body is None:
+                answer = self._client.get(url, timeout=_CONNECT)
+            else:
+                answer = self._client.post(url, json=body)
         except (self._http.HTTPError, self._http.InvalidURL) as error:
             raise _Away(f"{type(error).__name__}: {error}".removesuffix(": ")) from None
         text: str = answer.text

@@ -43,16 +43,20 @@ def out_of_patience(state: TrainState, settings: EvaluationConfig) -> bool:
     return waited >= settings.patience
 
 
-def refresh_is_due(state: TrainState, teacher: TeacherConfig | None) -> bool:
+def refresh_is_due(
+    state: TrainState, teacher: TeacherConfig | None, settings: EvaluationConfig
+) -> bool:
     """Return whether a step that is done (and evaluated, where it is to be) makes the teacher anew.
 
-    It follows from the state alone, as `out_of_patience` does.
+    It follows from the state alone, as `out_of_patience` does. The evaluation of a run's last step
+    does not count unless it is due anyway, or a run that is lengthened would be another one.
     """
     if teacher is None or teacher.name != "refreshed":
         return False
     if teacher.every is not None:
         return state.step % teacher.every == 0
-    return state.evaluated_step == state.step and state.best_step != state.step
+    is_evaluated = state.evaluated_step == state.step and state.step % settings.every == 0
+    return is_evaluated and state.best_step != state.step
 
 
 class _EvaluationStopped(Exception):

@@ -238,7 +238,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
         store.save(state, weights, solver.tokenizer, optimizer, teacher, files=files, writes=main)
 
     def refresh() -> None:
-        if teacher is not None and refresh_is_due(state, config.method.teacher):
+        if teacher is not None and refresh_is_due(state, config.method.teacher, config.evaluation):
             teacher.refresh(weights.masters)
 
     with (

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from selfdistill.rollout.engine import Rollout, RolloutEngine, naming_failures
 from selfdistill.rollout.vllm_server_engine import Drawing, VLLMServerEngine
+from selfdistill.tasks.interface import TaskError
 from selfdistill.training.distributed import Ranks
 from selfdistill.training.questions import Questions
 
@@ -72,8 +74,10 @@ class Ahead:
             # While the servers are idle: beside other rollouts a short one takes as long as they.
             self.fresh = self._probe(questions)
         if questions.step < self._steps:
-            self._next = self._ask(questions.step + 1)
-            if self._next.prompts:
+            # Where none of its problems fits, that is said when its turn has come.
+            with suppress(TaskError):
+                self._next = self._ask(questions.step + 1)
+            if self._next is not None and self._next.prompts:
                 with naming_failures(self._engine, self._next.names):
                     self._drawing = self._engine.begin(
                         self._next.prompts,
@@ -98,7 +102,7 @@ class Ahead:
         return probe.prompts, probe.sample(self._engine)
 
     def settle(self) -> None:
-        """Wait for what is being drawn, which must be over before the weights are synced.
+        """Wait for what is being drawn, on all ranks, before the weights are synced.
 
         Raises:
             EngineError: see `selfdistill.rollout.engine.sample`.
@@ -110,6 +114,8 @@ class Ahead:
             with naming_failures(self._engine, self._next.names):
                 self._drawn = self._drawing.finish()
         self._next, self._drawing = None, None
+        # The first rank to sync has the servers forget the adapter that others still draw from.
+        self._ranks.any(False)
 
     def files(self) -> dict[str, str]:
         """Return what a checkpoint has to keep; all ranks call it together."""

@@ -1,10 +1,11 @@
 """The engine that asks servers of vLLM, with stand-ins for them (`vllm_stand_in.py`).
 
-tests/selfdistill/rollout/test_vllm_servers.py asks real ones.
+tests/selfdistill/rollout/test_vllm_ranks.py asks real ones.
 """
 
 from __future__ import annotations
 
+import socket
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from vllm_stand_in import StandIn
 
 from selfdistill.config import VLLMServerEngineConfig
+from selfdistill.rollout import vllm_servers
 from selfdistill.rollout.engine import EngineError, NotANumberError, Rollout, SamplingParams, sample
 from selfdistill.rollout.transformers_engine import TransformersEngine
 from selfdistill.rollout.vllm_server_engine import VLLMServerEngine
@@ -44,10 +46,9 @@ def servers(folder: Path) -> Iterator[list[StandIn]]:
 
 
 def engine_of(servers: list[StandIn], **settings: Any) -> VLLMServerEngine:
-    config = VLLMServerEngineConfig(
-        base_urls=tuple(server.url for server in servers),
-        **{"dtype": "float32", "patience": 0.0, "concurrency": 2, **settings},
-    )
+    usual = {"dtype": "float32", "patience": 0.0, "concurrency": 2}
+    urls = tuple(server.url for server in servers)
+    config = VLLMServerEngineConfig(**{"base_urls": urls, **usual, **settings})
     return VLLMServerEngine(str(servers[0].folder), build_tokenizer(), config)
 
 
@@ -119,6 +120,8 @@ def test_the_folder_for_adapters_is_chosen(
         (kept,) = (tmp_path / "shared").iterdir()  # the one before is deleted
         assert kept.name == servers[0].adapters[-1]
         assert (kept / "adapter_model.safetensors").is_file()
+    del engine
+    assert not [*(tmp_path / "shared").iterdir()]
     (tmp_path / "file").write_text("")
     with pytest.raises(EngineError, match=r"cannot write the adapter .*rollout.engine.adapters"):
         engine_of(servers, adapters=tmp_path / "file").sync(model)
@@ -223,6 +226,66 @@ def test_a_silent_server_is_left(servers: list[StandIn]) -> None:
     engine = engine_of(servers, timeout=0.5)
     assert engine.generate(PROMPTS, group_size=1, params=PARAMS) == whole
     assert time.monotonic() - start < 5.0  # or it would have waited
+
+
+def test_one_that_is_there_and_answers_no_request_ends_the_run(servers: list[StandIn]) -> None:
+    for server in servers:
+        server.replies["completions"] = (500, "out of order")
+    start = time.monotonic()
+    with pytest.raises(EngineError, match=r"no server of .* answers: .*out of order"):
+        engine_of(servers, patience=0.3).generate(PROMPTS, group_size=1, params=PARAMS)
+    assert time.monotonic() - start < 30.0
+
+
+def test_a_request_that_one_server_fails_is_asked_of_the_other(servers: list[StandIn]) -> None:
+    whole = engine_of(servers).generate(PROMPTS[:1], group_size=2, params=PARAMS)
+    servers[0].replies["completions"] = (500, "out of order")
+    assert engine_of(servers).generate(PROMPTS[:1], group_size=2, params=PARAMS) == whole
+
+
+def test_one_that_takes_connections_and_says_nothing_is_away_at_once(
+    folder: Path, servers: list[StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_servers, "_CONNECT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        engine = engine_of(servers[:1], base_urls=(servers[0].url, url), timeout=60.0)
+        start = time.monotonic()
+        engine.sync(adapted(folder))
+        assert time.monotonic() - start < 30.0
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_one_that_is_not_there_just_now_gets_no_adapter_and_ends_nothing(
+    folder: Path, servers: list[StandIn], status: int
+) -> None:
+    servers[1].replies["load_lora_adapter"] = (status, "later")
+    engine = engine_of(servers)
+    engine.sync(moved(adapted(folder)))
+    engine.generate(PROMPTS, group_size=2, params=PARAMS)
+    assert servers[1].count("completions") == 0
+
+
+def test_what_a_server_cut_short_is_asked_of_the_other(servers: list[StandIn]) -> None:
+    whole = engine_of(servers).generate(PROMPTS, group_size=2, params=PARAMS)
+
+    def spoil(choice: dict[str, Any]) -> None:
+        choice["token_ids"], choice["finish_reason"] = choice["token_ids"][:1], "abort"
+        choice["logprobs"]["token_logprobs"] = choice["logprobs"]["token_logprobs"][:1]
+
+    servers[0].spoil = spoil
+    assert engine_of(servers).generate(PROMPTS, group_size=2, params=PARAMS) == whole
+
+
+@pytest.mark.parametrize("ids", [[4] * 50, [1000000]])
+def test_tokens_that_were_not_asked_for_are_refused(servers: list[StandIn], ids: list[int]) -> None:
+    def spoil(choice: dict[str, Any]) -> None:
+        choice["token_ids"] = ids
+        choice["logprobs"]["token_logprobs"] = [-1.0] * len(ids)
+
+    servers[0].spoil = spoil
+    with pytest.raises(EngineError, match=rf"answered with {len(ids)} tokens up to {max(ids)}"):
+        engine_of(servers).generate(PROMPTS, group_size=1, params=PARAMS)
 
 
 def test_a_model_without_numbers_is_named(servers: list[StandIn]) -> None:

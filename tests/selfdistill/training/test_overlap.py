@@ -163,6 +163,10 @@ def test_two_ranks_give_the_result_of_one_and_one_goes_on_alone(
     servers: list[StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = settings(servers, tmp_path / "ranks", steps=3, checkpoint={"keep": "all"})
+    # One request after the other, so that a rank still draws when the other has all it needs.
+    case["rollout"]["engine"]["concurrency"] = 1
+    for server in servers:
+        server.delay = 0.1
     answer = forked_runs("ranks", {"cases": {"ranks": case}}, tmp_path)
     assert answer["ranks"]["ranks_agree"]
     assert_close_runs(tmp_path / "ranks" / "1", tmp_path / "ranks" / "2")
@@ -208,6 +212,7 @@ def test_stale_servers_are_found_while_rollouts_are_drawn_ahead(
         ({"max_staleness": 2}, "less than or equal to 1"),
         ({"base_urls": []}, "at least 1 item"),
         ({"base_urls": ["localhost:8000"]}, "match pattern"),
+        ({"base_urls": ["http://me:secret@host/v1"]}, "match pattern"),
     ],
 )
 def test_combinations_without_a_meaning_are_refused(

@@ -14,7 +14,9 @@ import selfdistill.training.loop
 from selfdistill.config import (
     BaseTeacherConfig,
     Config,
+    EvaluationConfig,
     RefreshedTeacherConfig,
+    TeacherConfig,
 )
 from selfdistill.training.checkpoint import TrainState
 from selfdistill.training.held_out import evaluate, refresh_is_due
@@ -27,14 +29,20 @@ def state(step: int, *, evaluated: int | None, best: int | None) -> TrainState:
 
 def test_it_is_time_after_so_many_steps_or_when_an_evaluation_found_nothing_better() -> None:
     every_third, stalled = RefreshedTeacherConfig(every=3), RefreshedTeacherConfig()
+    settings = EvaluationConfig(every=2)
+
+    def due(state: TrainState, teacher: TeacherConfig | None) -> bool:
+        return refresh_is_due(state, teacher, settings)
+
     steps = [state(step, evaluated=None, best=None) for step in range(1, 7)]
-    assert [refresh_is_due(each, every_third) for each in steps] == [False, False, True] * 2
-    assert not any(refresh_is_due(each, stalled) for each in steps)
-    assert refresh_is_due(state(4, evaluated=4, best=2), stalled)
-    assert not refresh_is_due(state(4, evaluated=4, best=4), stalled)
-    assert not refresh_is_due(state(5, evaluated=4, best=2), stalled)
+    assert [due(each, every_third) for each in steps] == [False, False, True] * 2
+    assert not any(due(each, stalled) for each in steps)
+    assert due(state(4, evaluated=4, best=2), stalled)
+    assert not due(state(4, evaluated=4, best=4), stalled)
+    assert not due(state(5, evaluated=4, best=2), stalled)
+    assert not due(state(5, evaluated=5, best=2), stalled)  # of the last step, by chance
     for teacher in (None, BaseTeacherConfig()):
-        assert not refresh_is_due(state(3, evaluated=3, best=0), teacher)
+        assert not due(state(4, evaluated=4, best=0), teacher)
 
 
 def make_config(solver_dir: Path, output_dir: Path, every: int | None, **changes: Any) -> Config:
@@ -53,9 +61,9 @@ def make_config(solver_dir: Path, output_dir: Path, every: int | None, **changes
 
 
 # The step whose student teaches after each step. A random model solves nothing, so that no
-# evaluation (after steps 2 and 4, and after the last one) is better than the first.
+# evaluation (after steps 2 and 4; that of the last step does not count) is better than the first.
 @pytest.mark.parametrize(
-    ("every", "teaches"), [(3, [0, 0, 3, 3, 3]), (None, [0, 2, 2, 4, 5])], ids=["every", "stalled"]
+    ("every", "teaches"), [(3, [0, 0, 3, 3, 3]), (None, [0, 2, 2, 4, 4])], ids=["every", "stalled"]
 )
 def test_the_teacher_is_the_student_of_the_step_before(
     solver_dir: Path, tmp_path: Path, every: int | None, teaches: list[int]
