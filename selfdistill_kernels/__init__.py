@@ -2,14 +2,16 @@
 
 from selfdistill_kernels.advantage import AdvantageMask
 from selfdistill_kernels.backends.native.memory import release_workspace
+from selfdistill_kernels.logprobs import (
+    LogprobOutput,
+    RoundedLogprobOutput,
+    fused_linear_logprobs,
+)
 from selfdistill_kernels.loss import (
     DistillationOutput,
     FusedLinearDistillationLoss,
-    LogprobOutput,
-    RoundedLogprobOutput,
     distillation_from_logits,
     fused_linear_distillation,
-    fused_linear_logprobs,
 )
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.tolerance import GradientError, GradientTolerance

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,6 @@ from selfdistill_kernels.arguments import (
     TokenTerms,
     check_reduction,
     prepare,
-    require_tensor,
     workspace_bytes,
 )
 from selfdistill_kernels.backends.dispatch import check_backend_name
@@ -27,7 +26,7 @@ from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.options import LossOptions
 from selfdistill_kernels.statistics import Column, advantage_of
 from selfdistill_kernels.token_loss import token_losses
-from selfdistill_kernels.tolerance import GradientError, GradientTolerance, Rounding
+from selfdistill_kernels.tolerance import GradientError, GradientTolerance, errors_of
 from selfdistill_kernels.transforms import call_linear_loss, call_linear_statistics
 
 
@@ -65,14 +64,6 @@ class DistillationOutput:
 torch.export.register_dataclass(
     DistillationOutput, serialized_type_name=f"{__name__}.{DistillationOutput.__name__}"
 )
-
-
-class LogprobOutput(NamedTuple):
-    """Per-token results of `fused_linear_logprobs`, [...] float32; `entropy` is differentiable
-    unless that was called with entropy="detached"."""
-
-    logprobs: Tensor
-    entropy: Tensor
 
 
 def fused_linear_distillation(
@@ -269,89 +260,8 @@ def _distillation(
         entropy=shaped[..., Column.ENTROPY],
         teacher_entropy=shaped[..., Column.TEACHER_ENTROPY],
         active=active.reshape(leading),
-        gradient_error=_shaped(options.rounding, leading),
+        gradient_error=errors_of(options.rounding, leading),
     )
-
-
-def _shaped(rounding: Rounding | None, leading: tuple[int, ...]) -> GradientError | None:
-    """The errors, of tokens [...]: views of what the backend fills."""
-    if rounding is None:
-        return None
-    error = rounding.error
-    bound = error.hidden_bound
-    return error._replace(
-        hidden=error.hidden.view(leading),
-        hidden_bound=None if bound is None else bound.view(leading),
-    )
-
-
-class RoundedLogprobOutput(NamedTuple):
-    """The same with a `gradient_tolerance`: `gradient_error` is NaN until the backward pass."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    gradient_error: GradientError
-
-
-def fused_linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    entropy: str = "differentiable",
-    workspace: str | int = "auto",
-    backend: str = "auto",
-    gradient_tolerance: float | Literal["rounding"] | GradientTolerance | None = None,
-) -> LogprobOutput | RoundedLogprobOutput:
-    """log-probs of the targets and entropy, without materialising [tokens, vocabulary].
-
-    What is differentiable is so with respect to hidden, weight and bias. Where all tokens fit the
-    workspace, one call at a time keeps it until its backward pass; else that makes the logits of
-    tokens with a non-zero upstream gradient again.
-
-    Args:
-        hidden: [..., H]; weight: [V, H]; targets: [...] int.
-        entropy: "differentiable", or "detached" for one without a gradient: with a frozen head,
-            however many tokens there are, dH then needs no second look at the logits.
-        the rest: as in `fused_linear_distillation`.
-
-    Returns:
-        LogprobOutput(logprobs, entropy), [...] float32, 0 where no token exists; with a
-        gradient_tolerance RoundedLogprobOutput, which has its errors beside them.
-
-    Raises:
-        TypeError, ValueError: bad input; the message names the argument.
-    """
-    if entropy not in ("differentiable", "detached"):
-        raise ValueError(f"entropy: expected 'differentiable' or 'detached', got {entropy!r}")
-    settings = Settings(
-        Objective(divergence="none", entropy=1.0),
-        LogitTransform(logit_scale, softcap, temperature),
-        workspace_bytes(workspace),
-        backend,
-        reduction="sum",
-        tolerance=GradientTolerance.of(gradient_tolerance),
-    )
-    models = Models.of_one(hidden, weight, bias, group)
-    tokens = PerToken(require_tensor("targets", targets), mask, ignore_index)
-    inputs, terms, options = prepare(models, tokens, settings)
-    terms_wanted = (False, True, entropy == "differentiable")
-    expected = Expected(options.needs, terms_wanted, None, is_ranked=False)
-    statistics = call_linear_statistics(inputs, options, expected)
-    entropies = statistics if entropy == "differentiable" else statistics.detach()
-    found = LogprobOutput(
-        statistics[:, Column.STUDENT_LOGPROB].reshape(terms.leading),
-        entropies[:, Column.ENTROPY].reshape(terms.leading),
-    )
-    errors = _shaped(options.rounding, terms.leading)
-    return found if errors is None else RoundedLogprobOutput(*found, errors)
 
 
 class FusedLinearDistillationLoss(nn.Module):

@@ -159,3 +159,15 @@ def relative_bound(variance: Tensor, step: Tensor, made: Tensor, log_risk: float
     far = part + (part.square() + 2 * log_risk * variance).sqrt()
     bound = torch.where(far < made, far / (made - far), math.inf)
     return bound.masked_fill(far == 0, 0.0)
+
+
+def errors_of(rounding: Rounding | None, leading: tuple[int, ...]) -> GradientError | None:
+    """The errors, of tokens [...]: views of what the backend fills."""
+    if rounding is None:
+        return None
+    error = rounding.error
+    bound = error.hidden_bound
+    return error._replace(
+        hidden=error.hidden.view(leading),
+        hidden_bound=None if bound is None else bound.view(leading),
+    )

@@ -40,7 +40,7 @@ ROOMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "top-k": ("top_k",),
         "operators": ("passes", "ops", "eager", "transforms", "flops"),
         "arguments": ("arguments", "parallel.operands"),
-        "public functions": ("loss", ""),
+        "public functions": ("loss", "logprobs", ""),
         "integrations": ("integrations",),
         "tools": ("tools",),
     },

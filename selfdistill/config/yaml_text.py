@@ -16,6 +16,25 @@ class YAMLTextError(ValueError):
     """Text that is not YAML, or not one that a person can have meant; the message says where."""
 
 
+# A configuration has four levels.
+_MOST_LEVELS = 100
+
+
+class _Loader(yaml.SafeLoader):
+    """Counts levels, because where Python's recursion ends hangs on what else the process does."""
+
+    levels = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.levels += 1
+        if self.levels > _MOST_LEVELS:
+            raise YAMLTextError("not valid YAML: it is nested too deeply")
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.levels -= 1
+
+
 @dataclass(frozen=True)
 class YAMLDocument:
     """What a text says, and where it says it.
@@ -56,7 +75,7 @@ def read_yaml(text: str) -> YAMLDocument:
             that make it huge.
     """
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         try:
             root = loader.get_single_node()
             if root is None:
@@ -65,8 +84,6 @@ def read_yaml(text: str) -> YAMLDocument:
             return YAMLDocument(loader.construct_document(root), root)
         finally:
             loader.dispose()
-    except RecursionError:
-        raise YAMLTextError("not valid YAML: it is nested too deeply") from None
     except YAMLTextError:
         raise
     except (yaml.YAMLError, ValueError) as error:

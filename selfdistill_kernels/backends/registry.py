@@ -119,7 +119,7 @@ def _triton_problem(has_triton: bool) -> str | None:
     """Whether the Triton kernels could run on a GPU; triton is imported on first use, because that
     takes a while."""
     if not has_triton:
-        return "the package triton is missing; run `pip install 'triton>=3.5'`"
+        return "the package triton is missing; run `pip install 'triton>=3.5,<3.10'`"
     has_gpu_build = torch.version.cuda is not None or torch.version.hip is not None
     return None if has_gpu_build else CPU_TORCH
 

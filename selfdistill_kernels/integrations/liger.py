@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from selfdistill_kernels.loss import fused_linear_distillation, fused_linear_logprobs
+from selfdistill_kernels.logprobs import fused_linear_logprobs
+from selfdistill_kernels.loss import fused_linear_distillation
 from selfdistill_kernels.objective import Objective
 
 Losses = tuple[Tensor, Tensor, Tensor]

@@ -33,7 +33,7 @@ DTYPES = {
 }
 # Packages beside torch: what they are for, and the command that installs one that is missing.
 PACKAGES = {
-    "triton": ("fused kernels on a GPU", "pip install 'triton>=3.5'"),
+    "triton": ("fused kernels on a GPU", "pip install 'triton>=3.5,<3.10'"),
     "transformers": ("the trainer", "pip install transformers"),
     "flash-attn": ("optional", "pip install --no-build-isolation 'flash-attn>=2.4.1'"),
     "vllm": ("optional", "pip install vllm"),

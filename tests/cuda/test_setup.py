@@ -105,7 +105,7 @@ def build_ext(setup_script, tmp_path, monkeypatch):
     command = commands["build_ext"](distribution)
     command.build_lib = str(tmp_path / "lib")
     command.ensure_finalized()
-    command.compiler = SimpleNamespace(_compile=None)
+    command.compiler = SimpleNamespace(_compile=None, compile=None)
     return command
 
 

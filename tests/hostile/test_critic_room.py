@@ -80,7 +80,7 @@ def test_no_room_for_any_answer_is_refused_before_the_first_evaluation(
         raise AssertionError("nothing may be sampled")
 
     monkeypatch.setattr("selfdistill.rollout.engine.sample", sampled)
-    monkeypatch.setattr("selfdistill.training.loop.sample", sampled)
+    monkeypatch.setattr("selfdistill.training.questions.sample", sampled)
     monkeypatch.setattr("selfdistill.rollout.attempts.sample", sampled)
     expected = (
         rf"method\.critic\.engine\.max_new_tokens is 31: with the {shortest} tokens .* more than "

@@ -142,7 +142,7 @@ def flat_tensors():
 @pytest.mark.parametrize("gate", [None, -1])
 def test_the_loss_operator(operators, gate):
     weight = old = meta(6, dtype=torch.float32)
-    terms = ("jsd", 0.5, 0.1, 0.2, 0.3, 2.0, 3.0)
+    terms = ("jsd", 0.5, 0.1, 0.2, 0.3, 2.0, 3.0, None)
     loss, statistics, active, *_ = operators[ops.linear_loss](
         *flat_tensors(),
         weight,
@@ -168,7 +168,7 @@ def test_the_loss_operator(operators, gate):
 
 
 def test_the_statistics_operators(operators):
-    options = (1.0, None, 1.0, "jsd", 0.5)
+    options = (1.0, None, 1.0, "jsd", 0.5, None)
     statistics, support, logprobs = operators[ops.linear_statistics](
         *flat_tensors(), *options, 0, "student", True, 0, ""
     )

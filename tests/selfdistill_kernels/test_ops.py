@@ -43,25 +43,26 @@ NO_TOLERANCE = (None, 0, None)
 
 
 @pytest.mark.parametrize(
-    ("needs", "gate", "tolerance"),
+    ("needs", "gate", "tolerance", "clip"),
     [
-        ((True, True, True), None, NO_TOLERANCE),
-        ((True, True, True), -1, NO_TOLERANCE),
-        ((True, False, False), None, NO_TOLERANCE),
-        ((True, False, False), -1, NO_TOLERANCE),
+        ((True, True, True), None, NO_TOLERANCE, None),
+        ((True, True, True), None, NO_TOLERANCE, 0.05),
+        ((True, True, True), -1, NO_TOLERANCE, None),
+        ((True, False, False), None, NO_TOLERANCE, None),
+        ((True, False, False), -1, NO_TOLERANCE, 0.05),
         # With all gradients: the error of one that is not made is NaN, which no check finds equal.
-        ((True, True, True), None, (0.1, 3, None)),
-        ((True, True, True), None, (0.1, 3, 1e-6)),
+        ((True, True, True), None, (0.1, 3, None), None),
+        ((True, True, True), None, (0.1, 3, 1e-6), None),
     ],
 )
-def test_opcheck_loss(needs, gate, tolerance, backend):
+def test_opcheck_loss(needs, gate, tolerance, clip, backend):
     tensors = op_tensors()
     if not needs[1]:
         tensors = (tensors[0], *(t if t is None else t.detach() for t in tensors[1:]))
     weight = torch.full((5,), 0.25)
     terms = ("forward_kl", 0.5, 0.1, 0.2, 0.3)
     arguments = (
-        *tensors, weight, None, 1.0, None, 1.0, *terms, None, None, gate, 0.1, *tolerance,
+        *tensors, weight, None, 1.0, None, 1.0, *terms, None, None, clip, gate, 0.1, *tolerance,
         *needs, 0, backend,
     )  # fmt: skip
     torch.library.opcheck(linear_loss, arguments)
@@ -76,14 +77,14 @@ TOP_K = [(0, "student", True), (3, "student", True), (2, "teacher", False)]
 def test_opcheck_statistics(teacher, top_k, backend):
     divergence = "jsd" if teacher else "none"
     tensors = op_tensors(teacher=teacher)
-    arguments = (*tensors, 1.0, 5.0, 0.8, divergence, 0.5, *top_k, 0, backend)
+    arguments = (*tensors, 1.0, 5.0, 0.8, divergence, 0.5, None, *top_k, 0, backend)
     torch.library.opcheck(linear_statistics, arguments)
 
 
 @pytest.mark.parametrize("top_k", TOP_K)
 def test_opcheck_statistics_backward(top_k, backend):
     tensors = op_tensors(requires_grad=False)
-    options = (1.0, 5.0, 0.8, "jsd", 0.5)
+    options = (1.0, 5.0, 0.8, "jsd", 0.5, None)
     statistics, *support = linear_statistics(*tensors, *options, *top_k, 0, backend)
     arguments = (
         *tensors, statistics, *support, torch.rand(5, 3), *options, top_k[2], True, True, True, 0,

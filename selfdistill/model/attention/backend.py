@@ -22,7 +22,7 @@ from selfdistill.model.layout import PackedRow
 
 INSTALL_FLASH = "pip install --no-build-isolation 'flash-attn>=2.4.1'"
 REINSTALL_FLASH = "pip install --no-build-isolation --no-deps --force-reinstall flash-attn"
-INSTALL_TRITON = "pip install 'triton>=3.5'"
+INSTALL_TRITON = "pip install 'triton>=3.5,<3.10'"
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _FLEX_DTYPES = (*_FLASH_DTYPES, torch.float32)

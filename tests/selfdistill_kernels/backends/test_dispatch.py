@@ -88,7 +88,7 @@ def test_an_amd_gpu_without_tiles_is_known_before_it_runs():
 
 
 def test_an_amd_gpus_machine_is_its_own(monkeypatch):
-    pytest.importorskip("triton", reason="pip install 'triton>=3.5'")
+    pytest.importorskip("triton", reason="pip install 'triton>=3.5,<3.10'")
     from selfdistill_kernels.backends.triton.plan import Machine, _machine
 
     names = {0: "gfx942:sramecc+:xnack-", 1: "gfx950:sramecc+:xnack-", 2: "gfx90a:xnack-"}
@@ -175,7 +175,7 @@ def test_what_is_found_of_triton(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
     assert "built for CPUs only" in registry._triton_problem(has_triton=True)
-    assert "pip install 'triton>=3.5'" in registry._triton_problem(has_triton=False)
+    assert "pip install 'triton>=3.5,<3.10'" in registry._triton_problem(has_triton=False)
     for kind in ("cuda", "hip"):
         with monkeypatch.context() as patch:
             patch.setattr(torch.version, kind, "7.0")

@@ -91,7 +91,7 @@ def test_a_laptop_with_nothing_says_what_mends_it():
     versions = section(text, "Versions")
     assert versions[0] == "torch         2.13.0, built for CPUs only"
     assert versions[1] == (
-        "triton        not installed (fused kernels on a GPU): pip install 'triton>=3.5'"
+        "triton        not installed (fused kernels on a GPU): pip install 'triton>=3.5,<3.10'"
     )
     assert section(text, "Devices") == [
         "CPU   8 threads, row kernels: unknown without the compiled extension, "
@@ -107,11 +107,11 @@ def test_a_laptop_with_nothing_says_what_mends_it():
 
 
 def test_a_gpu_without_triton_runs_the_cuda_rows_and_says_why():
-    found = Found("run `pip install 'triton>=3.5'`", None, None)
+    found = Found("run `pip install 'triton>=3.5,<3.10'`", None, None)
     lines = list(what_runs(replace(H100, found=found), QUESTION))
     assert lines[0] == "backend native"
     assert lines[1].startswith("recompute (two sweeps over slabs")
-    assert lines[2] == "instead of triton: run `pip install 'triton>=3.5'`"
+    assert lines[2] == "instead of triton: run `pip install 'triton>=3.5,<3.10'`"
 
 
 @pytest.mark.parametrize("frozen", [False, True])
