@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from selfdistill.methods.loss import Loss
 from selfdistill.model.layout import PromptGroup
 from selfdistill.model.lm_head import LMHead
-from selfdistill.model.parts import is_sharded
+from selfdistill.model.parts import is_sharded, whole
 from selfdistill.model.scoring import ScoredTokens, score
 from selfdistill.model.teacher import Teacher
 from selfdistill.model.weights import Student
@@ -162,6 +163,32 @@ def accumulate_gradients(
         total, *_ = objective([_IDLE], normalizer=1.0)
         (0.0 * total).backward()
     return totals.over(ranks)
+
+
+# Elements whose squares torch adds up with an error of 1e-5 at most.
+_PART = 2**20
+
+
+def clip_gradients(parameters: Iterable[torch.Tensor], *, max_norm: float) -> torch.Tensor:
+    """Scale gradients whose norm together is larger than `max_norm`; return that norm.
+
+    torch.nn.utils.clip_grad_norm_ does this, but on a CPU it adds up the squares of a tensor in a
+    few running float32 sums: the norm of an lm_head's gradient comes out 0.2 to 4 % too small
+    (findings/vector_norm_of_a_large_gradient_is_too_small.sh). Large gradients are read in parts
+    here; those that FSDP2 has divided are left to torch.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    parts = [part for parameter in parameters for part in _parts(parameter.grad)]
+    norm = torch.nn.utils.get_total_norm(parts)
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return whole(norm)
+
+
+def _parts(gradient: torch.Tensor | None) -> Sequence[torch.Tensor]:
+    assert gradient is not None
+    if isinstance(gradient, DTensor) or not gradient.is_contiguous():
+        return [gradient]
+    return gradient.view(-1).split(_PART) if gradient.numel() > _PART else [gradient]
 
 
 # One token, for a pass that only takes part.

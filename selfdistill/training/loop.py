@@ -19,7 +19,6 @@ from selfdistill.config import Config, ConfigError, OptimizerConfig
 from selfdistill.model.attention import enable_prefix_sharing
 from selfdistill.model.device import resolve_device
 from selfdistill.model.lm_head import find_lm_heads
-from selfdistill.model.parts import whole
 from selfdistill.model.randomness import enable_activation_checkpointing, refuse_random_passes
 from selfdistill.model.teacher import build_teacher
 from selfdistill.model.weights import TrainedWeights
@@ -33,7 +32,7 @@ from selfdistill.training.checkpoint import CheckpointStore, TrainState, fingerp
 from selfdistill.training.distributed import Ranks, join_ranks
 from selfdistill.training.divergence import refuse_divergence
 from selfdistill.training.empty_steps import describe, nothing_learned, trailing
-from selfdistill.training.gradients import StudentLoss, accumulate_gradients
+from selfdistill.training.gradients import StudentLoss, accumulate_gradients, clip_gradients
 from selfdistill.training.held_out import (
     evaluate,
     evaluation_is_due,
@@ -329,11 +328,7 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
                         ranks.sum_gradients(weights.masters.values())
                     for parameters in optimizer.param_groups:
                         parameters["lr"] = rate
-                    norm = whole(
-                        torch.nn.utils.clip_grad_norm_(
-                            weights.masters.values(), settings.max_grad_norm
-                        )
-                    )
+                    norm = clip_gradients(weights.masters.values(), max_norm=settings.max_grad_norm)
                     refuse_divergence(step, totals.loss, norm.item(), store)
                     optimizer.step()
                     weights.publish()
