@@ -6,6 +6,7 @@ The kernels of its sections run under Triton's interpreter, in tests/triton/test
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -61,47 +62,99 @@ def test_the_stand_in_clock_runs_the_call_and_counts():
     assert len(calls) == 3
 
 
-def test_processes_are_joined(section):
-    record = left_by(section)
-    for number, wrong in enumerate((None, WRONG)):
-        own = section.file.with_name(f"values-{number}.json")
-        passed = [{"problem": f"store jsd float{16 << number} 1/2/3", "error of allowed": 0.5}]
-        found = None if wrong is None else vars(wrong)
-        own.write_text(json.dumps({**record, "data": {"passed": passed}, "wrong": found}))
-    files = [section.file.with_name(f"values-{n}.json") for n in range(3)]  # the third never wrote
-    workers.join(section, files)
-    assert section.wrong == WRONG
-    body = section.tables[0].body
-    assert body == [("store", "float16", "1", "0.50"), ("store", "float32", "1", "0.50")]
-    assert not any(file.exists() for file in files)
+SHARES = [[case.name for case in workers.share_of(rehearsal(), n)] for n in range(2)]
+# In place of a process that computes: `body` knows its number and the names of its problems, and
+# leaves what it "found".
+STAND_IN = """
+import json, os, pathlib, sys, time
 
+def after(option):
+    return sys.argv[sys.argv.index(option) + 1]
 
-FAILING = """
-import json, pathlib, sys, time
-file = pathlib.Path(sys.argv[sys.argv.index("--file") + 1])
-wrong = {wrong}
-if sys.argv[sys.argv.index("--worker") + 1] == "1":
-    wrong = None
-left = {{"data": {{"passed": []}}, "left_out": [], "wrong": wrong}}
-file.write_text(json.dumps(left))
-time.sleep(0 if wrong else 60)
+number, file = int(after("--worker")), pathlib.Path(after("--file"))
+names = {shares}[number]
+
+def leave(passed, left_out=(), wrong=None):
+    found = [dict([("problem", name), ("error of allowed", 0.5)]) for name in passed]
+    record = dict(data=dict(passed=found), left_out=list(left_out), wrong=wrong)
+    scratch = file.with_suffix(".part")
+    scratch.write_text(json.dumps(record))
+    scratch.replace(file)
+
+{body}
+"""
+LEAVES_A_WRONG_VALUE = f"""
+    leave(names[:1], [name + ": no time" for name in names[1:]], {vars(WRONG)})
+    sys.exit(1)
 """
 
 
 def test_the_first_wrong_value_ends_the_other_processes(section):
-    command = [sys.executable, "-c", FAILING.format(wrong=vars(WRONG))]
+    hangs = "leave(names[:3]); time.sleep(60)"
     began = time.monotonic()
-    workers.check_values(rehearsal(), section, command)
+    check_with(section, f"if number == 0:{LEAVES_A_WRONG_VALUE}else:\n    {hangs}")
     assert section.wrong == WRONG
     assert time.monotonic() - began < 50
-    assert section.left_out == ["process 1 of the small problems: ended from outside"]
+    assert "process 1 of the small problems was ended from outside at" in section.left_out[-1]
+    assert json.loads(section.file.read_text())["wrong"]["problem"] == WRONG.problem
 
 
-def test_a_process_that_breaks_is_told(section):
-    with pytest.raises(RuntimeError, match=r"process 0: .*no such thing"):
-        workers.check_values(
-            rehearsal(), section, [sys.executable, "-c", "raise SystemExit('no such thing')"]
-        )
+def check_with(section: Section, body: str) -> None:
+    code = STAND_IN.format(shares=SHARES, body=body)
+    workers.check_values(rehearsal(), section, [sys.executable, "-c", code])
+
+
+def test_processes_are_joined(section):
+    check_with(section, "leave(names[:-1], [names[-1] + ': no time'])")
+    passed = [one["problem"] for one in section.data["passed"]]
+    assert passed == SHARES[0][:-1] + SHARES[1][:-1]
+    assert section.left_out == [f"{share[-1]}: no time" for share in SHARES]
+    assert section.wrong is None
+    counts = {(path, dtype): int(count) for path, dtype, count, _ in section.tables[0].body}
+    assert sum(counts.values()) == len(passed)
+    assert counts["store", "float32"] == sum(name.startswith("store") for name in passed)
+    assert not list(section.file.parent.glob("values-*"))
+
+
+def test_a_wrong_value_is_told_before_a_process_that_breaks(section):
+    body = f"if number == 1:\n    time.sleep(0.3){LEAVES_A_WRONG_VALUE}sys.exit('no such thing')"
+    check_with(section, body)
+    assert section.wrong == WRONG
+    assert section.left_out[-1] == (
+        f"process 0 of the small problems ended with status 1 at {SHARES[0][0]!r}: "
+        f"{len(SHARES[0])} problems were not checked"
+    )
+
+
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        ("sys.exit('no such thing')", r"(?s)no such thing.*process 1 .* ended with status 1 at "),
+        # What a host without memory does.
+        ("os.kill(os.getpid(), 9)", "process 1 .* ended with status -9 at "),
+        ("sys.exit(0)", "process 1 .* ended with status 0 at "),
+    ],
+    ids=["breaks", "killed", "returns"],
+)
+def test_problems_that_a_process_did_not_reach_are_a_failure(section, end, told):
+    body = f"leave(names[:3] if number else names)\nif number:\n    {end}"
+    with pytest.raises(RuntimeError, match=told + re.escape(repr(SHARES[1][3]))):
+        check_with(section, body)
+    assert len(section.data["passed"]) == len(SHARES[0]) + 3
+
+
+def test_a_kernel_that_hangs_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "GRACE", 0.5)
+    section = Section("values", 1.0, tmp_path / "values.json")
+    told = "process 1 of the small problems was ended from outside at "
+    with pytest.raises(RuntimeError, match=told + re.escape(repr(SHARES[1][2]))):
+        check_with(section, "leave(names[:2] if number else names)\ntime.sleep(60 * number)")
+
+
+def test_a_process_that_writes_much_is_not_held_up(tmp_path):
+    section = Section("values", 10.0, tmp_path / "values.json")
+    check_with(section, "sys.stderr.write('warning ' * 50000)\nleave(names)")
+    assert section.left_out == []
 
 
 @pytest.fixture
