@@ -5,8 +5,8 @@
     python -m benchmarks.compare --device cuda
 
 Each contender first gives its loss and gradients on a small problem and is compared with float64;
-then those on the timed problem are compared among contenders. A library that fails is left out and
-named; a failure of ours ends the run. See docs/benchmarks.md.
+then those on the timed problem are compared with plain torch's. A library that fails is left out
+and named; a failure of ours ends the run. See docs/benchmarks.md.
 """
 
 from __future__ import annotations

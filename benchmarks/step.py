@@ -107,7 +107,8 @@ class StepProblem:
     Attributes:
         shape: of the group.
         size: of the model.
-        device: where it computes; dtype: of its weights.
+        device: where it computes; dtype: of its weights. Buffers keep theirs, as in training:
+            rotary frequencies rounded to 16 bits turn far tokens by other angles.
     """
 
     shape: StepShape
@@ -117,7 +118,10 @@ class StepProblem:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        return self.size.build().to(self.device, self.dtype)
+        model = self.size.build()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(self.dtype)
+        return model.to(self.device)
 
     @cached_property
     def group(self) -> PromptGroup:

@@ -5,14 +5,16 @@
     python -m benchmarks.gpu --section values --problem 'sweep ...'   one small problem
     python -m benchmarks.gpu --rehearse               all of it on a CPU, tiny, no time is one
 
-It needs torch and triton; transformers for the training step; the libraries that it compares with
-where they are installed, and matplotlib for a plot. It installs nothing and asks no network. The
-status is 1 where a value was wrong or a section failed. docs/gpu-run.md says how to read the page.
+It needs torch and triton; transformers and pydantic for the training step; the libraries that it
+compares with where they are installed, and matplotlib for a plot. It installs nothing and asks no
+network. The status is 1 where a value was wrong or a section failed, 0 where something was left out
+for lack of time or of a library. docs/gpu-run.md says how to read the page.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -34,6 +36,8 @@ from benchmarks.memory import ROOT
 NO_GPU = "No GPU that torch can use: nothing was measured."
 # Seconds that the page takes, and that a section may be late before it is ended from outside.
 FOR_THE_PAGE, LATE = 5.0, 15.0
+# Seconds without which a section is not begun: torch alone takes some to import.
+LEAST = 5.0
 # Where these fail, nothing after them is worth a time.
 CORRECTNESS = ("values", "whole")
 
@@ -78,16 +82,21 @@ def run_all(args: argparse.Namespace, setting: Setting) -> int:
     facts = environment(setting.device)
     if args.rehearse:
         facts = {**facts, "device": f"rehearsal on {facts['device']}: no time here is one"}
+    _tuned_tiles(args).unlink(missing_ok=True)  # of an earlier run, perhaps of another GPU
     sections: list[dict[str, Any]] = []
     failures: dict[str, str] = {}
     status = 0
-    for name in SECTIONS:
+    for number, name in enumerate(SECTIONS):
+        # What the sections before did not use goes to those that follow, by their shares.
+        following = sum(setting.shares[later] for later in SECTIONS[number:])
         left = end - time.monotonic() - LATE
-        seconds = min(left, 60 * args.minutes * setting.shares[name])
+        seconds = max(left, 0.0) * setting.shares[name] / following
         file = args.output / f"{name}.json"
         file.unlink(missing_ok=True)
-        print(f"{TITLES[name]}: up to {max(seconds, 0):.0f} s", flush=True)
-        error = _started(args, name, seconds, file) if seconds > 0 else "no time was left for it"
+        print(f"{TITLES[name]}: up to {seconds:.0f} s", flush=True)
+        error = None
+        if Section(name, seconds, file).has_time("all of it", LEAST):
+            error = _started(args, name, seconds, file)
         if file.exists():
             sections.append(json.loads(file.read_text()))
             wrong = wrong_of(sections[-1])
@@ -108,21 +117,29 @@ def run_all(args: argparse.Namespace, setting: Setting) -> int:
 
 def _started(args: argparse.Namespace, name: str, seconds: float, file: Path) -> str | None:
     """Run a section in a process; None, or why it failed."""
-    tuned = {"SELFDISTILL_AUTOTUNE_FILE": str((args.output / "tuned_tiles.json").resolve())}
+    tuned = {"SELFDISTILL_AUTOTUNE_FILE": str(_tuned_tiles(args).resolve())}
     if name in ("losses", "step"):
         tuned["SELFDISTILL_AUTOTUNE"] = "1"
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*_command(args, name), "--seconds", str(seconds), "--file", str(file.resolve())],
         cwd=ROOT, env=os.environ | tuned, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        _, errors = process.communicate(timeout=seconds + LATE)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
-        process.communicate()
-        return f"ended from outside after {seconds + LATE:.0f} s"
+    ) as process:  # fmt: skip
+        try:
+            _, errors = process.communicate(timeout=seconds + LATE)
+        except subprocess.TimeoutExpired:
+            return f"ended from outside after {seconds + LATE:.0f} s"
+        finally:
+            # With the processes that it started, however it ended: Ctrl-C does not reach them.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     return None if process.returncode == 0 else errors.strip()[-3000:] or "no message"
+
+
+def _tuned_tiles(args: argparse.Namespace) -> Path:
+    """What `tiles` writes, and what `losses` and `step` run with."""
+    found: Path = args.output / "tuned_tiles.json"
+    return found
 
 
 def _command(args: argparse.Namespace, name: str) -> list[str]:
@@ -181,9 +198,12 @@ def _fill(section: Section, args: argparse.Namespace, setting: Setting) -> None:
 
             compare_losses(setting, section)
         case "step":
-            from benchmarks.gpu.training_step import measure_steps
-
-            measure_steps(setting, section)
+            try:
+                from benchmarks.gpu.training_step import measure_steps
+            except ImportError as error:
+                section.left_out.append(f"all of it: {error}")
+            else:
+                measure_steps(setting, section)
 
 
 if __name__ == "__main__":

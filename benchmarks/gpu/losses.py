@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.checks import Errors, check, check_agreement, excuse
-from benchmarks.contender import Contender
+from benchmarks.contender import Contender, Step
 from benchmarks.gpu.section import Section
 from benchmarks.gpu.setting import Setting
 from benchmarks.memory import MEBIBYTE, measure
@@ -29,7 +29,10 @@ FIRST = (
     "floor_frozen", "ours_frozen", "torch_frozen", "trl_frozen",
 )  # fmt: skip
 # Seconds that must be left before a contender is begun: some compile for half a minute.
-TO_BEGIN, TO_COMPILE, TO_TIME = 5.0, 45.0, 15.0
+TO_BEGIN, TO_COMPILE = 5.0, 45.0
+# Seconds that a contender takes after it: agreement, rounds and peak are some ten calls at a real
+# size. A problem needs them for the floor, ours and torch at least.
+TO_TIME, AT_LEAST = 2.5, 3
 PLOT = "losses.png"
 
 
@@ -59,7 +62,7 @@ def compare_losses(setting: Setting, section: Section) -> None:
     for shape in setting.shapes:
         for objective in OBJECTIVES:
             what = f"{objective} at {shape}"
-            if not section.has_time(what, TO_TIME + TO_BEGIN):
+            if not section.has_time(what, AT_LEAST * (TO_TIME + TO_BEGIN)):
                 continue
             found = compare(setting, section, shape, objective)
             if not found.entries:
@@ -78,10 +81,12 @@ def compare(setting: Setting, section: Section, shape: Shape, objective: str) ->
     problem = make_problem(shape, dtype, device=device, objective=objective)
     errors: dict[str, Errors] = {}
     failures: dict[str, str] = {}
-    steps, running = {}, []
+    steps: dict[str, Step] = {}
+    running: list[Contender] = []
     for contender in chosen(objective, setting.slab_bytes):
         key = contender.key
-        needed = TO_TIME + (TO_COMPILE if contender.compiled else TO_BEGIN)
+        needed = TO_TIME * (len(running) + 1)
+        needed += TO_COMPILE if contender.compiled else TO_BEGIN
         if section.left < needed:
             failures[key] = "no time"
             continue

@@ -113,7 +113,16 @@ def test_agreement_at_the_timed_shape():
     assert failures["liger_128"] == "OutOfMemoryError: no memory"
     with pytest.raises(torch.cuda.OutOfMemoryError):
         check_agreement(running, steps | {"ours": out_of_memory}, torch.float32)
-    # The first of those that keep all tokens is what the others are compared with.
+    # All are compared with plain torch, wherever it stands: what is wrong of ours is not booked as
+    # an error of torch.
+    plain = CONTENDERS["torch"]
+    with pytest.raises(WrongResultError, match="ours at the timed shape"):
+        check_agreement(
+            [*running, plain],
+            steps | {"ours": lambda: wrong, "torch": plain.build(problem)},
+            torch.float32,
+        )
+    # Without it, the first of those that keep all tokens.
     with pytest.raises(WrongResultError, match="ours"):
         check_agreement(
             sorted(running, key=lambda contender: contender.is_ours),
