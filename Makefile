@@ -1,10 +1,11 @@
 # `make demo` runs the main job on a fresh machine, `make test` the tests that people wait for,
 # `make test-all` every test, `make lint` ruff and mypy, `make clean` removes what these made.
-# All but `clean` and `gpu` set up .venv first. `make test-vllm` tests the vLLM engine with vLLM itself, in an
-# environment of its own, and `make test-matrix` what hangs on versions under others than the pinned
-# ones (hours; it writes docs/compatibility.md). `make gpu` measures everything on the GPU at hand with
-# the Python and the packages that are there (docs/gpu-run.md; PYTHON=..., GPU_ARGUMENTS=...). `make docs` builds the site in build/site,
-# `make kernel-hub` a kernel for Hugging Face's hub in build/kernel-hub.
+# All but `clean` and `gpu` set up .venv first. `make test-vllm` tests the vLLM engine with vLLM
+# itself, in an environment of its own, and `make test-matrix` what hangs on versions under others
+# than the pinned ones (hours; it writes docs/compatibility.md). `make gpu` measures everything on
+# the GPU at hand with the Python and the packages that are there (docs/gpu-run.md; PYTHON=...,
+# GPU_ARGUMENTS=...). `make docs` builds the site in build/site, `make kernel-hub` a kernel for
+# Hugging Face's hub in build/kernel-hub.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
