@@ -50,9 +50,8 @@ class Objective:
             `old_logprobs`. None: no weight.
 
     Raises:
-        ValueError: unknown divergence, beta outside [0, 1], a clip <= 0, entry_clip without a
-            divergence, top_k < 1 or without a
-            divergence, or no term at all.
+        ValueError: unknown divergence, beta outside [0, 1], a clip <= 0, top_k < 1, entry_clip or
+            top_k without a divergence, or no term at all.
     """
 
     divergence: str = "forward_kl"
