@@ -10,7 +10,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from selfdistill_kernels.backends.triton_versions import TESTED_TRITON
-from tests.triton_matrix import TARGETS, cell
+from tests.triton_matrix import PAGE, TARGETS, TITLE, cell, rows_of, section
 
 ROOT = Path(__file__).parents[1]
 # Ranges that this table cannot speak for: they need a GPU, or an environment of their own, or speak
@@ -18,12 +18,9 @@ ROOT = Path(__file__).parents[1]
 ELSEWHERE = {"flash-attn", "vllm", "httpx2"}
 
 
-TRITONS = "## The Tritons that torch ships"
-
-
 def table(part: int = 0) -> list[dict[str, str]]:
     """The rows of docs/compatibility.md, each by column; part 1 is the table of the Tritons."""
-    text = (ROOT / "docs/compatibility.md").read_text().split(TRITONS)[part]
+    text = (ROOT / "docs/compatibility.md").read_text().split(TITLE)[part]
     lines = [
         [cell.strip() for cell in line.strip("| \n").split(" | ")]
         for line in text.splitlines()
@@ -73,6 +70,11 @@ def _next(above: Version, tested: Version) -> bool:
     """The upper end is the next minor release, or, for packages that keep to it, the next major."""
     major, minor = tested.major, tested.minor
     return above.release in {(major, minor + 1), (major + 1,)}
+
+
+def test_one_triton_anew_leaves_the_other_rows():
+    page = PAGE.read_text("utf-8")
+    assert page.endswith(section(rows_of(page)))
 
 
 def test_auto_takes_the_tritons_of_the_table_and_no_others():

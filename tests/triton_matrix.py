@@ -5,8 +5,8 @@
 For each version of TESTED_TRITON it unpacks the wheel under build/matrix (no torch of CUDA's is
 needed, and no GPU) and compiles, for the six audited targets and bfloat16, the first variants of
 the sweep, the mixture sweep, the gradient and the product with their shipped tiles. It writes the
-last section of docs/compatibility.md, which tests/test_compatibility.py reads. Some minutes of one
-core a version and variant.
+last section of docs/compatibility.md, which tests/test_compatibility.py reads; the rows of versions
+that were not named stay as they are. About a minute of one core a version and variant.
 """
 
 from __future__ import annotations
@@ -88,17 +88,29 @@ def cell(entries: list[dict[str, Any]]) -> str:
     return f"{len(entries)}" + (f": {said}" if said else "")
 
 
-def section(found: dict[str, dict[str, Any]]) -> str:
-    """The table, a row a version."""
+def row(version: str, record: dict[str, Any]) -> str:
+    """One line of the table."""
+    by_target = [[e for e in record["entries"] if e["target"] == target] for target in TARGETS]
+    return line_of(version, TORCH[version], record["date"], *map(cell, by_target))
+
+
+def line_of(*cells: str) -> str:
+    """Cells as a line of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def rows_of(page: str) -> dict[str, str]:
+    """The lines that the page's table has, by their version."""
+    _, _, table = page.partition(f"\n{TITLE}")
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines[2:]}
+
+
+def section(rows: dict[str, str]) -> str:
+    """The table, a row a version in the order of TESTED_TRITON."""
     titles = ["Triton", "torch that ships it", "date", *TARGETS]
-    lines = [" | ".join(titles), " | ".join("---" for _ in titles)]
-    for version, record in found.items():
-        by_target = {
-            target: [e for e in record["entries"] if e["target"] == target] for target in TARGETS
-        }
-        cells = [version, TORCH[version], record["date"], *map(cell, by_target.values())]
-        lines.append(" | ".join(cells))
-    return HEAD + "\n".join(f"| {line} |" for line in lines) + "\n"
+    head = [line_of(*titles), line_of(*("---" for _ in titles))]
+    return HEAD + "\n".join(head + [rows[v] for v in TESTED_TRITON if v in rows]) + "\n"
 
 
 def main() -> None:
@@ -114,17 +126,19 @@ def main() -> None:
         arguments.one.write_text(json.dumps(record, indent=1))
         return
     WORK.mkdir(parents=True, exist_ok=True)
-    files = {version: WORK / f"triton-{version}.json" for version in TESTED_TRITON}
+    page = PAGE.read_text("utf-8")
+    rows = rows_of(page)
     for version in arguments.versions or TESTED_TRITON:
+        file = WORK / f"triton-{version}.json"
         path = os.pathsep.join(map(str, (unpacked(version), ROOT)))
         subprocess.run(
-            [sys.executable, __file__, "--one", files[version], "--variants",
+            [sys.executable, __file__, "--one", file, "--variants",
              str(arguments.variants)],
             cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": path},
         )  # fmt: skip
-    found = {v: json.loads(file.read_text()) for v, file in files.items() if file.exists()}
-    first, _, _ = PAGE.read_text().partition(f"\n{TITLE}")
-    PAGE.write_text(first.rstrip("\n") + "\n" + section(found))
+        rows[version] = row(version, json.loads(file.read_text("utf-8")))
+    first, _, _ = page.partition(f"\n{TITLE}")
+    PAGE.write_text(first.rstrip("\n") + "\n" + section(rows), "utf-8")
 
 
 if __name__ == "__main__":
