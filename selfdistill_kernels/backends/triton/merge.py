@@ -6,7 +6,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from selfdistill_kernels.backends.triton.clip import (
+    carried,
+    finish_clipped,
+    most_of_kl,
+    most_of_mixture,
+)
 from selfdistill_kernels.backends.triton.columns import (
+    CLIPPED,
     CURVATURE,
     EXCESS,
     KAPPA_SUM,
@@ -15,6 +22,7 @@ from selfdistill_kernels.backends.triton.columns import (
     PIVOT,
     PIVOT_SUM,
     ROW_DIVERGENCE,
+    SLOPE_SUM,
     STATE,
     STATISTICS,
     STUDENT_MAX,
@@ -27,11 +35,14 @@ from selfdistill_kernels.backends.triton.columns import (
     TEACHER_MOMENT,
     TEACHER_SUM,
     TEACHER_TARGET,
+    VALUE_SUM,
 )
 from selfdistill_kernels.backends.triton.divergence import (
     LOWEST_MAXIMUM,
+    REVERSE_KL,
     finish_first,
     finish_mixture,
+    kl_of,
     moved,
 )
 from selfdistill_kernels.backends.triton.launch import Warps
@@ -53,14 +64,16 @@ def _piece_values(partial, column, capacity, pieces, row, piece, inside, other):
 # Sizes that no address depends on: one compilation serves all of them.
 @triton.jit(do_not_specialize=["capacity", "pieces"])
 def merge_kernel(
-    partial, tokens, count, statistics, capacity, pieces,
+    partial, largest, tokens, count, statistics, most, capacity, pieces,
     DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_TARGETS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_PIECES: tl.constexpr,
 ):  # fmt: skip
     """One program a few rows, all pieces at once, in float64 and in a fixed order.
 
     partial [pieces, 11, capacity] float32, tokens [capacity], count [1], statistics [N, 10] float32
-    (columns 0 to 8 of the tokens that take part are written).
+    (columns 0 to 8 of the tokens that take part are written). Where entries are clipped: largest
+    [pieces, capacity], of which most [N] gets how large an entry's part of the KL is at most, and
+    the pivot of a row without a clipped entry; else None, both.
     """
     rows = tl.load(count).to(tl.int32)
     first = tl.program_id(0) * BLOCK_ROWS
@@ -93,16 +106,42 @@ def merge_kernel(
     target_s = _piece_values(partial, STUDENT_TARGET, capacity, pieces, row, piece, inside, 0.0)
     target_t = _piece_values(partial, TEACHER_TARGET, capacity, pieces, row, piece, inside, 0.0)
     token = tl.load(tokens + row, mask=row < rows, other=0)
+    row_s = tl.sum(sum_s, 1)
+    row_t = tl.sum(sum_t, 1)
+    row_excess = tl.sum(excess, 1)
+    row_moment = tl.sum(moment, 1)
+    row_curvature = tl.sum(curvature, 1)
+    of_row = statistics + token * STATISTICS
     finish_first(
-        statistics + token * STATISTICS, row < rows, max_s, max_t, tl.sum(sum_s, 1),
-        tl.sum(sum_t, 1), tl.sum(excess, 1), tl.sum(moment, 1), tl.sum(curvature, 1),
+        of_row, row < rows, max_s, max_t, row_s, row_t, row_excess, row_moment, row_curvature,
         tl.sum(moment_s, 1), tl.sum(moment_t, 1), tl.sum(target_s, 1), tl.sum(target_t, 1),
         DIVERGENCE, HAS_TEACHER, HAS_TARGETS,
     )  # fmt: skip
+    if largest is not None:
+        at = largest + piece[None, :].to(tl.int64) * capacity + row[:, None]
+        parts = carried(
+            tl.load(at, mask=inside, other=0.0).to(tl.float64), piece_max_s - max_s[:, None],
+            piece_max_t - max_t[:, None], DIVERGENCE,
+        )  # fmt: skip
+        bound = most_of_kl(tl.max(parts, 1), row_s, row_t, DIVERGENCE)
+        tl.store(most + token, bound.to(tl.float32), mask=row < rows)
+        if DIVERGENCE == REVERSE_KL:
+            kl = kl_of(row_s, row_t, row_excess, row_moment, row_curvature, DIVERGENCE)
+            tl.store(of_row + PIVOT, kl.to(tl.float32), mask=row < rows)
 
 
-def merge(problem: Problem, selection: Selection, partial: Tensor, statistics: Tensor) -> None:
-    """Fill statistics [N, 10] of the selected tokens from partial [pieces, 11, capacity]."""
+def merge(
+    problem: Problem,
+    selection: Selection,
+    partial: Tensor,
+    largest: Tensor | None,
+    statistics: Tensor,
+    most: Tensor | None,
+) -> None:
+    """Fill statistics [N, 10] of the selected tokens from partial [pieces, 11, capacity].
+
+    And most [N], how large an entry's part is at most, from largest [pieces, capacity].
+    """
     inputs = problem.inputs
     problem.launch(
         merge_kernel,
@@ -110,9 +149,11 @@ def merge(problem: Problem, selection: Selection, partial: Tensor, statistics: T
         WARPS,
         {
             "partial": partial,
+            "largest": largest,
             "tokens": selection.tokens,
             "count": selection.count,
             "statistics": statistics,
+            "most": None if largest is None else most,
             "capacity": selection.capacity,
             "pieces": partial.shape[0],
         },
@@ -139,10 +180,14 @@ def _total(partial, column, capacity, row, piece, inside):
 # Sizes that no address depends on: one compilation serves all of them.
 @triton.jit(do_not_specialize=["capacity", "pieces"])
 def merge_mixture_kernel(
-    partial, tokens, count, statistics, capacity, pieces, beta,
+    partial, tokens, count, statistics, most, capacity, pieces, beta, entry_clip,
     DIVERGENCE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_PIECES: tl.constexpr,
 ):  # fmt: skip
-    """partial [pieces, 4, capacity] float32; columns 8 and 9 of statistics [N, 10] are written."""
+    """partial [pieces, 4, capacity] float32; columns 8 and 9 of statistics [N, 10] are written.
+
+    most [N] or None gets how large an entry's part is at most. With an entry_clip the sums are those
+    of the clipped entries, and only rows that have any are written.
+    """
     rows = tl.load(count).to(tl.int32)
     first = tl.program_id(0) * BLOCK_ROWS
     if first >= rows:
@@ -150,23 +195,46 @@ def merge_mixture_kernel(
     row = first + tl.arange(0, BLOCK_ROWS)
     piece = tl.arange(0, BLOCK_PIECES)
     inside = (row[:, None] < rows) & (piece[None, :] < pieces)
-    divergence, pivot = finish_mixture(
-        _total(partial, STUDENT_MIXTURE, capacity, row, piece, inside),
-        _total(partial, TEACHER_MIXTURE, capacity, row, piece, inside),
-        _total(partial, PIVOT_SUM, capacity, row, piece, inside),
-        _total(partial, KAPPA_SUM, capacity, row, piece, inside),
-        beta,
-        DIVERGENCE,
-    )
+    finished = row < rows
+    if entry_clip is None:
+        divergence, pivot = finish_mixture(
+            _total(partial, STUDENT_MIXTURE, capacity, row, piece, inside),
+            _total(partial, TEACHER_MIXTURE, capacity, row, piece, inside),
+            _total(partial, PIVOT_SUM, capacity, row, piece, inside),
+            _total(partial, KAPPA_SUM, capacity, row, piece, inside),
+            beta,
+            DIVERGENCE,
+        )
+    else:
+        clipped = _total(partial, CLIPPED, capacity, row, piece, inside)
+        divergence, pivot = finish_clipped(
+            _total(partial, VALUE_SUM, capacity, row, piece, inside),
+            _total(partial, SLOPE_SUM, capacity, row, piece, inside),
+            clipped,
+            entry_clip,
+            beta,
+            DIVERGENCE,
+        )
+        finished = finished & (clipped > 0.0)
     token = tl.load(tokens + row, mask=row < rows, other=0)
-    tl.store(statistics + token * STATISTICS + ROW_DIVERGENCE, divergence, mask=row < rows)
-    tl.store(statistics + token * STATISTICS + PIVOT, pivot, mask=row < rows)
+    tl.store(statistics + token * STATISTICS + ROW_DIVERGENCE, divergence, mask=finished)
+    tl.store(statistics + token * STATISTICS + PIVOT, pivot, mask=finished)
+    if most is not None:
+        bound = most_of_mixture(divergence, DIVERGENCE)
+        tl.store(most + token, bound, mask=finished)
 
 
-def merge_mixture(
-    problem: Problem, selection: Selection, partial: Tensor, statistics: Tensor
+def merge_second(
+    problem: Problem,
+    selection: Selection,
+    partial: Tensor,
+    statistics: Tensor,
+    *,
+    most: Tensor | None = None,
+    of_clipped: bool = False,
 ) -> None:
-    """Fill divergence and pivot of the selected tokens from partial [pieces, 4, capacity]."""
+    """Fill divergence and pivot of the selected tokens from partial [pieces, 4, capacity] of
+    `sweep.second_sweep`, and most [N], how large an entry's part is at most."""
     problem.launch(
         merge_mixture_kernel,
         triton.cdiv(selection.capacity, MIXTURE_BLOCK_ROWS),
@@ -176,9 +244,11 @@ def merge_mixture(
             "tokens": selection.tokens,
             "count": selection.count,
             "statistics": statistics,
+            "most": most,
             "capacity": selection.capacity,
             "pieces": partial.shape[0],
             "beta": problem.objective.beta,
+            "entry_clip": problem.entry_clip if of_clipped else None,
         },
         {
             "DIVERGENCE": problem.divergence,

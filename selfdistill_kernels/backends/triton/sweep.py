@@ -1,7 +1,8 @@
 """Both sweeps over the vocabulary: GEMMs and sums of rows, no logit leaves the registers.
 
 The first keeps the online statistics; the second runs for the divergences over the mixture m, once
-the first has given both normalisers.
+the first has given both normalisers. It runs again, with other sums, over the rows in which an entry
+may be clipped.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from selfdistill_kernels.backends.triton.clip import carried, clip_sums, largest_part
 from selfdistill_kernels.backends.triton.columns import (
+    CLIPPED,
     CURVATURE,
     EXCESS,
     KAPPA_SUM,
     MIXTURE_STATE,
     MOMENT,
     PIVOT_SUM,
+    SLOPE_SUM,
     STATE,
     STATISTICS,
     STUDENT_LOGSUM,
@@ -34,6 +38,7 @@ from selfdistill_kernels.backends.triton.columns import (
     TEACHER_SHIFT,
     TEACHER_SUM,
     TEACHER_TARGET,
+    VALUE_SUM,
 )
 from selfdistill_kernels.backends.triton.divergence import (
     LOWEST_MAXIMUM,
@@ -56,7 +61,7 @@ from selfdistill_kernels.backends.triton.tiles import (
 @triton.jit(do_not_specialize=["capacity", "vocabulary", "pieces", "piece_tiles", "group_rows"])
 def sweep_kernel(
     student, teacher, head, teacher_head, bias, teacher_bias, targets, tokens, count, partial,
-    capacity, vocabulary, size, teacher_size, pieces, piece_tiles, group_rows,
+    largest, capacity, vocabulary, size, teacher_size, pieces, piece_tiles, group_rows,
     slope, rest, ceiling,
     DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, SHARED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, HAS_TARGETS: tl.constexpr,
@@ -72,6 +77,7 @@ def sweep_kernel(
     targets [N] int64, tokens [capacity] int64 (compact row -> token), count [1] int64.
     Writes partial [pieces, 11, capacity] float32 for rows < count: each element once, by one
     program, so the result does not depend on the order of programs. Saves 2 N V logits.
+    largest [pieces, capacity] or None: how large a part of the KL is at most (clip.largest_part).
     """
     WIDTH: tl.constexpr = BLOCK_COLUMNS // PARTS
     rows = tl.load(count).to(tl.int32)
@@ -97,6 +103,7 @@ def sweep_kernel(
         moment_t = sum_s
         target_s = sum_s
         target_t = sum_s
+        most = sum_s
         first_tile = piece * piece_tiles
         for tile in range(first_tile, tl.minimum(first_tile + piece_tiles, tiles)):
             first_column = tile * BLOCK_COLUMNS
@@ -132,6 +139,11 @@ def sweep_kernel(
                     )  # fmt: skip
                     new_t = tl.maximum(max_t, tl.max(z_t, 1))
                     add_t, add_moment_t = student_sums(z_t, new_t[:, None], 1)
+                    if largest is not None:
+                        most = tl.maximum(
+                            carried(most, max_s - new_s, max_t - new_t, DIVERGENCE),
+                            largest_part(z_s, z_t, new_s[:, None], new_t[:, None], DIVERGENCE),
+                        )
                     sum_s, sum_t, excess, moment, curvature, moment_s, moment_t = moved_both(
                         z_s, z_t, max_s, max_t, new_s, new_t, sum_s, sum_t, excess, moment,
                         curvature, moment_s, moment_t, DIVERGENCE,
@@ -159,12 +171,17 @@ def sweep_kernel(
         tl.store(to + TEACHER_MOMENT * capacity, moment_t, mask=inside)
         tl.store(to + STUDENT_TARGET * capacity, target_s, mask=inside)
         tl.store(to + TEACHER_TARGET * capacity, target_t, mask=inside)
+        if largest is not None:
+            tl.store(largest + piece.to(tl.int64) * capacity + row, most, mask=inside)
 
 
 def sweep(
     problem: Problem, selection: Selection, student: Tensor, teacher: Tensor | None
-) -> Tensor:
-    """Partial states [pieces, 11, capacity] of compact rows student [capacity, H] and teacher."""
+) -> tuple[Tensor, Tensor | None]:
+    """Partial states [pieces, 11, capacity] of compact rows student [capacity, H] and teacher.
+
+    And how large a part of a KL is at most, [pieces, capacity], where such parts are clipped.
+    """
     tile = problem.configuration("sweep")
     plan = problem.sweep_plan(tile, student, teacher)
     partial = torch.empty(
@@ -172,6 +189,7 @@ def sweep(
         dtype=torch.float32,
         device=student.device,
     )
+    largest = partial.new_empty((plan.pieces, selection.capacity)) if problem.clips_kl else None
     arguments, constants = problem.scores(student, teacher, tile)
     targets = problem.inputs.targets
     problem.launch(
@@ -184,6 +202,7 @@ def sweep(
             "tokens": selection.tokens,
             "count": selection.count,
             "partial": partial,
+            "largest": largest,
             "pieces": plan.pieces,
             "piece_tiles": plan.piece_tiles,
             "group_rows": plan.group_rows,
@@ -194,7 +213,7 @@ def sweep(
             "HAS_TARGETS": targets is not None,
         },
     )
-    return partial
+    return partial, largest
 
 
 # ---- second sweep --------------------------------------------------------------------------------
@@ -205,7 +224,7 @@ def sweep(
 def mixture_kernel(
     student, teacher, head, teacher_head, bias, teacher_bias, tokens, count, statistics, partial,
     capacity, vocabulary, size, teacher_size, pieces, piece_tiles, group_rows,
-    slope, rest, ceiling, beta,
+    slope, rest, ceiling, beta, entry_clip,
     DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, SHARED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr,
     SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -217,7 +236,8 @@ def mixture_kernel(
     """The walk of sweep_kernel; shapes and invariants as there.
 
     statistics [N, 10] holds the normalisers. Writes partial [pieces, 4, capacity] float32: sums for
-    KL(S||m), KL(T||m), the pivot and kappa.
+    KL(S||m), KL(T||m), the pivot and kappa. With an entry_clip, of any divergence, clip.clip_sums:
+    the values and the slopes that are left, and the number of entries that are clipped.
     """
     WIDTH: tl.constexpr = BLOCK_COLUMNS // PARTS
     rows = tl.load(count).to(tl.int32)
@@ -239,6 +259,9 @@ def mixture_kernel(
         sum_teacher = sum_student
         sum_pivot = sum_student
         sum_kappa = sum_student
+        sum_value = sum_student
+        sum_slope = sum_student
+        sum_count = sum_student
         first_tile = piece * piece_tiles
         for tile in range(first_tile, tl.minimum(first_tile + piece_tiles, tiles)):
             first_column = tile * BLOCK_COLUMNS
@@ -259,29 +282,45 @@ def mixture_kernel(
                     parts_t[part], teacher_bias, columns, vocabulary, slope, rest, ceiling,
                     HAS_TEACHER_BIAS, SCALED, CAPPED, MASKED,
                 )  # fmt: skip
-                add_student, add_teacher, add_pivot, add_kappa = mixture_sums(
-                    z_s, z_t, shift_s, low_s, shift_t, low_t, beta, DIVERGENCE, 1
-                )
-                sum_student += add_student
-                sum_teacher += add_teacher
-                sum_pivot += add_pivot
-                sum_kappa += add_kappa
+                if entry_clip is None:
+                    add_student, add_teacher, add_pivot, add_kappa = mixture_sums(
+                        z_s, z_t, shift_s, low_s, shift_t, low_t, beta, DIVERGENCE, 1
+                    )
+                    sum_student += add_student
+                    sum_teacher += add_teacher
+                    sum_pivot += add_pivot
+                    sum_kappa += add_kappa
+                else:
+                    add_value, add_slope, add_count = clip_sums(
+                        z_s, z_t, shift_s, low_s, shift_t, low_t, beta, entry_clip, DIVERGENCE, 1
+                    )
+                    sum_value += add_value
+                    sum_slope += add_slope
+                    sum_count += add_count
 
         to = partial + piece.to(tl.int64) * MIXTURE_STATE * capacity + row
-        tl.store(to + STUDENT_MIXTURE * capacity, sum_student, mask=inside)
-        tl.store(to + TEACHER_MIXTURE * capacity, sum_teacher, mask=inside)
-        tl.store(to + PIVOT_SUM * capacity, sum_pivot, mask=inside)
-        tl.store(to + KAPPA_SUM * capacity, sum_kappa, mask=inside)
+        if entry_clip is None:
+            tl.store(to + STUDENT_MIXTURE * capacity, sum_student, mask=inside)
+            tl.store(to + TEACHER_MIXTURE * capacity, sum_teacher, mask=inside)
+            tl.store(to + PIVOT_SUM * capacity, sum_pivot, mask=inside)
+            tl.store(to + KAPPA_SUM * capacity, sum_kappa, mask=inside)
+        else:
+            tl.store(to + VALUE_SUM * capacity, sum_value, mask=inside)
+            tl.store(to + SLOPE_SUM * capacity, sum_slope, mask=inside)
+            tl.store(to + CLIPPED * capacity, sum_count, mask=inside)
 
 
-def sweep_mixture(
+def second_sweep(
     problem: Problem,
     selection: Selection,
     student: Tensor,
     teacher: Tensor,
     statistics: Tensor,
+    *,
+    of_clipped: bool = False,
 ) -> Tensor:
-    """Partial sums [pieces, 4, capacity] for rows whose normalisers are in statistics [N, 10]."""
+    """Partial sums [pieces, 4, capacity] for rows whose normalisers are in statistics [N, 10]: of
+    the mixture, or `of_clipped` entries."""
     tile = problem.configuration("mixture")
     plan = problem.sweep_plan(tile, student, teacher)
     partial = torch.empty(
@@ -304,6 +343,7 @@ def sweep_mixture(
             "piece_tiles": plan.piece_tiles,
             "group_rows": plan.group_rows,
             "beta": problem.objective.beta,
+            "entry_clip": problem.entry_clip if of_clipped else None,
         },
         {**constants, "DIVERGENCE": problem.divergence},
     )
