@@ -26,8 +26,13 @@ __device__ __forceinline__ void clip_sweep(const Row<T>& student, const Row<T>& 
     float s[4 * kQuads], t[4 * kQuads];
     load_step<true>(student, teacher, begin, columns, s, t);
     ClipSums<float> step{0.0f, 0.0f, sums.count};
+    // A quad after the other: with both at a time the JSD takes more registers than there are.
+    static_assert(kQuads == 2, "two quads");
+#pragma unroll 1
+    for (int q = 0; q < kQuads; ++q) {
 #pragma unroll
-    for (int i = 0; i < 4 * kQuads; ++i) clip_element<kDivergence>(s[i], t[i], terms, step);
+      for (int i = 0; i < 4; ++i) clip_element<kDivergence>(q ? s[4 + i] : s[i], q ? t[4 + i] : t[i], terms, step);
+    }
     sums.value += step.value;
     sums.slope += step.slope;
     sums.count = step.count;
@@ -43,25 +48,24 @@ __device__ __forceinline__ void clip_sweep(const Row<T>& student, const Row<T>& 
 }
 
 template <class T, Divergence kDivergence>
-__global__ void __launch_bounds__(kThreads, kBlocks) clip_kernel(const Call call, double* state) {
+__global__ void __launch_bounds__(kThreads, kBlocks) clip_kernel(const Call call, float beta, float clip, double* state) {
   __shared__ Shared shared;
-  __shared__ ClipTerms shared_terms;
   const Problem& p = call.p;
   const int64_t row = blockIdx.x;
   const Row<T> student(p.student, call.student, row), teacher(p.teacher, call.teacher, row);
   if (threadIdx.x == 0) {
     shared.row = load_state(state, row);
     finish(shared.row, true, false, kDivergence, p.beta, shared.statistics);
-    shared_terms = make_clip_terms(normalised(shared.statistics), kDivergence, p.beta, p.entry_clip);
+    shared.terms.n = normalised(shared.statistics);
   }
   __syncthreads();
   if (!needs_mixture(kDivergence) && !kl_may_exceed(shared.statistics[Statistic::kDivergence], p.entry_clip)) return;
-  const ClipTerms terms = shared_terms;
+  const ClipTerms terms = {shared.terms.n, beta, clip, 0.0f};
   clip_sweep<kDivergence>(student, teacher, call.columns, terms, shared.row, shared);
   if (threadIdx.x == 0) store_state(state, row, shared.row);
 }
 
-using Kernel = void (*)(Call, double*);
+using Kernel = void (*)(Call, float, float, double*);
 
 template <class T>
 Kernel kernel_of(Divergence divergence) {
@@ -84,7 +88,7 @@ Kernel kernel_of(Divergence divergence) {
 const char* clip(const Problem& p, double* state, int64_t rows, Stream stream) {
   const Kernel kernel =
       for_element(p.element, [&](auto element) { return kernel_of<decltype(element)>(p.divergence); });
-  return launch(kernel, rows, kThreads, stream, Call(p), state);
+  return launch(kernel, rows, kThreads, stream, Call(p), (float)p.beta, (float)p.entry_clip, state);
 }
 
 }  // namespace cuda
