@@ -26,6 +26,7 @@ from selfdistill_kernels.backends.interface import (
     rows_with_gradient,
 )
 from selfdistill_kernels.backends.native.recompute import sweep_top_k
+from selfdistill_kernels.backends.triton.clip import may_be_clipped
 from selfdistill_kernels.backends.triton.gather import gather_rows
 from selfdistill_kernels.backends.triton.gradient import slab_gradient
 from selfdistill_kernels.backends.triton.launch import Launch, run
@@ -181,16 +182,16 @@ def _sweep_statistics(problem: Problem, statistics: Tensor) -> None:
     inputs = problem.inputs
     selection = Selection.of(_existing(inputs))
     student, teacher = _compact(problem, selection)
-    # How large an entry's part of the divergence is at most.
-    most = None if problem.entry_clip is None else statistics.new_zeros(statistics.shape[0])
-    partial, largest = sweep(problem, selection, student, teacher)
-    merge(problem, selection, partial, largest, statistics, most)
+    merge(problem, selection, sweep(problem, selection, student, teacher), statistics)
     if problem.needs_mixture:
         assert teacher is not None
         partial = second_sweep(problem, selection, student, teacher, statistics)
-        merge_second(problem, selection, partial, statistics, most=most)
-    if most is not None:
-        selection = Selection.of(most > problem.entry_clip)
+        merge_second(problem, selection, partial, statistics)
+    if problem.entry_clip is not None:
+        if problem.divergence == DIVERGENCES["reverse_kl"]:
+            statistics[:, Column.PIVOT] = statistics[:, Column.DIVERGENCE]
+        chosen = may_be_clipped(statistics[:, Column.DIVERGENCE], problem.objective)
+        selection = Selection.of(chosen & _existing(inputs))
         student, teacher = _compact(problem, selection)
         assert teacher is not None
         partial = second_sweep(problem, selection, student, teacher, statistics, of_clipped=True)

@@ -1,14 +1,16 @@
-"""A divergence whose entries are clipped one by one, sum over v of min(f_v, clip): csrc/clip.h for Triton.
+"""A divergence whose entries are clipped one by one, sum over v of min(f_v, clip).
 
-Which entries are clipped depends on both normalisers, so that their sums take a look of their own
-at the logits. The sweeps before it find a bound of the row's largest f_v, and only rows whose bound
-exceeds the clip are looked at again. Their sums take the place of the divergence and its pivot.
+The twin of csrc/clip.h. Which entries are clipped depends on both normalisers, so that their sums
+take a look of their own at the logits, in rows only whose largest f_v may exceed the clip. These
+sums take the place of the divergence and its pivot.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from selfdistill_kernels.backends.triton.divergence import (
     FORWARD_KL,
@@ -27,6 +29,7 @@ from selfdistill_kernels.backends.triton.divergence import (
     weighed_by,
 )
 from selfdistill_kernels.backends.triton.elementary import NEAR
+from selfdistill_kernels.objective import Objective
 
 # What a bound is raised by: float32 sums, and an entry at the clip that rounds to either side.
 RELATIVE_MARGIN = tl.constexpr(1.001)
@@ -55,7 +58,7 @@ def carried(largest, by_s, by_t, DIVERGENCE: tl.constexpr):
 def largest_part(z_s, z_t, max_s, max_t, DIVERGENCE: tl.constexpr):
     """The largest part of a KL in a tile around the maxima, which broadcast against it.
 
-    A part of `divergence.pair_sums`, whose values the compiler takes.
+    Made of values of `divergence.pair_sums`, which the compiler makes once.
     """
     centre_s, centre_t, rest = log_ratio_centres(max_s, 0.0, max_t, 0.0)
     x = log_ratio(z_s, z_t, centre_s, centre_t, rest)
@@ -81,16 +84,25 @@ def most_of_kl(largest, sum_s, sum_t, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def most_of_mixture(divergence, DIVERGENCE: tl.constexpr):
-    """A bound of the largest f_v from a finished divergence D over the mixture.
-
-    The parts of the JSD are not negative. Those of the others may be: by p log(p/m) >= p - m all
-    negative ones add up to no less than -sum max(m - p, 0), and that is no less than -sqrt(D/2)
-    (Pinsker).
-    """
+    """A bound of the largest f_v from a finished divergence over the mixture: `may_be_clipped`."""
     most = divergence
     if DIVERGENCE != JSD:
         most += tl.sqrt(tl.maximum(0.5 * divergence, 0.0) + ABSOLUTE_MARGIN)
     return most * RELATIVE_MARGIN + ABSOLUTE_MARGIN
+
+
+def may_be_clipped(divergence: Tensor, objective: Objective) -> Tensor:
+    """[N] bool, False only where a divergence [N] tells that no part of it exceeds the clip.
+
+    The parts of the JSD are not negative. Those of the others, p log(p/q), may be: by
+    p log(p/q) >= p - q the negative ones add up to no less than -sum max(q - p, 0), and that is no
+    less than -sqrt(divergence / 2) (Pinsker).
+    """
+    most = divergence
+    if objective.kernel_divergence != "jsd":
+        half = (0.5 * divergence).clamp(min=0.0)
+        most = divergence + torch.sqrt(half + ABSOLUTE_MARGIN.value)
+    return most * RELATIVE_MARGIN.value + ABSOLUTE_MARGIN.value > (objective.entry_clip or 0.0)
 
 
 # ---- the sums of a row in which an entry is clipped ----------------------------------------------

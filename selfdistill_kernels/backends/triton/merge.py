@@ -6,12 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from selfdistill_kernels.backends.triton.clip import (
-    carried,
-    finish_clipped,
-    most_of_kl,
-    most_of_mixture,
-)
+from selfdistill_kernels.backends.triton.clip import finish_clipped
 from selfdistill_kernels.backends.triton.columns import (
     CLIPPED,
     CURVATURE,
@@ -39,10 +34,8 @@ from selfdistill_kernels.backends.triton.columns import (
 )
 from selfdistill_kernels.backends.triton.divergence import (
     LOWEST_MAXIMUM,
-    REVERSE_KL,
     finish_first,
     finish_mixture,
-    kl_of,
     moved,
 )
 from selfdistill_kernels.backends.triton.launch import Warps
@@ -64,16 +57,14 @@ def _piece_values(partial, column, capacity, pieces, row, piece, inside, other):
 # Sizes that no address depends on: one compilation serves all of them.
 @triton.jit(do_not_specialize=["capacity", "pieces"])
 def merge_kernel(
-    partial, largest, tokens, count, statistics, most, capacity, pieces,
+    partial, tokens, count, statistics, capacity, pieces,
     DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_TARGETS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_PIECES: tl.constexpr,
 ):  # fmt: skip
     """One program a few rows, all pieces at once, in float64 and in a fixed order.
 
     partial [pieces, 11, capacity] float32, tokens [capacity], count [1], statistics [N, 10] float32
-    (columns 0 to 8 of the tokens that take part are written). Where entries are clipped: largest
-    [pieces, capacity], of which most [N] gets how large an entry's part of the KL is at most, and
-    the pivot of a row without a clipped entry; else None, both.
+    (columns 0 to 8 of the tokens that take part are written).
     """
     rows = tl.load(count).to(tl.int32)
     first = tl.program_id(0) * BLOCK_ROWS
@@ -106,42 +97,16 @@ def merge_kernel(
     target_s = _piece_values(partial, STUDENT_TARGET, capacity, pieces, row, piece, inside, 0.0)
     target_t = _piece_values(partial, TEACHER_TARGET, capacity, pieces, row, piece, inside, 0.0)
     token = tl.load(tokens + row, mask=row < rows, other=0)
-    row_s = tl.sum(sum_s, 1)
-    row_t = tl.sum(sum_t, 1)
-    row_excess = tl.sum(excess, 1)
-    row_moment = tl.sum(moment, 1)
-    row_curvature = tl.sum(curvature, 1)
-    of_row = statistics + token * STATISTICS
     finish_first(
-        of_row, row < rows, max_s, max_t, row_s, row_t, row_excess, row_moment, row_curvature,
+        statistics + token * STATISTICS, row < rows, max_s, max_t, tl.sum(sum_s, 1),
+        tl.sum(sum_t, 1), tl.sum(excess, 1), tl.sum(moment, 1), tl.sum(curvature, 1),
         tl.sum(moment_s, 1), tl.sum(moment_t, 1), tl.sum(target_s, 1), tl.sum(target_t, 1),
         DIVERGENCE, HAS_TEACHER, HAS_TARGETS,
     )  # fmt: skip
-    if largest is not None:
-        at = largest + piece[None, :].to(tl.int64) * capacity + row[:, None]
-        parts = carried(
-            tl.load(at, mask=inside, other=0.0).to(tl.float64), piece_max_s - max_s[:, None],
-            piece_max_t - max_t[:, None], DIVERGENCE,
-        )  # fmt: skip
-        bound = most_of_kl(tl.max(parts, 1), row_s, row_t, DIVERGENCE)
-        tl.store(most + token, bound.to(tl.float32), mask=row < rows)
-        if DIVERGENCE == REVERSE_KL:
-            kl = kl_of(row_s, row_t, row_excess, row_moment, row_curvature, DIVERGENCE)
-            tl.store(of_row + PIVOT, kl.to(tl.float32), mask=row < rows)
 
 
-def merge(
-    problem: Problem,
-    selection: Selection,
-    partial: Tensor,
-    largest: Tensor | None,
-    statistics: Tensor,
-    most: Tensor | None,
-) -> None:
-    """Fill statistics [N, 10] of the selected tokens from partial [pieces, 11, capacity].
-
-    And most [N], how large an entry's part is at most, from largest [pieces, capacity].
-    """
+def merge(problem: Problem, selection: Selection, partial: Tensor, statistics: Tensor) -> None:
+    """Fill statistics [N, 10] of the selected tokens from partial [pieces, 11, capacity]."""
     inputs = problem.inputs
     problem.launch(
         merge_kernel,
@@ -149,11 +114,9 @@ def merge(
         WARPS,
         {
             "partial": partial,
-            "largest": largest,
             "tokens": selection.tokens,
             "count": selection.count,
             "statistics": statistics,
-            "most": None if largest is None else most,
             "capacity": selection.capacity,
             "pieces": partial.shape[0],
         },
@@ -180,13 +143,13 @@ def _total(partial, column, capacity, row, piece, inside):
 # Sizes that no address depends on: one compilation serves all of them.
 @triton.jit(do_not_specialize=["capacity", "pieces"])
 def merge_mixture_kernel(
-    partial, tokens, count, statistics, most, capacity, pieces, beta, entry_clip,
+    partial, tokens, count, statistics, capacity, pieces, beta, entry_clip,
     DIVERGENCE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_PIECES: tl.constexpr,
 ):  # fmt: skip
     """partial [pieces, 4, capacity] float32; columns 8 and 9 of statistics [N, 10] are written.
 
-    most [N] or None gets how large an entry's part is at most. With an entry_clip the sums are those
-    of the clipped entries, and only rows that have any are written.
+    With an entry_clip the sums are those of clip.clip_sums, and only rows with a clipped entry are
+    written.
     """
     rows = tl.load(count).to(tl.int32)
     first = tl.program_id(0) * BLOCK_ROWS
@@ -219,9 +182,6 @@ def merge_mixture_kernel(
     token = tl.load(tokens + row, mask=row < rows, other=0)
     tl.store(statistics + token * STATISTICS + ROW_DIVERGENCE, divergence, mask=finished)
     tl.store(statistics + token * STATISTICS + PIVOT, pivot, mask=finished)
-    if most is not None:
-        bound = most_of_mixture(divergence, DIVERGENCE)
-        tl.store(most + token, bound, mask=finished)
 
 
 def merge_second(
@@ -230,11 +190,10 @@ def merge_second(
     partial: Tensor,
     statistics: Tensor,
     *,
-    most: Tensor | None = None,
     of_clipped: bool = False,
 ) -> None:
     """Fill divergence and pivot of the selected tokens from partial [pieces, 4, capacity] of
-    `sweep.second_sweep`, and most [N], how large an entry's part is at most."""
+    `sweep.second_sweep`."""
     problem.launch(
         merge_mixture_kernel,
         triton.cdiv(selection.capacity, MIXTURE_BLOCK_ROWS),
@@ -244,7 +203,6 @@ def merge_second(
             "tokens": selection.tokens,
             "count": selection.count,
             "statistics": statistics,
-            "most": most,
             "capacity": selection.capacity,
             "pieces": partial.shape[0],
             "beta": problem.objective.beta,

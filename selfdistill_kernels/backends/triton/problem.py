@@ -88,11 +88,6 @@ class Problem:
         return None if self.divergence == DIVERGENCES["none"] else self.objective.entry_clip
 
     @property
-    def clips_kl(self) -> bool:
-        """True when the first sweep bounds the parts of a KL, whose entries are clipped."""
-        return self.entry_clip is not None and not self.needs_mixture
-
-    @property
     def first_divergence(self) -> int:
         """What the first sweep sums for: that of a mixture only normalises."""
         return min(self.divergence, DIVERGENCES["jsd"])

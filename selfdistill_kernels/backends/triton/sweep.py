@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from selfdistill_kernels.backends.triton.clip import carried, clip_sums, largest_part
+from selfdistill_kernels.backends.triton.clip import clip_sums
 from selfdistill_kernels.backends.triton.columns import (
     CLIPPED,
     CURVATURE,
@@ -61,7 +61,7 @@ from selfdistill_kernels.backends.triton.tiles import (
 @triton.jit(do_not_specialize=["capacity", "vocabulary", "pieces", "piece_tiles", "group_rows"])
 def sweep_kernel(
     student, teacher, head, teacher_head, bias, teacher_bias, targets, tokens, count, partial,
-    largest, capacity, vocabulary, size, teacher_size, pieces, piece_tiles, group_rows,
+    capacity, vocabulary, size, teacher_size, pieces, piece_tiles, group_rows,
     slope, rest, ceiling,
     DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, SHARED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, HAS_TARGETS: tl.constexpr,
@@ -77,7 +77,6 @@ def sweep_kernel(
     targets [N] int64, tokens [capacity] int64 (compact row -> token), count [1] int64.
     Writes partial [pieces, 11, capacity] float32 for rows < count: each element once, by one
     program, so the result does not depend on the order of programs. Saves 2 N V logits.
-    largest [pieces, capacity] or None: how large a part of the KL is at most (clip.largest_part).
     """
     WIDTH: tl.constexpr = BLOCK_COLUMNS // PARTS
     rows = tl.load(count).to(tl.int32)
@@ -103,7 +102,6 @@ def sweep_kernel(
         moment_t = sum_s
         target_s = sum_s
         target_t = sum_s
-        most = sum_s
         first_tile = piece * piece_tiles
         for tile in range(first_tile, tl.minimum(first_tile + piece_tiles, tiles)):
             first_column = tile * BLOCK_COLUMNS
@@ -139,11 +137,6 @@ def sweep_kernel(
                     )  # fmt: skip
                     new_t = tl.maximum(max_t, tl.max(z_t, 1))
                     add_t, add_moment_t = student_sums(z_t, new_t[:, None], 1)
-                    if largest is not None:
-                        most = tl.maximum(
-                            carried(most, max_s - new_s, max_t - new_t, DIVERGENCE),
-                            largest_part(z_s, z_t, new_s[:, None], new_t[:, None], DIVERGENCE),
-                        )
                     sum_s, sum_t, excess, moment, curvature, moment_s, moment_t = moved_both(
                         z_s, z_t, max_s, max_t, new_s, new_t, sum_s, sum_t, excess, moment,
                         curvature, moment_s, moment_t, DIVERGENCE,
@@ -171,17 +164,12 @@ def sweep_kernel(
         tl.store(to + TEACHER_MOMENT * capacity, moment_t, mask=inside)
         tl.store(to + STUDENT_TARGET * capacity, target_s, mask=inside)
         tl.store(to + TEACHER_TARGET * capacity, target_t, mask=inside)
-        if largest is not None:
-            tl.store(largest + piece.to(tl.int64) * capacity + row, most, mask=inside)
 
 
 def sweep(
     problem: Problem, selection: Selection, student: Tensor, teacher: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Partial states [pieces, 11, capacity] of compact rows student [capacity, H] and teacher.
-
-    And how large a part of a KL is at most, [pieces, capacity], where such parts are clipped.
-    """
+) -> Tensor:
+    """Partial states [pieces, 11, capacity] of compact rows student [capacity, H] and teacher."""
     tile = problem.configuration("sweep")
     plan = problem.sweep_plan(tile, student, teacher)
     partial = torch.empty(
@@ -189,7 +177,6 @@ def sweep(
         dtype=torch.float32,
         device=student.device,
     )
-    largest = partial.new_empty((plan.pieces, selection.capacity)) if problem.clips_kl else None
     arguments, constants = problem.scores(student, teacher, tile)
     targets = problem.inputs.targets
     problem.launch(
@@ -202,7 +189,6 @@ def sweep(
             "tokens": selection.tokens,
             "count": selection.count,
             "partial": partial,
-            "largest": largest,
             "pieces": plan.pieces,
             "piece_tiles": plan.piece_tiles,
             "group_rows": plan.group_rows,
@@ -213,7 +199,7 @@ def sweep(
             "HAS_TARGETS": targets is not None,
         },
     )
-    return partial, largest
+    return partial
 
 
 # ---- second sweep --------------------------------------------------------------------------------
