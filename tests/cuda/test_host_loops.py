@@ -47,7 +47,11 @@ OBJECTIVES = [
 ]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=["forward_kl", "mixed", "clipped", "clipped entries", "of the jsd"])
+@pytest.mark.parametrize(
+    "objective",
+    OBJECTIVES,
+    ids=["forward_kl", "mixed", "clipped", "clipped entries", "clipped entries of the jsd"],
+)
 @pytest.mark.parametrize(
     "options",
     [

@@ -99,7 +99,7 @@ def check_edge(divergence: str, backend: str) -> None:
 
 
 def check_exactly_at_the_clip(backend: str) -> None:
-    """A part that is the clip is not clipped: of a teacher that is sure of one entry it is log V."""
+    """A part that is the clip is not clipped: it is log V of a teacher that is sure of an entry."""
     teacher = torch.tensor([[0.0, -INF, -INF, -INF]])
     largest = math.log(4.0)
     at = torch.tensor(largest, dtype=torch.float32)
@@ -160,4 +160,3 @@ def check_broken_token_alone(divergence: str, backend: str) -> None:
     for clean, dirty in zip(*found, strict=True):
         assert torch.equal(clean[others], dirty[others])
         assert dirty[3].isnan().any()
-

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import interpreter
 import pytest
 import torch
 from clip_cases import (
@@ -16,6 +15,7 @@ from clip_cases import (
     check_unclipped_bits,
     clipped_rows,
 )
+from interpreter import RAGGED_HIDDEN
 from kernel_cases import DIVERGENCES, make_case
 from slow import slow_but
 from triton_case import check
@@ -57,7 +57,7 @@ def test_16_bit_inputs(dtype, path, divergence):
 
 
 @pytest.mark.parametrize(
-    ("divergence", "shape"), [("reverse_kl", (1, 65, 2)), ("skew_kl", (3, 24, 1031))]
+    ("divergence", "shape"), [("reverse_kl", (1, 65, 2)), ("skew_kl", (3, RAGGED_HIDDEN, 1031))]
 )
 @pytest.mark.parametrize("path", ["store", "recompute"])
 def test_odd_shapes(divergence, shape, path):
@@ -102,8 +102,8 @@ def test_what_is_no_number_stays_in_its_token(divergence):
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
-def test_rows_whose_bound_is_below_the_clip_are_not_swept_again(divergence, monkeypatch):
-    """The bound of the first sweep is near the largest part: that is what the clip costs."""
+def test_rows_that_cannot_be_clipped_are_not_swept_again(divergence, monkeypatch):
+    """That is what the clip costs: of 21 tokens with a KL of some 0.005 about a half."""
     looked = []
     second_sweep = triton_backend.second_sweep
 
@@ -112,8 +112,8 @@ def test_rows_whose_bound_is_below_the_clip_are_not_swept_again(divergence, monk
         return second_sweep(problem, selection, *arguments, **options)
 
     monkeypatch.setattr(triton_backend, "second_sweep", counted)
-    case = make_case(21, interpreter.RAGGED_HIDDEN, 140, seed=1, closeness=0.1)
-    objective = Objective(divergence, entry_clip=0.01)
+    case = make_case(21, RAGGED_HIDDEN, 140, seed=1, closeness=0.03)
+    objective = Objective(divergence, entry_clip=0.05)
     clipped = int(clipped_rows(case, objective).sum())
     check(case, objective, advantage_mask=AdvantageMask(0.0))
     assert 0 < clipped <= looked[0] < 21
