@@ -14,7 +14,7 @@ SELFDISTILL_LIBRARY(m) {
   // Loss of a token: loss_weight * (divergence - policy_gradient * A * log p_s(y) - cross_entropy * log p_s(y) +
   // entropy * H(p_s)), A = log p_t(y) - log p_s(y) held constant. Without loss_weight: statistics only.
   // gate_sign: -2 none, 0 |A| > threshold, 1 A > threshold, -1 A < -threshold; a NaN advantage passes.
-  // entry_clip: what an entry adds to the divergence at most; 0: no limit. On the CPU only.
+  // entry_clip: what an entry adds to the divergence at most; 0: no limit; on CUDA it must be 0 here.
   // active: in, the rows that may have a gradient; out, those that have one. The others' student rows are left as logits
   // (-inf as -1e30);
   // on CUDA tiles are not transformed: they are left as they were, and without a gate become zeros.
@@ -33,7 +33,7 @@ SELFDISTILL_LIBRARY(m) {
   m.def(
       "row_mixture_(Tensor student, Tensor teacher, Tensor? student_bias, Tensor? teacher_bias, float logit_scale, "
       "float softcap, float temperature, int divergence, float beta, Tensor(a!) state) -> ()");
-  // The same for the sums with clipped entries, on the CPU.
+  // The same for the sums with clipped entries: once over every slab, after the sweeps above have seen all of them.
   m.def(
       "row_clip_(Tensor student, Tensor teacher, Tensor? student_bias, Tensor? teacher_bias, float logit_scale, "
       "float softcap, float temperature, int divergence, float beta, float entry_clip, Tensor(a!) state) -> ()");

@@ -99,6 +99,11 @@ inline void set_entry_clip(Problem& p, double entry_clip) {
   p.entry_clip = p.divergence == Divergence::kNone ? 0.0 : entry_clip;
 }
 
+inline void check_clip(const Problem& p, double entry_clip) {
+  TORCH_CHECK(p.entry_clip > 0, "entry_clip: got ", entry_clip, " with divergence ", static_cast<int>(p.divergence),
+              ", expected more than 0 and a divergence");
+}
+
 inline VisitTerms make_visit(const at::Tensor& student, bool has_teacher, bool has_targets,
                              const OptionalTensor& loss_weight, double policy_gradient, double cross_entropy,
                              double entropy, int64_t gate_sign, double gate_threshold, at::Tensor& statistics,

@@ -46,6 +46,8 @@ OBJECTIVES = {
         name: Objective(name, beta=0.3)
         for name in ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl")
     },
+    "clipped_entries": Objective("forward_kl", entry_clip=0.05),
+    "clipped_jsd": Objective("jsd", beta=0.3, entry_clip=0.01),
     "policy_gradient": Objective("none", policy_gradient=1.0),
     "everything": EVERYTHING,
 }
@@ -86,7 +88,9 @@ class Case:
     @property
     def kernels(self) -> str:
         """Those that have a part in it."""
-        mixture = self.objective in MIXTURES and "sweep" in PATHS[self.path]
+        objective = OBJECTIVES[self.objective]
+        second = objective.divergence in MIXTURES or objective.entry_clip is not None
+        mixture = second and "sweep" in PATHS[self.path]
         return PATHS[self.path] + (", mixture, merge_mixture" if mixture else "")
 
 

@@ -137,8 +137,7 @@ void row_clip_(const Tensor& student, const Tensor& teacher, const OptionalTenso
   Problem p = make_problem(student, teacher, student_bias, teacher_bias, std::nullopt, logit_scale, softcap, temperature,
                            divergence, beta, 0);
   set_entry_clip(p, entry_clip);
-  TORCH_CHECK(p.entry_clip > 0, "entry_clip: got ", entry_clip, " with divergence ", divergence,
-              ", expected more than 0 and a divergence");
+  check_clip(p, entry_clip);
   const int64_t rows = student.size(0);
   check_state(state, student.device(), rows);
   double* to = state.data_ptr<double>();

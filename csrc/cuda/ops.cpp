@@ -39,10 +39,6 @@ void check_launch(const char* error) { TORCH_CHECK(!error, "selfdistill: a CUDA 
 
 cuda::Stream stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
-void refuse_entry_clip(double entry_clip) {
-  TORCH_CHECK(entry_clip == 0, "entry_clip: got ", entry_clip, ", but the CUDA rows clip no entries; pass 0");
-}
-
 void row_visit_(Tensor& student, const OptionalTensor& teacher, const OptionalTensor& student_bias,
                 const OptionalTensor& teacher_bias, const OptionalTensor& targets, const OptionalTensor& loss_weight,
                 double logit_scale, double softcap, double temperature, int64_t divergence, double beta,
@@ -52,7 +48,8 @@ void row_visit_(Tensor& student, const OptionalTensor& teacher, const OptionalTe
   Problem p = make_problem(student, teacher, student_bias, teacher_bias, targets, logit_scale, softcap, temperature,
                            divergence, beta, 0, true);
   set_gradient_type(p, gradient_in_bfloat16);
-  refuse_entry_clip(entry_clip);
+  TORCH_CHECK(entry_clip == 0, "entry_clip: got ", entry_clip, ", but a visit on CUDA clips no entries; pass 0, and call ",
+              "row_statistics_, row_clip_, row_finish and row_gradient_");
   const VisitTerms v = make_visit(student, teacher.has_value(), targets.has_value(), loss_weight, policy_gradient,
                                   cross_entropy, entropy, gate_sign, gate_threshold, statistics, active);
   const c10::DeviceGuard guard(student.device());
@@ -84,6 +81,19 @@ void row_mixture_(const Tensor& student, const Tensor& teacher, const OptionalTe
   check_launch(cuda::mixture(p, state.data_ptr<double>(), student.size(0), stream()));
 }
 
+void row_clip_(const Tensor& student, const Tensor& teacher, const OptionalTensor& student_bias,
+               const OptionalTensor& teacher_bias, double logit_scale, double softcap, double temperature,
+               int64_t divergence, double beta, double entry_clip, Tensor& state) {
+  check_student(student);
+  Problem p = make_problem(student, teacher, student_bias, teacher_bias, std::nullopt, logit_scale, softcap, temperature,
+                           divergence, beta, 0, true);
+  set_entry_clip(p, entry_clip);
+  check_clip(p, entry_clip);
+  check_state(state, student.device(), student.size(0));
+  const c10::DeviceGuard guard(student.device());
+  check_launch(cuda::clip(p, state.data_ptr<double>(), student.size(0), stream()));
+}
+
 Tensor row_finish(const Tensor& state, bool has_teacher, bool has_targets, int64_t divergence, double beta) {
   check_device("state", state);
   check_finish(state, has_teacher, divergence);
@@ -104,7 +114,7 @@ void row_gradient_(Tensor& student, const OptionalTensor& teacher, const Optiona
   Problem p = make_problem(student, teacher, student_bias, teacher_bias, targets, logit_scale, softcap, temperature,
                            divergence, beta, column_offset, true);
   set_gradient_type(p, gradient_in_bfloat16);
-  refuse_entry_clip(entry_clip);
+  set_entry_clip(p, entry_clip);
   check_row_terms(student, statistics, term_weights);
   const c10::DeviceGuard guard(student.device());
   check_launch(cuda::gradient(p, statistics.const_data_ptr<float>(), term_weights.const_data_ptr<float>(),
@@ -133,6 +143,7 @@ SELFDISTILL_LIBRARY_IMPL(CUDA, m) {
   m.impl("row_visit_", selfdistill::row_visit_);
   m.impl("row_statistics_", selfdistill::row_statistics_);
   m.impl("row_mixture_", selfdistill::row_mixture_);
+  m.impl("row_clip_", selfdistill::row_clip_);
   m.impl("row_finish", selfdistill::row_finish);
   m.impl("row_gradient_", selfdistill::row_gradient_);
   m.impl("gather_active_rows_", selfdistill::gather_active_rows_);

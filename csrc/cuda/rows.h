@@ -24,6 +24,9 @@ const char* statistics(const Problem& p, bool first, double* state, int64_t rows
 
 const char* mixture(const Problem& p, double* state, int64_t rows, Stream stream);
 
+// Of the entries of a divergence that p.entry_clip > 0 clips.
+const char* clip(const Problem& p, double* state, int64_t rows, Stream stream);
+
 const char* finish(const double* state, bool has_teacher, bool has_targets, Divergence divergence, double beta,
                    float* statistics, int64_t rows, Stream stream);
 

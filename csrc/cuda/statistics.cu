@@ -3,20 +3,12 @@
 //
 // Bytes an element (float32): either sweep 8 read, 4 without a teacher. A row's state is 128 bytes read and written a slab.
 #include "row.cuh"
+// (clip.h is written in the functions of device.h)
+#include "../clip.h"
 
 namespace selfdistill {
 namespace cuda {
 namespace {
-
-__device__ __forceinline__ RowState load_state(const double* state, int64_t row) {
-  RowState s;
-  memcpy(&s, state + row * kStateColumns, sizeof s);
-  return s;
-}
-
-__device__ __forceinline__ void store_state(double* state, int64_t row, const RowState& s) {
-  memcpy(state + row * kStateColumns, &s, sizeof s);
-}
 
 template <class T, bool kTeacher, Divergence kDivergence>
 __global__ void __launch_bounds__(kThreads, kBlocks) statistics_kernel(const Call call, bool first, double* state) {
@@ -62,7 +54,9 @@ __global__ void finish_kernel(const double* state, bool has_teacher, bool has_ta
                               double beta, float* statistics, int64_t rows) {
   const int64_t row = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (row >= rows) return;
-  finish(load_state(state, row), has_teacher, has_targets, divergence, beta, statistics + row * kStatistics);
+  const RowState s = load_state(state, row);
+  finish(s, has_teacher, has_targets, divergence, beta, statistics + row * kStatistics);
+  finish_clipped(s, divergence, beta, statistics + row * kStatistics);
 }
 
 using StatisticsKernel = void (*)(Call, bool, double*);

@@ -1,13 +1,13 @@
 // Whole rows: statistics, gate and, in place, the gradient. One block a row of [rows, columns].
 //
-// Bytes an element (float32, with a teacher; csrc/cuda/row.cuh has the parts):
+// Bytes an element (float32, with a teacher; csrc/cuda/row.cuh and gradient.cuh have the parts):
 //   statistics alone                     8
 //   forward and reverse KL with gradient 20   8 + 8 read, 4 written; bfloat16 gradient 18
 //   mixture divergences with gradient    28   8 + 8 + 8 read, 4 written; 26
 //   no divergence, no teacher            12   4 + 4 read, 4 written; 10
 // of which the later sweeps find in the L2 cache what fits of the rows that are under way.
 // Kept between sweeps: one row's state in shared memory. A row that the gate drops is only read.
-#include "row.cuh"
+#include "gradient.cuh"
 
 namespace selfdistill {
 namespace cuda {

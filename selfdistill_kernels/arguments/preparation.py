@@ -256,8 +256,6 @@ def prepare(
         device=student.device,
         dtype=student.dtype,
         is_sharded=is_sharded,
-        # Buckets of a top-k are clipped outside of the backends.
-        clips_entries=objective.entry_clip is not None and objective.top_k is None,
     )
 
     check_tolerance(settings.tolerance, objective, backend, student.device, is_sharded=is_sharded)

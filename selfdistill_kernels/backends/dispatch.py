@@ -14,9 +14,6 @@ PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "native"), "cpu": (
 # Backends whose statistics join those of other ranks, where the vocabulary is sharded.
 JOINING = ("native", "reference")
 
-# Backends beside the reference that take an `Objective.entry_clip`, and where.
-CLIPPING = (("native", "cpu"),)
-
 # Least compute capability of an NVIDIA GPU for the Triton kernels (bfloat16 tensor cores).
 TRITON_CAPABILITY = (8, 0)
 # AMD GPUs that the Triton kernels have tiles for: MI300 and MI325, MI350 and MI355.
@@ -125,7 +122,6 @@ def decide(
     dtype: torch.dtype,
     found: Found,
     is_sharded: bool = False,
-    clips_entries: bool = False,
 ) -> Choice:
     """Resolve "auto" and refuse a named backend that cannot serve these inputs.
 
@@ -135,11 +131,10 @@ def decide(
         dtype: of the inputs.
         found: what this process can use.
         is_sharded: whether the vocabulary lies in parts on several ranks.
-        clips_entries: whether the entries of a divergence over the vocabulary are clipped.
 
     Raises:
-        ValueError: unknown name, or a named backend that does not take the device, the dtype,
-            shards or clipped entries.
+        ValueError: unknown name, or a named backend that does not take the device, the dtype or
+            shards.
         RuntimeError: a named backend that is not available here.
     """
     check_backend_name(name)
@@ -148,18 +143,10 @@ def decide(
             f"backend: {name!r} takes no heads that are sharded along the vocabulary; use "
             "backend='auto', 'native' or 'reference'"
         )
-    if clips_entries and name not in ("auto", "reference") and (name, device) not in CLIPPING:
-        raise ValueError(
-            f"backend: {name!r} on {device!r} takes no objective with entry_clip: which entries "
-            "are clipped is known once their row is summed up, and the logits would have to be "
-            "made again; use backend='auto' or 'reference', or divergence_clip"
-        )
     if name == "auto":
         passed_over: list[tuple[str, str]] = []
         for backend in PREFERENCE.get(device, ()):
             if dtype not in SERVED[backend, device] or (is_sharded and backend not in JOINING):
-                continue
-            if clips_entries and (backend, device) not in CLIPPING:
                 continue
             unwanted = found.unwanted(backend, device)
             if unwanted is None:

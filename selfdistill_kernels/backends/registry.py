@@ -24,7 +24,6 @@ def choose_backend(
     device: torch.device,
     dtype: torch.dtype,
     is_sharded: bool = False,
-    clips_entries: bool = False,
 ) -> str:
     """Resolve "auto" and refuse a backend that cannot serve these inputs (dispatch.decide).
 
@@ -39,7 +38,6 @@ def choose_backend(
         dtype=dtype,
         found=here,
         is_sharded=is_sharded,
-        clips_entries=clips_entries,
     )
     # The rows of the native backend are no loss on a GPU where nothing else was to be had; a Triton
     # that is there and not taken is worth a word.

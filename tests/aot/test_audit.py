@@ -23,6 +23,7 @@ from selfdistill_kernels.tools.audit.judgement import (
 from selfdistill_kernels.tools.audit.record import MACHINES, Job, Variant, jobs, variants
 
 PLAIN = Variant(Objective("forward_kl"))
+CLIPPED = Variant(Objective("forward_kl", entry_clip=0.05))
 HEAVY = Variant(
     Objective("reverse_kl", policy_gradient=1.0, entropy=0.1),
     extras=True, two_heads=True, capped=True,
@@ -37,6 +38,16 @@ GOOD = Report(
 @pytest.mark.parametrize("kernel", ["sweep", "gradient", "product"])
 def test_kernels_of_the_default_objective_pass(architecture, kernel):
     found = [j for j in jobs(architecture, "bf16", [4096], [PLAIN]) if j.name == kernel]
+    assert found
+    for job in found[:1]:
+        assert refusals(kernel, build(job, architecture), architecture) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", LIMITS)
+@pytest.mark.parametrize("kernel", ["mixture", "gradient", "row_statistics", "row_gradient"])
+def test_kernels_that_clip_entries_pass(architecture, kernel):
+    found = [j for j in jobs(architecture, "bf16", [4096], [CLIPPED]) if j.name == kernel]
     assert found
     for job in found[:1]:
         assert refusals(kernel, build(job, architecture), architecture) == []

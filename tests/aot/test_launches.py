@@ -35,6 +35,11 @@ from selfdistill_kernels.tools.audit.record import (
 )
 
 Told = dict[str, tuple[str, Any]]
+LAUNCHED = (
+    Objective("forward_kl"),
+    Objective("skew_kl", 0.3),
+    Objective("reverse_kl", entry_clip=0.05),
+)
 
 
 def target(architecture: str) -> GPUTarget:
@@ -99,13 +104,13 @@ def test_every_argument_of_every_launch(compared, architecture, tokens):
     descriptors; absent tensors; scalars of any value."""
     seen = compared(architecture)
     for hidden, vocabulary in ((16, 128), (9, 77), (1, 1)):
-        for divergence in ("forward_kl", "skew_kl"):
+        for objective in LAUNCHED:
             for extras in ({}, {"bias": True, "softcap": 5.0, "teacher_hidden": 24}):
                 case = make_case(tokens, hidden, vocabulary, dtype=torch.bfloat16, **extras)
                 for gate in (None, AdvantageMask(0.0)):
                     leaves = case.leaves()
                     out = case.call(
-                        fused_linear_distillation, objective=Objective(divergence, 0.3),
+                        fused_linear_distillation, objective=objective,
                         advantage_mask=gate, backend="triton",
                     )  # fmt: skip
                     torch.autograd.grad(out.loss, leaves)

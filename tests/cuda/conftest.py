@@ -12,7 +12,7 @@ from cuda_build import build_emulated_operators
 import selfdistill_kernels  # noqa: F401  (defines the operators)
 
 ON_DEVICE = {
-    "row_visit_", "row_statistics_", "row_mixture_", "row_finish", "row_gradient_",
+    "row_visit_", "row_statistics_", "row_mixture_", "row_clip_", "row_finish", "row_gradient_",
     "gather_active_rows_",
 }  # fmt: skip
 

@@ -77,7 +77,11 @@ void run(int64_t rows, int64_t columns, int64_t padding, int64_t shift, int dive
   check(cuda::statistics(p, true, state.data, rows, nullptr));
   check(cuda::statistics(p, false, state.data, rows, nullptr));
   if (needs_mixture(p.divergence)) check(cuda::mixture(p, state.data, rows, nullptr));
+  p.entry_clip = divergence ? 0.02 : 0.0;
+  if (divergence) check(cuda::clip(p, state.data, rows, nullptr));
   check(cuda::finish(state.data, true, true, p.divergence, 0.5, statistics.data, rows, nullptr));
+  check(cuda::gradient(p, statistics.data, terms.data, rows, nullptr));
+  p.entry_clip = 0.0;
   check(cuda::gradient(p, statistics.data, terms.data, rows, nullptr));
   check(cuda::visit(p, v, rows, nullptr));
   check(cuda::plan_gather(active.data, rows, order.data, holes.data, count.data, nullptr));

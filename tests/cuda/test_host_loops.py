@@ -42,10 +42,16 @@ OBJECTIVES = [
     "forward_kl",
     Objective("jsd", 0.3, policy_gradient=0.5, entropy=0.1),
     Objective("reverse_kl", divergence_clip=0.4),
+    Objective("forward_kl", entry_clip=0.05, cross_entropy=0.3),
+    Objective("jsd", 0.3, entry_clip=0.01),
 ]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=["forward_kl", "mixed", "clipped"])
+@pytest.mark.parametrize(
+    "objective",
+    OBJECTIVES,
+    ids=["forward_kl", "mixed", "clipped", "clipped entries", "clipped entries of the jsd"],
+)
 @pytest.mark.parametrize(
     "options",
     [

@@ -8,6 +8,7 @@ import pytest
 import torch
 from amd_machine.execute import Schedule
 from amd_machine.launch import Machine
+from clip_cases import clipped_rows
 from kernel_cases import DIVERGENCES, check_against_torch, make_case, materialised_losses
 from slow import slow_but
 from triton_case import check
@@ -57,6 +58,19 @@ def test_values_and_gradients(on_machine, divergence, dtype, architecture, gate)
     ran = {launch.compiled.job.name for launch in machine.launched}
     expected = {"sweep", "gradient", "product"} if gate else {"row_statistics", "row_gradient"}
     assert expected <= ran
+
+
+@pytest.mark.parametrize("gate", [None, GATE], ids=["store", "recompute"])
+@pytest.mark.parametrize(
+    ("divergence", "architecture"),
+    slow_but([("forward_kl", "gfx942")], product(DIVERGENCES, ARCHITECTURES)),
+)
+def test_clipped_entries(on_machine, divergence, architecture, gate):
+    on_machine(Machine(architecture, Schedule(seed=4)))
+    case = make_case(9, 24, 150, seed=3, closeness=0.3)
+    objective = Objective(divergence, 0.3, entry_clip=0.005, cross_entropy=0.2)
+    assert clipped_rows(case, objective).any()
+    check(case, objective, torch.bfloat16, advantage_mask=gate)
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,14 @@ class RowKernels:
     ) -> None:
         """One visit of whole rows: fills statistics [r, 10] and leaves in active [r] bool those
         that have a gradient; with `loss_weight` [r] their student's scores become gradients."""
-        if loss_weight is not None and self.objective.needs_statistics_first:
+        # The rows of a GPU clip entries from statistics only: they stay in no cache on the way.
+        clips_later = self.asynchronous and self.entry_clip is not None
+        if clips_later and loss_weight is None:
+            ones = torch.ones_like(statistics[:, 0])
+            statistics.copy_(self.statistics(tile))
+            active &= active_tokens(statistics, ones, None, gate)
+            return
+        if loss_weight is not None and (clips_later or self.objective.needs_statistics_first):
             self._visit_twice(tile, loss_weight, gate, old_logprobs, statistics, active)
             return
         objective, kernel_gate = self.objective, gate or NO_GATE

@@ -1,6 +1,7 @@
 """Triton backend: which kernels run, in which order, for the three visits of a backend.
 
-    recompute   sweep -> merge (-> mixture sweep -> merge) -> weights -> for each slab: dz, dW, dH
+    recompute   sweep -> merge (-> mixture sweep -> merge) (-> the same of clipped entries)
+                -> weights -> for each slab: dz, dW, dH
     store       for each tile of rows: logits (library) -> row statistics -> weights -> row
                 gradient -> dW, dH (library)
 
@@ -25,15 +26,16 @@ from selfdistill_kernels.backends.interface import (
     rows_with_gradient,
 )
 from selfdistill_kernels.backends.native.recompute import sweep_top_k
+from selfdistill_kernels.backends.triton.clip import may_be_clipped
 from selfdistill_kernels.backends.triton.gather import gather_rows
 from selfdistill_kernels.backends.triton.gradient import slab_gradient
 from selfdistill_kernels.backends.triton.launch import Launch, run
-from selfdistill_kernels.backends.triton.merge import merge, merge_mixture
+from selfdistill_kernels.backends.triton.merge import merge, merge_second
 from selfdistill_kernels.backends.triton.plan import Machine, SlabPlan, store_rows
 from selfdistill_kernels.backends.triton.problem import Problem, RowTile, Selection
 from selfdistill_kernels.backends.triton.product import hidden_product, weight_product
 from selfdistill_kernels.backends.triton.rows import row_gradient, row_statistics
-from selfdistill_kernels.backends.triton.sweep import sweep, sweep_mixture
+from selfdistill_kernels.backends.triton.sweep import second_sweep, sweep
 from selfdistill_kernels.backends.triton.tuned_tiles import Tiles, tiles_in_use
 from selfdistill_kernels.objective import DIVERGENCES, Objective
 from selfdistill_kernels.statistics import Column
@@ -183,8 +185,17 @@ def _sweep_statistics(problem: Problem, statistics: Tensor) -> None:
     merge(problem, selection, sweep(problem, selection, student, teacher), statistics)
     if problem.needs_mixture:
         assert teacher is not None
-        partial = sweep_mixture(problem, selection, student, teacher, statistics)
-        merge_mixture(problem, selection, partial, statistics)
+        partial = second_sweep(problem, selection, student, teacher, statistics)
+        merge_second(problem, selection, partial, statistics)
+    if problem.entry_clip is not None:
+        if problem.divergence == DIVERGENCES["reverse_kl"]:
+            statistics[:, Column.PIVOT] = statistics[:, Column.DIVERGENCE]
+        chosen = may_be_clipped(statistics[:, Column.DIVERGENCE], problem.objective)
+        selection = Selection.of(chosen & _existing(inputs))
+        student, teacher = _compact(problem, selection)
+        assert teacher is not None
+        partial = second_sweep(problem, selection, student, teacher, statistics, of_clipped=True)
+        merge_second(problem, selection, partial, statistics, of_clipped=True)
 
 
 def _slab_gradients(

@@ -45,3 +45,7 @@ STUDENT_MIXTURE = tl.constexpr(0)
 TEACHER_MIXTURE = tl.constexpr(1)
 PIVOT_SUM = tl.constexpr(2)
 KAPPA_SUM = tl.constexpr(3)
+# And of the clipped entries.
+VALUE_SUM = tl.constexpr(0)
+SLOPE_SUM = tl.constexpr(1)
+CLIPPED = tl.constexpr(2)

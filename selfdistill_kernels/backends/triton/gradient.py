@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from selfdistill_kernels.backends.triton.clip import clipped_gradient_tile
 from selfdistill_kernels.backends.triton.columns import (
     DIVERGENCE_WEIGHT,
     ENTROPY_WEIGHT,
@@ -38,7 +39,7 @@ def gradient_kernel(
     student, teacher, head, teacher_head, bias, teacher_bias, targets, tokens, count, statistics,
     term_weights, loss_scale, to,
     capacity, vocabulary, size, teacher_size, start, width, group_rows,
-    slope, rest, ceiling, beta, chain,
+    slope, rest, ceiling, beta, entry_clip, chain,
     DIVERGENCE: tl.constexpr, ENTROPY: tl.constexpr, HAS_TEACHER: tl.constexpr,
     SHARED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr,
     HAS_TARGETS: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
@@ -116,11 +117,18 @@ def gradient_kernel(
                     HAS_TEACHER_BIAS, SCALED, CAPPED, MASKED,
                 )  # fmt: skip
             is_target = column[None, :] == target[:, None]
-            dz = gradient_tile(
-                z_s, z_t, is_target, logprob, shift_s, low_s, shift_t, low_t, entropy,
-                divergence, pivot, divergence_weight, token_weight, entropy_weight, beta,
-                DIVERGENCE, ENTROPY,
-            )  # fmt: skip
+            if entry_clip is None:
+                dz = gradient_tile(
+                    z_s, z_t, is_target, logprob, shift_s, low_s, shift_t, low_t, entropy,
+                    divergence, pivot, divergence_weight, token_weight, entropy_weight, beta,
+                    DIVERGENCE, ENTROPY,
+                )  # fmt: skip
+            else:
+                dz = clipped_gradient_tile(
+                    z_s, z_t, is_target, logprob, shift_s, low_s, shift_t, low_t, entropy, pivot,
+                    divergence_weight, token_weight, entropy_weight, beta, entry_clip,
+                    DIVERGENCE, ENTROPY,
+                )  # fmt: skip
             if CAPPED:
                 dz *= cap_derivative(z_s, ceiling)
             # Rows that nobody asked for may hold anything: 0 * inf must not occur.
@@ -167,6 +175,7 @@ def slab_gradient(
             "width": to.stride(0),
             "group_rows": plan.group_rows,
             "beta": problem.objective.beta,
+            "entry_clip": problem.entry_clip,
             "chain": problem.chain,
         },
         {

@@ -6,7 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from selfdistill_kernels.backends.triton.clip import finish_clipped
 from selfdistill_kernels.backends.triton.columns import (
+    CLIPPED,
     CURVATURE,
     EXCESS,
     KAPPA_SUM,
@@ -15,6 +17,7 @@ from selfdistill_kernels.backends.triton.columns import (
     PIVOT,
     PIVOT_SUM,
     ROW_DIVERGENCE,
+    SLOPE_SUM,
     STATE,
     STATISTICS,
     STUDENT_MAX,
@@ -27,6 +30,7 @@ from selfdistill_kernels.backends.triton.columns import (
     TEACHER_MOMENT,
     TEACHER_SUM,
     TEACHER_TARGET,
+    VALUE_SUM,
 )
 from selfdistill_kernels.backends.triton.divergence import (
     LOWEST_MAXIMUM,
@@ -139,10 +143,14 @@ def _total(partial, column, capacity, row, piece, inside):
 # Sizes that no address depends on: one compilation serves all of them.
 @triton.jit(do_not_specialize=["capacity", "pieces"])
 def merge_mixture_kernel(
-    partial, tokens, count, statistics, capacity, pieces, beta,
+    partial, tokens, count, statistics, capacity, pieces, beta, entry_clip,
     DIVERGENCE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_PIECES: tl.constexpr,
 ):  # fmt: skip
-    """partial [pieces, 4, capacity] float32; columns 8 and 9 of statistics [N, 10] are written."""
+    """partial [pieces, 4, capacity] float32; columns 8 and 9 of statistics [N, 10] are written.
+
+    With an entry_clip the sums are those of clip.clip_sums, and only rows with a clipped entry are
+    written.
+    """
     rows = tl.load(count).to(tl.int32)
     first = tl.program_id(0) * BLOCK_ROWS
     if first >= rows:
@@ -150,23 +158,42 @@ def merge_mixture_kernel(
     row = first + tl.arange(0, BLOCK_ROWS)
     piece = tl.arange(0, BLOCK_PIECES)
     inside = (row[:, None] < rows) & (piece[None, :] < pieces)
-    divergence, pivot = finish_mixture(
-        _total(partial, STUDENT_MIXTURE, capacity, row, piece, inside),
-        _total(partial, TEACHER_MIXTURE, capacity, row, piece, inside),
-        _total(partial, PIVOT_SUM, capacity, row, piece, inside),
-        _total(partial, KAPPA_SUM, capacity, row, piece, inside),
-        beta,
-        DIVERGENCE,
-    )
+    finished = row < rows
+    if entry_clip is None:
+        divergence, pivot = finish_mixture(
+            _total(partial, STUDENT_MIXTURE, capacity, row, piece, inside),
+            _total(partial, TEACHER_MIXTURE, capacity, row, piece, inside),
+            _total(partial, PIVOT_SUM, capacity, row, piece, inside),
+            _total(partial, KAPPA_SUM, capacity, row, piece, inside),
+            beta,
+            DIVERGENCE,
+        )
+    else:
+        clipped = _total(partial, CLIPPED, capacity, row, piece, inside)
+        divergence, pivot = finish_clipped(
+            _total(partial, VALUE_SUM, capacity, row, piece, inside),
+            _total(partial, SLOPE_SUM, capacity, row, piece, inside),
+            clipped,
+            entry_clip,
+            beta,
+            DIVERGENCE,
+        )
+        finished = finished & (clipped > 0.0)
     token = tl.load(tokens + row, mask=row < rows, other=0)
-    tl.store(statistics + token * STATISTICS + ROW_DIVERGENCE, divergence, mask=row < rows)
-    tl.store(statistics + token * STATISTICS + PIVOT, pivot, mask=row < rows)
+    tl.store(statistics + token * STATISTICS + ROW_DIVERGENCE, divergence, mask=finished)
+    tl.store(statistics + token * STATISTICS + PIVOT, pivot, mask=finished)
 
 
-def merge_mixture(
-    problem: Problem, selection: Selection, partial: Tensor, statistics: Tensor
+def merge_second(
+    problem: Problem,
+    selection: Selection,
+    partial: Tensor,
+    statistics: Tensor,
+    *,
+    of_clipped: bool = False,
 ) -> None:
-    """Fill divergence and pivot of the selected tokens from partial [pieces, 4, capacity]."""
+    """Fill divergence and pivot of the selected tokens from partial [pieces, 4, capacity] of
+    `sweep.second_sweep`."""
     problem.launch(
         merge_mixture_kernel,
         triton.cdiv(selection.capacity, MIXTURE_BLOCK_ROWS),
@@ -179,6 +206,7 @@ def merge_mixture(
             "capacity": selection.capacity,
             "pieces": partial.shape[0],
             "beta": problem.objective.beta,
+            "entry_clip": problem.entry_clip if of_clipped else None,
         },
         {
             "DIVERGENCE": problem.divergence,

@@ -83,6 +83,11 @@ class Problem:
         return self.divergence >= DIVERGENCES["jsd"]
 
     @property
+    def entry_clip(self) -> float | None:
+        """How much an entry adds to the divergence at most."""
+        return None if self.divergence == DIVERGENCES["none"] else self.objective.entry_clip
+
+    @property
     def first_divergence(self) -> int:
         """What the first sweep sums for: that of a mixture only normalises."""
         return min(self.divergence, DIVERGENCES["jsd"])
@@ -235,6 +240,7 @@ class RowTile:
             "vocabulary": problem.vocabulary,
             "stride": self.student.stride(0),
             "beta": problem.objective.beta,
+            "entry_clip": problem.entry_clip,
             **problem.transform(),
         }
 

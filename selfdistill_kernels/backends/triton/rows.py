@@ -6,6 +6,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from selfdistill_kernels.backends.triton.clip import (
+    carried,
+    clip_sums,
+    clipped_gradient_tile,
+    finish_clipped,
+    largest_part,
+    most_of_kl,
+    most_of_mixture,
+)
 from selfdistill_kernels.backends.triton.columns import (
     DIVERGENCE_WEIGHT,
     ENTROPY_WEIGHT,
@@ -24,10 +33,12 @@ from selfdistill_kernels.backends.triton.columns import (
 from selfdistill_kernels.backends.triton.divergence import (
     JSD,
     LOWEST_MAXIMUM,
+    REVERSE_KL,
     cap_derivative,
     finish_first,
     finish_mixture,
     gradient_tile,
+    kl_of,
     mixture_sums,
     moved_student,
     student_sums,
@@ -75,12 +86,14 @@ def load_logits(
 @triton.jit(do_not_specialize=["vocabulary"])
 def row_statistics_kernel(
     student, teacher, bias, teacher_bias, targets, tokens, statistics,
-    vocabulary, stride, slope, rest, ceiling, beta,
+    vocabulary, stride, slope, rest, ceiling, beta, entry_clip,
     DIVERGENCE: tl.constexpr, FIRST: tl.constexpr, HAS_TEACHER: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, HAS_TARGETS: tl.constexpr,
     SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a row, one reading of it (two for the mixture divergences).
+
+    And one more of a row in which an entry's part of the divergence may exceed `entry_clip`.
 
     student, teacher [r, vocabulary] raw scores, rows `stride` apart; tokens [r] int64, the token of
     a row, -1 for none. Writes statistics [N, 10] of these tokens. Sums are float32 within a block
@@ -104,6 +117,7 @@ def row_statistics_kernel(
     curvature = sum_s
     moment_s = sum_s
     moment_t = sum_s
+    largest = sum_s
     for first in range(0, vocabulary, BLOCK):
         z_s = load_logits(
             raw_s, bias, first, vocabulary, slope, rest, ceiling, HAS_BIAS, SCALED, CAPPED,
@@ -118,6 +132,11 @@ def row_statistics_kernel(
             )  # fmt: skip
             new_t = tl.maximum(max_t, tl.max(z_t, 1))
             add_t, add_moment_t = student_sums(z_t, new_t[:, None], 1)
+            if entry_clip is not None and DIVERGENCE < JSD:
+                largest = tl.maximum(
+                    carried(largest, max_s - new_s, max_t - new_t, DIVERGENCE),
+                    largest_part(z_s, z_t, new_s[:, None], new_t[:, None], DIVERGENCE),
+                )
             sum_s, sum_t, excess, moment, curvature, moment_s, moment_t = moved_both(
                 z_s, z_t, max_s, max_t, new_s, new_t, sum_s, sum_t, excess, moment, curvature,
                 moment_s, moment_t, FIRST,
@@ -180,6 +199,47 @@ def row_statistics_kernel(
             student_sum.to(tl.float64), teacher_sum.to(tl.float64), pivot.to(tl.float64),
             kappa.to(tl.float64), beta, DIVERGENCE,
         )  # fmt: skip
+        most = most_of_mixture(divergence, DIVERGENCE)
+    elif entry_clip is not None:
+        kl = kl_of(
+            sum_s.to(tl.float64), sum_t.to(tl.float64), excess.to(tl.float64),
+            moment.to(tl.float64), curvature.to(tl.float64), DIVERGENCE,
+        )  # fmt: skip
+        divergence = kl.to(tl.float32)
+        pivot_column = divergence if DIVERGENCE == REVERSE_KL else tl.zeros_like(divergence)
+        most = most_of_kl(
+            largest.to(tl.float64), sum_s.to(tl.float64), sum_t.to(tl.float64), DIVERGENCE
+        ).to(tl.float32)
+
+    if entry_clip is not None:
+        value = tl.zeros((1,), dtype=tl.float32)
+        own_slope = value
+        clipped = value
+        stop = tl.where(tl.max(most, 0) > entry_clip, vocabulary, 0)
+        for first in range(0, stop, BLOCK):
+            z_s = load_logits(
+                raw_s, bias, first, vocabulary, slope, rest, ceiling, HAS_BIAS, SCALED, CAPPED,
+                MASKED, BLOCK,
+            )  # fmt: skip
+            z_t = load_logits(
+                raw_t, teacher_bias, first, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS,
+                SCALED, CAPPED, MASKED, BLOCK,
+            )  # fmt: skip
+            add_value, add_slope, add_clipped = clip_sums(
+                z_s, z_t, shift_s[:, None], low_s[:, None], shift_t[:, None], low_t[:, None],
+                beta, entry_clip, DIVERGENCE, 1,
+            )  # fmt: skip
+            value += add_value
+            own_slope += add_slope
+            clipped += add_clipped
+        without_clip, without_clip_pivot = divergence, pivot_column
+        divergence, pivot_column = finish_clipped(
+            value.to(tl.float64), own_slope.to(tl.float64), clipped.to(tl.float64), entry_clip,
+            beta, DIVERGENCE,
+        )  # fmt: skip
+        divergence = tl.where(clipped > 0.0, divergence, without_clip)
+        pivot_column = tl.where(clipped > 0.0, pivot_column, without_clip_pivot)
+    if DIVERGENCE >= JSD or entry_clip is not None:
         tl.store(to + ROW_DIVERGENCE, divergence)
         tl.store(to + PIVOT, pivot_column)
 
@@ -208,7 +268,7 @@ def row_statistics(problem: Problem, tile: RowTile, statistics: Tensor) -> None:
 @triton.jit(do_not_specialize=["vocabulary"])
 def row_gradient_kernel(
     student, teacher, bias, teacher_bias, targets, tokens, statistics, term_weights, loss_scale,
-    to, vocabulary, stride, to_stride, slope, rest, ceiling, beta, chain,
+    to, vocabulary, stride, to_stride, slope, rest, ceiling, beta, entry_clip, chain,
     DIVERGENCE: tl.constexpr, ENTROPY: tl.constexpr, HAS_TEACHER: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, HAS_TARGETS: tl.constexpr,
     SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
@@ -263,11 +323,18 @@ def row_gradient_kernel(
                 raw_t, teacher_bias, first, vocabulary, slope, rest, ceiling, HAS_TEACHER_BIAS,
                 SCALED, CAPPED, MASKED, BLOCK,
             )  # fmt: skip
-        dz = gradient_tile(
-            z_s, z_t, (column == target)[None, :], logprob, shift_s, low_s, shift_t,
-            low_t, entropy, divergence, pivot, factor * divergence_weight, factor * token_weight,
-            factor * entropy_weight, beta, DIVERGENCE, ENTROPY,
-        )  # fmt: skip
+        if entry_clip is None:
+            dz = gradient_tile(
+                z_s, z_t, (column == target)[None, :], logprob, shift_s, low_s, shift_t,
+                low_t, entropy, divergence, pivot, factor * divergence_weight,
+                factor * token_weight, factor * entropy_weight, beta, DIVERGENCE, ENTROPY,
+            )  # fmt: skip
+        else:
+            dz = clipped_gradient_tile(
+                z_s, z_t, (column == target)[None, :], logprob, shift_s, low_s, shift_t, low_t,
+                entropy, pivot, factor * divergence_weight, factor * token_weight,
+                factor * entropy_weight, beta, entry_clip, DIVERGENCE, ENTROPY,
+            )  # fmt: skip
         if CAPPED:
             dz *= cap_derivative(z_s, ceiling)
         tl.store(

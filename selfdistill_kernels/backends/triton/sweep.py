@@ -1,7 +1,8 @@
 """Both sweeps over the vocabulary: GEMMs and sums of rows, no logit leaves the registers.
 
 The first keeps the online statistics; the second runs for the divergences over the mixture m, once
-the first has given both normalisers.
+the first has given both normalisers. It runs, with other sums, for rows too in which an entry may be
+clipped.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from selfdistill_kernels.backends.triton.clip import clip_sums
 from selfdistill_kernels.backends.triton.columns import (
+    CLIPPED,
     CURVATURE,
     EXCESS,
     KAPPA_SUM,
     MIXTURE_STATE,
     MOMENT,
     PIVOT_SUM,
+    SLOPE_SUM,
     STATE,
     STATISTICS,
     STUDENT_LOGSUM,
@@ -34,6 +38,7 @@ from selfdistill_kernels.backends.triton.columns import (
     TEACHER_SHIFT,
     TEACHER_SUM,
     TEACHER_TARGET,
+    VALUE_SUM,
 )
 from selfdistill_kernels.backends.triton.divergence import (
     LOWEST_MAXIMUM,
@@ -205,7 +210,7 @@ def sweep(
 def mixture_kernel(
     student, teacher, head, teacher_head, bias, teacher_bias, tokens, count, statistics, partial,
     capacity, vocabulary, size, teacher_size, pieces, piece_tiles, group_rows,
-    slope, rest, ceiling, beta,
+    slope, rest, ceiling, beta, entry_clip,
     DIVERGENCE: tl.constexpr, HAS_TEACHER: tl.constexpr, SHARED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr,
     SCALED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -217,7 +222,8 @@ def mixture_kernel(
     """The walk of sweep_kernel; shapes and invariants as there.
 
     statistics [N, 10] holds the normalisers. Writes partial [pieces, 4, capacity] float32: sums for
-    KL(S||m), KL(T||m), the pivot and kappa.
+    KL(S||m), KL(T||m), the pivot and kappa. With an entry_clip, of any divergence, clip.clip_sums:
+    the values and the slopes that are left, and the number of entries that are clipped.
     """
     WIDTH: tl.constexpr = BLOCK_COLUMNS // PARTS
     rows = tl.load(count).to(tl.int32)
@@ -239,6 +245,9 @@ def mixture_kernel(
         sum_teacher = sum_student
         sum_pivot = sum_student
         sum_kappa = sum_student
+        sum_value = sum_student
+        sum_slope = sum_student
+        sum_count = sum_student
         first_tile = piece * piece_tiles
         for tile in range(first_tile, tl.minimum(first_tile + piece_tiles, tiles)):
             first_column = tile * BLOCK_COLUMNS
@@ -259,29 +268,45 @@ def mixture_kernel(
                     parts_t[part], teacher_bias, columns, vocabulary, slope, rest, ceiling,
                     HAS_TEACHER_BIAS, SCALED, CAPPED, MASKED,
                 )  # fmt: skip
-                add_student, add_teacher, add_pivot, add_kappa = mixture_sums(
-                    z_s, z_t, shift_s, low_s, shift_t, low_t, beta, DIVERGENCE, 1
-                )
-                sum_student += add_student
-                sum_teacher += add_teacher
-                sum_pivot += add_pivot
-                sum_kappa += add_kappa
+                if entry_clip is None:
+                    add_student, add_teacher, add_pivot, add_kappa = mixture_sums(
+                        z_s, z_t, shift_s, low_s, shift_t, low_t, beta, DIVERGENCE, 1
+                    )
+                    sum_student += add_student
+                    sum_teacher += add_teacher
+                    sum_pivot += add_pivot
+                    sum_kappa += add_kappa
+                else:
+                    add_value, add_slope, add_count = clip_sums(
+                        z_s, z_t, shift_s, low_s, shift_t, low_t, beta, entry_clip, DIVERGENCE, 1
+                    )
+                    sum_value += add_value
+                    sum_slope += add_slope
+                    sum_count += add_count
 
         to = partial + piece.to(tl.int64) * MIXTURE_STATE * capacity + row
-        tl.store(to + STUDENT_MIXTURE * capacity, sum_student, mask=inside)
-        tl.store(to + TEACHER_MIXTURE * capacity, sum_teacher, mask=inside)
-        tl.store(to + PIVOT_SUM * capacity, sum_pivot, mask=inside)
-        tl.store(to + KAPPA_SUM * capacity, sum_kappa, mask=inside)
+        if entry_clip is None:
+            tl.store(to + STUDENT_MIXTURE * capacity, sum_student, mask=inside)
+            tl.store(to + TEACHER_MIXTURE * capacity, sum_teacher, mask=inside)
+            tl.store(to + PIVOT_SUM * capacity, sum_pivot, mask=inside)
+            tl.store(to + KAPPA_SUM * capacity, sum_kappa, mask=inside)
+        else:
+            tl.store(to + VALUE_SUM * capacity, sum_value, mask=inside)
+            tl.store(to + SLOPE_SUM * capacity, sum_slope, mask=inside)
+            tl.store(to + CLIPPED * capacity, sum_count, mask=inside)
 
 
-def sweep_mixture(
+def second_sweep(
     problem: Problem,
     selection: Selection,
     student: Tensor,
     teacher: Tensor,
     statistics: Tensor,
+    *,
+    of_clipped: bool = False,
 ) -> Tensor:
-    """Partial sums [pieces, 4, capacity] for rows whose normalisers are in statistics [N, 10]."""
+    """Partial sums [pieces, 4, capacity] for rows whose normalisers are in statistics [N, 10]: of
+    the mixture, or `of_clipped` entries."""
     tile = problem.configuration("mixture")
     plan = problem.sweep_plan(tile, student, teacher)
     partial = torch.empty(
@@ -304,6 +329,7 @@ def sweep_mixture(
             "piece_tiles": plan.piece_tiles,
             "group_rows": plan.group_rows,
             "beta": problem.objective.beta,
+            "entry_clip": problem.entry_clip if of_clipped else None,
         },
         {**constants, "DIVERGENCE": problem.divergence},
     )

@@ -61,6 +61,7 @@ class Variant:
         parts = [
             self.objective.divergence if self.teacher else "log-probs",
             *(["two heads"] if self.two_heads else []),
+            *(["clipped entries"] if self.objective.entry_clip is not None else []),
             *(["temperature"] if self.temperature else []),
             *(["extras"] if self.extras else []),
             *(["soft cap"] if self.capped else []),
@@ -69,7 +70,8 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    """Every divergence plain and with everything at once; two of them with each extra alone."""
+    """Every divergence plain and with everything at once, and both with clipped entries; two of
+    them with each extra alone."""
     found = []
     for name in DIVERGENCES:
         plain = Objective(name, 0.3, policy_gradient=1.0)
@@ -78,6 +80,11 @@ def variants() -> list[Variant]:
             Variant(plain),
             Variant(full, extras=True, two_heads=True, capped=True),
         ]
+        if name != "none":
+            found += [
+                Variant(replace(plain, entry_clip=0.05)),
+                Variant(replace(full, entry_clip=0.05), extras=True, two_heads=True, capped=True),
+            ]
         if name in ("forward_kl", "skew_kl"):
             found += [
                 Variant(full, temperature=True),
