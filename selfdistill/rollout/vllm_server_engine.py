@@ -126,6 +126,9 @@ class VLLMServerEngine:
         """
         return self.begin(prompts, group_size=group_size, params=params).finish()
 
+    def wait_for_group(self) -> None:
+        """Nothing to do: each request is answered by itself."""
+
     def begin(
         self, prompts: Sequence[Sequence[int]], *, group_size: int, params: SamplingParams
     ) -> Drawing:
