@@ -59,11 +59,9 @@ def dry_run(config: Config, console: Console, *, ask_critic: bool = False) -> No
     model_config = load_config(config.model)
     shared = getattr(config.rollout.engine, "tensor_parallel_size", 1)
     if shared > 1:
-        # Under torchrun the number of ranks is known; without it, what any number has to be is said.
+        # Under torchrun the number of ranks is known; without it, what it has to be is said below.
         launched = int(os.environ.get("WORLD_SIZE", "1"))
-        check_groups(
-            shared, ranks=launched if launched > 1 else shared, model_config=model_config
-        )
+        check_groups(shared, ranks=launched if launched > 1 else shared, model_config=model_config)
     tokenizer = load_solver_tokenizer(config)
     task = build_task(config.task)
     renderer = build_renderer(config, tokenizer, task, model_config)

@@ -36,7 +36,6 @@ from selfdistill.rollout.engine import (
 from selfdistill.rollout.vllm_groups import EngineGroup
 from selfdistill.rollout.vllm_requests import refuse_no_numbers, rollout_seeds
 
-
 # The token ids of a prompt, and how a completion of it is drawn, in vLLM's words.
 _Request = tuple[list[int], dict[str, Any]]
 

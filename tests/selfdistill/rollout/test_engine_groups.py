@@ -1,4 +1,4 @@
-"""Ranks that share an engine of vLLM, with a stand-in for it; test_vllm_ranks.py has vLLM itself."""
+"""Ranks that share an engine of vLLM, with a stand-in; test_vllm_ranks.py has vLLM itself."""
 
 from __future__ import annotations
 
