@@ -163,6 +163,8 @@ class VLLMServerEngine:
         previous = self._removal
         is_first = not _has_ranks() or dist.get_rank() == 0
         if is_first:
+            if previous is None:  # the last adapter leaves the servers when the engine ends
+                weakref.finalize(self, self.servers.leave)
             name = f"selfdistill-{self._run}-{self._syncs}"
             self._adapter = Adapter(name, self._write(model, name))
             # The last folder goes when the engine does.
