@@ -22,6 +22,10 @@ app = typer.Typer(
 )
 
 EXIT_INTERRUPTED = 130
+UNTRAINED = (
+    "These are the weights from before training: no later evaluation was better. Those after the "
+    "last step are checkpoints/last (--checkpoint last)."
+)
 
 
 def _version(asked: bool) -> None:
@@ -93,6 +97,8 @@ def train(
         console,
         f"Best held-out {measure}: {result.best_metric:.3f} at step {result.best_step}, in {best}",
     )
+    if result.best_step == 0:
+        say(console, UNTRAINED)
     if run.report and os.environ.get("RANK", "0") == "0":
         from selfdistill.analysis.comparison import compare as compare_runs
         from selfdistill.analysis.comparison import read_run_curve
@@ -139,8 +145,10 @@ def export(
     from selfdistill.export import push as upload
 
     console = Console()
-    write(run, output, checkpoint=checkpoint, form=form, dtype=dtype)
-    say(console, f"The model is in {output.resolve()}.")
+    step = write(run, output, checkpoint=checkpoint, form=form, dtype=dtype)
+    say(console, f"The model is in {output.resolve()}, with the weights after step {step}.")
+    if step == 0:
+        say(console, UNTRAINED)
     if push is not None:
         say(console, f"Pushed: {upload(output, push)}")
 
@@ -174,13 +182,17 @@ def evaluate(
     from selfdistill.seeds import derive_seed
     from selfdistill.tasks.build import held_out_problems
     from selfdistill.training.solver import load_solver
+    from selfdistill.training.state_file import read_state
 
     if output is not None:
         try_files([output], overwrite=overwrite)
     console = Console()
     if (Path(model) / "config.yaml").is_file():
         settings = load_config(Path(model) / "config.yaml")
-        solver = load_solver(settings, Path(model) / "checkpoints" / checkpoint)
+        weights = Path(model) / "checkpoints" / checkpoint
+        solver = load_solver(settings, weights)
+        if read_state(weights).step == 0:
+            say(console, UNTRAINED)
     elif model.endswith((".yaml", ".yml")):
         solver = load_solver(load_config(Path(model)))
     else:

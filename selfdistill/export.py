@@ -28,7 +28,7 @@ def export(
     checkpoint: Literal["best", "last"] = "best",
     form: Literal["merged", "adapter"] = "merged",
     dtype: Literal["float32", "bfloat16"] | None = None,
-) -> None:
+) -> int:
     """Write weights, tokenizer and a card.
 
     Args:
@@ -37,6 +37,9 @@ def export(
         checkpoint: which weights.
         form: "merged" writes a whole model; "adapter" the adapter alone, for PEFT and vLLM's LoRA.
         dtype: of a whole model; by default the precision of the run.
+
+    Returns:
+        The step that the weights are of.
 
     Raises:
         ExportError: the run trained no adapter, and one was asked for.
@@ -60,7 +63,9 @@ def export(
         model = model.to(getattr(torch, dtype or config.precision))
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    write_atomically(output / "README.md", card(config, read_state(folder), form=form))
+    state = read_state(folder)
+    write_atomically(output / "README.md", card(config, state, form=form))
+    return state.step
 
 
 def card(config: Config, state: StateFile, *, form: str) -> str:
@@ -73,9 +78,8 @@ def card(config: Config, state: StateFile, *, form: str) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["self-distillation", config.method.name],
     }
-    settings = _without_folders(
-        config.model_dump(mode="json", exclude={"model", "output_dir"}, exclude_defaults=True)
-    )
+    changed = config.model_dump(mode="json", exclude={"model", "output_dir"}, exclude_defaults=True)
+    settings = _without_folders(_with_names(changed, config.model_dump(mode="json")))
     best = (
         ""
         if state.best_metric is None
@@ -92,6 +96,16 @@ def card(config: Config, state: StateFile, *, form: str) -> str:
         "The settings that are not defaults:\n\n"
         f"```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```\n"
     )
+
+
+def _with_names(changed: Any, whole: Any) -> Any:
+    """Return settings with the names of their sections, each of which is the default of its own."""
+    if isinstance(changed, dict):
+        name = {"name": whole["name"]} if "name" in whole else {}
+        return name | {key: _with_names(value, whole[key]) for key, value in changed.items()}
+    if isinstance(changed, list):
+        return [_with_names(*pair) for pair in zip(changed, whole, strict=True)]
+    return changed
 
 
 def _without_folders(settings: Any) -> Any:

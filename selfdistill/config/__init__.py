@@ -12,7 +12,7 @@ without a meaning is rejected when the file is read.
 """
 
 from selfdistill.config.engines import (
-    SERVER_ADDRESSES,
+    PLACES_OF_ENGINES,
     VLLM_ADAPTER_RANKS,
     EngineConfig,
     LocalTextEngine,
@@ -94,7 +94,7 @@ from selfdistill.config.tasks import (
 
 __all__ = [
     "ANSWER_FORMS",
-    "SERVER_ADDRESSES",
+    "PLACES_OF_ENGINES",
     "STEP_INSTRUCTION",
     "VLLM_ADAPTER_RANKS",
     "AdapterConfig",

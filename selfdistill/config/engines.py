@@ -133,6 +133,10 @@ class VLLMEngineConfig(CheckedEngine, VLLMSettings):
     """vLLM with weights of its own, which follow the student's after every step; on every rank."""
 
     name: Literal["vllm"] = "vllm"
+    tensor_parallel_size: PositiveInt = 1
+    """So many ranks of torchrun, one after the other, share an engine: each holds a part of its
+    weights, and a cache of `kv_cache_gib` for its part of the heads. One process alone (evaluate,
+    analyze) has an engine of its own."""
 
 
 class VLLMServerEngineConfig(CheckedEngine):
@@ -165,8 +169,12 @@ EngineConfig = Annotated[
     Field(discriminator="name"),
 ]
 
-# Where servers are and how they are asked: what is sampled does not depend on it.
-SERVER_ADDRESSES = (
-    *("base_urls", "adapters", "api_key_variable"),
-    *("timeout", "patience", "concurrency"),
-)
+# Of each engine, what a run that goes on may have otherwise: where servers are and how they are
+# asked, and how many ranks share an engine. What is sampled does not depend on it.
+PLACES_OF_ENGINES = {
+    "vllm": ("tensor_parallel_size",),
+    "vllm_server": (
+        *("base_urls", "adapters", "api_key_variable"),
+        *("timeout", "patience", "concurrency"),
+    ),
+}

@@ -85,8 +85,12 @@ def _tag(section: type[BaseModel]) -> str | None:
 def _places_of(setting: str, root: type[BaseModel], path: str = "") -> Iterator[str]:
     """Yield the dotted paths of the sections that have a setting of this name."""
     for name, field in root.model_fields.items():
-        for section in _sections_in(field.annotation):
-            inside = f"{path}.{name}" if path else name
-            if setting in section.model_fields:
-                yield inside
+        inside = f"{path}.{name}" if path else name
+        sections = list(_sections_in(field.annotation))
+        having = [section for section in sections if setting in section.model_fields]
+        tags = [tag for tag in map(_tag, having) if tag]
+        if having:
+            few = tags and len(having) < len(sections)
+            yield f"{inside} with name: {' or '.join(tags)}" if few else inside
+        for section in sections:
             yield from _places_of(setting, section, inside)

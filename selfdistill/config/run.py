@@ -12,6 +12,7 @@ from selfdistill.config.engines import (
     EngineConfig,
     TransformersEngineConfig,
     VLLMServerEngineConfig,
+    VLLMTextEngine,
 )
 from selfdistill.config.methods import (
     MethodConfig,
@@ -281,6 +282,19 @@ class Config(Section):
                     f"adapter.r: got {self.adapter.r}, but vLLM takes adapters up to rank {most}: "
                     "set a smaller one, or rollout.engine.name: transformers"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_have_one_layout(self) -> Config:
+        shares = getattr(self.rollout.engine, "tensor_parallel_size", 1) > 1
+        critic = getattr(self.method, "critic", None)
+        if shares and isinstance(getattr(critic, "engine", None), VLLMTextEngine):
+            raise ValueError(
+                "method.critic.engine: a process has its ranks in one layout for all engines of "
+                "vLLM, and rollout.engine.tensor_parallel_size shares engines, where each rank "
+                "would have a critic of its own: set method.critic.engine.name to transformers or "
+                "server, or tensor_parallel_size to 1"
+            )
         return self
 
     @model_validator(mode="after")

@@ -46,7 +46,8 @@ class Evaluation:
         finished: share of attempts that ended by themselves.
         mean_tokens: mean length of an attempt.
         problems: the score of every problem; what paired comparisons are made of.
-        strict_means: what `strict_avg_at_k` demands, in the task's words.
+        strict_means: what `strict_avg_at_k` demands, in the task's words; empty: nothing that
+            anybody asked for.
         undecided: attempts that count as wrong because the checker ran out of time.
         too_long: problems that are not among these because their prompts leave no room for an
             answer (`prompt.too_long` is "drop").

@@ -72,9 +72,10 @@ def evaluation_table(evaluations: Mapping[str, Evaluation]) -> Table:
     table.add_column("")
     for name in evaluations:
         table.add_column(_text(name), justify="right")
+    strict = [(f"Avg@{k}, {first.strict_means}", "strict_avg_at_k")] if first.strict_means else []
     for label, metric in (
         (f"Avg@{k}", "avg_at_k"),
-        (f"Avg@{k}, {first.strict_means}", "strict_avg_at_k"),
+        *strict,
         (f"Maj@{k}", "maj_at_k"),
         (f"Pass@{k}", "pass_at_k"),
     ):

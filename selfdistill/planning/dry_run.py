@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Sequence
 from datetime import date
@@ -30,6 +31,7 @@ from selfdistill.planning.estimates import (
     time_shares,
 )
 from selfdistill.prompts.context import ContextKind, TeacherContext
+from selfdistill.rollout.vllm_groups import check_groups
 from selfdistill.tasks.build import build_task, training_problems
 from selfdistill.tasks.interface import Problem
 from selfdistill.training.solver import build_renderer, load_solver_tokenizer
@@ -55,6 +57,11 @@ def dry_run(config: Config, console: Console, *, ask_critic: bool = False) -> No
     """
     # Only small files are read: a plan must not wait for weights.
     model_config = load_config(config.model)
+    shared = getattr(config.rollout.engine, "tensor_parallel_size", 1)
+    if shared > 1:
+        # Under torchrun the number of ranks is known; without it, what it has to be is said below.
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        check_groups(shared, ranks=launched if launched > 1 else shared, model_config=model_config)
     tokenizer = load_solver_tokenizer(config)
     task = build_task(config.task)
     renderer = build_renderer(config, tokenizer, task, model_config)
@@ -113,6 +120,11 @@ def dry_run(config: Config, console: Console, *, ask_critic: bool = False) -> No
         show(line)
     if ask_critic:
         show(checks.critics_answer(config, problems[0]))
+    if shared > 1:
+        show(
+            f"Groups of {shared} ranks share an engine of vLLM: start a multiple of {shared} ranks "
+            "(torchrun --nproc-per-node)."
+        )
     show("")
     # Then what it costs: the measured lengths stand for those of the run.
     context = statistics.mean(
@@ -180,7 +192,8 @@ def step_shape(config: Config, model: ModelShape, *, prompt: int, context: int) 
     engine_bytes = None
     if engine.name == "vllm":
         itemsize = 4 if engine.dtype == "float32" else 2
-        engine_bytes = int(engine.kv_cache_gib * GIBIBYTE) + itemsize * model.parameters
+        held = itemsize * model.parameters // engine.tensor_parallel_size
+        engine_bytes = int(engine.kv_cache_gib * GIBIBYTE) + held
     elif engine.name == "vllm_server":
         engine_bytes = 0
     return StepShape(
@@ -214,7 +227,7 @@ def memory_table(model: ModelShape, step: StepShape, weights: Weights) -> Table:
         "rollout cache": f"{min(step.rollout_rows, step.rollouts)} rows of "
         f"{step.prompt + step.completion} tokens"
         if step.engine_bytes is None
-        else "the engine's cache as configured, and its own copy of the weights"
+        else "the engine's cache as configured, and its own weights on this rank"
         if step.engine_bytes
         else "on the servers",
         "loss workspace": loss_plan(model, step, weights).describe(),

@@ -124,6 +124,17 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def wait_for_group(self) -> None:
+        """End a phase of sampling, after the last `generate` of this rank.
+
+        Ranks that share an engine sample together, so each helps until none of its group asks any
+        more. Nothing to do for engines that no rank shares.
+
+        Raises:
+            EngineError: the engine died.
+        """
+        ...
+
     def sync(self, model: nn.Module) -> None:
         """Sample from the weights that `model` has now; called after every change of them.
 

@@ -76,6 +76,9 @@ class TransformersEngine:
             rollouts = self._sample(prompts, group_size, params)
         return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
 
+    def wait_for_group(self) -> None:
+        """Nothing to do: no rank shares this engine."""
+
     @torch.no_grad()
     def sync(self, model: nn.Module) -> None:
         """Take over the trained weights; nothing to do when the model is the engine's own."""

@@ -4,9 +4,10 @@ Prompts go in and completions come out as token ids; vLLM never sees a tokenizer
 of the weights `sync` hands them over: all of them, or a LoRA adapter under a new id. Cached keys
 and values of the old weights are dropped each time.
 
-Every rank of a run has an engine of its own, on its own device: vLLM is told that somebody else has
-launched the processes ("external_launcher"), and uses the group that is there. No rank waits for
-another one while it samples.
+Every rank of a run has an engine of its own, on its own device, or shares one with the ranks of a
+group (`tensor_parallel_size`): vLLM is told that somebody else has launched the processes
+("external_launcher"), and uses those that are there. A rank with an engine of its own waits for no
+other one while it samples; those of a group sample together (`selfdistill.rollout.vllm_groups`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ from selfdistill.rollout.engine import (
     end_token_ids,
     make_rollout,
 )
+from selfdistill.rollout.vllm_groups import EngineGroup
 from selfdistill.rollout.vllm_requests import refuse_no_numbers, rollout_seeds
+
+# The token ids of a prompt, and how a completion of it is drawn, in vLLM's words.
+_Request = tuple[list[int], dict[str, Any]]
 
 
 class WeightSync:
@@ -72,6 +77,8 @@ class VLLMEngine:
         tokenizer: decodes the completions and knows the end-of-sequence token.
         settings: memory, lengths and precision.
         adapter_rank: r of the LoRA adapters that `sync` will bring; None: it brings all weights.
+        tensor_parallel_size: ranks that share an engine, see `vllm_groups.check_groups`; a process
+            without others has one of its own whatever it says.
 
     Raises:
         EngineError: vLLM has no room for such an adapter, or one of several ranks does not start.
@@ -85,6 +92,7 @@ class VLLMEngine:
         settings: VLLMSettings,
         *,
         adapter_rank: int | None = None,
+        tensor_parallel_size: int = 1,
     ) -> None:
         if adapter_rank is not None and adapter_rank > VLLM_ADAPTER_RANKS[-1]:
             raise EngineError(
@@ -101,8 +109,12 @@ class VLLMEngine:
         self._adapter_folder: tempfile.TemporaryDirectory[str] | None = None
         self._syncs = 0
         self._asleep = False
-        group = torch.distributed
-        self._is_one_of_several = group.is_initialized() and group.get_world_size() > 1
+        ranks = torch.distributed
+        self._is_one_of_several = ranks.is_initialized() and ranks.get_world_size() > 1
+        self._ranks_per_engine = tensor_parallel_size if self._is_one_of_several else 1
+        self._group = None
+        if self._ranks_per_engine > 1:
+            self._group = EngineGroup(self._ranks_per_engine)
         if self._is_one_of_several:
             _ = self._llm
 
@@ -120,33 +132,68 @@ class VLLMEngine:
             NotANumberError: the model has no probabilities for a token.
         """
         check_request(prompts, group_size=group_size, params=params, max_length=self.max_length)
+        requests = [
+            (
+                list(prompts[place // group_size]),
+                {
+                    "temperature": params.temperature,
+                    "top_k": params.top_k,
+                    "top_p": params.top_p,
+                    "min_p": params.min_p,
+                    "max_tokens": params.max_new_tokens,
+                    "seed": seed,
+                    "logprobs": 0,  # of the sampled token alone
+                    "stop_token_ids": list(self.eos_token_ids),
+                    "detokenize": False,
+                },
+            )
+            for place, seed in enumerate(
+                rollout_seeds(len(prompts), group_size=group_size, seed=params.seed)
+            )
+        ]
+        with self._guarded("sampling"):
+            outputs, own = self._draw(requests)
+            rollouts = [self._rollout(output.outputs[0], params.stop) for output in outputs[own]]
+        refuse_no_numbers(rollouts, group_size=group_size)
+        return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
+
+    def wait_for_group(self) -> None:
+        """Sample for the other ranks of the group until none of them asks any more.
+
+        Raises:
+            EngineError: vLLM failed, or another rank.
+        """
+        if self._group is None:
+            return
+        with self._guarded("sampling for other ranks"):
+            while self._draw(None)[0]:
+                pass
+
+    def _draw(self, own: Sequence[_Request] | None) -> tuple[list[Any], slice]:
+        """Return what vLLM draws in a call, and which of it was asked for by this rank.
+
+        Args:
+            own: what this rank asks; None: nothing more, it takes part for the others of its group.
+        """
+        asked, place = list(own or ()), slice(None)
+        if self._group is not None:
+            asked, place = self._group.exchange(own)
+        if not asked:
+            return [], place
         llm = self._llm
         import vllm
 
-        requests = [{"prompt_token_ids": list(p)} for p in prompts for _ in range(group_size)]
-        sampling = [
-            vllm.SamplingParams(
-                temperature=params.temperature,
-                top_k=params.top_k,
-                top_p=params.top_p,
-                min_p=params.min_p,
-                max_tokens=params.max_new_tokens,
-                seed=seed,
-                logprobs=0,  # of the sampled token alone
-                stop_token_ids=list(self.eos_token_ids),
-                detokenize=False,
-            )
-            for seed in rollout_seeds(len(prompts), group_size=group_size, seed=params.seed)
-        ]
-        with self._guarded("sampling"):
-            self._wake()
-            outputs = llm.generate(requests, sampling, use_tqdm=False, lora_request=self._adapter)
-            rollouts = [self._rollout(output.outputs[0], params.stop) for output in outputs]
-            if self.settings.sleep:
-                llm.sleep(level=1)
-                self._asleep = True
-        refuse_no_numbers(rollouts, group_size=group_size)
-        return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
+        self._wake()
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt, _ in asked],
+            [vllm.SamplingParams(**sampling) for _, sampling in asked],
+            use_tqdm=False,
+            lora_request=self._adapter,
+        )
+        if self.settings.sleep:
+            llm.sleep(level=1)
+            self._asleep = True
+        return outputs, place
 
     def sync(self, model: nn.Module) -> None:
         """Sample from the weights that `model` has now, or from its LoRA adapter.
@@ -224,7 +271,10 @@ class VLLMEngine:
             # What torchrun sets, and whoever has made the group in another way may not have set.
             os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
             os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
-            launcher = {"distributed_executor_backend": "external_launcher"}
+            launcher = {
+                "distributed_executor_backend": "external_launcher",
+                "tensor_parallel_size": self._ranks_per_engine,
+            }
         with self._guarded("starting"):
             llm = vllm.LLM(
                 self.source,

@@ -126,6 +126,9 @@ class VLLMServerEngine:
         """
         return self.begin(prompts, group_size=group_size, params=params).finish()
 
+    def wait_for_group(self) -> None:
+        """Nothing to do: each request is answered by itself."""
+
     def begin(
         self, prompts: Sequence[Sequence[int]], *, group_size: int, params: SamplingParams
     ) -> Drawing:
@@ -160,6 +163,8 @@ class VLLMServerEngine:
         previous = self._removal
         is_first = not _has_ranks() or dist.get_rank() == 0
         if is_first:
+            if previous is None:  # the last adapter leaves the servers when the engine ends
+                weakref.finalize(self, self.servers.leave)
             name = f"selfdistill-{self._run}-{self._syncs}"
             self._adapter = Adapter(name, self._write(model, name))
             # The last folder goes when the engine does.

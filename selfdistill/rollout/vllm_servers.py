@@ -147,6 +147,15 @@ class Servers:
                 self._forget(server, previous)
         self._living()
 
+    def leave(self) -> None:
+        """Have the servers at hand forget the adapter; nothing is asked of them after this."""
+        if self._adapter is None:
+            return
+        self._client.timeout = self._http.Timeout(_CONNECT)  # nothing waits for a silent one
+        for server in self._servers:
+            if server.away is None:
+                self._forget(server, self._adapter)
+
     def _living(self) -> list[_Server]:
         """Return the servers that answer, after some patience if none does."""
         deadline = time.monotonic() + self._settings.patience

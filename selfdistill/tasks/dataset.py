@@ -42,8 +42,6 @@ class DatasetTask(ProblemList):
         answer_forms: how responses give their answers, see `read_answer`.
     """
 
-    strict_means = "in the step format"
-
     def __init__(
         self,
         name: str,
@@ -57,6 +55,7 @@ class DatasetTask(ProblemList):
         super().__init__(splits)
         self.name = name
         self.instruction = instruction
+        self.strict_means = "in the step format" if "<step_1>" in instruction else ""
         self.checker = checker
         self.checker_seconds = checker_seconds
         self.answer_forms = answer_forms

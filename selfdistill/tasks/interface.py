@@ -73,7 +73,8 @@ class Task(Protocol):
     Attributes:
         name: as written in a configuration.
         instruction: how to write the answer, said after each question; may be empty.
-        strict_means: what `Verdict.strict` demands beside the right answer, for tables.
+        strict_means: what `Verdict.strict` demands beside the right answer, for tables; empty
+            where the instruction asks for no more.
     """
 
     name: str

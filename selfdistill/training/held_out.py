@@ -116,6 +116,8 @@ def evaluate(
             seed=derive_seed(seed, "evaluate", state.step),
             progress=progress,
         )
+    # Also where this rank was asked to stop, and others were not yet.
+    solver.engine.wait_for_group()
     bars.remove_task(bar)
     if ranks.any(attempts is None):
         return state

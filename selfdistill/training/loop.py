@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from selfdistill.config import Config, ConfigError, OptimizerConfig
 from selfdistill.model.attention import enable_prefix_sharing
 from selfdistill.model.device import resolve_device
+from selfdistill.model.folder import load_config
 from selfdistill.model.lm_head import find_lm_heads
 from selfdistill.model.randomness import enable_activation_checkpointing, refuse_random_passes
 from selfdistill.model.teacher import build_teacher
@@ -85,7 +86,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         console: where progress is shown; the standard error stream by default.
 
     Raises:
-        ConfigError: `gradient_tolerance` on a GPU, `shard` with vLLM, no such schedule or tracker.
+        ConfigError: `gradient_tolerance` on a GPU, `shard` with vLLM, ranks or a model that
+            `tensor_parallel_size` does not divide, no such schedule or tracker.
         RunExistsError: the folder holds a run and `resume` is False, or one that cannot go on.
         PlaceTakenError: another process works in the folder.
         LogError: the folder holds a log that is none.
@@ -127,6 +129,11 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             "log-probs are compared with theirs, but no rank has them: set shard: false (with an "
             "adapter there is little to spread), or rollout.engine.name: transformers"
         )
+    shared = getattr(config.rollout.engine, "tensor_parallel_size", 1)
+    if shared > 1:
+        from selfdistill.rollout.vllm_groups import check_groups
+
+        check_groups(shared, ranks=ranks.size, model_config=load_config(config.model))
     kept = config.checkpoint.keep
     store = CheckpointStore(config.output_dir / CHECKPOINTS, keep=None if kept == "all" else kept)
     rate_of, may_differ = warm_up(config.optimizer), {*MAY_DIFFER}

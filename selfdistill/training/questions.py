@@ -39,18 +39,20 @@ class Questions:
         return [f"step {self.step}, problem {problem.id!r}" for problem in self.asked]
 
     def sample(self, engine: RolloutEngine) -> list[list[Rollout]]:
-        """Return a group of rollouts for each problem.
+        """Return a group of rollouts for each problem; all ranks call it together.
 
         Raises:
             EngineError: see `selfdistill.rollout.engine.sample`.
         """
-        return sample(
+        groups = sample(
             engine,
             self.prompts,
             group_size=self.group_size,
             params=self.params,
             names=self.names,
         )
+        engine.wait_for_group()
+        return groups
 
 
 def questions_of(

@@ -68,12 +68,17 @@ def _leave(store: dist.Store, rank: int, size: int, *, gone: set[int]) -> None:
         _wait_for(store, [f"heard/{other}" for other in range(size) if other not in gone])
 
 
-def _is_broken_connection(error: BaseException) -> bool:
-    """Tell whether an error says no more than that a rank cannot be reached."""
-    # Gloo raises nothing more special than this.
-    return isinstance(error, RuntimeError) and (
-        isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
-    )
+def _is_broken_connection(error: BaseException | None) -> bool:
+    """Tell whether an error, or what it came from, says no more than that a rank is not there."""
+    # Ranks that share an engine meet inside of it, and the engine says in its words what failed.
+    while error is not None:
+        # Gloo raises nothing more special than this.
+        if isinstance(error, RuntimeError) and (
+            isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+        ):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _silent_ranks(store: dist.Store, rank: int, size: int) -> set[int]:

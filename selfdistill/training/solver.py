@@ -266,4 +266,10 @@ def build_engine(
     from selfdistill.model.adapters import adapter_rank
     from selfdistill.rollout.vllm_engine import VLLMEngine
 
-    return VLLMEngine(config.model, tokenizer, settings, adapter_rank=adapter_rank(model))
+    return VLLMEngine(
+        config.model,
+        tokenizer,
+        settings,
+        adapter_rank=adapter_rank(model),
+        tensor_parallel_size=settings.tensor_parallel_size,
+    )

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from selfdistill.config import SERVER_ADDRESSES, Config, ConfigError
+from selfdistill.config import PLACES_OF_ENGINES, Config, ConfigError
 from selfdistill.errors import UserError
 from selfdistill.json_text import parse_json
 from selfdistill.tasks.interface import Task
@@ -188,7 +188,7 @@ def differing_settings(
     """
     with suppress(ValidationError):  # it has what this version does not know: that will be said
         recorded = Config.model_validate(recorded).model_dump(mode="json")
-    config, recorded = _without_addresses(config), _without_addresses(recorded)
+    config, recorded = _without_places(config), _without_places(recorded)
     names = sorted(
         name
         for name in {*config, *recorded} - set(may_differ)
@@ -199,13 +199,14 @@ def differing_settings(
     )
 
 
-def _without_addresses(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration that does not say where the servers of its rollouts are."""
+def _without_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration that does not say where its rollouts are drawn."""
     rollout = config.get("rollout")
     engine = rollout.get("engine") if isinstance(rollout, dict) else None
-    if not isinstance(engine, dict) or engine.get("name") != "vllm_server":
+    if not isinstance(engine, dict):
         return dict(config)
-    kept = {name: value for name, value in engine.items() if name not in SERVER_ADDRESSES}
+    places = PLACES_OF_ENGINES.get(str(engine.get("name")), ())
+    kept = {name: value for name, value in engine.items() if name not in places}
     return {**config, "rollout": {**config["rollout"], "engine": kept}}
 
 

@@ -60,6 +60,9 @@ class Scripted:
     ) -> list[list[Rollout]]:
         return [[self._rollout] * group_size for _ in prompts]
 
+    def wait_for_group(self) -> None:
+        pass
+
     def sync(self, model: object) -> None:
         raise AssertionError("nothing is trained here")
 

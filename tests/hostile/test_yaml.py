@@ -272,6 +272,11 @@ def test_a_byte_order_mark_is_no_setting(tmp_path: Path) -> None:
         ("optimizer:\n  lerning_rate: 1\n", "did you mean learning_rate?"),
         ("learning_rate: 1\n", "there is no such setting here (it belongs into optimizer)"),
         ("temperature: 1\n", "it belongs into evaluation.sampling or method.loss or rollout"),
+        (
+            "rollout: {engine: {name: transformers, tensor_parallel_size: 2}}\n",
+            "here (it belongs into rollout.engine with name: vllm), got 2",
+        ),
+        ("rollout: {engine: {name: transformers, check_every: 2}}\n", "vllm or vllm_server), got"),
         ("method: {name: grpo, normalise_std: true}\n", "did you mean normalize_std?"),
         ("method: {name: refsol, loss: {objektive: {}}}\n", "did you mean objective?"),
         ("method: {name: refsol, teacher: {name: ema, decai: 1}}\n", "did you mean decay?"),

@@ -54,7 +54,9 @@ def test_train_then_resume_then_evaluate(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run(monkeypatch, "train", write_config(tmp_path, solver_dir)) == 0
-    assert "Best held-out Avg@2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Best held-out Avg@2" in said
+    assert cli.UNTRAINED in said.replace("\n", " ")  # a random model is right by no chance
     assert (tmp_path / "run" / "report" / "compare.html").is_file()
     assert run(monkeypatch, "train", write_config(tmp_path, solver_dir)) == 1
     assert "already holds a run" in capsys.readouterr().err
@@ -65,7 +67,22 @@ def test_train_then_resume_then_evaluate(
     report = tmp_path / "result.json"
     options = ["--problems", "3", "--samples", "2", "--output", str(report)]
     assert run(monkeypatch, "evaluate", tmp_path / "run", *options) == 0
-    assert "Avg@2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Avg@2" in said
+    assert cli.UNTRAINED in said.replace("\n", " ")
+    assert (
+        run(
+            monkeypatch,
+            "evaluate",
+            tmp_path / "run",
+            *options,
+            "--overwrite",
+            "--checkpoint",
+            "last",
+        )
+        == 0
+    )
+    assert cli.UNTRAINED not in capsys.readouterr().out.replace("\n", " ")
     result = Evaluation.from_json(report.read_text())
     assert (result.split, len(result.problems), result.samples) == ("test", 3, 2)
     options = ["--problems", "1", "--samples", "1", "--split", "dev"]
@@ -294,9 +311,25 @@ def test_show_and_export(
     assert not (tmp_path / "run" / "report").exists()
     assert run(monkeypatch, "show", tmp_path / "run", "--rollouts", "1") == 0
     assert "rollout 0: reward 0, wrong" in capsys.readouterr().out
-    options = ["--output", tmp_path / "model", "--checkpoint", "last"]
-    assert run(monkeypatch, "export", tmp_path / "run", *options) == 0
-    assert "The model is in" in capsys.readouterr().out
+    capsys.readouterr()
+    assert (
+        run(
+            monkeypatch,
+            "export",
+            tmp_path / "run",
+            "--output",
+            tmp_path / "model",
+            "--checkpoint",
+            "last",
+        )
+        == 0
+    )
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "The model is in" in said
+    assert said.strip().endswith("with the weights after step 1.")
+    assert run(monkeypatch, "export", tmp_path / "run", "--output", tmp_path / "best") == 0
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert f"with the weights after step 0. {cli.UNTRAINED}" in said
     assert (tmp_path / "model" / "model.safetensors").is_file()
 
 

@@ -62,7 +62,7 @@ def test_a_merged_model_is_the_trained_one(solver_dir: Path, tmp_path: Path) -> 
 def test_a_card_names_no_folder_of_this_machine(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    settings = {
+    settings: dict[str, Any] = {
         "output_dir": tmp_path / "run",
         "method": {"name": "grpo"},
         "task": {"name": "jsonl", "splits": {"all": str(tmp_path / "rows.jsonl")}},
@@ -77,6 +77,13 @@ def test_a_card_names_no_folder_of_this_machine(tmp_path: Path) -> None:
         assert "all: rows.jsonl\n" in page
         assert all(f"- {stop}\n" in page for stop in ("/a/b", "/"))
         assert str(tmp_path) not in page
+        # What is no default is whole: who copies it has the sections' names, too.
+        block = yaml.safe_load(page.split("```yaml")[1].split("```")[0])
+        block["task"]["splits"]["all"] = settings["task"]["splits"]["all"]
+        assert (
+            Config.model_validate({"model": model, "output_dir": tmp_path / "run", **block})
+            == config
+        )
 
 
 def test_an_adapter_is_for_peft(solver_dir: Path, tmp_path: Path) -> None:

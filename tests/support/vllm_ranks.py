@@ -48,6 +48,9 @@ class Replay:
             for place, prompt in enumerate(prompts)
         ]
 
+    def wait_for_group(self) -> None:
+        pass
+
     def sync(self, model: torch.nn.Module) -> None:
         pass
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -44,6 +45,14 @@ def test_every_metric_stands_under_its_evaluation() -> None:
     for label, (before, after) in rows.items():
         (line,) = (line for line in text.splitlines() if label in line)
         assert line.index(before) < line.index(after)
+
+
+def test_a_demand_that_nobody_made_has_no_row() -> None:
+    score = ProblemScore("p", 1, 0, True)
+    evaluation = Evaluation("test", 2, *[Interval(1, 1, 1)] * 4, 1.0, 9.0, (score,))
+    assert "Avg@2, every step right" in evaluation_table({"a": evaluation}).columns[0]._cells
+    without = evaluation_table({"a": replace(evaluation, strict_means="")})
+    assert without.columns[0]._cells == ["Avg@2", "Maj@2", "Pass@2"]
 
 
 def test_what_was_not_judged_is_said_where_there_is_some() -> None:

@@ -5,6 +5,7 @@ tests/selfdistill/rollout/test_vllm_ranks.py asks real ones.
 
 from __future__ import annotations
 
+import gc
 import socket
 import sys
 import threading
@@ -109,6 +110,18 @@ def test_prompts_are_shared_and_adapters_follow(folder: Path, servers: list[Stan
     other = engine_of(servers)
     other.sync(model)
     assert len(servers[0].adapters) == 2
+
+
+def test_the_last_adapter_leaves_the_servers_with_the_engine(
+    folder: Path, servers: list[StandIn]
+) -> None:
+    engine = engine_of(servers)
+    engine.sync(moved(adapted(folder)))
+    assert [len(server.adapters) for server in servers] == [1, 1]
+    servers[1].die()  # nobody waits for one that is gone
+    del engine
+    gc.collect()
+    assert servers[0].adapters == []
 
 
 def test_the_folder_for_adapters_is_chosen(

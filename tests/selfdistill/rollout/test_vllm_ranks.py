@@ -50,14 +50,23 @@ def run_settings(folder: Path, output_dir: Path, engine: dict[str, Any]) -> dict
     }
 
 
-def test_two_ranks_with_an_engine_each_give_the_result_of_one_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("shared", [False, True], ids=["an engine each", "one engine"])
+def test_two_ranks_give_the_result_of_one_without_vllm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
 ) -> None:
-    """Each rank's vLLM samples and follows; one rank then learns from the same token ids."""
+    """vLLM samples on both and follows; one rank then learns from the same token ids.
+
+    Of the three problems of a step one rank has one and the other two, also where they sample
+    together.
+    """
+    # vLLM 0.32 gives the memory that ranks share on a CPU the same name in every run, and does not
+    # start where one that was killed, or ended as these forks do, has left it.
+    for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):
+        left.unlink()
     save(tiny(tied=True, seed=0), tmp_path / "model")
     vllm = {
         "name": "vllm", "dtype": "float32", "max_length": 256, "kv_cache_gib": 0.125,
-        "enforce_eager": True,
+        "enforce_eager": True, "tensor_parallel_size": 2 if shared else 1,
     }  # fmt: skip
     kinds: dict[str, dict[str, int] | None] = {"whole": None, "adapter": {"r": 2}}
     in_processes(

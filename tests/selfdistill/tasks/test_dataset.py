@@ -133,13 +133,16 @@ def test_a_source_that_is_missing_or_empty_is_named(tmp_path: Path) -> None:
 
 
 def test_answers_are_checked_and_the_format_is_strict(tmp_path: Path) -> None:
-    task = build(name="jsonl", splits={"train": write(tmp_path / "a.jsonl", RECORDS[5:6])})
+    task_splits = {"train": write(tmp_path / "a.jsonl", RECORDS[5:6])}
+    task = build(name="jsonl", splits=task_splits)
     (problem,) = task.problems(split="train", count=1)
     right = task.check(problem, "<step_1> 5 + 5 = 10 <answer> $10$")
     assert (right.answer, right.correct, right.strict, right.complete) == ("$10$", True, True, True)
     bare = task.check(problem, r"It is \boxed{10.0}")
     assert (bare.correct, bare.strict) == (True, False)
     assert task.strict_means == "in the step format"
+    other = build(name="jsonl", splits=task_splits, instruction="Say the number.")
+    assert other.strict_means == ""  # nobody asked for steps
     wrong = task.check(problem, "<step_1> 5 + 5 = 11 <answer> 11")
     assert (wrong.correct, wrong.strict, wrong.complete) == (False, False, True)
     cut = task.check(problem, "<step_1> 5 + 5 = 10")
