@@ -39,6 +39,7 @@ from selfdistill.config.losses import (
     ReverseKL,
     SkewKL,
     SkewReverseKL,
+    TokenSelectionConfig,
     TopKConfig,
 )
 from selfdistill.config.methods import (
@@ -148,6 +149,7 @@ __all__ = [
     "TeacherConfig",
     "TextEngine",
     "TextEngineConfig",
+    "TokenSelectionConfig",
     "TopKConfig",
     "TrackerConfig",
     "TransformersEngineConfig",

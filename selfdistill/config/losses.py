@@ -80,6 +80,16 @@ class AdvantageMaskConfig(Section):
     """Judge whole steps by their mean A; tokens of no step are dropped. Needs a task with steps."""
 
 
+class TokenSelectionConfig(Section):
+    """Which tokens learn, chosen by what the student is unsure of (TIP, arXiv 2604.14084)."""
+
+    rule: Literal["entropy", "confident"]
+    """`entropy`: where the student's entropy is highest; the others are not compared with the
+    teacher. `confident`: of the half where it is lowest, where the divergence is largest."""
+    share: Float = Field(gt=0, le=1)
+    """This share of each rollout's tokens."""
+
+
 class LossConfig(Section):
     """The loss on the completion tokens, averaged over the training step."""
 
@@ -87,6 +97,8 @@ class LossConfig(Section):
     """Which divergence between the teacher's and the student's next-token distributions."""
     advantage_mask: AdvantageMaskConfig | None = None
     """Restricts the gradient to some tokens; the dropped ones stay in the denominator."""
+    token_selection: TokenSelectionConfig | None = None
+    """Restricts loss and gradient to some tokens; the dropped ones stay in the denominator."""
     temperature: Float = Field(default=1.0, gt=0)
     """Divides both models' logits before the divergence."""
     reduction: Literal["mean", "sequence_mean"] = "mean"
@@ -121,6 +133,11 @@ class LossConfig(Section):
             raise ValueError(
                 "gradient_tolerance: the most likely tokens alone (top_k) have the exact gradient "
                 "only: set one of the two to null"
+            )
+        if self.token_selection is not None and self.advantage_mask is not None:
+            raise ValueError(
+                "token_selection chooses tokens, and so does advantage_mask: set one of the two to "
+                "null"
             )
         if self.entry_clip is not None and self.gradient_tolerance is not None:
             raise ValueError(

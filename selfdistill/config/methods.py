@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from selfdistill.config.engines import TextEngineConfig
 from selfdistill.config.losses import LossConfig
-from selfdistill.config.section import Float, Int, PositiveInt, Section
+from selfdistill.config.section import Float, Int, PositiveInt, Rate, Section
 
 
 class BaseTeacherConfig(Section):
@@ -39,6 +39,9 @@ class RefreshedTeacherConfig(Section):
     """Steps between refreshes; null refreshes after an evaluation that was no better than the best
     one before it: then the student has learned what this teacher knows. Those count for
     `evaluation.patience` all the same."""
+    from_best: bool = False
+    """At a refresh the student, too, goes back to the best checkpoint so far, with its optimiser's
+    moments, and that one teaches. The step, and with it the learning rate, goes on."""
 
 
 TeacherConfig = Annotated[
@@ -48,11 +51,22 @@ TeacherConfig = Annotated[
 
 
 class ScribeCriticConfig(Section):
-    """The exact scribe of the arithmetic task, which never errs."""
+    """The exact scribe of the arithmetic task."""
 
     name: Literal["scribe"] = "scribe"
     copying: Literal["partial_repetition", "full_repetition", "omission"] = "partial_repetition"
     """What it repeats of an attempt: up to the first wrong step, that step too, or nothing."""
+    error_rate: Rate = 0.0
+    """The share of critiques with a wrong step, from whose result they go on; 0 never errs."""
+
+    @model_validator(mode="after")
+    def _errors_are_of_whole_critiques(self) -> ScribeCriticConfig:
+        if self.error_rate and self.copying != "partial_repetition":
+            raise ValueError(
+                "error_rate is for critiques that repeat partially, and copying is "
+                f"{self.copying}: set one of the two to its default"
+            )
+        return self
 
 
 class LLMCriticConfig(Section):

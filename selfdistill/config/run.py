@@ -311,6 +311,18 @@ class Config(Section):
                 "nothing better, and evaluation.patience: 1 ends the run there: raise patience, or "
                 "set `every`"
             )
+        if isinstance(teacher, RefreshedTeacherConfig) and teacher.from_best:
+            if (teacher.every or self.evaluation.every) % self.evaluation.every:
+                raise ValueError(
+                    f"method.teacher.every: got {teacher.every}, and with from_best the student "
+                    "would go back from steps that nobody evaluated: set it to a multiple of "
+                    f"evaluation.every ({self.evaluation.every})"
+                )
+            if getattr(self.rollout.engine, "max_staleness", 0):
+                raise ValueError(
+                    "method.teacher.from_best: rollouts that were drawn ahead are of weights that "
+                    "the student leaves: set rollout.engine.max_staleness to 0"
+                )
         return self
 
     @model_validator(mode="after")

@@ -82,6 +82,7 @@ class DistillationLoss:
         )
         mask = config.advantage_mask
         self.advantage_mask = None if mask is None else AdvantageMask(**mask.model_dump())
+        self.token_selection = config.token_selection
         self.temperature = config.temperature
         self.needs_old_logprobs = config.importance_clip is not None
         self.gradient_tolerance = config.gradient_tolerance
@@ -124,6 +125,13 @@ class DistillationLoss:
             normalizer=normalizer,
             gradient_tolerance=self.gradient_tolerance,
         )
+        if self.token_selection is not None:
+            from selfdistill.methods.selection import select_tokens
+
+            kept = select_tokens(
+                self.token_selection, scored, fused, student, temperature=self.temperature
+            )
+            return fused(mask=kept)
         if self.advantage_mask is None or self.advantage_mask.top_fraction is None:
             return fused(
                 advantage_mask=self.advantage_mask,

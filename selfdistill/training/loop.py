@@ -237,8 +237,13 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
         store.save(state, weights, solver.tokenizer, optimizer, teacher, files=files, writes=main)
 
     def refresh() -> None:
-        if teacher is not None and refresh_is_due(state, config.method.teacher, config.evaluation):
-            teacher.refresh(weights.masters)
+        wanted = config.method.teacher
+        if teacher is None or not refresh_is_due(state, wanted, config.evaluation):
+            return
+        if getattr(wanted, "from_best", False) and state.best_step != state.step:
+            store.go_back(weights=weights, optimizer=optimizer)
+            solver.engine.sync(student)
+        teacher.refresh(weights.masters)
 
     with (
         deferred_interrupt(console, launched=ranks.size > 1) as interrupt,

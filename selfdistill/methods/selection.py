@@ -1,0 +1,83 @@
+"""Tokens that are worth learning from, chosen before the loss (TIP, arXiv 2604.14084).
+
+The loss visits the rows of its mask alone: a token that was not chosen costs one row of the scores
+that choose, and no more. With share r and a head that learns, in products of all tokens with the
+head, where the whole loss has 4 (scores of student and teacher, gradients of states and head):
+"entropy" 1 + 4 r, "confident" 2 + 4 r.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from selfdistill.config import TokenSelectionConfig
+from selfdistill.model.lm_head import LMHead
+from selfdistill.model.scoring import ScoredTokens
+from selfdistill_kernels import DistillationOutput, fused_linear_logprobs
+from selfdistill_kernels.integrations import fused_head_distillation
+
+
+@torch.no_grad()
+def select_tokens(
+    settings: TokenSelectionConfig,
+    scored: ScoredTokens,
+    fused: Callable[[], DistillationOutput],
+    student: LMHead,
+    *,
+    temperature: float,
+) -> Tensor:
+    """Return [T] bool, the tokens that the rule keeps of each rollout.
+
+    Args:
+        settings: the rule, and the share of each rollout's tokens (rounded up).
+        scored: the tokens.
+        fused: the loss of all of them, for the rule that compares them with the teacher.
+        student: the head.
+        temperature: of the loss.
+    """
+    if settings.rule == "entropy":
+        return _largest(_entropy(scored, student, temperature), scored, settings.share)
+    output = fused()
+    ranked = [
+        torch.where(entropy <= entropy.median(), divergence, -torch.inf)
+        for entropy, divergence in zip(
+            output.entropy.split(_lengths(scored)),
+            output.divergence.split(_lengths(scored)),
+            strict=True,
+        )
+    ]
+    return _largest(torch.cat(ranked), scored, settings.share)
+
+
+def _entropy(scored: ScoredTokens, student: LMHead, temperature: float) -> Tensor:
+    """[T] of the student's next-token distributions, nats."""
+    hidden, head = scored.student_hidden, student.values
+    if head.low_rank:  # the one function that knows adapters of the head wants two models
+        return fused_head_distillation(hidden, hidden, head, head, temperature=temperature).entropy
+    return fused_linear_logprobs(
+        hidden,
+        head.weight,
+        scored.targets,
+        bias=head.bias,
+        temperature=temperature,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+    ).entropy
+
+
+def _lengths(scored: ScoredTokens) -> list[int]:
+    return [int(length) for length in scored.rollout_index.bincount()]
+
+
+def _largest(values: Tensor, scored: ScoredTokens, share: float) -> Tensor:
+    """[T] bool, of each rollout the share with the largest values; never one of -infinity."""
+    kept = []
+    for own in values.split(_lengths(scored)):
+        chosen = torch.zeros_like(own, dtype=torch.bool)
+        chosen[own.topk(math.ceil(share * len(own))).indices] = True
+        kept.append(chosen & (own > -torch.inf))
+    return torch.cat(kept)
