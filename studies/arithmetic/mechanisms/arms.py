@@ -130,7 +130,7 @@ REFRESHED = Arm("teacher-refreshed", "refreshed teacher", _teacher(name="refresh
 RETURNING = Arm(
     "teacher-returning",
     "refreshed, back to the best",
-    {**_teacher(name="refreshed", every=10, from_best=True), "optimizer": {"schedule": "cosine"}},
+    {**_teacher(name="refreshed", every=20, from_best=True), "optimizer": {"schedule": "cosine"}},
 )
 RESTARTED = Arm(
     "teacher-restarted",
