@@ -126,12 +126,11 @@ class DistillationLoss:
             gradient_tolerance=self.gradient_tolerance,
         )
         if self.token_selection is not None:
-            from selfdistill.methods.selection import select_tokens
+            from selfdistill.methods.selection import selected_loss
 
-            kept = select_tokens(
+            return selected_loss(
                 self.token_selection, scored, fused, student, temperature=self.temperature
             )
-            return fused(mask=kept)
         if self.advantage_mask is None or self.advantage_mask.top_fraction is None:
             return fused(
                 advantage_mask=self.advantage_mask,

@@ -9,7 +9,8 @@ head, where the whole loss has 4 (scores of student and teacher, gradients of st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,36 +22,36 @@ from selfdistill_kernels import DistillationOutput, fused_linear_logprobs
 from selfdistill_kernels.integrations import fused_head_distillation
 
 
-@torch.no_grad()
-def select_tokens(
+def selected_loss(
     settings: TokenSelectionConfig,
     scored: ScoredTokens,
-    fused: Callable[[], DistillationOutput],
+    fused: Callable[..., DistillationOutput],
     student: LMHead,
     *,
     temperature: float,
-) -> Tensor:
-    """Return [T] bool, the tokens that the rule keeps of each rollout.
+) -> DistillationOutput:
+    """Return the loss of the tokens that the rule keeps of each rollout.
+
+    With "entropy" the others have no divergence and no advantage (0), because the teacher's scores
+    of them are not computed; their entropy is there with either rule.
 
     Args:
         settings: the rule, and the share of each rollout's tokens (rounded up).
         scored: the tokens.
-        fused: the loss of all of them, for the rule that compares them with the teacher.
+        fused: the loss; takes a mask.
         student: the head.
         temperature: of the loss.
     """
     if settings.rule == "entropy":
-        return _largest(_entropy(scored, student, temperature), scored, settings.share)
-    output = fused()
-    ranked = [
-        torch.where(entropy <= entropy.median(), divergence, -torch.inf)
-        for entropy, divergence in zip(
-            output.entropy.split(_lengths(scored)),
-            output.divergence.split(_lengths(scored)),
-            strict=True,
-        )
-    ]
-    return _largest(torch.cat(ranked), scored, settings.share)
+        with torch.no_grad():
+            entropy = _entropy(scored, student, temperature)
+        return replace(fused(mask=_largest(entropy, scored, settings.share)), entropy=entropy)
+    with torch.no_grad():
+        output = fused()
+    sure = torch.cat([own <= own.median() for own in _by_rollout(output.entropy, scored)])
+    ranked = torch.where(sure, output.divergence, -torch.inf)
+    kept = _largest(ranked, scored, settings.share)
+    return replace(output, loss=fused(mask=kept).loss, active=kept)
 
 
 def _entropy(scored: ScoredTokens, student: LMHead, temperature: float) -> Tensor:
@@ -69,14 +70,14 @@ def _entropy(scored: ScoredTokens, student: LMHead, temperature: float) -> Tenso
     ).entropy
 
 
-def _lengths(scored: ScoredTokens) -> list[int]:
-    return [int(length) for length in scored.rollout_index.bincount()]
+def _by_rollout(values: Tensor, scored: ScoredTokens) -> Sequence[Tensor]:
+    return values.split([int(length) for length in scored.rollout_index.bincount()])
 
 
 def _largest(values: Tensor, scored: ScoredTokens, share: float) -> Tensor:
     """[T] bool, of each rollout the share with the largest values; never one of -infinity."""
     kept = []
-    for own in values.split(_lengths(scored)):
+    for own in _by_rollout(values, scored):
         chosen = torch.zeros_like(own, dtype=torch.bool)
         chosen[own.topk(math.ceil(share * len(own))).indices] = True
         kept.append(chosen & (own > -torch.inf))
