@@ -45,8 +45,10 @@ from selfdistill.config.methods import (
     BaseTeacherConfig,
     CriticConfig,
     Distillation,
+    DistillationMethod,
     EmaTeacherConfig,
     EnvironmentMethod,
+    GroupRewards,
     GRPOMethod,
     KLPenaltyConfig,
     LiveTeacherConfig,
@@ -58,6 +60,7 @@ from selfdistill.config.methods import (
     ScribeCriticConfig,
     StepAlignMethod,
     TeacherConfig,
+    WrongStepMethod,
 )
 from selfdistill.config.run import (
     AdapterConfig,
@@ -110,6 +113,7 @@ __all__ = [
     "Cut",
     "DatasetTaskConfig",
     "Distillation",
+    "DistillationMethod",
     "EmaTeacherConfig",
     "EngineConfig",
     "EnvironmentMethod",
@@ -118,6 +122,7 @@ __all__ = [
     "ForwardKL",
     "GRPOMethod",
     "GeneralizedJSD",
+    "GroupRewards",
     "HashedSplits",
     "HubTaskConfig",
     "JsonlTaskConfig",
@@ -157,6 +162,7 @@ __all__ = [
     "VLLMServerEngineConfig",
     "VLLMSettings",
     "VLLMTextEngine",
+    "WrongStepMethod",
     "load_config",
     "save_config",
 ]
