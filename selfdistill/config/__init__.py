@@ -46,8 +46,10 @@ from selfdistill.config.methods import (
     BaseTeacherConfig,
     CriticConfig,
     Distillation,
+    DistillationMethod,
     EmaTeacherConfig,
     EnvironmentMethod,
+    GroupRewards,
     GRPOMethod,
     KLPenaltyConfig,
     LiveTeacherConfig,
@@ -59,6 +61,7 @@ from selfdistill.config.methods import (
     ScribeCriticConfig,
     StepAlignMethod,
     TeacherConfig,
+    WrongStepMethod,
 )
 from selfdistill.config.run import (
     AdapterConfig,
@@ -111,6 +114,7 @@ __all__ = [
     "Cut",
     "DatasetTaskConfig",
     "Distillation",
+    "DistillationMethod",
     "EmaTeacherConfig",
     "EngineConfig",
     "EnvironmentMethod",
@@ -119,6 +123,7 @@ __all__ = [
     "ForwardKL",
     "GRPOMethod",
     "GeneralizedJSD",
+    "GroupRewards",
     "HashedSplits",
     "HubTaskConfig",
     "JsonlTaskConfig",
@@ -159,6 +164,7 @@ __all__ = [
     "VLLMServerEngineConfig",
     "VLLMSettings",
     "VLLMTextEngine",
+    "WrongStepMethod",
     "load_config",
     "save_config",
 ]

@@ -330,7 +330,7 @@ class Config(Section):
         method, task = self.method, self.task
         if isinstance(task, ArithmeticTaskConfig):
             return self
-        if isinstance(method, StepAlignMethod) and isinstance(method.critic, ScribeCriticConfig):
+        if isinstance(getattr(method, "critic", None), ScribeCriticConfig):
             raise ValueError(
                 "method.critic: the scribe writes steps of the arithmetic task only, and the task "
                 f"is {task.name}: choose another critic or another method"

@@ -97,12 +97,22 @@ class DistillationLoss:
         return True
 
     def __call__(
-        self, scored: ScoredTokens, student: LMHead, teacher: LMHead, *, normalizer: float
+        self,
+        scored: ScoredTokens,
+        student: LMHead,
+        teacher: LMHead,
+        *,
+        normalizer: float,
+        mask: Tensor | None = None,
     ) -> DistillationOutput:
         """Return the sum over tokens divided by `normalizer` (see `denominator`).
 
         Every token is judged by its own rollout, so the result does not depend on which groups are
         scored together.
+
+        Args:
+            scored, student, teacher, normalizer: see `Loss`.
+            mask: [T] bool, the tokens that are compared at all; None: all of them.
 
         Raises:
             ValueError: no teacher has scored the tokens, or something else that the configuration
@@ -118,6 +128,7 @@ class DistillationLoss:
             student,
             teacher,
             scored.targets,
+            mask=mask,
             token_weight=_sequence_weights(scored) if self.sequence_mean else None,
             old_logprobs=scored.old_logprobs if self.objective.importance_clip else None,
             objective=self.objective,
@@ -141,6 +152,8 @@ class DistillationLoss:
             output = fused()
         assert output.advantage is not None
         kept = _select_by_rollout(self.advantage_mask, output.advantage, scored)
+        if mask is not None:
+            kept &= mask
         return replace(output, loss=fused(mask=kept).loss, active=kept)
 
 

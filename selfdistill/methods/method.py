@@ -30,6 +30,8 @@ class Method:
             when the teacher (of GRPO: the base model) then sees what the student sees.
         needs_steps: True when the loss must know the step of each token.
         stops_at_wrong_step: True when nothing behind a rollout's first wrong step counts.
+        reads_context: False when nobody reads the contexts: they only say where an attempt is
+            wrong (`TeacherContext.wrong_span`), and the loss must know its tokens.
         critic: who writes the contexts, if somebody does.
     """
 
@@ -40,6 +42,7 @@ class Method:
     needs_context: bool = True
     needs_steps: bool = False
     stops_at_wrong_step: bool = False
+    reads_context: bool = True
     critic: Critic | None = None
 
     @property

@@ -34,6 +34,8 @@ class PromptGroup:
             it, at the sampling temperature; None where they are not known.
         steps: the step of its rollout that each completion token belongs to, counted from 0, -1
             outside of steps; None where nobody asked.
+        wrong: whether each completion token belongs to its rollout's first wrong step; None where
+            nobody asked.
 
     Raises:
         ValueError: a list is empty, or does not have one entry for each completion (or token).
@@ -45,6 +47,7 @@ class PromptGroup:
     rewards: list[float] | None = None
     old_logprobs: list[list[float]] | None = None
     steps: list[list[int]] | None = None
+    wrong: list[list[bool]] | None = None
 
     def __post_init__(self) -> None:
         if not self.student_prompt:
@@ -53,14 +56,14 @@ class PromptGroup:
             )
         if not self.completions:
             raise ValueError("completions is empty: a prompt group needs at least one rollout")
-        for name in ("teacher_prompts", "rewards", "old_logprobs", "steps"):
+        for name in ("teacher_prompts", "rewards", "old_logprobs", "steps", "wrong"):
             entries = getattr(self, name)
             if entries is not None and len(entries) != len(self.completions):
                 raise ValueError(
                     f"{name} has {len(entries)} entries for {len(self.completions)} completions: "
                     "give one per rollout"
                 )
-        for name in ("old_logprobs", "steps"):
+        for name in ("old_logprobs", "steps", "wrong"):
             for i, row in enumerate(getattr(self, name) or []):
                 if len(row) != len(self.completions[i]):
                     raise ValueError(

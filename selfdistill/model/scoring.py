@@ -36,6 +36,9 @@ class ScoredTokens:
         old_logprobs: [T] float32, sampling log-probs of the completion tokens (nats), or None.
         steps: [T] int64, the step of each token, counted from 0 in each rollout, -1 outside of
             steps; or None.
+        wrong: [T] bool, the tokens of each rollout's first wrong step; or None.
+        has_context: [R] bool, whether the teacher sees more of the rollout than the student; None
+            without a teacher.
     """
 
     student_hidden: torch.Tensor
@@ -48,6 +51,8 @@ class ScoredTokens:
     rewards: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None
     steps: torch.Tensor | None = None
+    wrong: torch.Tensor | None = None
+    has_context: torch.Tensor | None = None
 
 
 def score(
@@ -112,6 +117,13 @@ def score(
         rewards=_concatenated([group.rewards for group in groups], device),
         old_logprobs=per_token("old_logprobs"),
         steps=per_token("steps"),
+        wrong=per_token("wrong"),
+        has_context=None
+        if teacher is None
+        else torch.tensor(
+            [prompt != g.student_prompt for g in groups for prompt in g.teacher_prompts],
+            device=device,
+        ),
     )
 
 

@@ -40,6 +40,8 @@ class TeacherContext:
     Attributes:
         kind: names the tag around the text.
         text: the critique, a solution of the problem or what the checker says, not empty.
+        wrong_span: characters (start, stop) of the attempt's first wrong step, as the author of the
+            text says; None where there is none, or nobody asked.
 
     Raises:
         ValueError: an unknown kind or an empty text.
@@ -47,6 +49,7 @@ class TeacherContext:
 
     kind: ContextKind
     text: str
+    wrong_span: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ContextKind):
@@ -164,6 +167,7 @@ class ContextRenderer:
         rewards: Sequence[float] | None = None,
         old_logprobs: Sequence[Sequence[float]] | None = None,
         steps: Sequence[Sequence[int]] | None = None,
+        wrong: Sequence[Sequence[bool]] | None = None,
     ) -> PromptGroup:
         """Return one problem's group, ready to be scored.
 
@@ -171,7 +175,7 @@ class ContextRenderer:
             problem: what all rollouts answer.
             contexts: one for each rollout; with None the teacher sees what the student sees.
             completions: the rollouts' own token ids, never re-tokenised text.
-            rewards, old_logprobs, steps: of the rollouts, see `PromptGroup`.
+            rewards, old_logprobs, steps, wrong: of the rollouts, see `PromptGroup`.
 
         Raises:
             PromptTooLongError: a prompt and its completion exceed `max_length`.
@@ -188,6 +192,7 @@ class ContextRenderer:
             rewards=None if rewards is None else list(rewards),
             old_logprobs=None if old_logprobs is None else [list(row) for row in old_logprobs],
             steps=None if steps is None else [list(row) for row in steps],
+            wrong=None if wrong is None else [list(row) for row in wrong],
         )
         if self.max_length is not None:
             for i, completion in enumerate(group.completions):

@@ -84,10 +84,14 @@ def advice(config: Config, empty: Records) -> str:
         return "Choose easier problems: the teacher sees what other rollouts or the checker give"
     if method.name == "grpo":
         return "Choose problems that are sometimes solved, or raise prompts_per_step or group_size"
+    if method.name == "wrong_step":
+        return "Choose harder problems, or look at what the critic answers"
     return "Lower method.loss.advantage_mask.threshold"
 
 
 def _why_no_signal(config: Config) -> str:
     if config.method.name == "grpo":
         return "all rewards of a prompt are equal"
+    if config.method.name == "wrong_step":
+        return "the critic found no wrong step"
     return "the advantage mask keeps none"
