@@ -140,7 +140,12 @@ class DistillationLoss:
             from selfdistill.methods.selection import selected_loss
 
             return selected_loss(
-                self.token_selection, scored, fused, student, temperature=self.temperature
+                self.token_selection,
+                scored,
+                fused,
+                student,
+                temperature=self.temperature,
+                mask=mask,
             )
         if self.advantage_mask is None or self.advantage_mask.top_fraction is None:
             return fused(

@@ -29,6 +29,7 @@ def selected_loss(
     student: LMHead,
     *,
     temperature: float,
+    mask: Tensor | None,
 ) -> DistillationOutput:
     """Return the loss of the tokens that the rule keeps of each rollout.
 
@@ -41,16 +42,19 @@ def selected_loss(
         fused: the loss; takes a mask.
         student: the head.
         temperature: of the loss.
+        mask: [T] bool, the tokens that are compared at all; None: all of them.
     """
     if settings.rule == "entropy":
         with torch.no_grad():
             entropy = _entropy(scored, student, temperature)
-        return replace(fused(mask=_largest(entropy, scored, settings.share)), entropy=entropy)
+        kept = _largest(entropy, scored, settings.share)
+        return replace(fused(mask=kept if mask is None else kept & mask), entropy=entropy)
     with torch.no_grad():
         output = fused()
     sure = torch.cat([own <= own.median() for own in _by_rollout(output.entropy, scored)])
     ranked = torch.where(sure, output.divergence, -torch.inf)
     kept = _largest(ranked, scored, settings.share)
+    kept = kept if mask is None else kept & mask
     return replace(output, loss=fused(mask=kept).loss, active=kept)
 
 

@@ -50,13 +50,24 @@ QUESTIONS = (
     ),
     Question(
         "Do rewards add something to the critique?",
-        "GRPO after StepAlignFB",
-        (arms.THEN_GRPO,),
+        "two signals from the same rollouts",
+        (arms.WITH_GRPO, arms.THEN_GRPO),
         arms.STEPALIGN,
         {
             "better": "go on with rewards where answers can be checked",
             "worse": "leave rewards out at so few rollouts",
             "not separated": "leave rewards out: they bring nothing at so few rollouts",
+        },
+    ),
+    Question(
+        "Is it enough to know which step is wrong?",
+        "arXiv 2608.31046: one constant negative advantage",
+        (arms.WRONG_STEP,),
+        arms.STEPALIGN,
+        {
+            "better": "no teacher is needed: penalise the wrong step",
+            "worse": "let the teacher say what is right",
+            "not separated": "no teacher is needed: penalise the wrong step",
         },
     ),
     Question(

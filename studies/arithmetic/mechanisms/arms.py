@@ -151,6 +151,17 @@ THEN_GRPO = Arm(
     first={},
 )
 
+WITH_GRPO = Arm(
+    "with-grpo",
+    "StepAlignFB and GRPO in one loss",
+    {"method": {"group_size": 4, "reward": {}}, "prompts_per_step": 2},
+)
+WRONG_STEP = Arm(
+    "wrong-step",
+    "a constant on the wrong step",
+    {"method": {"name": "wrong_step", "group_size": 1}},
+)
+
 ARMS: tuple[Arm, ...] = (
     *REFERENCES,
     RETURNING,
@@ -158,7 +169,9 @@ ARMS: tuple[Arm, ...] = (
     REFRESHED,
     EMA,
     LIVE,
+    WITH_GRPO,
     THEN_GRPO,
+    WRONG_STEP,
     STOP,
     ABOVE,
     TOP,

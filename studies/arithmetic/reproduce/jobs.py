@@ -296,8 +296,9 @@ def _first_run(first: Config, config: Config) -> Config | None:
 
     None when an interrupt stopped that one.
     """
+    optimizer = first.optimizer.model_copy(update={"learning_rate": config.optimizer.learning_rate})
     begun = first.model_copy(
-        update={"output_dir": config.output_dir / "first", "optimizer": config.optimizer}
+        update={"output_dir": config.output_dir / "first", "optimizer": optimizer}
     )
     if train(begun, resume=True, console=Console(file=StringIO())).interrupted:
         return None

@@ -87,6 +87,16 @@ def test_the_teacher_is_compared_on_chosen_tokens_alone(
     assert [learns for _, learns in seen] == [False] * (len(seen) - 1) + [True]
 
 
+@pytest.mark.parametrize("rule", ["entropy", "confident"])
+def test_tokens_that_are_not_compared_are_not_chosen(rule: str) -> None:
+    """Such as those of rollouts without context, beside rewards."""
+    mask = torch.arange(20) >= LENGTHS[0]
+    weight = plain_head(head())
+    output = selecting(rule, 0.5)(random_tokens(8), weight, weight, normalizer=1.0, mask=mask)
+    assert output.active.any()
+    assert not output.active[~mask].any()
+
+
 def test_two_choices_are_refused() -> None:
     with pytest.raises(ValueError, match="token_selection chooses tokens, and so does"):
         LossConfig(token_selection={"rule": "entropy", "share": 0.2}, advantage_mask={})
