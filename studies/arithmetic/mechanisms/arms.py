@@ -76,6 +76,21 @@ class Arm:
     first: Settings | None = field(default=None, hash=False)
 
 
+def merged(base: Settings, changes: Settings) -> dict[str, Any]:
+    """Return settings with others on top.
+
+    Sections are merged; one that names another choice (another method) replaces the old one.
+    """
+    result = dict(base)
+    for name, value in changes.items():
+        old = result.get(name)
+        is_same = isinstance(old, Mapping) and isinstance(value, Mapping)
+        if is_same and value.get("name", old.get("name")) == old.get("name"):
+            value = merged(old, value)
+        result[name] = value
+    return result
+
+
 def _loss(**settings: Any) -> Settings:
     return {"method": {"loss": settings}}
 
@@ -132,6 +147,11 @@ RETURNING = Arm(
     "refreshed, back to the best",
     {**_teacher(name="refreshed", every=20, from_best=True), "optimizer": {"schedule": "cosine"}},
 )
+RETURNING_STOP = Arm(
+    "teacher-returning-stop",
+    "the same, nothing behind the first error",
+    merged(RETURNING.settings, STOP.settings),
+)
 RESTARTED = Arm(
     "teacher-restarted",
     "restarted from the best",
@@ -165,6 +185,7 @@ WRONG_STEP = Arm(
 ARMS: tuple[Arm, ...] = (
     *REFERENCES,
     RETURNING,
+    RETURNING_STOP,
     RESTARTED,
     REFRESHED,
     EMA,
@@ -184,18 +205,3 @@ ARMS: tuple[Arm, ...] = (
 )
 
 BY_KEY = {arm.key: arm for arm in ARMS}
-
-
-def merged(base: Settings, changes: Settings) -> dict[str, Any]:
-    """Return settings with others on top.
-
-    Sections are merged; one that names another choice (another method) replaces the old one.
-    """
-    result = dict(base)
-    for name, value in changes.items():
-        old = result.get(name)
-        is_same = isinstance(old, Mapping) and isinstance(value, Mapping)
-        if is_same and value.get("name", old.get("name")) == old.get("name"):
-            value = merged(old, value)
-        result[name] = value
-    return result
