@@ -43,6 +43,7 @@ from selfdistill.config.losses import (
 )
 from selfdistill.config.methods import (
     BaseTeacherConfig,
+    ContrastMethod,
     CriticConfig,
     Distillation,
     DistillationMethod,
@@ -108,6 +109,7 @@ __all__ = [
     "CompletionsConfig",
     "Config",
     "ConfigError",
+    "ContrastMethod",
     "Counts",
     "CriticConfig",
     "Cut",
