@@ -1,4 +1,4 @@
-"""Policy gradients of several methods: their formulas in plain torch, and attempts to learn from."""
+"""Policy gradients in plain torch, and attempts to learn from."""
 
 from __future__ import annotations
 
