@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from selfdistill.config.section import Float, PositiveInt, Section
+from selfdistill.config.section import Float, PositiveInt, Rate, Section
 
 
 class ForwardKL(Section):
@@ -90,6 +90,43 @@ class TokenSelectionConfig(Section):
     """This share of each rollout's tokens."""
 
 
+class LinearWeight(Section):
+    """From one weight to another in a straight line, then constant."""
+
+    name: Literal["linear"] = "linear"
+    first: Float = Field(default=1.0, ge=0)
+    """Weight of a rollout's first token."""
+    last: Float = Field(default=0.0, ge=0)
+    """Weight from the token number `over` on."""
+    over: PositiveInt
+    """Tokens from the one to the other."""
+
+
+class ExponentialWeight(Section):
+    """1 for the first token, and falling towards a floor."""
+
+    name: Literal["exponential"] = "exponential"
+    half_life: Float = Field(gt=0)
+    """Tokens over which what lies above the floor halves."""
+    floor: Rate = 0.0
+    """What it falls towards."""
+
+
+class TableWeight(Section):
+    """Weights from a table, such as how often the teacher was right at that place before."""
+
+    name: Literal["table"] = "table"
+    weights: tuple[Annotated[Float, Field(ge=0)], ...] = Field(min_length=1)
+    """One for each stretch of tokens; the last one is for all tokens behind, too."""
+    every: PositiveInt
+    """Tokens of a stretch."""
+
+
+PositionWeightConfig = Annotated[
+    LinearWeight | ExponentialWeight | TableWeight, Field(discriminator="name")
+]
+
+
 class LossConfig(Section):
     """The loss on the completion tokens, averaged over the training step."""
 
@@ -99,6 +136,8 @@ class LossConfig(Section):
     """Restricts the gradient to some tokens; the dropped ones stay in the denominator."""
     token_selection: TokenSelectionConfig | None = None
     """Restricts loss and gradient to some tokens; the dropped ones stay in the denominator."""
+    position_weight: PositionWeightConfig | None = None
+    """Weighs each token by its place in its rollout; the denominator still counts tokens."""
     temperature: Float = Field(default=1.0, gt=0)
     """Divides both models' logits before the divergence."""
     reduction: Literal["mean", "sequence_mean"] = "mean"
@@ -126,6 +165,14 @@ class LossConfig(Section):
 
     The rest is neither read nor counted. Needs a task that knows steps.
     """
+
+    @model_validator(mode="after")
+    def _some_place_has_a_weight(self) -> LossConfig:
+        weight = self.position_weight
+        linear = isinstance(weight, LinearWeight) and not (weight.first or weight.last)
+        if linear or (isinstance(weight, TableWeight) and not any(weight.weights)):
+            raise ValueError("position_weight: all weights are 0, so that nothing would be learned")
+        return self
 
     @model_validator(mode="after")
     def _the_tolerance_is_of_whole_vocabularies(self) -> LossConfig:

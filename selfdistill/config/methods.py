@@ -210,7 +210,28 @@ class WrongStepMethod(PolicyGradient):
     """Who says which step is the first wrong one."""
 
 
+class ContrastMethod(ClippedRatio):
+    """Sampled tokens are weighed by what a critique says beyond a critique that is of no use.
+
+    A token's advantage is its log-prob under the teacher with the right critique, less that under
+    the teacher with the other one.
+    """
+
+    name: Literal["contrast"] = "contrast"
+    group_size: PositiveInt = 8
+    """Rollouts drawn for each prompt."""
+    teacher: TeacherConfig = BaseTeacherConfig()
+    """Whose weights the self-teacher uses, with either critique."""
+    critic: CriticConfig = ScribeCriticConfig()
+    """Who writes the right critique of each rollout."""
+    against: Literal["wrong", "other"] = "wrong"
+    """The other critique: a wrong one of the same attempt, or that of another problem's attempt."""
+    weight: Float = Field(default=1.0, gt=0, le=1)
+    """How much of the other's log-prob is subtracted; the rest to 1 is the student's own."""
+
+
 DistillationMethod: TypeAlias = StepAlignMethod | RefSolMethod | PeerMethod | EnvironmentMethod
 MethodConfig = Annotated[
-    DistillationMethod | GRPOMethod | WrongStepMethod, Field(discriminator="name")
+    DistillationMethod | GRPOMethod | WrongStepMethod | ContrastMethod,
+    Field(discriminator="name"),
 ]

@@ -33,6 +33,10 @@ def build_method(
             from selfdistill.methods.wrong_step import wrong_step
 
             return wrong_step(settings, task, temperature=temperature, device=device, today=today)
+        case "contrast":
+            from selfdistill.methods.contrast import contrast
+
+            return contrast(settings, task, temperature=temperature, device=device, today=today)
     method = _distillation(settings, task, device=device, today=today)
     if settings.reward is None:
         return method

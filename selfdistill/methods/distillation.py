@@ -87,6 +87,7 @@ class DistillationLoss:
         self.needs_old_logprobs = config.importance_clip is not None
         self.gradient_tolerance = config.gradient_tolerance
         self.sequence_mean = config.reduction == "sequence_mean"
+        self.position_weight = config.position_weight
 
     def denominator(self, group: PromptGroup) -> int:
         """Return the tokens of the group; its rollouts when every rollout counts the same."""
@@ -129,7 +130,7 @@ class DistillationLoss:
             teacher,
             scored.targets,
             mask=mask,
-            token_weight=_sequence_weights(scored) if self.sequence_mean else None,
+            token_weight=self._token_weights(scored),
             old_logprobs=scored.old_logprobs if self.objective.importance_clip else None,
             objective=self.objective,
             temperature=self.temperature,
@@ -161,10 +162,17 @@ class DistillationLoss:
             kept &= mask
         return replace(output, loss=fused(mask=kept).loss, active=kept)
 
+    def _token_weights(self, scored: ScoredTokens) -> Tensor | None:
+        """[T] what each token's loss is multiplied with; None: 1."""
+        weights = None
+        if self.sequence_mean:  # one over the length of each token's rollout
+            weights = (1.0 / scored.rollout_index.bincount())[scored.rollout_index]
+        if self.position_weight is None:
+            return weights
+        from selfdistill.methods.position_weights import position_weights
 
-def _sequence_weights(scored: ScoredTokens) -> Tensor:
-    """[T] one over the length of each token's rollout."""
-    return (1.0 / scored.rollout_index.bincount())[scored.rollout_index]
+        by_place = position_weights(self.position_weight, scored.positions)
+        return by_place if weights is None else weights * by_place
 
 
 def _unique_steps(scored: ScoredTokens) -> Tensor | None:

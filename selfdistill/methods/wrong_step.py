@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selfdistill.config import ConfigError, WrongStepMethod
 from selfdistill.critic.build import build_critic
-from selfdistill.critic.interface import Critic, Critique
+from selfdistill.critic.interface import Critic, Critique, critique_all
 from selfdistill.methods.method import Contexts, Method
 from selfdistill.methods.policy_gradient import PolicyGradientLoss, known
 from selfdistill.model.device import resolve_device
@@ -73,15 +73,12 @@ def blamed(task: StepTask, critic: Critic, attempts: Sequence[Attempts]) -> Cont
         critic: says which one is the first wrong one.
         attempts: judged rollouts.
     """
-    found = iter(
-        critic.critique(
-            [attempt.problem for attempt in attempts for _ in attempt.rollouts],
-            [rollout.text for attempt in attempts for rollout in attempt.rollouts],
-        )
-    )
     return [
-        [_context(task, rollout.text, next(found)) for rollout in attempt.rollouts]
-        for attempt in attempts
+        [
+            _context(task, rollout.text, critique)
+            for rollout, critique in zip(attempt.rollouts, found, strict=True)
+        ]
+        for attempt, found in zip(attempts, critique_all(critic, attempts), strict=True)
     ]
 
 

@@ -129,7 +129,7 @@ def dry_run(config: Config, console: Console, *, ask_critic: bool = False) -> No
         config,
         model,
         prompt=round(statistics.mean(map(len, students))),
-        context=room if config.method.name == "stepalign" else max(0, round(context)),
+        context=room if config.method.name in ("stepalign", "contrast") else max(0, round(context)),
     )
     weights = Weights(
         itemsize=2 if config.precision == "bfloat16" else 4,
@@ -192,6 +192,7 @@ def step_shape(config: Config, model: ModelShape, *, prompt: int, context: int) 
         tokens_per_pass=config.tokens_per_microbatch,
         rollout_rows=engine.batch_size if engine.name == "transformers" else 0,
         engine_bytes=engine_bytes,
+        critiques=2 if config.method.name == "contrast" else 1,
     )
 
 

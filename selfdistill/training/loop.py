@@ -306,6 +306,8 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             # make what the teacher sees from the verdicts or the references.
             with clock("critique"):
                 contexts = method.contexts(attempts)
+                if method.complete is not None:
+                    contexts = method.complete(attempts, contexts, ranks.gather)
                 kinds = ranks.gather(context_kinds(contexts))
             # Rollouts that teach nothing leave before the models read them.
             with clock("context"):

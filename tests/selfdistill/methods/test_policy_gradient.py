@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,86 +9,40 @@ from typing import Any, cast
 
 import pytest
 import torch
-from exactness import assert_no_worse_than_torch
-from padded_step import gradients, in_float64
+from policy_gradients import (
+    TASK,
+    TEMPERATURE,
+    assert_equal_to_plain_torch,
+    attempts_at,
+    built,
+    known,
+    own_logprobs,
+    sampled,
+    solution,
+    spoilt,
+    surrogate,
+)
 from tiny_runs import tiny_config
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 import selfdistill.training.loop
 from selfdistill.config import Config, ConfigError, GroupRewards, LossConfig
 from selfdistill.critic.interface import Critique
-from selfdistill.methods.build import build_method
 from selfdistill.methods.distillation import DistillationLoss
-from selfdistill.methods.method import Method
 from selfdistill.methods.rewarded import RewardedLoss
 from selfdistill.methods.wrong_step import WrongStepLoss, blamed
 from selfdistill.model.layout import PromptGroup
 from selfdistill.model.lm_head import find_lm_head
 from selfdistill.model.scoring import score
 from selfdistill.model.teacher import BaseTeacher
-from selfdistill.rollout.attempts import Attempts, judge
+from selfdistill.rollout.attempts import judge
 from selfdistill.rollout.engine import Rollout
-from selfdistill.tasks.arithmetic import ArithmeticTask
-from selfdistill.tasks.interface import Problem, Task
+from selfdistill.tasks.interface import Problem
 from selfdistill.training.solver import load_solver
 
 ModelFactory = Callable[..., PreTrainedModel]
-TEMPERATURE = 1.3
-
-
-def own_logprobs(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> Tensor:
-    """[t, V] by the model's own forward, at the temperature of the loss."""
-    logits = model(input_ids=torch.tensor([prompt + completion[:-1]])).logits[0, len(prompt) - 1 :]
-    return log_softmax(logits / TEMPERATURE, -1)
-
-
-def sampled(logprobs: Tensor, completion: list[int]) -> Tensor:
-    return logprobs.gather(-1, torch.tensor(completion)[:, None])[:, 0]
-
-
-def known(groups: Sequence[PromptGroup], rewards: Sequence[list[float]]) -> list[PromptGroup]:
-    """The groups with rewards, log-probs of an older policy and some wrong tokens."""
-    generator = torch.Generator().manual_seed(2)
-
-    def rows(group: PromptGroup) -> list[list[float]]:
-        return [(torch.rand(len(c), generator=generator) - 5.0).tolist() for c in group.completions]
-
-    return [
-        replace(
-            group,
-            rewards=own,
-            old_logprobs=rows(group),
-            wrong=[[2 <= i < 5 for i in range(len(c))] for c in group.completions],
-        )
-        for group, own in zip(groups, rewards, strict=True)
-    ]
-
-
-def surrogate(logprobs: Tensor, old: list[float], advantage: float | Tensor) -> Tensor:
-    ratio = (logprobs - torch.tensor(old, dtype=logprobs.dtype)).exp()
-    return torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
-
-
-def assert_equal_to_plain_torch(
-    loss: Tensor,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    plain: Callable[[PreTrainedModel, PreTrainedModel], Tensor],
-) -> None:
-    """Hold a loss, whose backward pass is done, against a formula in float32 and in float64."""
-    ours = loss.detach(), gradients(student)
-    results = []
-    for convert in (copy.deepcopy, in_float64):
-        models = convert(student), convert(teacher)
-        models[0].zero_grad()
-        expected = plain(*models)
-        expected.backward()
-        results.append((expected.detach(), gradients(models[0])))
-    for name, *found in zip(("loss", "gradients"), ours, *results, strict=True):
-        # A mean of ratios times advantages is of order 1, and of either sign.
-        assert_no_worse_than_torch(name, *found, **({"floor": 1.0} if name == "loss" else {}))
 
 
 def test_rewards_and_a_teacher_in_one_loss_equal_plain_torch(
@@ -193,28 +146,6 @@ def test_the_penalty_on_the_wrong_step_equals_plain_torch(
     assert not loss.learns_from(right)
     with pytest.raises(ValueError, match=r"wrong is missing"):
         loss(replace(scored, wrong=None), head, head, normalizer=1.0)
-
-
-TASK = ArithmeticTask(step_counts=(3,))
-
-
-def built(task: Task, **method: object) -> Method:
-    config = Config.model_validate({"model": "m", "output_dir": "o", "method": method})
-    return build_method(config.method, task, temperature=1.0, device="cpu", today=None)
-
-
-def attempts_at(*texts: str) -> list[Attempts]:
-    (problem,) = TASK.problems(split="train", count=1)
-    return judge(TASK, [problem], [[Rollout([5, 2], [-0.1, -0.2], text, True) for text in texts]])
-
-
-def solution() -> list[str]:
-    (problem,) = TASK.problems(split="train", count=1)
-    return problem.reference.replace(" <", "|<").split("|")
-
-
-def spoilt(step: str) -> str:
-    return f"{step[:-2]}{(int(step[-2:]) + 1) % 100:02d}"
 
 
 def test_the_critic_says_which_step_is_blamed() -> None:
