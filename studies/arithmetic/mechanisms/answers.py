@@ -60,6 +60,28 @@ QUESTIONS = (
         },
     ),
     Question(
+        "Should a useless critique's signal be subtracted?",
+        "RLCSD, arXiv 2606.11709, and CREDIT, arXiv 2605.11613",
+        (*arms.CONTRASTS, arms.THEN_CONTRAST),
+        arms.STEPALIGN,
+        {
+            "better": "subtract it",
+            "worse": "follow the right critique alone",
+            "not separated": "follow the right critique alone, which needs one teacher pass",
+        },
+    ),
+    Question(
+        "Should early tokens count more?",
+        "arXiv 2605.21606: position predicts how far the teacher can be relied on",
+        (arms.EARLY,),
+        arms.STEPALIGN,
+        {
+            "better": "weigh tokens by their place",
+            "worse": "weigh all tokens alike",
+            "not separated": "weigh all tokens alike",
+        },
+    ),
+    Question(
         "Is it enough to know which step is wrong?",
         "arXiv 2608.31046: one constant negative advantage",
         (arms.WRONG_STEP,),

@@ -84,10 +84,11 @@ def merged(base: Settings, changes: Settings) -> dict[str, Any]:
     result = dict(base)
     for name, value in changes.items():
         old = result.get(name)
-        is_same = isinstance(old, Mapping) and isinstance(value, Mapping)
-        if is_same and value.get("name", old.get("name")) == old.get("name"):
-            value = merged(old, value)
-        result[name] = value
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            is_other = "name" in value and value["name"] != old.get("name")
+            result[name] = dict(value) if is_other else merged(old, value)
+        else:
+            result[name] = value
     return result
 
 
@@ -120,9 +121,7 @@ OTHER_PATH = Arm(
     {"task": {"reference_order": "reversed"}, "method": {"name": "refsol", "group_size": 1}},
 )
 
-STOP = Arm(
-    "stop-at-error", "nothing behind the first error", _loss(stop_after_first_wrong_step=True)
-)
+STOP = Arm("stop-at-error", "nothing behind the error", _loss(stop_after_first_wrong_step=True))
 ABOVE = Arm("advantage-above-0.1", "|A| > 0.1", _loss(advantage_mask={"threshold": 0.1}))
 TOP = Arm("advantage-top-20", "20 % by |A|", _loss(advantage_mask={"top_fraction": 0.2}))
 ENTROPY = Arm(
@@ -149,7 +148,7 @@ RETURNING = Arm(
 )
 RETURNING_STOP = Arm(
     "teacher-returning-stop",
-    "the same, nothing behind the first error",
+    "back to the best, up to the error",
     merged(RETURNING.settings, STOP.settings),
 )
 RESTARTED = Arm(
@@ -176,6 +175,20 @@ WITH_GRPO = Arm(
     "StepAlignFB and GRPO in one loss",
     {"method": {"group_size": 4, "reward": {}}, "prompts_per_step": 2},
 )
+CONTRASTS = tuple(
+    Arm(
+        f"contrast-{against}",
+        f"contrast with {what}",
+        {"method": {"name": "contrast", "group_size": 1, "against": against}},
+    )
+    for against, what in (("wrong", "a wrong critique"), ("other", "another problem's"))
+)
+THEN_CONTRAST = Arm("then-contrast", "StepAlignFB, then contrast", CONTRASTS[0].settings, first={})
+EARLY = Arm(
+    "early-tokens",
+    "early tokens count more",
+    _loss(position_weight={"name": "linear", "over": 50}),
+)
 WRONG_STEP = Arm(
     "wrong-step",
     "a constant on the wrong step",
@@ -192,7 +205,10 @@ ARMS: tuple[Arm, ...] = (
     LIVE,
     WITH_GRPO,
     THEN_GRPO,
+    *CONTRASTS,
+    THEN_CONTRAST,
     WRONG_STEP,
+    EARLY,
     STOP,
     ABOVE,
     TOP,

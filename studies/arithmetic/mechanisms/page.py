@@ -147,29 +147,30 @@ def _short_table(findings: Findings, scale: Scale) -> TextTable:
             row.label,
             percent(row.avg),
             percent(row.differences.get(STEPALIGN.key), sign=True),
-            percent(row.pass_at_k),
+            f"{100 * row.pass_at_k.value:.1f} %",
             f"{row.distinct.value:.1f}",
-            f"{row.tokens.value:.1f}",
+            f"{row.surprisal.value:.2f}",
         ]
         for row in ranked(findings)
     ]
     return TextTable(
         f"{scale.problems} test problems x {k}, {len(scale.seeds)} training seeds",
-        ["", f"Avg@{k}", "to StepAlignFB", f"Pass@{k}", "different right traces", "tokens"],
+        ["", f"Avg@{k}", "to StepAlignFB", f"Pass@{k}", "different right traces", "entropy"],
         rows,
     )
 
 
 def _answers_table(found: Sequence[Answer], note: str) -> TextTable:
+    before = [None, *(answer.question for answer in found)]
     rows = [
         [
-            answer.question.text,
+            "" if answer.question is asked else answer.question.text,
             answer.arm.label,
             percent(answer.difference, sign=True),
             answer.verdict,
             answer.question.advice[answer.verdict],
         ]
-        for answer in found
+        for answer, asked in zip(found, before[:-1], strict=True)
     ]
     head = ["question", "arm", "difference", "it is", "so"]
     return TextTable("Answers", head, rows, note)
