@@ -375,8 +375,11 @@ def reproduce(
     ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes of one thread each.")] = 2,
     only: Annotated[
-        str | None, typer.Option(help="Studies: main,copy,difficulty,wording; all by default.")
+        str | None, typer.Option(help="Parts: main,copy,difficulty,wording, or a study's arms.")
     ] = None,
+    study: Annotated[
+        Literal["paper", "mechanisms"], typer.Option(help="What is asked; see docs/results.")
+    ] = "paper",
 ) -> None:
     """Ask the paper's question in miniature: GRPO, RefSol and StepAlignFB; about an hour.
 
@@ -384,8 +387,9 @@ def reproduce(
     """
     from selfdistill.checkout import EXAMPLE, find_checkout, load_study
 
-    arms, jobs_of, run = map(load_study, ("reproduce.arms", "reproduce.job_list", "reproduce.run"))
-    output = output or Path("runs/reproduce-quick" if quick else "runs/reproduce")
+    name = "reproduce" if study == "paper" else study
+    arms, jobs_of, run = (load_study(f"{name}.{part}") for part in ("arms", "job_list", "run"))
+    output = output or Path(f"runs/{name}-quick" if quick else f"runs/{name}")
     finished = run.reproduce(
         str(find_checkout() / EXAMPLE / "solver"),
         arms.QUICK if quick else arms.FULL,

@@ -53,8 +53,8 @@ def parse_methods(text: str | None, config: Config) -> list[Distillation]:
             ) from error
         if not isinstance(found, Distillation):
             raise ConfigError(
-                f"methods: {found.name} has no teacher, so its advantage is one number for "
-                "a whole attempt and there is nothing to locate. Name a method with a teacher, "
+                f"methods: {found.name} has no teacher, whose advantage could be located token by "
+                "token. Name a method with a teacher, "
                 "such as --methods stepalign,refsol: it is scored on this run's attempts"
             )
         sections.append(found)

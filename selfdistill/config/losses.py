@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from selfdistill.config.section import Float, PositiveInt, Section
+from selfdistill.config.section import Float, PositiveInt, Rate, Section
 
 
 class ForwardKL(Section):
@@ -80,6 +80,53 @@ class AdvantageMaskConfig(Section):
     """Judge whole steps by their mean A; tokens of no step are dropped. Needs a task with steps."""
 
 
+class TokenSelectionConfig(Section):
+    """Which tokens learn, chosen by what the student is unsure of (TIP, arXiv 2604.14084)."""
+
+    rule: Literal["entropy", "confident"]
+    """`entropy`: where the student's entropy is highest; the others are not compared with the
+    teacher. `confident`: of the half where it is lowest, where the divergence is largest."""
+    share: Float = Field(gt=0, le=1)
+    """This share of each rollout's tokens."""
+
+
+class LinearWeight(Section):
+    """From one weight to another in a straight line, then constant."""
+
+    name: Literal["linear"] = "linear"
+    first: Float = Field(default=1.0, ge=0)
+    """Weight of a rollout's first token."""
+    last: Float = Field(default=0.0, ge=0)
+    """Weight from the token number `over` on."""
+    over: PositiveInt
+    """Tokens from the one to the other."""
+
+
+class ExponentialWeight(Section):
+    """1 for the first token, and falling towards a floor."""
+
+    name: Literal["exponential"] = "exponential"
+    half_life: Float = Field(gt=0)
+    """Tokens over which what lies above the floor halves."""
+    floor: Rate = 0.0
+    """What it falls towards."""
+
+
+class TableWeight(Section):
+    """Weights from a table, such as how often the teacher was right at that place before."""
+
+    name: Literal["table"] = "table"
+    weights: tuple[Annotated[Float, Field(ge=0)], ...] = Field(min_length=1)
+    """One for each stretch of tokens; the last one is for all tokens behind, too."""
+    every: PositiveInt
+    """Tokens of a stretch."""
+
+
+PositionWeightConfig = Annotated[
+    LinearWeight | ExponentialWeight | TableWeight, Field(discriminator="name")
+]
+
+
 class LossConfig(Section):
     """The loss on the completion tokens, averaged over the training step."""
 
@@ -87,6 +134,10 @@ class LossConfig(Section):
     """Which divergence between the teacher's and the student's next-token distributions."""
     advantage_mask: AdvantageMaskConfig | None = None
     """Restricts the gradient to some tokens; the dropped ones stay in the denominator."""
+    token_selection: TokenSelectionConfig | None = None
+    """Restricts loss and gradient to some tokens; the dropped ones stay in the denominator."""
+    position_weight: PositionWeightConfig | None = None
+    """Weighs each token by its place in its rollout; the denominator still counts tokens."""
     temperature: Float = Field(default=1.0, gt=0)
     """Divides both models' logits before the divergence."""
     reduction: Literal["mean", "sequence_mean"] = "mean"
@@ -116,11 +167,24 @@ class LossConfig(Section):
     """
 
     @model_validator(mode="after")
+    def _some_place_has_a_weight(self) -> LossConfig:
+        weight = self.position_weight
+        linear = isinstance(weight, LinearWeight) and not (weight.first or weight.last)
+        if linear or (isinstance(weight, TableWeight) and not any(weight.weights)):
+            raise ValueError("position_weight: all weights are 0, so that nothing would be learned")
+        return self
+
+    @model_validator(mode="after")
     def _the_tolerance_is_of_whole_vocabularies(self) -> LossConfig:
         if self.top_k is not None and self.gradient_tolerance is not None:
             raise ValueError(
                 "gradient_tolerance: the most likely tokens alone (top_k) have the exact gradient "
                 "only: set one of the two to null"
+            )
+        if self.token_selection is not None and self.advantage_mask is not None:
+            raise ValueError(
+                "token_selection chooses tokens, and so does advantage_mask: set one of the two to "
+                "null"
             )
         if self.entry_clip is not None and self.gradient_tolerance is not None:
             raise ValueError(

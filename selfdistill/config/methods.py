@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from selfdistill.config.engines import TextEngineConfig
 from selfdistill.config.losses import LossConfig
-from selfdistill.config.section import Float, Int, PositiveInt, Section
+from selfdistill.config.section import Float, Int, PositiveInt, Rate, Section
 
 
 class BaseTeacherConfig(Section):
@@ -39,6 +39,9 @@ class RefreshedTeacherConfig(Section):
     """Steps between refreshes; null refreshes after an evaluation that was no better than the best
     one before it: then the student has learned what this teacher knows. Those count for
     `evaluation.patience` all the same."""
+    from_best: bool = False
+    """At a refresh the student, too, goes back to the best checkpoint so far, with its optimiser's
+    moments, and that one teaches. The step, and with it the learning rate, goes on."""
 
 
 TeacherConfig = Annotated[
@@ -48,11 +51,22 @@ TeacherConfig = Annotated[
 
 
 class ScribeCriticConfig(Section):
-    """The exact scribe of the arithmetic task, which never errs."""
+    """The exact scribe of the arithmetic task."""
 
     name: Literal["scribe"] = "scribe"
     copying: Literal["partial_repetition", "full_repetition", "omission"] = "partial_repetition"
     """What it repeats of an attempt: up to the first wrong step, that step too, or nothing."""
+    error_rate: Rate = 0.0
+    """The share of critiques with a wrong step, from whose result they go on; 0 never errs."""
+
+    @model_validator(mode="after")
+    def _errors_are_of_whole_critiques(self) -> ScribeCriticConfig:
+        if self.error_rate and self.copying != "partial_repetition":
+            raise ValueError(
+                "error_rate is for critiques that repeat partially, and copying is "
+                f"{self.copying}: set one of the two to its default"
+            )
+        return self
 
 
 class LLMCriticConfig(Section):
@@ -72,6 +86,31 @@ class LLMCriticConfig(Section):
 CriticConfig = Annotated[ScribeCriticConfig | LLMCriticConfig, Field(discriminator="name")]
 
 
+class KLPenaltyConfig(Section):
+    """Keeps the student near the model as it was before training."""
+
+    coefficient: Float = Field(default=0.04, gt=0)
+    """Weight of the penalty; the default is that of arXiv 2402.03300."""
+
+
+class ClippedRatio(Section):
+    """What every policy gradient has: bounds on how far one step's rollouts move a token."""
+
+    clip_low: Float = Field(default=0.2, gt=0, lt=1)
+    """A token's probability may fall to (1 - clip_low) of what it was when it was sampled."""
+    clip_high: Float = Field(default=0.2, gt=0)
+    """It may rise to (1 + clip_high) of it. Both matter from the second update on."""
+
+
+class GroupRewards(ClippedRatio):
+    """GRPO's policy gradient of the group's rewards, beside the divergence from the teacher."""
+
+    coefficient: Float = Field(default=1.0, gt=0)
+    """Weight of the policy gradient; the divergence has the weight 1."""
+    normalize_std: bool = True
+    """Divide the advantage r - mean(r) by the group's standard deviation; false: Dr. GRPO."""
+
+
 class Distillation(Section):
     """What the methods that follow a self-teacher have in common."""
 
@@ -83,6 +122,25 @@ class Distillation(Section):
     """Whose weights the self-teacher uses."""
     loss: LossConfig = LossConfig()
     """How the student follows the teacher."""
+    reward: GroupRewards | None = None
+    """Learns from rewards as well, from the same rollouts: GRPO and self-distillation in one loss.
+
+    A rollout that the teacher has no context for then learns from its reward alone.
+    """
+
+    @model_validator(mode="after")
+    def _rewards_are_compared_within_a_group(self) -> Distillation:
+        if self.reward is not None and self.group_size < 2:
+            raise ValueError(
+                "reward: rewards are compared within a group, and group_size is 1: set group_size "
+                "to 2 or more, or reward to null"
+            )
+        if self.reward is not None and self.loss.reduction != "mean":
+            raise ValueError(
+                "reward: the policy gradient is a mean over tokens, and loss.reduction is "
+                f"{self.loss.reduction}: set it to mean, or reward to null"
+            )
+        return self
 
 
 class StepAlignMethod(Distillation):
@@ -115,25 +173,9 @@ class EnvironmentMethod(Distillation):
     """Tell whether the answer is right, or also which step is the first wrong one."""
 
 
-class KLPenaltyConfig(Section):
-    """Keeps the student near the model as it was before training."""
+class PolicyGradient(ClippedRatio):
+    """What the methods without a self-teacher have in common: tokens are weighed, not compared."""
 
-    coefficient: Float = Field(default=0.04, gt=0)
-    """Weight of the penalty; the default is that of arXiv 2402.03300."""
-
-
-class GRPOMethod(Section):
-    """GRPO: no teacher; the binary rewards of a prompt's rollouts are compared with each other."""
-
-    name: Literal["grpo"] = "grpo"
-    group_size: Int = Field(default=8, ge=2)
-    """Rollouts drawn for each prompt."""
-    normalize_std: bool = True
-    """Divide the advantage r - mean(r) by the group's standard deviation; false: Dr. GRPO."""
-    clip_low: Float = Field(default=0.2, gt=0, lt=1)
-    """A token's probability may fall to (1 - clip_low) of what it was when it was sampled."""
-    clip_high: Float = Field(default=0.2, gt=0)
-    """It may rise to (1 + clip_high) of it. Both matter from the second update on."""
     kl: KLPenaltyConfig | None = None
     """A penalty for leaving the base model; null reads no second model."""
 
@@ -143,7 +185,53 @@ class GRPOMethod(Section):
         return None if self.kl is None else BaseTeacherConfig()
 
 
+class GRPOMethod(PolicyGradient):
+    """GRPO: no teacher; the binary rewards of a prompt's rollouts are compared with each other."""
+
+    name: Literal["grpo"] = "grpo"
+    group_size: Int = Field(default=8, ge=2)
+    """Rollouts drawn for each prompt."""
+    normalize_std: bool = True
+    """Divide the advantage r - mean(r) by the group's standard deviation; false: Dr. GRPO."""
+
+
+class WrongStepMethod(PolicyGradient):
+    """No teacher: the tokens of the first wrong step, as a critic finds it, become less likely.
+
+    All of them by one constant; right attempts, right steps and what follows teach nothing.
+    """
+
+    name: Literal["wrong_step"] = "wrong_step"
+    group_size: PositiveInt = 8
+    """Rollouts drawn for each prompt."""
+    penalty: Float = Field(default=1.0, gt=0)
+    """The advantage of these tokens is minus this. Of all other tokens it is 0."""
+    critic: CriticConfig = ScribeCriticConfig()
+    """Who says which step is the first wrong one."""
+
+
+class ContrastMethod(ClippedRatio):
+    """Sampled tokens are weighed by what a critique says beyond a critique that is of no use.
+
+    A token's advantage is its log-prob under the teacher with the right critique, less that under
+    the teacher with the other one.
+    """
+
+    name: Literal["contrast"] = "contrast"
+    group_size: PositiveInt = 8
+    """Rollouts drawn for each prompt."""
+    teacher: TeacherConfig = BaseTeacherConfig()
+    """Whose weights the self-teacher uses, with either critique."""
+    critic: CriticConfig = ScribeCriticConfig()
+    """Who writes the right critique of each rollout."""
+    against: Literal["wrong", "other"] = "wrong"
+    """The other critique: a wrong one of the same attempt, or that of another problem's attempt."""
+    weight: Float = Field(default=1.0, gt=0, le=1)
+    """How much of the other's log-prob is subtracted; the rest to 1 is the student's own."""
+
+
+DistillationMethod: TypeAlias = StepAlignMethod | RefSolMethod | PeerMethod | EnvironmentMethod
 MethodConfig = Annotated[
-    StepAlignMethod | RefSolMethod | PeerMethod | EnvironmentMethod | GRPOMethod,
+    DistillationMethod | GRPOMethod | WrongStepMethod | ContrastMethod,
     Field(discriminator="name"),
 ]

@@ -325,6 +325,18 @@ class Config(Section):
                 "nothing better, and evaluation.patience: 1 ends the run there: raise patience, or "
                 "set `every`"
             )
+        if isinstance(teacher, RefreshedTeacherConfig) and teacher.from_best:
+            if (teacher.every or self.evaluation.every) % self.evaluation.every:
+                raise ValueError(
+                    f"method.teacher.every: got {teacher.every}, and with from_best the student "
+                    "would go back from steps that nobody evaluated: set it to a multiple of "
+                    f"evaluation.every ({self.evaluation.every})"
+                )
+            if getattr(self.rollout.engine, "max_staleness", 0):
+                raise ValueError(
+                    "method.teacher.from_best: rollouts that were drawn ahead are of weights that "
+                    "the student leaves: set rollout.engine.max_staleness to 0"
+                )
         return self
 
     @model_validator(mode="after")
@@ -332,7 +344,7 @@ class Config(Section):
         method, task = self.method, self.task
         if isinstance(task, ArithmeticTaskConfig):
             return self
-        if isinstance(method, StepAlignMethod) and isinstance(method.critic, ScribeCriticConfig):
+        if isinstance(getattr(method, "critic", None), ScribeCriticConfig):
             raise ValueError(
                 "method.critic: the scribe writes steps of the arithmetic task only, and the task "
                 f"is {task.name}: choose another critic or another method"

@@ -37,7 +37,7 @@ def build_critic(
                     f"and the task is {task.name}, which knows no steps: choose another critic or "
                     "another method"
                 )
-            return ScribeCritic(task, copying=config.copying)
+            return ScribeCritic(task, copying=config.copying, error_rate=config.error_rate)
         case "llm":
             from selfdistill.critic.llm import SHORTEST_PROMPT, LLMCritic
             from selfdistill.critic.textgen.build import build_text_generator

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from selfdistill.rollout.attempts import Attempts
 from selfdistill.tasks.interface import Problem
 
 CritiqueCase = Literal["A", "B", "C", "D"]
@@ -44,3 +45,14 @@ class Critic(Protocol):
         None: the critic has nothing usable to say about this one.
         """
         ...
+
+
+def critique_all(critic: Critic, attempts: Sequence[Attempts]) -> list[list[Critique | None]]:
+    """Return the critique of every rollout, a list for each problem."""
+    found = iter(
+        critic.critique(
+            [attempt.problem for attempt in attempts for _ in attempt.rollouts],
+            [rollout.text for attempt in attempts for rollout in attempt.rollouts],
+        )
+    )
+    return [[next(found) for _ in attempt.rollouts] for attempt in attempts]

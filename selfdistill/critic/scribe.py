@@ -1,4 +1,4 @@
-"""The exact scribe: a critic that never errs, for tasks whose steps can be checked and written.
+"""The exact scribe: a program as critic, for tasks whose steps can be checked and written.
 
 It follows the A-D schema of arXiv 2606.11173 to the letter, so that what the teacher sees differs
 from the student's attempt where that attempt is wrong and nowhere else.
@@ -6,12 +6,14 @@ from the student's attempt where that attempt is wrong and nowhere else.
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from selfdistill.critic.interface import Critique, CritiqueCase
-from selfdistill.tasks.interface import Problem, SteppedTask, Verdict
+from selfdistill.tasks.interface import MistakenTask, Problem, SteppedTask, Verdict
 
 Copying = Literal["partial_repetition", "full_repetition", "omission"]
 
@@ -40,11 +42,29 @@ class ScribeCritic:
     Args:
         task: checks and writes steps.
         copying: what is repeated of an attempt.
+        error_rate: the share of critiques in which one step, drawn at random, is wrong, and which
+            go on from its result. Whether and where follows from problem and attempt alone, so
+            that a run that goes on hears the same.
+
+    Raises:
+        TypeError: it is to err, and the task cannot write mistakes.
     """
 
-    def __init__(self, task: SteppedTask, *, copying: Copying = "partial_repetition") -> None:
+    def __init__(
+        self,
+        task: SteppedTask,
+        *,
+        copying: Copying = "partial_repetition",
+        error_rate: float = 0.0,
+    ) -> None:
+        if error_rate and not isinstance(task, MistakenTask):
+            raise TypeError(
+                f"error_rate is {error_rate}, but the {task.name} task cannot write mistakes: set "
+                "it to 0, or let the task implement `MistakenTask`"
+            )
         self.task = task
         self.copying = copying
+        self.error_rate = error_rate
         self.unusable: Counter[str] = Counter()  # a program's critiques all are usable
 
     def critique(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Critique]:
@@ -61,6 +81,15 @@ class ScribeCritic:
         return [self._one(p, response) for p, response in zip(problems, responses, strict=True)]
 
     def _one(self, problem: Problem, response: str) -> Critique:
+        critique = self._right(problem, response)
+        draw = random.Random(f"scribe/{problem.id}/{response}")
+        if draw.random() >= self.error_rate:
+            return critique
+        assert isinstance(self.task, MistakenTask)
+        text = self.task.mistake(problem, critique.text, at=draw.random())
+        return replace(critique, text=text)
+
+    def _right(self, problem: Problem, response: str) -> Critique:
         verdict = self.task.check(problem, response)
         if verdict.strict:
             return Critique("A", "" if self.copying == "omission" else response, None)

@@ -3,8 +3,12 @@
     method.py         what a method is
     build.py          the configured one
     stepalign.py, refsol.py, peer.py, environment.py     what the teacher sees
-    grpo.py           no teacher; the loss of the group's rewards
-    distillation.py   the loss of all methods with a teacher; loss.py: what any loss offers
+    distillation.py   their loss, a divergence; rewarded.py adds the group's rewards to it, and
+                      position_weights.py weighs its tokens
+    policy_gradient.py     the loss of methods that weigh the sampled tokens instead:
+    grpo.py           by the group's rewards; wrong_step.py: where a critic says that it went wrong;
+                      contrast.py: by what a right critique says beyond another one
+    loss.py           what any loss offers
 
 A new method is a file here, with a function that builds it, its section in config/methods.py (a
 class, and its place in `MethodConfig`), and its case in `build_method`. Pages and dry runs call

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import date
 
-from selfdistill.config import MethodConfig
+from selfdistill.config import DistillationMethod, MethodConfig
 from selfdistill.methods.method import Method
 from selfdistill.tasks.interface import Task
 
@@ -25,6 +25,31 @@ def build_method(
         ConfigError: the loss asks for steps that the task does not know; or see `build_critic`.
     """
     match settings.name:
+        case "grpo":
+            from selfdistill.methods.grpo import grpo
+
+            return grpo(settings, temperature=temperature)
+        case "wrong_step":
+            from selfdistill.methods.wrong_step import wrong_step
+
+            return wrong_step(settings, task, temperature=temperature, device=device, today=today)
+        case "contrast":
+            from selfdistill.methods.contrast import contrast
+
+            return contrast(settings, task, temperature=temperature, device=device, today=today)
+    method = _distillation(settings, task, device=device, today=today)
+    if settings.reward is None:
+        return method
+    from selfdistill.methods.rewarded import rewarded
+
+    return rewarded(method, settings.reward, temperature=temperature)
+
+
+def _distillation(
+    settings: DistillationMethod, task: Task, *, device: str, today: date | None
+) -> Method:
+    """Build a method whose student follows a self-teacher."""
+    match settings.name:
         case "stepalign":
             from selfdistill.methods.stepalign import stepalign
 
@@ -41,7 +66,3 @@ def build_method(
             from selfdistill.methods.environment import environment
 
             return environment(settings, task)
-        case "grpo":
-            from selfdistill.methods.grpo import grpo
-
-            return grpo(settings, temperature=temperature)

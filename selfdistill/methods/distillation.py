@@ -82,10 +82,12 @@ class DistillationLoss:
         )
         mask = config.advantage_mask
         self.advantage_mask = None if mask is None else AdvantageMask(**mask.model_dump())
+        self.token_selection = config.token_selection
         self.temperature = config.temperature
         self.needs_old_logprobs = config.importance_clip is not None
         self.gradient_tolerance = config.gradient_tolerance
         self.sequence_mean = config.reduction == "sequence_mean"
+        self.position_weight = config.position_weight
 
     def denominator(self, group: PromptGroup) -> int:
         """Return the tokens of the group; its rollouts when every rollout counts the same."""
@@ -96,12 +98,22 @@ class DistillationLoss:
         return True
 
     def __call__(
-        self, scored: ScoredTokens, student: LMHead, teacher: LMHead, *, normalizer: float
+        self,
+        scored: ScoredTokens,
+        student: LMHead,
+        teacher: LMHead,
+        *,
+        normalizer: float,
+        mask: Tensor | None = None,
     ) -> DistillationOutput:
         """Return the sum over tokens divided by `normalizer` (see `denominator`).
 
         Every token is judged by its own rollout, so the result does not depend on which groups are
         scored together.
+
+        Args:
+            scored, student, teacher, normalizer: see `Loss`.
+            mask: [T] bool, the tokens that are compared at all; None: all of them.
 
         Raises:
             ValueError: no teacher has scored the tokens, or something else that the configuration
@@ -117,13 +129,25 @@ class DistillationLoss:
             student,
             teacher,
             scored.targets,
-            token_weight=_sequence_weights(scored) if self.sequence_mean else None,
+            mask=mask,
+            token_weight=self._token_weights(scored),
             old_logprobs=scored.old_logprobs if self.objective.importance_clip else None,
             objective=self.objective,
             temperature=self.temperature,
             normalizer=normalizer,
             gradient_tolerance=self.gradient_tolerance,
         )
+        if self.token_selection is not None:
+            from selfdistill.methods.selection import selected_loss
+
+            return selected_loss(
+                self.token_selection,
+                scored,
+                fused,
+                student,
+                temperature=self.temperature,
+                mask=mask,
+            )
         if self.advantage_mask is None or self.advantage_mask.top_fraction is None:
             return fused(
                 advantage_mask=self.advantage_mask,
@@ -134,12 +158,21 @@ class DistillationLoss:
             output = fused()
         assert output.advantage is not None
         kept = _select_by_rollout(self.advantage_mask, output.advantage, scored)
+        if mask is not None:
+            kept &= mask
         return replace(output, loss=fused(mask=kept).loss, active=kept)
 
+    def _token_weights(self, scored: ScoredTokens) -> Tensor | None:
+        """[T] what each token's loss is multiplied with; None: 1."""
+        weights = None
+        if self.sequence_mean:  # one over the length of each token's rollout
+            weights = (1.0 / scored.rollout_index.bincount())[scored.rollout_index]
+        if self.position_weight is None:
+            return weights
+        from selfdistill.methods.position_weights import position_weights
 
-def _sequence_weights(scored: ScoredTokens) -> Tensor:
-    """[T] one over the length of each token's rollout."""
-    return (1.0 / scored.rollout_index.bincount())[scored.rollout_index]
+        by_place = position_weights(self.position_weight, scored.positions)
+        return by_place if weights is None else weights * by_place
 
 
 def _unique_steps(scored: ScoredTokens) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from selfdistill.critic.interface import Critic
 from selfdistill.methods.loss import Loss
@@ -15,6 +15,7 @@ from selfdistill.rollout.attempts import Attempts
 Contexts: TypeAlias = list[list[TeacherContext | None]]
 """What the teacher sees beside the question: a list for each problem, an entry for each rollout;
 None where there is nothing to show."""
+Gather: TypeAlias = Callable[[list[Any]], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Method:
             when the teacher (of GRPO: the base model) then sees what the student sees.
         needs_steps: True when the loss must know the step of each token.
         stops_at_wrong_step: True when nothing behind a rollout's first wrong step counts.
+        reads_context: False when nobody reads the contexts: they only say where an attempt is
+            wrong (`TeacherContext.wrong_span`), and the loss must know its tokens.
+        complete: adds to the contexts of this rank's attempts what only those of all ranks can say;
+            it is given a function that returns the items of all ranks in order. None: nothing.
         critic: who writes the contexts, if somebody does.
     """
 
@@ -40,6 +45,8 @@ class Method:
     needs_context: bool = True
     needs_steps: bool = False
     stops_at_wrong_step: bool = False
+    reads_context: bool = True
+    complete: Callable[[Sequence[Attempts], Contexts, Gather], Contexts] | None = None
     critic: Critic | None = None
 
     @property

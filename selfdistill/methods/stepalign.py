@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from selfdistill.config import StepAlignMethod
 from selfdistill.critic.build import build_critic
-from selfdistill.critic.interface import Critic, Critique
+from selfdistill.critic.interface import Critic, Critique, critique_all
 from selfdistill.methods.distillation import distillation_method
 from selfdistill.methods.method import Contexts, Method
 from selfdistill.model.device import resolve_device
@@ -51,15 +51,9 @@ def critiques(
         fallback: what a rollout without a usable critique gets: nothing ("drop"), or the reference
             solution where the problem has one.
     """
-    found = iter(
-        critic.critique(
-            [attempt.problem for attempt in attempts for _ in attempt.rollouts],
-            [rollout.text for attempt in attempts for rollout in attempt.rollouts],
-        )
-    )
     return [
-        [_context(attempt.problem, next(found), fallback) for _ in attempt.rollouts]
-        for attempt in attempts
+        [_context(attempt.problem, critique, fallback) for critique in found]
+        for attempt, found in zip(attempts, critique_all(critic, attempts), strict=True)
     ]
 
 

@@ -34,6 +34,10 @@ class PromptGroup:
             it, at the sampling temperature; None where they are not known.
         steps: the step of its rollout that each completion token belongs to, counted from 0, -1
             outside of steps; None where nobody asked.
+        wrong: whether each completion token belongs to its rollout's first wrong step; None where
+            nobody asked.
+        contrast_prompts: what the teacher is given when its judgement is to be subtracted, one for
+            each rollout; None where nothing is subtracted.
 
     Raises:
         ValueError: a list is empty, or does not have one entry for each completion (or token).
@@ -45,6 +49,8 @@ class PromptGroup:
     rewards: list[float] | None = None
     old_logprobs: list[list[float]] | None = None
     steps: list[list[int]] | None = None
+    wrong: list[list[bool]] | None = None
+    contrast_prompts: list[list[int]] | None = None
 
     def __post_init__(self) -> None:
         if not self.student_prompt:
@@ -53,24 +59,32 @@ class PromptGroup:
             )
         if not self.completions:
             raise ValueError("completions is empty: a prompt group needs at least one rollout")
-        for name in ("teacher_prompts", "rewards", "old_logprobs", "steps"):
+        for name in (
+            *("teacher_prompts", "rewards", "old_logprobs", "steps", "wrong"),
+            "contrast_prompts",
+        ):
             entries = getattr(self, name)
             if entries is not None and len(entries) != len(self.completions):
                 raise ValueError(
                     f"{name} has {len(entries)} entries for {len(self.completions)} completions: "
                     "give one per rollout"
                 )
-        for name in ("old_logprobs", "steps"):
+        for name in ("old_logprobs", "steps", "wrong"):
             for i, row in enumerate(getattr(self, name) or []):
                 if len(row) != len(self.completions[i]):
                     raise ValueError(
                         f"{name}[{i}] has {len(row)} entries for a completion of "
                         f"{len(self.completions[i])} tokens: give one per token"
                     )
-        for name in ("teacher_prompts", "completions"):
-            empty = [i for i, tokens in enumerate(getattr(self, name)) if not tokens]
+        for name in ("teacher_prompts", "contrast_prompts", "completions"):
+            empty = [i for i, tokens in enumerate(getattr(self, name) or []) if not tokens]
             if empty:
                 raise ValueError(f"{name}{empty} are empty: leave those rollouts out of the group")
+
+    @property
+    def all_teacher_prompts(self) -> list[list[int]]:
+        """What the teacher reads each rollout after: once each, and then once each to subtract."""
+        return [*self.teacher_prompts, *(self.contrast_prompts or [])]
 
     @property
     def num_tokens(self) -> int:
@@ -162,7 +176,8 @@ class Pack:
 
     Attributes:
         student: the student's row.
-        teacher: the teacher's row; None when no teacher reads.
+        teacher: the teacher's row; None when no teacher reads. It predicts a group's completions a
+            second time where the group has prompts whose judgement is subtracted.
         targets: [T] int64, the completion tokens, rollout after rollout.
         rollout_index: [T] int64, the rollout of each token, counted through all groups.
         positions: [T] int64, the token's place within its completion.
@@ -219,12 +234,12 @@ def pack_groups(
         if share_student_prefix:
             # The position that predicts y_i[0] is scored in the teacher's own row.
             borrowed = min(
-                common_prefix_length([group.student_prompt, *group.teacher_prompts]),
-                min(map(len, group.teacher_prompts)) - 1,
+                common_prefix_length([group.student_prompt, *group.all_teacher_prompts]),
+                min(map(len, group.all_teacher_prompts)) - 1,
             )
         teacher.add_group(
-            group.teacher_prompts,
-            group.completions,
+            group.all_teacher_prompts,
+            group.completions * (1 if group.contrast_prompts is None else 2),
             borrow=range(group_start, group_start + borrowed),
         )
 
@@ -300,8 +315,8 @@ def _statistics(
 ) -> PackingStatistics:
     unshared = 0
     for group in groups:
-        for prompt, completion in zip(group.teacher_prompts, group.completions, strict=True):
+        for completion in group.completions:
             unshared += len(group.student_prompt) + len(completion) - 1
-            if with_teacher:
-                unshared += len(prompt) + len(completion) - 1
+        for i, prompt in enumerate(group.all_teacher_prompts if with_teacher else []):
+            unshared += len(prompt) + len(group.completions[i % len(group.completions)]) - 1
     return PackingStatistics(packed_tokens=packed_tokens, unshared_tokens=unshared)

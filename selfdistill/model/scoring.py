@@ -36,6 +36,11 @@ class ScoredTokens:
         old_logprobs: [T] float32, sampling log-probs of the completion tokens (nats), or None.
         steps: [T] int64, the step of each token, counted from 0 in each rollout, -1 outside of
             steps; or None.
+        wrong: [T] bool, the tokens of each rollout's first wrong step; or None.
+        contrast_hidden: like `teacher_hidden`, of a teacher that is given the contrast prompts;
+            None without those.
+        has_context: [R] bool, whether the teacher sees more of the rollout than the student; None
+            without a teacher.
     """
 
     student_hidden: torch.Tensor
@@ -48,6 +53,9 @@ class ScoredTokens:
     rewards: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None
     steps: torch.Tensor | None = None
+    wrong: torch.Tensor | None = None
+    contrast_hidden: torch.Tensor | None = None
+    has_context: torch.Tensor | None = None
 
 
 def score(
@@ -94,6 +102,11 @@ def score(
             ).to(device)
     if stash is not None:
         stash.free()
+    contrast_hidden = None
+    if teacher_hidden is not None and all(g.contrast_prompts is not None for g in groups):
+        # The teacher's row has the completions of each group twice.
+        halves = teacher_hidden.split([g.num_tokens for g in groups for _ in range(2)])
+        teacher_hidden, contrast_hidden = torch.cat(halves[::2]), torch.cat(halves[1::2])
 
     def per_token(name: str) -> torch.Tensor | None:
         rows = [getattr(group, name) for group in groups]
@@ -112,6 +125,14 @@ def score(
         rewards=_concatenated([group.rewards for group in groups], device),
         old_logprobs=per_token("old_logprobs"),
         steps=per_token("steps"),
+        wrong=per_token("wrong"),
+        contrast_hidden=contrast_hidden,
+        has_context=None
+        if teacher is None
+        else torch.tensor(
+            [prompt != g.student_prompt for g in groups for prompt in g.teacher_prompts],
+            device=device,
+        ),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from selfdistill.config import Config, LLMCriticConfig, StepAlignMethod
+from selfdistill.config import Config, LLMCriticConfig
 from selfdistill.critic.textgen.build import build_text_generator
 from selfdistill.model.device import resolve_device
 from selfdistill.prompts.context import ContextRenderer
@@ -61,18 +61,16 @@ def critics_answer(config: Config, problem: Problem) -> str:
     Raises:
         EngineError: it cannot start, or a server gave no answer.
     """
-    method = config.method
-    if not isinstance(method, StepAlignMethod) or not isinstance(method.critic, LLMCriticConfig):
+    critic = getattr(config.method, "critic", None)
+    if not isinstance(critic, LLMCriticConfig):
         return "--ask-critic: the critic of this run is no language model."
     from selfdistill.critic.llm import CritiqueError, LLMCritic, parse_critique
 
     generator = build_text_generator(
-        method.critic.engine, device=resolve_device(config.device), today=config.prompt.date
+        critic.engine, device=resolve_device(config.device), today=config.prompt.date
     )
     attempt = problem.reference or problem.answer or "I do not know."
-    prompt = LLMCritic(generator, show_reference=method.critic.show_reference).prompt(
-        problem, attempt
-    )
+    prompt = LLMCritic(generator, show_reference=critic.show_reference).prompt(problem, attempt)
     ((_, answer),) = generator.generate([prompt])
     try:
         critique = parse_critique(answer.text, attempt)

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from selfdistill.config import Config
+from selfdistill.config import Config, CriticConfig
 from selfdistill.critic.llm import SHORTEST_PROMPT
 from selfdistill.critic.textgen.local import check_room, load_critic_chat
 from selfdistill.model.folder import load_config
@@ -141,7 +141,7 @@ def dry_run(config: Config, console: Console, *, ask_critic: bool = False) -> No
         config,
         model,
         prompt=round(statistics.mean(map(len, students))),
-        context=room if config.method.name == "stepalign" else max(0, round(context)),
+        context=room if config.method.name in ("stepalign", "contrast") else max(0, round(context)),
     )
     weights = Weights(
         itemsize=2 if config.precision == "bfloat16" else 4,
@@ -161,7 +161,7 @@ def stand_in(config: Config, problem: Problem) -> TeacherContext | None:
 
     None: the method has no context.
     """
-    if config.method.name == "grpo":
+    if config.method.name in ("grpo", "wrong_step"):
         return None
     kind: ContextKind = "reference" if config.method.name == "refsol" else "critique"
     return TeacherContext(kind, problem.reference or NO_REFERENCE)
@@ -205,6 +205,7 @@ def step_shape(config: Config, model: ModelShape, *, prompt: int, context: int) 
         tokens_per_pass=config.tokens_per_microbatch,
         rollout_rows=engine.batch_size if engine.name == "transformers" else 0,
         engine_bytes=engine_bytes,
+        critiques=2 if config.method.name == "contrast" else 1,
     )
 
 
@@ -273,14 +274,14 @@ def time_table(config: Config, model: ModelShape, step: StepShape, weights: Weig
         table.add_row(
             name, f"{amount / 1e12:.3g}", f"{100 * shares[name]:.0f} %", f"{tokens[name]:,}"
         )
-        if name == "rollout" and config.method.name == "stepalign":
-            table.add_row("critique", "-", *critique_cost(config, step))
+        if name == "rollout" and (critic := getattr(config.method, "critic", None)):
+            table.add_row("critique", "-", *critique_cost(critic, step))
     return table
 
 
-def critique_cost(config: Config, step: StepShape) -> Sequence[str]:
+def critique_cost(critic: CriticConfig, step: StepShape) -> Sequence[str]:
     """Return share and tokens of the critique, in words where another model writes it."""
-    if config.method.name == "stepalign" and config.method.critic.name == "scribe":
+    if critic.name == "scribe":
         return "0 %", "a program writes it"
     read = step.rollouts * (step.prompt + step.completion)
     return "not counted", f"{read:,} to read, {step.completion_tokens:,} or more to write"
@@ -293,10 +294,10 @@ def critic_note(config: Config, problem: Problem) -> str | None:
         ConfigError: not even an empty attempt leaves room for a critique.
         UnusableModelError: the critic cannot be loaded.
     """
-    method = config.method
-    if method.name != "stepalign" or method.critic.name != "llm":
+    critic: CriticConfig | None = getattr(config.method, "critic", None)
+    if critic is None or critic.name != "llm":
         return None
-    engine = method.critic.engine
+    engine = critic.engine
     if engine.name == "server":
         return None
     chat, _, positions = load_critic_chat(engine)

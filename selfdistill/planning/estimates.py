@@ -138,6 +138,7 @@ class StepShape:
         tokens_per_pass: packed student tokens of one forward and backward pass.
         rollout_rows: rows that a transformers engine samples at once.
         engine_bytes: what another engine takes for its cache; None: it is transformers.
+        critiques: how many times the teacher reads a rollout, each time after another context.
     """
 
     prompts: int
@@ -148,6 +149,7 @@ class StepShape:
     tokens_per_pass: int
     rollout_rows: int
     engine_bytes: int | None = None
+    critiques: int = 1
 
     @property
     def rollouts(self) -> int:
@@ -167,7 +169,7 @@ class StepShape:
     def teacher_tokens(self, *, borrows: bool) -> int:
         """Packed: contexts and rollouts, and each prompt once unless it is borrowed."""
         own = 0 if borrows else self.prompts * self.prompt
-        return own + self.rollouts * self.context + self.completion_tokens
+        return own + self.critiques * (self.rollouts * self.context + self.completion_tokens)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ nothing that it says can become a control token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
@@ -40,6 +40,10 @@ class TeacherContext:
     Attributes:
         kind: names the tag around the text.
         text: the critique, a solution of the problem or what the checker says, not empty.
+        wrong_span: characters (start, stop) of the attempt's first wrong step, as the author of the
+            text says; None where there is none, or nobody asked.
+        contrast: another text of the same kind, which the teacher sees in place of this one when
+            its judgement is to be subtracted; None where nothing is subtracted.
 
     Raises:
         ValueError: an unknown kind or an empty text.
@@ -47,6 +51,8 @@ class TeacherContext:
 
     kind: ContextKind
     text: str
+    wrong_span: tuple[int, int] | None = None
+    contrast: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ContextKind):
@@ -138,6 +144,11 @@ class ContextRenderer:
         block = self._write_context(kind=context.kind, text=context.text)
         return self._teacher_chat.encode(self._question(problem), block)
 
+    def contrast_prompt(self, problem: Problem, context: TeacherContext) -> list[int]:
+        """Return `teacher_prompt` with the other text, or the same one where there is no other."""
+        other = context.text if context.contrast is None else context.contrast
+        return self.teacher_prompt(problem, replace(context, text=other))
+
     def leaves_room(self, problem: Problem, *, max_new_tokens: int) -> bool:
         """True when a completion of that length fits behind the student's prompt."""
         if self.max_length is None:
@@ -153,6 +164,8 @@ class ContextRenderer:
         prompts = [self.student_prompt(problem)]
         if context is not None:
             prompts.append(self.teacher_prompt(problem, context))
+            if context.contrast is not None:
+                prompts.append(self.contrast_prompt(problem, context))
         return max(map(len, prompts)) + len(completion) <= self.max_length
 
     def prompt_group(
@@ -164,6 +177,7 @@ class ContextRenderer:
         rewards: Sequence[float] | None = None,
         old_logprobs: Sequence[Sequence[float]] | None = None,
         steps: Sequence[Sequence[int]] | None = None,
+        wrong: Sequence[Sequence[bool]] | None = None,
     ) -> PromptGroup:
         """Return one problem's group, ready to be scored.
 
@@ -171,7 +185,7 @@ class ContextRenderer:
             problem: what all rollouts answer.
             contexts: one for each rollout; with None the teacher sees what the student sees.
             completions: the rollouts' own token ids, never re-tokenised text.
-            rewards, old_logprobs, steps: of the rollouts, see `PromptGroup`.
+            rewards, old_logprobs, steps, wrong: of the rollouts, see `PromptGroup`.
 
         Raises:
             PromptTooLongError: a prompt and its completion exceed `max_length`.
@@ -188,11 +202,17 @@ class ContextRenderer:
             rewards=None if rewards is None else list(rewards),
             old_logprobs=None if old_logprobs is None else [list(row) for row in old_logprobs],
             steps=None if steps is None else [list(row) for row in steps],
+            wrong=None if wrong is None else [list(row) for row in wrong],
+            contrast_prompts=[self.contrast_prompt(problem, c) for c in contexts if c is not None]
+            if any(context is not None and context.contrast for context in contexts)
+            else None,
         )
         if self.max_length is not None:
             for i, completion in enumerate(group.completions):
-                prompts = {"student": group.student_prompt, "teacher": group.teacher_prompts[i]}
-                for role, prompt in prompts.items():
+                prompts = [("student", group.student_prompt), ("teacher", group.teacher_prompts[i])]
+                if group.contrast_prompts is not None:
+                    prompts.append(("teacher", group.contrast_prompts[i]))
+                for role, prompt in prompts:
                     length = len(prompt) + len(completion)
                     if length > self.max_length:
                         raise PromptTooLongError(

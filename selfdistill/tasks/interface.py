@@ -149,6 +149,21 @@ class SteppedTask(Task, StepTask, FeedbackTask, Protocol):
         ...
 
 
+@runtime_checkable
+class MistakenTask(SteppedTask, Protocol):
+    """A task that can also write a response as somebody who errs does."""
+
+    def mistake(self, problem: Problem, response: str, *, at: float) -> str:
+        """Return a right response with one step wrong, from whose result the others go on.
+
+        Args:
+            problem: the problem.
+            response: one that meets every demand.
+            at: from 0 to 1 (excluded), which of the steps.
+        """
+        ...
+
+
 def check_all(task: Task, attempts: Sequence[tuple[Problem, str]]) -> list[Verdict]:
     """Judge many responses, at once where the task can, else one after the other."""
     if isinstance(task, BatchTask):

@@ -60,7 +60,7 @@ def build_batch(
     kept = with_context
     # Lengths are those before the cut, so that what fits does not depend on the loss.
     if too_long == "drop":
-        kept, contexts = leave_out_long_rollouts(solver, with_context, contexts)
+        kept, contexts = leave_out_long_rollouts(solver, method, with_context, contexts)
     cut = cut_rollouts(solver.tokenizer, kept) if method.stops_at_wrong_step else kept
     return Batch(
         render_groups(solver, method, cut, contexts),
@@ -107,13 +107,15 @@ def leave_out_long_questions(
 
 
 def leave_out_long_rollouts(
-    solver: Solver, attempts: Sequence[Attempts], contexts: Contexts
+    solver: Solver, method: Method, attempts: Sequence[Attempts], contexts: Contexts
 ) -> tuple[list[Attempts], Contexts]:
     """Return the rollouts that fit behind the student's prompt and behind the teacher's."""
     return keep_rollouts(
         attempts,
         contexts,
-        lambda problem, context, rollout: solver.context.fits(problem, context, rollout.token_ids),
+        lambda problem, context, rollout: solver.context.fits(
+            problem, context if method.reads_context else None, rollout.token_ids
+        ),
     )
 
 
@@ -176,6 +178,13 @@ def rollout_steps(solver: Solver, rollouts: Sequence[Rollout]) -> list[list[int]
     ]
 
 
+def wrong_tokens(solver: Solver, rollout: Rollout, context: TeacherContext | None) -> list[bool]:
+    """Return whether each token belongs to the first wrong step; see `PromptGroup.wrong`."""
+    span = token_span(solver.tokenizer, rollout, None if context is None else context.wrong_span)
+    start, stop = span or (0, 0)
+    return [start <= place < stop for place in range(len(rollout.token_ids))]
+
+
 def count_rollouts(attempts: Sequence[Attempts]) -> int:
     """Return how many rollouts there are in all."""
     return sum(len(attempt.rollouts) for attempt in attempts)
@@ -188,11 +197,17 @@ def render_groups(
     return [
         solver.context.prompt_group(
             attempt.problem,
-            group_contexts,
+            group_contexts if method.reads_context else [None] * len(group_contexts),
             [rollout.token_ids for rollout in attempt.rollouts],
             rewards=[verdict.reward for verdict in attempt.verdicts],
             old_logprobs=[rollout.policy_logprobs for rollout in attempt.rollouts],
             steps=rollout_steps(solver, attempt.rollouts) if method.needs_steps else None,
+            wrong=None
+            if method.reads_context
+            else [
+                wrong_tokens(solver, *pair)
+                for pair in zip(attempt.rollouts, group_contexts, strict=True)
+            ],
         )
         for attempt, group_contexts in zip(attempts, contexts, strict=True)
     ]

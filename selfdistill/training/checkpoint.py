@@ -24,7 +24,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -220,17 +221,31 @@ class CheckpointStore:
         weights.publish()
         if teacher is not None:
             restore_teacher(path, teacher)
-        try:
+        with _naming(path):
             _restore_optimizer(optimizer, load_file(path / OPTIMIZER_FILE), found.optimizer_groups)
             _restore_rng(load_file(path / RNG_FILE))
-        except (SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
-            raise CheckpointError(
-                f"checkpoint {path} is of another optimiser or random generator: "
-                f"{type(error).__name__}: {error}"
-            ) from error
         return TrainState(
             **{name: getattr(found, name) for name in TrainState.__dataclass_fields__}
         )
+
+    def go_back(self, *, weights: TrainedWeights, optimizer: torch.optim.Optimizer) -> None:
+        """Put the weights and the optimiser's moments of the best checkpoint back in place.
+
+        Everything else (the step, random numbers, the teacher) stays. With sharded weights all
+        ranks must call this.
+
+        Args:
+            weights, optimizer: of the run that wrote it.
+
+        Raises:
+            CheckpointError: the checkpoint is missing, torn, damaged or of another model.
+        """
+        found = read_checkpoint(self.best)
+        _restore(self.best, weights.read(self.best), weights.masters, "another model")
+        weights.publish()
+        with _naming(self.best):
+            moments = load_file(self.best / OPTIMIZER_FILE)
+            _restore_optimizer(optimizer, moments, found.optimizer_groups)
 
     def saved(self) -> list[str]:
         """Return the names of the step folders, the oldest first; others are not ours."""
@@ -304,6 +319,18 @@ def restore_teacher(path: Path, teacher: Teacher) -> None:
     saved = load_file(path / TEACHER_FILE)
     _restore(path, saved, teacher.state, f"another {teacher.name} teacher")
     teacher.publish()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn what reading the optimiser's and the generators' files may raise into one error."""
+    try:
+        yield
+    except (SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} is of another optimiser or random generator: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _restore(

@@ -79,15 +79,21 @@ def advice(config: Config, empty: Records) -> str:
     if too_long > rollouts / 2:
         return "Raise prompt.max_length, or choose shorter problems"
     if without > rollouts / 2:
-        if method.name == "stepalign":
+        if method.name in ("stepalign", "contrast"):
             return "Look at what the critic answers, or set method.critic.fallback: reference"
         return "Choose easier problems: the teacher sees what other rollouts or the checker give"
     if method.name == "grpo":
         return "Choose problems that are sometimes solved, or raise prompts_per_step or group_size"
+    if method.name == "wrong_step":
+        return "Choose harder problems, or look at what the critic answers"
     return "Lower method.loss.advantage_mask.threshold"
 
 
 def _why_no_signal(config: Config) -> str:
     if config.method.name == "grpo":
         return "all rewards of a prompt are equal"
+    if config.method.name == "wrong_step":
+        return "the critic found no wrong step"
+    if config.method.name == "contrast":
+        return "the two critiques of each attempt say the same"
     return "the advantage mask keeps none"

@@ -192,4 +192,13 @@ def _parts(gradient: torch.Tensor | None) -> Sequence[torch.Tensor]:
 
 
 # One token, for a pass that only takes part.
-_IDLE = PromptGroup([0], [[0]], [[0]], rewards=[0.0], old_logprobs=[[0.0]], steps=[[-1]])
+_IDLE = PromptGroup(
+    [0],
+    [[0]],
+    [[0]],
+    rewards=[0.0],
+    old_logprobs=[[0.0]],
+    steps=[[-1]],
+    wrong=[[False]],
+    contrast_prompts=[[0]],
+)

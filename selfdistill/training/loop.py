@@ -244,8 +244,13 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
         store.save(state, weights, solver.tokenizer, optimizer, teacher, files=files, writes=main)
 
     def refresh() -> None:
-        if teacher is not None and refresh_is_due(state, config.method.teacher, config.evaluation):
-            teacher.refresh(weights.masters)
+        wanted = config.method.teacher
+        if teacher is None or not refresh_is_due(state, wanted, config.evaluation):
+            return
+        if getattr(wanted, "from_best", False) and state.best_step != state.step:
+            store.go_back(weights=weights, optimizer=optimizer)
+            solver.engine.sync(student)
+        teacher.refresh(weights.masters)
 
     with (
         deferred_interrupt(console, launched=ranks.size > 1) as interrupt,
@@ -308,6 +313,8 @@ def _train(config: Config, ranks: Ranks, *, console: Console) -> TrainResult:
             # make what the teacher sees from the verdicts or the references.
             with clock("critique"):
                 contexts = method.contexts(attempts)
+                if method.complete is not None:
+                    contexts = method.complete(attempts, contexts, ranks.gather)
                 kinds = ranks.gather(context_kinds(contexts))
             # Rollouts that teach nothing leave before the models read them.
             with clock("context"):

@@ -214,6 +214,9 @@ def test_training_loads_what_it_needs_and_no_more(solver_dir: Path, tmp_path: Pa
     other_rooms = ("analysis", "export", "filtering", "planning")
     not_chosen = (
         *("config.messages", "critic.", "methods.grpo", "methods.stepalign", "rollout.vllm_"),
+        *("methods.policy_gradient", "methods.rewarded", "methods.wrong_step"),
+        "methods.contrast",
+        "methods.position_weights",
         *("model.adapters", "model.following_teacher", "model.sharding", "tasks.arithmetic.noise"),
         *("model.attention.flash", "model.attention.flex", "tasks.dataset"),
         *("training.agreement", "training.rank_failures", "training.completions"),

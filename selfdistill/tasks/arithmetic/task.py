@@ -54,7 +54,7 @@ def draw_question(rng: random.Random, step_counts: Sequence[int]) -> Question:
 class ArithmeticTask:
     """Chains of one-digit additions or subtractions modulo 100, solved step by step.
 
-    Implements `Task`, and what `selfdistill.critic.scribe.ScribeCritic` needs.
+    Implements `Task`, and what `selfdistill.critic.scribe.ScribeCritic` needs (`MistakenTask`).
 
     Args:
         step_counts: the numbers of operations a question may have, each between 1 and 9.
@@ -198,17 +198,33 @@ class ArithmeticTask:
         Step k takes the words of the step k of `like`; where that cannot be read, those of the
         nearest step that can, and without any the usual dialect's. `first` is at least 1.
         """
-        wordings: dict[int, Wording] = {}
-        for segment in split_trace(like):
-            step = read_step(segment.text)
-            if step is not None:
-                wordings.setdefault(step.number, step.wording)
+        return _write(read_question(problem.question), first, _wording_of(like))
 
-        def wording(number: int) -> Wording:
-            nearest = min(wordings, key=lambda known: abs(known - number), default=None)
-            return (0, 0, 0) if nearest is None else wordings[nearest]
+    def mistake(self, problem: Problem, response: str, *, at: float) -> str:
+        """Return a right response with one step wrong, from whose result the others go on.
 
-        return _write(read_question(problem.question), first, wording)
+        A result that changes the tens digit forgets to, as the shipped solver does; any other one
+        is off by 1. Words are those of the response.
+        """
+        from selfdistill.tasks.arithmetic.noise import carries, forget_carry
+
+        question = read_question(problem.question)
+        number = 1 + int(at * len(question.operations))
+        left = question.states()[number - 1]
+        operation, *rest = question.operations[number - 1 :]
+        right = operation.apply(left)
+        if carries(left, operation):
+            wrong = forget_carry(right, operation)
+        else:
+            wrong = right + (1 if right % 10 < 9 else -1)
+        wording = _wording_of(response)
+        return " ".join(
+            [
+                *self.leading_steps(problem, response)[: number - 1],
+                str(Step(number, left, operation, wrong, wording(number))),
+                *_write(Question(wrong, tuple(rest)), 1, wording, after=number),
+            ]
+        )
 
     def step_spans(self, response: str) -> list[tuple[int, int]]:
         """Return the character spans of a response's pieces: steps, answer, text before them."""
@@ -230,10 +246,36 @@ class ArithmeticTask:
         return " ".join([*said, f"{answer} is {'right' if verdict.correct else 'wrong'}"])
 
 
-def _write(question: Question, first: int, wording: Callable[[int], Wording]) -> list[str]:
+def _wording_of(response: str) -> Callable[[int], Wording]:
+    """Return the words of each step of a response; see `ArithmeticTask.write_steps`."""
+    wordings: dict[int, Wording] = {}
+    for segment in split_trace(response):
+        step = read_step(segment.text)
+        if step is not None:
+            wordings.setdefault(step.number, step.wording)
+
+    def wording(number: int) -> Wording:
+        nearest = min(wordings, key=lambda known: abs(known - number), default=None)
+        return (0, 0, 0) if nearest is None else wordings[nearest]
+
+    return wording
+
+
+def _write(
+    question: Question, first: int, wording: Callable[[int], Wording], *, after: int = 0
+) -> list[str]:
+    """Write the right steps from `first` on, and the answer; numbers go on from `after`."""
     states = question.states()
     steps = [
-        str(Step(number, states[number - 1], operation, states[number], wording(number)))
+        str(
+            Step(
+                after + number,
+                states[number - 1],
+                operation,
+                states[number],
+                wording(after + number),
+            )
+        )
         for number, operation in enumerate(question.operations, start=1)
         if number >= first
     ]

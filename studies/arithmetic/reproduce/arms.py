@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-Part: TypeAlias = Literal["rates", "main", "copy", "difficulty", "wording"]
+Part: TypeAlias = Literal["rates", "main", "copy", "difficulty", "wording", "mechanisms"]
 
 
 USUAL_DIALECT, RARE_DIALECT = 0, 5

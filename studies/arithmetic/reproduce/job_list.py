@@ -44,6 +44,21 @@ class TestSet:
 
 
 @dataclass(frozen=True)
+class Outside:
+    """Test problems unlike those of training.
+
+    Attributes:
+        name: of the file.
+        step_counts: the numbers of operations that a question may have.
+        test: how many problems and attempts.
+    """
+
+    name: str
+    step_counts: tuple[int, ...]
+    test: TestSet
+
+
+@dataclass(frozen=True)
 class Training:
     """Train, and measure the best checkpoint on test problems.
 
@@ -55,6 +70,8 @@ class Training:
             `config`.
         test: None for the jobs that choose a learning rate.
         milestones: steps after which the best checkpoint so far is measured.
+        outside: other problems that the last of those is measured on.
+        first: another run, at the same learning rate, whose best checkpoint this one starts from.
     """
 
     name: str
@@ -63,6 +80,8 @@ class Training:
     rates: tuple[str, ...] = ()
     test: TestSet | None = None
     milestones: tuple[int, ...] = ()
+    outside: tuple[Outside, ...] = ()
+    first: Config | None = None
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -79,6 +98,7 @@ class BaseEvaluation:
     config: Config
     test: TestSet
     needs: tuple[str, ...] = ()
+    outside: tuple[Outside, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 NAME/config.yaml, metrics.jsonl, evaluations.jsonl, checkpoints/     a normal training run
 NAME/held_out.json, held_out-step-20.json                            test problems
+NAME/behaviour.json, behaviour-longer.json                           the last of them, and others
+NAME/first/                                                          a run that comes before
 NAME/with_context.json                                               of a BaseEvaluation job
 NAME/figures.json                                                    of a TokenScores job
 NAME/result.json                                                     written last
@@ -28,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from selfdistill.analysis.localisation import Localisation, first_step_wrong, localise, share_times
 from selfdistill.analysis.tokens import TokenAnalysis, analyze, erroneous_attempts
-from selfdistill.config import Config
+from selfdistill.config import ArithmeticTaskConfig, Config
 from selfdistill.errors import UserError
 from selfdistill.evaluation.intervals import Interval
 from selfdistill.evaluation.scores import Evaluation, summarize
@@ -37,13 +39,17 @@ from selfdistill.model.teacher import build_teacher
 from selfdistill.rollout.attempts import Attempts, judge
 from selfdistill.runlog import JsonLines, write_atomically
 from selfdistill.seeds import derive_seed
+from selfdistill.tasks.arithmetic import ArithmeticTask
+from selfdistill.tasks.build import build_task
 from selfdistill.training.checkpoint import CheckpointStore
 from selfdistill.training.divergence import DivergedError
 from selfdistill.training.loop import train
 from selfdistill.training.solver import Solver, load_solver, sampling_params
+from studies.arithmetic.reproduce.behaviour import Behaviour, behaviour_of
 from studies.arithmetic.reproduce.job_list import (
     BaseEvaluation,
     Job,
+    Outside,
     TestSet,
     TokenScores,
     Training,
@@ -113,8 +119,16 @@ def read_with_context(folder: Path) -> Evaluation:
     return Evaluation.from_json((folder / "with_context.json").read_text("utf-8"))
 
 
+_LAST = "held_out.json"
+
+
 def _held_out_file(folder: Path, step: int | None = None) -> Path:
-    return folder / ("held_out.json" if step is None else f"held_out-step-{step}.json")
+    return folder / (_LAST if step is None else f"held_out-step-{step}.json")
+
+
+def behaviour_file(folder: Path, outside: str | None = None) -> Path:
+    """Return where a finished job's `Behaviour` lies: on test problems, or on others."""
+    return folder / ("behaviour.json" if outside is None else f"behaviour-{outside}.json")
 
 
 def read_figures(output: Path, name: str) -> dict[str, TokenFigures]:
@@ -203,7 +217,8 @@ def run_job(job: Job, output: Path) -> bool:
     result = replace(found, job=job_fingerprint(job), seconds=seconds)
     write_atomically(folder / "result.json", json.dumps(asdict(result), indent=1))
     # All that is worth keeping is in the other files; the runs together would fill gigabytes.
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for run in (folder, folder / "first"):
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return True
 
 
@@ -243,6 +258,11 @@ def _train(job: Training, output: Path) -> Result | None:
     config = training_config(job, output)
     folder = config.output_dir
     diverged = None
+    if job.first is not None:
+        begun = _first_run(job.first, config)
+        if begun is None:
+            return None
+        config = begun
     for step in job.milestones or (config.steps,):
         held_out = _held_out_file(folder, None if step == config.steps else step)
         if held_out.exists():
@@ -257,7 +277,10 @@ def _train(job: Training, output: Path) -> Result | None:
             diverged = str(error)
         if job.test is not None:
             best = CheckpointStore(folder / "checkpoints").best
-            _evaluate(load_solver(config, best), job.test, held_out)
+            solver = load_solver(config, best)
+            if step == config.steps:
+                _look_outside(solver, job.outside, folder)
+            _evaluate(solver, job.test, held_out)
     evaluations = JsonLines(folder / "evaluations.jsonl").read()
     return Result(
         job={},
@@ -268,13 +291,46 @@ def _train(job: Training, output: Path) -> Result | None:
     )
 
 
+def _first_run(first: Config, config: Config) -> Config | None:
+    """Return a run's configuration whose model is the best checkpoint of the run before it.
+
+    None when an interrupt stopped that one.
+    """
+    optimizer = first.optimizer.model_copy(update={"learning_rate": config.optimizer.learning_rate})
+    begun = first.model_copy(
+        update={"output_dir": config.output_dir / "first", "optimizer": optimizer}
+    )
+    if train(begun, resume=True, console=Console(file=StringIO())).interrupted:
+        return None
+    best = CheckpointStore(begun.output_dir / "checkpoints").best
+    return config.model_copy(update={"model": str(best.resolve())})
+
+
 def _evaluate(solver: Solver, test: TestSet, path: Path) -> None:
     attempts = _attempts(solver, test, seed=derive_seed("held out", path.name))
+    if path.name == _LAST:
+        _behaviour(solver, attempts).write(behaviour_file(path.parent))
     write_atomically(path, summarize(attempts, solver.task, split="test").to_json())
+
+
+def _look_outside(solver: Solver, outside: Sequence[Outside], folder: Path) -> None:
+    """Describe attempts at problems unlike those of training."""
+    for probe in outside:
+        assert isinstance(solver.config.task, ArithmeticTaskConfig)
+        changed = solver.config.task.model_copy(update={"step_counts": probe.step_counts})
+        other = replace(solver, task=build_task(changed))
+        attempts = _attempts(other, probe.test, seed=derive_seed("outside", probe.name))
+        _behaviour(other, attempts).write(behaviour_file(folder, probe.name))
+
+
+def _behaviour(solver: Solver, attempts: Sequence[Attempts]) -> Behaviour:
+    assert isinstance(solver.task, ArithmeticTask)
+    return behaviour_of(attempts, solver.task)
 
 
 def _evaluate_base(job: BaseEvaluation, folder: Path) -> None:
     solver = load_solver(job.config)
+    _look_outside(solver, job.outside, folder)
     _evaluate(solver, job.test, _held_out_file(folder))
     few = replace(job.test, samples=min(TEACHER_SAMPLES, job.test.samples))
     attempts = _attempts(solver, few, seed=derive_seed("attempts with context"))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 
+from selfdistill.config.methods import ScribeCriticConfig
 from selfdistill.critic.scribe import Copying, ScribeCritic
 from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.tasks.arithmetic.corpus import Corpus, CorpusConfig
 from selfdistill.tasks.arithmetic.noise import SolverNoise
-from selfdistill.tasks.arithmetic.traces import Operation, Question
+from selfdistill.tasks.arithmetic.traces import Operation, Question, read_step, split_trace
 
 TASK = ArithmeticTask()
 PROBLEM = TASK.problem(Question(47, (Operation("+", 8), Operation("+", 5), Operation("+", 9))))
@@ -139,3 +141,38 @@ WRONG_REST = "<step_3> now 50 plus 9 makes 59 <answer> 59"
 def test_copying(copying: Copying, response: str, text: str) -> None:
     (critique,) = ScribeCritic(TASK, copying=copying).critique([PROBLEM], [response])
     assert critique.text == text
+
+
+def test_a_critic_that_errs_writes_one_wrong_step_and_goes_on_from_it() -> None:
+    """As often as asked, in the attempt's own words, and the same for the same attempt."""
+    problems = TASK.problems(split="train", count=400)
+    attempts = [problem.reference for problem in problems]
+    critic = ScribeCritic(TASK, error_rate=0.2)
+    critiques = critic.critique(problems, attempts)
+    assert critiques == critic.critique(problems, attempts)
+    verdicts = [TASK.check(p, c.text) for p, c in zip(problems, critiques, strict=True)]
+    wrong = [i for i, verdict in enumerate(verdicts) if not verdict.strict]
+    assert 50 < len(wrong) < 110
+    assert {verdicts[i].first_wrong_step for i in wrong} == {1, 2, 3, 4, 5, 6}
+    for i in wrong:
+        first = verdicts[i].first_wrong_step
+        assert first is not None
+        steps = [read_step(segment.text) for segment in split_trace(critiques[i].text)[:-1]]
+        assert all(step is not None for step in steps)
+        # What follows is right for whoever believes the wrong result.
+        for before, after in pairwise(steps[first - 1 :]):
+            assert after.left == before.result
+            assert after.result == after.operation.apply(after.left)
+        assert critiques[i].text.endswith(f"<answer> {steps[-1].result:02d}")
+    never = ScribeCritic(TASK).critique(problems, attempts)
+    assert [critique.text for critique in never] == attempts
+
+
+def test_errors_need_a_task_that_can_write_them_and_whole_critiques() -> None:
+    class Exact:
+        name = "exact"
+
+    with pytest.raises(TypeError, match="the exact task cannot write mistakes"):
+        ScribeCritic(Exact(), error_rate=0.1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="error_rate is for critiques that repeat partially"):
+        ScribeCriticConfig(copying="omission", error_rate=0.1)

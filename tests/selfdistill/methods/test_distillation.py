@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from exactness import assert_no_worse_than_torch, relative_error
 from padded_step import gradients, in_float64
+from scored_tokens import plain_head, random_tokens
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
@@ -63,31 +65,6 @@ def test_loss_and_gradient_equal_the_models_own_logits(
     assert all(parameter.grad is None for parameter in base.parameters())
 
 
-def random_tokens(hidden: int) -> ScoredTokens:
-    generator = torch.Generator().manual_seed(0)
-    draw = [torch.randn(20, hidden, generator=generator) for _ in range(2)]
-    targets = torch.randint(0, 61, (20,), generator=generator)
-    lengths = torch.tensor([14, 6])
-    empty: Any = None
-    return ScoredTokens(
-        student_hidden=draw[0].requires_grad_(),
-        teacher_hidden=draw[1],
-        targets=targets,
-        rollout_index=torch.repeat_interleave(lengths),
-        positions=torch.cat([torch.arange(length) for length in lengths]),
-        statistics=empty,
-        rollout_group=torch.tensor([0, 0]),
-        old_logprobs=torch.rand(20, generator=generator) - 4.5,
-        steps=torch.tensor([0] * 5 + [1] * 8 + [-1] + [0] * 3 + [1] * 3),
-    )
-
-
-def plain_head(weight: torch.Tensor) -> LMHead:
-    layer = torch.nn.Linear(*weight.shape[::-1], bias=False)
-    layer.weight = torch.nn.Parameter(weight, requires_grad=weight.requires_grad)
-    return LMHead(layer)
-
-
 DTYPES = (torch.float32, torch.float64)
 
 
@@ -95,8 +72,8 @@ def forward_kl_of(scored: ScoredTokens, head: LMHead, dtype: torch.dtype) -> tor
     """Of each token, by plain torch."""
     weight = head.weight.detach().to(dtype)
     student, teacher = (
-        log_softmax(hidden.detach().to(dtype) @ weight.T, -1)
-        for hidden in (scored.student_hidden, scored.teacher_hidden)
+        log_softmax(hidden.to(dtype) @ weight.T, -1)
+        for hidden in (scored.student_hidden, scored.teacher_hidden.detach())
     )
     return kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
 
@@ -144,6 +121,9 @@ SKEW_REVERSE = {"name": "skew_reverse_kl"}
         ),
         ({}, {"temperature": 2.0}),
         ({}, {"reduction": "sequence_mean"}),
+        ({}, {"position_weight": {"name": "linear", "over": 9}}),
+        ({}, {"position_weight": {"name": "exponential", "half_life": 4}}),
+        ({}, {"position_weight": {"name": "table", "every": 5, "weights": [0.5, 0.2, 1]}}),
         ({}, {"top_k": {"k": 5}}),
         ({"top_k": {"k": 5}}, {"top_k": {"k": 5, "of": "teacher"}}),
         ({"top_k": {"k": 5}}, {"top_k": {"k": 5, "tail": False}}),
@@ -227,6 +207,66 @@ def test_sequence_mean_weighs_every_rollout_the_same() -> None:
     group = PromptGroup([1], [[1], [1]], [[5] * 14, [5] * 6])
     assert loss.denominator(group) == 2
     assert DistillationLoss(LossConfig()).denominator(group) == 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"name": "linear", "over": 4}, [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]),
+        ({"name": "linear", "over": 2, "first": 0, "last": 3}, [0.0, 1.5, 3.0, 3.0, 3.0, 3.0]),
+        ({"name": "exponential", "half_life": 2}, [2 ** (-i / 2) for i in range(6)]),
+        (
+            {"name": "exponential", "half_life": 1, "floor": 0.2},
+            [0.2 + 0.8 * 0.5**i for i in range(6)],
+        ),
+        ({"name": "table", "every": 2, "weights": [0.5, 2]}, [0.5, 0.5, 2.0, 2.0, 2.0, 2.0]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("reduction", ["mean", "sequence_mean"])
+@pytest.mark.parametrize("mask", [None, {"top_fraction": 0.5}])
+def test_tokens_are_weighed_by_their_place(
+    settings: dict[str, Any], expected: list[float], reduction: str, mask: dict[str, float] | None
+) -> None:
+    head = plain_head(torch.randn(61, 8, generator=torch.Generator().manual_seed(1)))
+    scored = random_tokens(8)
+    config = LossConfig.model_validate(
+        {"position_weight": settings, "reduction": reduction, "advantage_mask": mask}
+    )
+    output = DistillationLoss(config)(scored, head, head, normalizer=20)
+    output.loss.backward()
+    weights = torch.tensor([*expected, *expected[-1:] * 8, *expected], dtype=torch.float64)
+    if settings["name"] == "exponential":
+        places = torch.arange(14.0, dtype=torch.float64) / settings["half_life"]
+        floor = settings.get("floor", 0.0)
+        weights[:14] = floor + (1 - floor) * 2**-places
+    if reduction == "sequence_mean":
+        weights = weights / torch.tensor([14.0] * 14 + [6.0] * 6, dtype=torch.float64)
+    results = []
+    for dtype in DTYPES:
+        hidden = scored.student_hidden.detach().to(dtype).requires_grad_()
+        kl = forward_kl_of(replace(scored, student_hidden=hidden), head, dtype)
+        loss = (kl * weights.to(dtype))[output.active].sum() / 20
+        loss.backward()
+        results.append((loss.detach(), hidden.grad))
+    (torch_loss, torch_gradient), (loss, gradient) = results
+    assert_no_worse_than_torch("loss", output.loss.detach(), torch_loss, loss)
+    assert_no_worse_than_torch("gradient", scored.student_hidden.grad, torch_gradient, gradient)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "linear", "over": 4, "first": 0},
+        {"name": "table", "every": 2, "weights": [0, 0]},
+        {"name": "table", "every": 2, "weights": []},
+        {"name": "exponential", "half_life": 0},
+    ],
+    ids=str,
+)
+def test_weights_that_teach_nothing_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="position_weight"):
+        LossConfig.model_validate({"position_weight": settings})
 
 
 def test_live_teacher_with_equal_prompts_has_nothing_to_teach(

@@ -352,7 +352,7 @@ def test_missing_rewards_are_an_error(
 ) -> None:
     student = tiny_model("llama")
     head = find_lm_head(student)
-    scored = score(student, None, ragged_groups)
+    scored = score(student, None, stale(ragged_groups, student))
     with pytest.raises(ValueError, match="rewards is missing"):
         make_loss()(scored, head, head, normalizer=1.0)
 

@@ -18,7 +18,9 @@ from selfdistill.methods.environment import feedback
 from selfdistill.methods.grpo import GRPOLoss
 from selfdistill.methods.method import Method
 from selfdistill.methods.refsol import references
+from selfdistill.methods.rewarded import RewardedLoss
 from selfdistill.methods.stepalign import critiques
+from selfdistill.methods.wrong_step import WrongStepLoss
 from selfdistill.prompts.context import TeacherContext
 from selfdistill.rollout.attempts import Attempts, judge
 from selfdistill.rollout.engine import Rollout
@@ -205,8 +207,13 @@ SECTIONS = get_args(get_args(MethodConfig)[0])
 def test_every_method_is_built_from_its_section(name: str) -> None:
     method = built(ArithmeticTask(), name=name, group_size=5)
     assert (method.name, method.group_size) == (name, 5)
-    assert method.needs_context == (name != "grpo")
-    assert isinstance(method.loss, GRPOLoss if name == "grpo" else DistillationLoss)
+    assert method.needs_context == (name not in ("grpo", "wrong_step"))
+    losses = {"grpo": GRPOLoss, "wrong_step": WrongStepLoss}
+    assert isinstance(method.loss, losses.get(name, DistillationLoss))
+    if method.needs_context:  # learns from rewards as well, with and without a context
+        method = built(ArithmeticTask(), name=name, group_size=5, reward={})
+        assert isinstance(method.loss, RewardedLoss)
+        assert not method.needs_context
 
 
 def test_the_llm_critic_is_built_with_its_engine_and_fallback(

@@ -45,13 +45,20 @@ def test_it_is_time_after_so_many_steps_or_when_an_evaluation_found_nothing_bett
         assert not due(state(4, evaluated=4, best=0), teacher)
 
 
-def make_config(solver_dir: Path, output_dir: Path, every: int | None, **changes: Any) -> Config:
+def make_config(
+    solver_dir: Path,
+    output_dir: Path,
+    every: int | None,
+    *,
+    from_best: bool = False,
+    **changes: Any,
+) -> Config:
     settings = {
         "steps": 5,
         "method": {
             "name": "stepalign",
             "group_size": 2,
-            "teacher": {"name": "refreshed", "every": every},
+            "teacher": {"name": "refreshed", "every": every, "from_best": from_best},
         },
         "optimizer": {"warmup_steps": 0, "learning_rate": 1e-3},
         "evaluation": {"every": 2, "problems": 3, "samples": 1},
@@ -78,10 +85,38 @@ def test_the_teacher_is_the_student_of_the_step_before(
         assert torch.equal(teacher[name], weights[source][name]), step
 
 
-def test_a_run_that_stopped_in_the_deciding_evaluation_goes_on_with_the_same_bits(
-    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_student_goes_back_to_the_best_checkpoint_with_the_optimiser(
+    solver_dir: Path, tmp_path: Path
 ) -> None:
-    whole, parts = (make_config(solver_dir, tmp_path / name, None) for name in ("whole", "parts"))
+    """Nothing is better than the first evaluation here, so the run starts again and again."""
+    train(make_config(solver_dir, tmp_path, None, from_best=True))
+    checkpoints = [tmp_path / "checkpoints" / f"step-{step:06d}" for step in range(6)]
+    first, _, second, third, fourth, _ = (load_file(c / "model.safetensors") for c in checkpoints)
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
+        assert torch.equal(second[name], first[name])
+        assert not torch.equal(third[name], first[name])
+        assert torch.equal(fourth[name], first[name])
+        teacher = load_file(checkpoints[5] / "teacher.safetensors")
+        assert torch.equal(teacher[name], first[name])
+    moments = [load_file(checkpoint / "optimizer.safetensors") for checkpoint in checkpoints]
+    assert moments[2] == {} != moments[3]  # those of the start, before the first step
+    assert {tensor.item() for name, tensor in moments[5].items() if name.endswith("step")} == {1.0}
+
+
+def test_going_back_needs_evaluated_steps_and_rollouts_of_its_own(solver_dir: Path) -> None:
+    with pytest.raises(ValueError, match=r"every: got 3.* multiple of evaluation.every \(2\)"):
+        make_config(solver_dir, Path("run"), 3, from_best=True)
+    assert make_config(solver_dir, Path("run"), 4, from_best=True).method.teacher.every == 4
+
+
+@pytest.mark.parametrize("from_best", [False, True])
+def test_a_run_that_stopped_in_the_deciding_evaluation_goes_on_with_the_same_bits(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, from_best: bool
+) -> None:
+    whole, parts = (
+        make_config(solver_dir, tmp_path / name, None, from_best=from_best)
+        for name in ("whole", "parts")
+    )
     train(whole)
 
     def interrupted(*args: Any, **options: Any) -> TrainState:
