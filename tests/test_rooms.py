@@ -69,6 +69,7 @@ ROOMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "export": ("export",),
         "planning": ("planning",),
         "analysis": ("analysis",),
+        "prediction": ("prediction",),
         "command line": ("cli", "__main__"),
     },
 }

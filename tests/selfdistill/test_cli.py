@@ -194,7 +194,7 @@ def test_training_loads_what_it_needs_and_no_more(solver_dir: Path, tmp_path: Pa
     assert result.returncode == 0, result.stderr
     loaded = result.stdout.splitlines()[-1].split()
     assert "selfdistill.training.loop" in loaded
-    other_rooms = ("analysis", "export", "filtering", "planning")
+    other_rooms = ("analysis", "export", "filtering", "planning", "prediction")
     not_chosen = (
         *("config.messages", "critic.", "methods.grpo", "methods.stepalign", "rollout.vllm_"),
         *("model.adapters", "model.following_teacher", "model.sharding", "tasks.arithmetic.noise"),
