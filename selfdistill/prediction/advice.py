@@ -56,12 +56,21 @@ def advise(probe: Probe, forecasts: Sequence[Forecasted]) -> Advice:
     teachers = {context.label: context for context in probe.contexts}
     grpo = next((f for f in forecasts if f.mixed_groups is not None), None)
     reasons = []
-    useful = [label for label, context in teachers.items() if context.gap.low > 0]
-    for label in teachers.keys() - set(useful):
-        reasons.append(
-            f"The teacher of {label} is not clearly better than the student "
-            f"({_points(teachers[label].gap)} points), so there is little to learn from it."
-        )
+    useful = []
+    for label, context in teachers.items():
+        before = context.localisation.mean_before
+        if context.gap.low <= 0:
+            reasons.append(
+                f"The teacher of {label} is not clearly better than the student "
+                f"({_points(context.gap)} points), so there is little to learn from it."
+            )
+        elif context.disputes_right_steps and before is not None:
+            reasons.append(
+                f"The teacher of {label} disputes steps that are right ({before.value:+.2f} nats a "
+                "token before the first wrong one): in the miniature such teachers taught nothing."
+            )
+        else:
+            useful.append(label)
     groups = 0.0 if grpo is None or grpo.mixed_groups is None else grpo.mixed_groups
     if grpo is not None and groups < FEWEST_GROUPS:
         reasons.append(

@@ -24,7 +24,8 @@ from selfdistill.prediction.probe import ContextProbe, Probe, probe
 from selfdistill.training.checkpoint import fingerprint
 from selfdistill.training.solver import Solver, load_solver
 
-# Rollouts of a group where the configuration does not say how GRPO would draw them.
+# Rollouts of a group: what the law was fitted to, and what GRPO would draw where the configuration
+# does not say it.
 GRPO_GROUP = 8
 # What a law was fitted to may be exceeded by this factor before it counts as outside.
 SLACK = 1.25
@@ -174,6 +175,8 @@ def distillation_forecast(
     part = reached + stronger * measured.student.value
     gap = context.gap
     at_the_end = Interval(part * gap.value, part * gap.low, part * gap.high)
+    if context.disputes_right_steps:
+        outside.append(f"a teacher that disputes right steps ({context.label})")
     on_the_step = context.localisation.share_at
     if on_the_step is None:
         outside.append("attempts whose first wrong step is not known")
@@ -192,11 +195,13 @@ def grpo_forecast(config: Config, measured: Probe, laws: Laws, solver: Solver) -
     if group < 2:
         return None
     prompts = rollouts // group
-    groups = prompts * measured.mixed(group)
-    known = (measured.student, groups, effort(config))
+    mixed = prompts * measured.mixed(group)
+    known = (measured.student, float(prompts), effort(config))
     outside = [*_unlike(config, laws, solver), *_beyond(laws.grpo, known)]
+    if group != GRPO_GROUP:
+        outside.append(f"groups of {group}")
     gain = None if outside else forecast(grpo_gain, laws.grpo, *known)
-    return Forecast("grpo", prompts, group, gain, None, tuple(outside), mixed_groups=groups)
+    return Forecast("grpo", prompts, group, gain, None, tuple(outside), mixed_groups=mixed)
 
 
 def estimate_cost(config: Config, measured: Probe) -> Cost:

@@ -11,11 +11,12 @@ about its rate a step); x the share of |A| of wrong attempts that lies off the f
 What is worded otherwise has to be learned, too: the more that is, the later answers get better. How
 many rollouts a step has is not in it: from 2 to 64 it made no difference that could be fitted.
 
-*GRPO* has no teacher and no such ceiling; it learns from groups of which some are right:
+*GRPO* has no teacher and no such ceiling:
 
-    gain = (1 - s) (1 - exp(-(e M^b / u)^n))
+    gain = (1 - s) (1 - exp(-(e p^b / u)^n))
 
-s is the student's share of right answers, M the groups of a step with right and wrong rollouts.
+p is the groups of a step, one for each prompt; the law of those alone that hold right and wrong
+rollouts was worse. It was fitted to groups of eight, 1 and 8 a step.
 
 The numbers (`miniature.json`) come from `python -m studies.arithmetic.predict`: a solver of 2.2 M
 parameters on chained arithmetic. Another model, task or loss has numbers of its own; what carries
@@ -117,11 +118,11 @@ def grpo_gain(coefficients: Tensor, student: Tensor, groups: Tensor, effort: Ten
     Args:
         coefficients: [..., 3] b, log u and log n of the module's second law.
         student: share of right answers.
-        groups: of a step that have right and wrong rollouts, on average.
+        groups: of a step.
         effort: see `effort`.
     """
     share, time, shape = coefficients.unbind(-1)
-    scaled = effort.log() + share * groups.clamp(min=1e-6).log() - time
+    scaled = effort.log() + share * groups.log() - time
     return (1 - student) * (1 - (-(shape.exp() * scaled).exp()).exp())
 
 

@@ -41,6 +41,10 @@ from selfdistill.training.solver import Solver, load_solver, sampling_params
 
 # Attempts at each problem; two tell how unequal the problems are.
 SAMPLES = 2
+# A teacher that finds right steps less likely than the student by more than this (nats a token, on
+# average) writes another solution than the attempt. In the miniature those taught nothing (-1.2 and
+# -1.5), while the rarest wordings (-0.7) did.
+OTHER_SOLUTION = -1.0
 # References whose wording is looked at.
 REFERENCES = 32
 
@@ -74,6 +78,12 @@ class ContextProbe:
     active: Interval | None
     mask: MaskEffect | None
     masked: MaskEffect | None
+
+    @property
+    def disputes_right_steps(self) -> bool:
+        """Whether the teacher writes another solution than the attempts, right steps included."""
+        before = self.localisation.mean_before
+        return before is not None and before.value < OTHER_SOLUTION
 
 
 @dataclass(frozen=True)
@@ -220,7 +230,7 @@ def _context_probe(
     groups: Sequence[Attempts],
 ) -> tuple[ContextProbe, float]:
     """Return the figures of a method, and the seconds that scoring took."""
-    method = solver.build_method(section)
+    method = solver.build_method(config.model_copy(update={"method": section}).method)
     contexts: Contexts = method.contexts(groups)
     first = [_without_long(solver, g, found[0]) for g, found in zip(groups, contexts, strict=True)]
     taught = [i for i, context in enumerate(first) if context is not None]

@@ -37,6 +37,7 @@ def context_table(prediction: Prediction) -> TextTable:
         row("gap, points", [percent(c.gap, sign=True) for c in contexts]),
         of("mean A of right attempts (nats)", "nats", *(c.right.mean for c in contexts)),
         of("mean A of wrong attempts", "nats", *(c.wrong.mean for c in contexts)),
+        of("mean A before the first wrong step", "nats", *(_before(c) for c in contexts)),
         of("share of |A| on the wrong step", "share", *(_share_at(c) for c in contexts)),
         of("share of tokens with |A| > 0.1", "share", *(c.active for c in contexts)),
         row("tokens that hold 90 % of |A|", [_mask(c) for c in contexts]),
@@ -104,6 +105,10 @@ def _note(prediction: Prediction) -> str:
         "the gap is what there is. It bounds what training brings, and says nothing about how many "
         "steps that takes."
     )
+
+
+def _before(context: ContextProbe) -> Interval | None:
+    return context.localisation.mean_before
 
 
 def _share_at(context: ContextProbe) -> Interval | None:

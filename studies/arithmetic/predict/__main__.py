@@ -20,7 +20,7 @@ from studies.arithmetic.predict.cells import Cell, own_cells, study_cells
 from studies.arithmetic.predict.conditions import Condition
 from studies.arithmetic.predict.fit import Observed, fit
 from studies.arithmetic.predict.measure import probe_all, read_probe, train_all
-from studies.arithmetic.predict.page import write_page
+from studies.arithmetic.predict.page import is_refused, write_page
 
 COMMAND = "python -m studies.arithmetic.predict"
 
@@ -39,7 +39,11 @@ def main() -> None:
         return
     probe_all(output, model, console)
     cells = [*study_cells(clone / "docs" / "results" / "results.json"), *own_cells(output)]
-    seen = [cell for cell in cells if not cell.condition.kept_out]
+    seen = [
+        cell
+        for cell in cells
+        if not (cell.condition.kept_out or is_refused(output, cell.condition))
+    ]
     laws = Laws(
         command=COMMAND,
         solver_sha256=fingerprint(load_model(Config(model=model, output_dir=output))),
@@ -54,7 +58,7 @@ def main() -> None:
             grpo_gain,
             [observed(output, cell) for cell in seen if is_grpo(cell.condition)],
             names=("groups", "time", "shape"),
-            known=("student", "mixed groups", "effort"),
+            known=("student", "groups", "effort"),
             start=(0.5, 3.0, 0.0),
         ),
     )
@@ -76,8 +80,7 @@ def observed(output: Path, cell: Cell) -> Observed:
     spent = effort(condition.config("any", output), cell.steps)
     student = found.student.value
     if is_grpo(condition):
-        prompts, group = condition.shape
-        known: tuple[float, ...] = (student, prompts * found.mixed(group), spent)
+        known: tuple[float, ...] = (student, float(condition.shape[0]), spent)
     else:
         (context,) = found.contexts
         assert context.localisation.share_at is not None

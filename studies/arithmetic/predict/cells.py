@@ -16,6 +16,7 @@ from typing import Any
 from selfdistill.json_text import parse_json
 from selfdistill.runlog import JsonLines
 from studies.arithmetic.predict.conditions import (
+    AFTERWARDS,
     EASY,
     HARD,
     MIDDLE,
@@ -53,7 +54,7 @@ def study_cells(results: Path) -> list[Cell]:
 def own_cells(output: Path) -> list[Cell]:
     """Return the cells of the runs of this study that are finished."""
     cells = []
-    for condition in filter(partial(is_trained, output), OWN):
+    for condition in filter(partial(is_trained, output), (*OWN, *AFTERWARDS)):
         evaluations = JsonLines(output / "runs" / condition.name / "evaluations.jsonl").read()
         steps = {line["step"] for line in evaluations}
         cells += [

@@ -158,3 +158,10 @@ OWN = (
     Condition("refsol-dialect-2-middle-8x1", REFSOL, dialect=2, stratum=MIDDLE, kept_out=True),
     Condition("refsol-dialect-5-2x1", REFSOL, (2, 1), dialect=5, kept_out=True),
 )
+
+# Added when the reference by another path had turned out to teach nothing, as omission had among
+# the conditions of the fit: is a teacher that disputes right steps refused rightly elsewhere, too?
+AFTERWARDS = (
+    Condition("refsol-reversed-easy-8x1", REFSOL, order="reversed", stratum=EASY, kept_out=True),
+    Condition("omission-hard-8x1", _copying("omission"), stratum=HARD, kept_out=True),
+)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selfdistill.analysis.report.charts import COLOURS, Line, line_plot
 from selfdistill.evaluation.intervals import Interval
-from selfdistill.evaluation.tables import TextTable, percent
+from selfdistill.evaluation.tables import TextTable, number, percent
 from selfdistill.prediction.law import Fitted, Laws, distillation_gain, effort, forecast, grpo_gain
 from selfdistill.runlog import write_atomically
 from studies.arithmetic.predict.cells import Cell
@@ -31,12 +31,15 @@ def write_page(docs: Path, laws: Laws, kept_out: Sequence[Cell], output: Path) -
         kept_out: cells with their measured gains.
         output: of the study, with a probe of every condition.
     """
+    refused = [cell for cell in kept_out if is_refused(output, cell.condition)]
+    kept_out = [cell for cell in kept_out if cell not in refused]
     forecasts = [forecast_cell(laws, cell, output) for cell in kept_out]
     write_atomically(docs / PLOT, plot(kept_out, forecasts))
     page = docs / "predict.md"
     before, _, rest = page.read_text("utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
     tables = [summary_table(kept_out, forecasts), cells_table(kept_out, forecasts)]
+    tables.append(refused_table(refused, laws, output))
     text = "\n".join([*(table.markdown() for table in tables), law_line(laws)])
     write_atomically(page, f"{before}{BEGIN}\n\n{text}\n{END}{after}")
 
@@ -48,13 +51,17 @@ def forecast_cell(laws: Laws, cell: Cell, output: Path) -> Interval:
     spent = effort(condition.config("any", output), cell.steps)
     law: Callable[..., Tensor]
     if condition.method["name"] == "grpo":
-        prompts, group = condition.shape
-        return forecast(grpo_gain, laws.grpo, found.student, prompts * found.mixed(group), spent)
+        return forecast(grpo_gain, laws.grpo, found.student, float(condition.shape[0]), spent)
     (context,) = found.contexts
     assert context.localisation.share_at is not None
     elsewhere = 1 - context.localisation.share_at.value
     law = distillation_gain
     return forecast(law, laws.distillation, context.gap, found.student, elsewhere, spent)
+
+
+def is_refused(output: Path, condition: Condition) -> bool:
+    """Tell whether a condition's teacher disputes right steps, so that there is no forecast."""
+    return any(c.disputes_right_steps for c in read_probe(output, condition).contexts)
 
 
 def kind_of(condition: Condition) -> str:
@@ -119,6 +126,22 @@ def cells_table(kept_out: Sequence[Cell], forecasts: Sequence[Interval]) -> Text
     ]
     head = ["", "steps", "measured gain", "forecast", "forecast - measured", "interval"]
     return TextTable("Cells kept out, points of Avg@k", head, rows)
+
+
+def refused_table(refused: Sequence[Cell], laws: Laws, output: Path) -> TextTable:
+    """Return the cells that get no forecast, with what the law would have said."""
+    rows = [
+        [
+            cell.condition.label,
+            str(cell.steps),
+            f"{100 * cell.gain:+.1f}",
+            percent(forecast_cell(laws, cell, output), sign=True),
+            number(read_probe(output, cell.condition).contexts[0].localisation.mean_before, "+.2f"),
+        ]
+        for cell in refused
+    ]
+    head = ["", "steps", "measured gain", "the law alone", "mean A before the first wrong step"]
+    return TextTable("Refused: the teacher disputes right steps", head, rows)
 
 
 def law_line(laws: Laws) -> str:
