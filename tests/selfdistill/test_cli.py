@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -280,6 +281,25 @@ def test_a_dry_run_trains_nothing(
     # Nor does one that was forgotten, where the critic was to be asked.
     assert run(monkeypatch, "train", tmp_path / "run.yaml", "--ask-critic") == 2
     assert "it belongs to --dry-run" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_predict_prints_tables_or_json_and_trains_nothing(
+    solver_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = write_config(tmp_path, solver_dir)
+    assert run(monkeypatch, "predict", config, "--attempts", "4") == 0
+    out = capsys.readouterr().out
+    for phrase in ("Forecast after 1 steps", "Begin with: neither.", "A step should take"):
+        assert phrase in out
+    options = ["--attempts", "4", "--methods", "refsol,stepalign", "--json"]
+    assert run(monkeypatch, "predict", config, "steps=3", *options) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps"] == 3
+    assert [c["label"] for c in found["probe"]["contexts"]] == ["refsol", "stepalign"]
     assert not (tmp_path / "run").exists()
 
 
