@@ -74,17 +74,20 @@ def is_grpo(condition: Condition) -> bool:
 
 
 def observed(output: Path, cell: Cell) -> Observed:
-    """Return a cell as its law sees it, by the probe of its condition."""
+    """Return a cell of the fit as its law sees it.
+
+    The student's share is that of the evaluation before training, which has more attempts than any
+    probe, at the very problems that the gain is of: the fit should not bend to a probe's chance.
+    """
     condition = cell.condition
-    found = read_probe(output, condition)
     spent = effort(condition.config("any", output), cell.steps)
-    student = found.student.value
     if is_grpo(condition):
-        known: tuple[float, ...] = (student, float(condition.shape[0]), spent)
+        known: tuple[float, ...] = (cell.before, float(condition.shape[0]), spent)
     else:
-        (context,) = found.contexts
+        (context,) = read_probe(output, condition).contexts
         assert context.localisation.share_at is not None
-        known = (context.gap.value, student, 1 - context.localisation.share_at.value, spent)
+        gap = context.teacher.value - cell.before
+        known = (gap, cell.before, 1 - context.localisation.share_at.value, spent)
     return Observed(condition.name, cell.steps, cell.gain, known)
 
 

@@ -34,10 +34,18 @@ _STRATA = (HARD, MIDDLE, EASY)
 
 @dataclass(frozen=True)
 class Cell:
-    """The measured gain of a condition after some steps, as a share (0.5 is 50 points)."""
+    """What a condition gained.
+
+    Attributes:
+        condition: how it was trained.
+        steps: of training.
+        before: share of right answers before training, of the problems that the gain is of.
+        gain: as a share: 0.5 is 50 points.
+    """
 
     condition: Condition
     steps: int
+    before: float
     gain: float
 
 
@@ -57,8 +65,9 @@ def own_cells(output: Path) -> list[Cell]:
     for condition in filter(partial(is_trained, output), (*OWN, *AFTERWARDS)):
         evaluations = JsonLines(output / "runs" / condition.name / "evaluations.jsonl").read()
         steps = {line["step"] for line in evaluations}
+        before = (_avg(evaluations[0], 0) + _avg(evaluations[0], 1)) / 2
         cells += [
-            Cell(condition, step, best_so_far(evaluations, step))
+            Cell(condition, step, before, best_so_far(evaluations, step))
             for step in MILESTONES
             if step in steps
         ]
@@ -94,7 +103,7 @@ def _study_cells(found: dict[str, Any], condition: Condition) -> list[Cell]:
         part = found["main"]
     before = part.get("base", found["main"]["base"])
     cells = [
-        Cell(condition, row["steps"], _value(row) - _value(before))
+        Cell(condition, row["steps"], _value(before), _value(row) - _value(before))
         for row in part["rows"]
         if row["label"] == label
     ]
@@ -102,7 +111,7 @@ def _study_cells(found: dict[str, Any], condition: Condition) -> list[Cell]:
         curve = {point["step"]: point["avg"]["value"] for point in part["curves"][label]}
         for steps in set(MILESTONES) - {cell.steps for cell in cells}:
             best = max(value for step, value in curve.items() if step <= steps)
-            cells.append(Cell(condition, steps, best - curve[0]))
+            cells.append(Cell(condition, steps, curve[0], best - curve[0]))
     return sorted(cells, key=lambda cell: cell.steps)
 
 

@@ -33,7 +33,8 @@ class KnowsReferences:
             prompt = solver.context.teacher_prompt(problem, shown)
             self.answers[tuple(prompt)] = problem.reference
             alone = tuple(solver.context.student_prompt(problem))
-            self.answers[alone] = problem.reference if i < solved else "<answer> 0"
+            wrong = next(p.reference for p in problems if p.answer != problem.answer)
+            self.answers[alone] = problem.reference if i < solved else wrong
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, group_size: int, params: SamplingParams
