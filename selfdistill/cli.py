@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from selfdistill.errors import UserError
+from selfdistill.predict_command import predict
 from selfdistill.visible import say, visible
 
 app = typer.Typer(
@@ -310,6 +311,9 @@ def analyze(
     if note := missing_note(analysis):
         say(console, note)
     say(console, f"Page: {page.resolve()}")
+
+
+app.command()(predict)
 
 
 @app.command()

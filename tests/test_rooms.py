@@ -69,7 +69,8 @@ ROOMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "export": ("export",),
         "planning": ("planning",),
         "analysis": ("analysis",),
-        "command line": ("cli", "__main__"),
+        "prediction": ("prediction",),
+        "command line": ("cli", "predict_command", "__main__"),
     },
 }
 # Whose imports of our own packages must name a file here: an editable installation would find a

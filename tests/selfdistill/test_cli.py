@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -211,7 +212,7 @@ def test_training_loads_what_it_needs_and_no_more(solver_dir: Path, tmp_path: Pa
     assert result.returncode == 0, result.stderr
     loaded = result.stdout.splitlines()[-1].split()
     assert "selfdistill.training.loop" in loaded
-    other_rooms = ("analysis", "export", "filtering", "planning")
+    other_rooms = ("analysis", "export", "filtering", "planning", "prediction")
     not_chosen = (
         *("config.messages", "critic.", "methods.grpo", "methods.stepalign", "rollout.vllm_"),
         *("methods.policy_gradient", "methods.rewarded", "methods.wrong_step"),
@@ -300,6 +301,25 @@ def test_a_dry_run_trains_nothing(
     # Nor does one that was forgotten, where the critic was to be asked.
     assert run(monkeypatch, "train", tmp_path / "run.yaml", "--ask-critic") == 2
     assert "it belongs to --dry-run" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_predict_prints_tables_or_json_and_trains_nothing(
+    solver_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = write_config(tmp_path, solver_dir)
+    assert run(monkeypatch, "predict", config, "--attempts", "4") == 0
+    out = capsys.readouterr().out
+    for phrase in ("Forecast after 1 steps", "Begin with: neither.", "A step should take"):
+        assert phrase in out
+    options = ["--attempts", "4", "--methods", "refsol,stepalign", "--json"]
+    assert run(monkeypatch, "predict", config, "steps=3", *options) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps"] == 3
+    assert [c["label"] for c in found["probe"]["contexts"]] == ["refsol", "stepalign"]
     assert not (tmp_path / "run").exists()
 
 

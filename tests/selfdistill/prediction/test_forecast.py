@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_runs import ROOT, tiny_config
+
+from selfdistill.config import Config
+from selfdistill.errors import UserError
+from selfdistill.prediction.forecast import Forecast, estimate_cost, predict
+from selfdistill.prediction.probe import probe
+from selfdistill.prediction.tables import cost_line, prediction_tables
+
+
+def shipped(tmp_path: Path, **changes: object) -> Config:
+    return Config.model_validate(
+        {
+            "model": str(ROOT / "examples" / "arithmetic" / "solver"),
+            "output_dir": tmp_path / "run",
+            "device": "cpu",
+            "task": {"name": "arithmetic"},
+            "method": {"name": "stepalign", "group_size": 1},
+            "rollout": {"max_new_tokens": 96},
+            "optimizer": {"learning_rate": 3e-4},
+            **changes,
+        }
+    )
+
+
+def by_label(forecasts: tuple[Forecast, ...]) -> dict[str, Forecast]:
+    return {forecast.label: forecast for forecast in forecasts}
+
+
+def test_the_miniature_gets_a_forecast(tmp_path: Path) -> None:
+    found = predict(shipped(tmp_path), methods="stepalign,refsol", attempts=64)
+    forecasts = by_label(found.forecasts)
+    assert list(forecasts) == ["stepalign", "refsol", "grpo"]
+    for forecast in forecasts.values():
+        assert forecast.outside == ()
+        assert forecast.gain is not None
+        assert forecast.gain.low < forecast.gain.value < forecast.gain.high
+    # At eight rollouts a step: eight prompts with one each, or one group of eight.
+    assert (forecasts["stepalign"].prompts, forecasts["stepalign"].group_size) == (8, 1)
+    assert (forecasts["grpo"].prompts, forecasts["grpo"].group_size) == (1, 8)
+    assert 0.25 < forecasts["stepalign"].gain.value < 0.75
+    assert found.advice.method is not None
+    assert found.advice.method in found.advice.reasons[0]
+    assert json.loads(found.to_json())["forecasts"][0]["label"] == "stepalign"
+    text = "\n".join(table.markdown() for table in prediction_tables(found))
+    for phrase in ("| refsol | 8 x 1 | +", "share of \\|A\\| on the wrong step", "a miniature"):
+        assert phrase in text
+    assert "% of the training with its evaluations" in cost_line(found)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_never_seen_has_a_gap_and_no_forecast(solver_dir: Path, tmp_path: Path) -> None:
+    config = tiny_config(solver_dir, tmp_path / "run")
+    found = predict(config, attempts=8)
+    assert all(forecast.gain is None for forecast in found.forecasts)
+    assert all("this model" in forecast.outside for forecast in found.forecasts)
+    assert found.advice.method is None  # random weights: nothing is right, nothing is better
+    text = prediction_tables(found)[-1].note
+    assert "They know nothing about " in text
+    assert "; this model: where a gain is missing, the gap is what there is" in text
+    assert "says nothing about how many steps that takes" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "phrase"),
+    [
+        ({"method": {"name": "refsol", "teacher": {"name": "live"}}}, "the teacher live"),
+        (
+            {"method": {"name": "refsol", "loss": {"objective": {"name": "jsd"}}}},
+            "the objective jsd",
+        ),
+        (
+            {"method": {"name": "refsol", "loss": {"advantage_mask": {"threshold": 0.1}}}},
+            "a loss on part of the tokens",
+        ),
+        ({"adapter": {"r": 2}}, "adapters"),
+    ],
+)
+def test_settings_that_no_law_was_fitted_to_are_named(
+    solver_dir: Path, tmp_path: Path, changes: dict[str, object], phrase: str
+) -> None:
+    found = predict(tiny_config(solver_dir, tmp_path / "run", **changes), attempts=2)
+    assert phrase in found.forecasts[0].outside
+    is_masked = found.probe.contexts[0].masked is not None
+    assert is_masked == ("part of the tokens" in phrase)
+
+
+def test_a_budget_far_beyond_the_fitted_is_named(tmp_path: Path) -> None:
+    found = predict(shipped(tmp_path, steps=5000), attempts=16)
+    (text,) = found.forecasts[0].outside
+    assert text.startswith("effort 5e+03 (fitted from ")
+
+
+def test_grpo_alone_needs_no_teacher(solver_dir: Path, tmp_path: Path) -> None:
+    config = tiny_config(solver_dir, tmp_path / "run", method={"name": "grpo", "group_size": 4})
+    found = predict(config, attempts=8)
+    assert list(by_label(found.forecasts)) == ["grpo"]
+    assert found.forecasts[0].group_size == 4
+    assert len(prediction_tables(found)) == 1
+    assert cost_line(found).startswith("The probe took ")
+    with pytest.raises(UserError, match="is not a method"):
+        predict(config, methods="nothing", attempts=2)
+
+
+def test_one_rollout_a_step_makes_no_group(solver_dir: Path, tmp_path: Path) -> None:
+    config = tiny_config(solver_dir, tmp_path / "run", method={"name": "refsol", "group_size": 1})
+    assert list(by_label(predict(config, attempts=2).forecasts)) == ["refsol"]
+
+
+def test_the_cost_counts_steps_and_evaluations(solver_dir: Path, tmp_path: Path) -> None:
+    config = tiny_config(solver_dir, tmp_path / "run", steps=5)  # 1 x 2 rollouts, evaluated thrice
+    measured = replace(probe(config, [], attempts=2), tokens=10.0, sampling=1.0, scoring=0.5)
+    cost = estimate_cost(config, measured)
+    assert cost.step == pytest.approx(2 * 10 * (1.0 + 2 * 0.5))
+    assert cost.training == pytest.approx(5 * cost.step + 4 * 2 * 1 * 10)
