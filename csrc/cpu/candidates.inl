@@ -1,5 +1,5 @@
 // What one sweep over slabs of the vocabulary keeps of a row, so that it can be rounded when its log-sum-exp is known: part
-// of rows.inl, after rounding.inl.
+// of rows.inl, after screen.inl.
 //
 // An entry of the gradient takes part in a sample or in the rounded row where a random number times a threshold lies below
 // its bound (screen.inl). Its priority is log2 of what the threshold may be at most for that: the bound over the smaller one
@@ -7,6 +7,19 @@
 // row keeps what has a priority of its floor or more, and where its memory is full the floor rises. No entry that was left
 // out is missed by a threshold above the floor, whatever the sweep knew when it left it out: rounding stays unbiased.
 
+// Logits of a row: all of them, or those that one sweep has kept (candidates.inl).
+struct RowLogits {
+  const Row *student = nullptr, *teacher = nullptr;  // of a whole row
+  const int32_t* columns = nullptr;                  // else of the logits that were kept
+  const float *kept_student = nullptr, *kept_teacher = nullptr;
+  int64_t count = 0;
+  // Of a row that was not kept whole: log2 of the priority that an entry left out cannot have, the log-sum-exps after the
+  // first slab, and the logits of the target.
+  float floor = -INFINITY, student_before = 0.0f, teacher_before = 0.0f, student_target = 0.0f, teacher_target = 0.0f;
+};
+
+// A sample is kept as if its threshold were so many times that of the entries: it needs fewer.
+static constexpr float kSampleSpread = 8.0f;
 // Priorities are counted in quarters of a power of two, from 2^kLowestPriority on.
 static constexpr int kBins = 1024, kLowestPriority = -126;
 
@@ -25,7 +38,7 @@ struct CandidateRow {
 template <Divergence kDivergence, bool kEntropyTerm, class R, class B>
 SELFDISTILL_FN R priority(R student, R teacher, B column, const GradientTerms& terms, const Bound& bound,
                           const Stream& sampling, const Stream& rounding) {
-  const R luck = smaller(uniform(column, sampling), uniform(column, rounding));
+  const R luck = smaller(uniform(column, sampling) * kSampleSpread, uniform(column, rounding));
   return log2_bound<kDivergence, kEntropyTerm>(student, teacher, terms, bound) - bent_log2(luck);
 }
 
@@ -119,10 +132,8 @@ Emission emission_with(Divergence divergence) {
 #undef SELFDISTILL_CASE
 }
 
-// Terms of a row whose log-sum-exps are those of its state, and a bound for weights of 1.
-void measure(const Problem& p, const RowState& state, CandidateRow& row) {
-  const double student = state.student_max + log(state.student_sum);
-  const double teacher = row.teacher ? state.teacher_max + log(state.teacher_sum) : 0.0;
+// Terms of a row with log-sum-exps, and a bound for weights of 1.
+void measure(const Problem& p, double student, double teacher, CandidateRow& row) {
   row.terms = GradientTerms{};
   row.terms.beta = (float)p.beta;
   row.terms.n.student = (float)student;
@@ -153,23 +164,23 @@ void emit_rows(const Problem& p, bool entropy_term, const double* state, const i
     float* marks = into.marks + r * CandidateRows::kMarks;
     if (p.column_offset == 0) {
       into.counts[r] = 0;
-      for (int i = 0; i < CandidateRows::kMarks; ++i) marks[i] = i ? 0.0f : -INFINITY;
+      marks[0] = into.floor;
     }
     RowState found;
     memcpy(&found, state + r * kStateColumns, sizeof found);
     CandidateRow row = candidate_row(into, r, keys[r]);
-    measure(p, found, row);
+    const double teacher_lse = into.has_teacher ? found.teacher_max + log(found.teacher_sum) : 0.0;
+    measure(p, found.student_max + log(found.student_sum), teacher_lse, row);
+    if (p.column_offset == 0) {
+      marks[1] = row.terms.n.student + row.terms.n.student_low;
+      marks[2] = row.terms.n.teacher + row.terms.n.teacher_low;
+      marks[3] = marks[4] = 0.0f;
+    }
     // A model without a distribution, so far or at all: nothing is kept, and the row will be dense.
     if (!isfinite(row.terms.n.student + row.terms.n.teacher)) row.floor = INFINITY;
     for (int64_t j = 0; j < p.columns; j += kBlock) {
       const int64_t n = p.columns - j < kBlock ? p.columns - j : kBlock;
-      if (row.count + n + kLanes > row.capacity) {
-        if (row.floor == -INFINITY) {
-          marks[1] = row.terms.n.student + row.terms.n.student_low;
-          marks[2] = row.terms.n.teacher + row.terms.n.teacher_low;
-        }
-        emission.raise_floor(row, kept_of(row.capacity), scratch);
-      }
+      if (row.count + n + kLanes > row.capacity) emission.raise_floor(row, kept_of(row.capacity), scratch);
       const float* s = student.transformed(j, n, student_buffer);
       const float* t = into.has_teacher ? teacher.transformed(j, n, teacher_buffer) : nullptr;
       emission.add(s, t, p.column_offset + j, n, row);
@@ -180,27 +191,5 @@ void emit_rows(const Problem& p, bool entropy_term, const double* state, const i
     if (target < 0) continue;
     marks[3] = logit_at(student, target);
     if (into.has_teacher) marks[4] = logit_at(teacher, target);
-  }
-}
-
-void settle_rows(const Problem& p, const CandidateRows& from, const float* statistics, const float* term_weights,
-                 const RoundingHead& head, const Rounding& rounding, const SparseRows& to, void* scratch, int64_t begin,
-                 int64_t end) {
-  RoundingSpace* space = make_space(scratch, rounding.limit);
-  for (int64_t r = begin; r < end; ++r) {
-    const float* marks = from.marks + r * CandidateRows::kMarks;
-    const CandidateRow row = candidate_row(from, r, rounding.keys[r]);
-    RowLogits logits;
-    logits.columns = row.columns;
-    logits.kept_student = row.student;
-    logits.kept_teacher = row.teacher;
-    logits.count = row.count;
-    logits.floor = marks[0];
-    logits.student_before = marks[1];
-    logits.teacher_before = marks[2];
-    logits.student_target = marks[3];
-    logits.teacher_target = marks[4];
-    round_into(p, logits, target_column(p, r), statistics + r * kStatistics, term_weights + 3 * r, head, rounding, to,
-               *space, r);
   }
 }

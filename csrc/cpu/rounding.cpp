@@ -153,14 +153,15 @@ CandidateRows make_candidates(const Tensor& candidates, const Tensor& counts, co
 void row_emit_(const Tensor& student, const OptionalTensor& teacher, const OptionalTensor& student_bias,
                const OptionalTensor& teacher_bias, const OptionalTensor& targets, double logit_scale, double softcap,
                double temperature, int64_t divergence, bool entropy_term, int64_t column_offset, const Tensor& state,
-               const Tensor& keys, Tensor& candidates, Tensor& counts, Tensor& marks) {
+               const Tensor& keys, double floor, Tensor& candidates, Tensor& counts, Tensor& marks) {
   // A priority does not depend on beta; any valid one passes the check.
   const Problem p = make_problem(student, teacher, student_bias, teacher_bias, targets, logit_scale, softcap, temperature,
                                  divergence, 0.5, column_offset);
   const int64_t rows = student.size(0);
   check_state(state, student.device(), rows);
   check_vector("keys", keys, student.device(), at::kLong, rows);
-  const CandidateRows into = make_candidates(candidates, counts, marks, divergence != 0);
+  CandidateRows into = make_candidates(candidates, counts, marks, divergence != 0);
+  into.floor = (float)floor;
   TORCH_CHECK(candidates.size(0) == rows, "candidates: got ", candidates.size(0), " rows, expected ", rows);
   const double* found = state.const_data_ptr<double>();
   const int64_t* from = keys.const_data_ptr<int64_t>();

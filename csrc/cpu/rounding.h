@@ -37,6 +37,7 @@ struct CandidateRows {
   int32_t* counts = nullptr;  // [rows]
   float* marks = nullptr;     // [rows, kMarks]: floor, log-sum-exps and target's logits of RowLogits in rounding.inl
   bool has_teacher = false;
+  float floor = 0.0f;  // of a row before its first slab, log2; -infinity to keep all there is room for
 };
 
 struct Rounding {

@@ -1,20 +1,9 @@
-// Gradients of logits rounded at random, so that few entries are left: part of rows.inl, after screen.inl.
+// Gradients of logits rounded at random, so that few entries are left: part of rows.inl, after candidates.inl.
 //
 // An entry of size e below tau becomes tau with probability e / tau, else 0: right on average, with the variance
 // e (tau - e). tau is a row's own, as large as the error of its dH may be.
 
 // ---- a row ------------------------------------------------------------------------------------------------------------
-
-// Logits of a row: all of them, or those that one sweep has kept (candidates.inl).
-struct RowLogits {
-  const Row *student = nullptr, *teacher = nullptr;  // of a whole row
-  const int32_t* columns = nullptr;                  // else of the logits that were kept
-  const float *kept_student = nullptr, *kept_teacher = nullptr;
-  int64_t count = 0;
-  // Of a row that was not kept whole: log2 of the priority that an entry left out cannot have, the log-sum-exps when the
-  // first entry was left out, and the logits of the target.
-  float floor = -INFINITY, student_before = 0.0f, teacher_before = 0.0f, student_target = 0.0f, teacher_target = 0.0f;
-};
 
 // A row's gradient, evaluated where a sweep lets it. GradientTerms as in gradient_row.
 struct RoundedRow {
@@ -67,6 +56,7 @@ struct RoundedRow {
 
   // Whether the candidates for a threshold are all there.
   bool has_all(double threshold) const { return least == 0.0 || (threshold > FLT_MIN ? threshold : FLT_MIN) >= least; }
+  bool has_sample(double threshold) const { return has_all(threshold / kSampleSpread); }
 
   // Size of an entry whose probability is near 1: what thresholds are relative to.
   float scale() const { return bound.token + bound.entropy * (1.0f + terms.entropy) + bound.divergence; }
@@ -202,9 +192,8 @@ int64_t rounding_space(int64_t limit, int64_t hidden) { return sizeof(RoundingSp
 static constexpr double kShare = 0.75;
 // Probabilities of a sample are 1 for entries of this part of the row's scale, at first; a row that is sure of itself has
 // small entries only. At least so many entries make a sample, where the row has them.
-static constexpr double kSamplePart = 0x1p-12, kLeastPart = 0x1p-90;
+static constexpr double kSamplePart = 0x1p-14, kLeastPart = 0x1p-90;
 static constexpr int kLeastSample = 256;
-enum Purpose : uint32_t { kSampling = 0x5bd1e995u, kRounding = 0 };
 
 float choose_threshold(const RoundedRow& row, const RoundingHead& head, double tolerance, int64_t key,
                        RoundingSpace& space) {
@@ -214,7 +203,7 @@ float choose_threshold(const RoundedRow& row, const RoundingHead& head, double t
   bool is_above = false;
   for (double part = kSamplePart * row.uncertainty();;) {
     sample.count = 0;
-    bool fits = row.has_all(part * row.scale());
+    bool fits = row.has_sample(part * row.scale());
     if (fits) row.sweep(part * row.scale(), true, stream, space.candidates, [&](int32_t column, float e, float level) {
       const float probability = level < 127.0f ? from_bits((uint32_t)(level * 0x1p23f)) : 1.0f;
       return (fits = sample.add(column, e, head.spread[column], probability));
@@ -360,5 +349,28 @@ void round_rows(const Problem& p, const float* statistics, const float* term_wei
     logits.teacher = &teacher;
     if (round_into(p, logits, target, found, weights, head, rounding, to, *space, r)) continue;
     gradient_row_as(p, student, teacher, target, found, weights[0], weights[1], weights[2]);
+  }
+}
+
+// The same from what one sweep has kept.
+void settle_rows(const Problem& p, const CandidateRows& from, const float* statistics, const float* term_weights,
+                 const RoundingHead& head, const Rounding& rounding, const SparseRows& to, void* scratch, int64_t begin,
+                 int64_t end) {
+  RoundingSpace* space = make_space(scratch, rounding.limit);
+  for (int64_t r = begin; r < end; ++r) {
+    const float* marks = from.marks + r * CandidateRows::kMarks;
+    const CandidateRow row = candidate_row(from, r, rounding.keys[r]);
+    RowLogits logits;
+    logits.columns = row.columns;
+    logits.kept_student = row.student;
+    logits.kept_teacher = row.teacher;
+    logits.count = row.count;
+    logits.floor = marks[0];
+    logits.student_before = marks[1];
+    logits.teacher_before = marks[2];
+    logits.student_target = marks[3];
+    logits.teacher_target = marks[4];
+    round_into(p, logits, target_column(p, r), statistics + r * kStatistics, term_weights + 3 * r, head, rounding, to,
+               *space, r);
   }
 }

@@ -423,8 +423,8 @@ void narrow(const float* from, int64_t count, uint16_t* bfloat16) {
 }
 
 #include "screen.inl"
-#include "rounding.inl"
 #include "candidates.inl"
+#include "rounding.inl"
 #include "sparse.inl"
 
 }  // namespace

@@ -5,6 +5,8 @@
 
 // ---- random numbers ---------------------------------------------------------------------------------------------------
 
+enum Purpose : uint32_t { kSampling = 0x5bd1e995u, kRounding = 0 };
+
 // What a row's numbers follow from: its key and the purpose they serve.
 struct Stream {
   uint32_t low, high;

@@ -98,12 +98,12 @@ def test_every_path_to_a_gradient(
 
 def test_one_sweep_serves_a_backward_pass(plans: list[CandidatePlan]) -> None:
     """Candidates wait for it: no logits are made again, but where somebody else has the memory."""
-    tensors = problem(**SIZES)
+    tensors = problem(**{**SIZES, "vocabulary": 16411})
     hidden, weight = tensors["student_hidden"], tensors["weight"]
 
     def logprobs() -> Tensor:
         return fused_linear_logprobs(
-            hidden, weight, tensors["targets"], gradient_tolerance=0.02, workspace=TOGETHER,
+            hidden, weight, tensors["targets"], gradient_tolerance=0.02, workspace=1_200_000,
             backend="native", entropy="detached",
         ).logprobs  # fmt: skip
 
@@ -134,7 +134,7 @@ def entries_of(tile: SparseTile, row: int) -> tuple[Tensor, Tensor]:
     return tile.scores[row, :end].view(torch.int32), tile.scores[row, middle : middle + end]
 
 
-@pytest.mark.parametrize("objective", ["forward_kl", "reverse_kl", "jsd", "all", "cross_entropy"])
+@pytest.mark.parametrize("objective", ["forward_kl", "reverse_kl", "jsd", "cross_entropy"])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_candidates_have_the_entries_of_whole_rows(softcap: float | None, objective: str) -> None:
     """Bit for bit, with any number of threads and any slabs: nothing that a rounding may let stay
@@ -154,7 +154,7 @@ def test_candidates_have_the_entries_of_whole_rows(softcap: float | None, object
         lambda _, rows: (statistics[rows], weights[rows]),
     )
     tokens, vocabulary = SIZES["tokens"], SIZES["vocabulary"]
-    for columns, count in ((1024, 1), (4096, 2), (vocabulary, 5)):
+    for columns, count, floor in ((1024, 1, -24.0), (4096, 2, -math.inf), (vocabulary, 5, -30.0)):
         with threads(count):
             candidates = (
                 torch.empty(tokens, 3 if terms[0] else 2, 4096),
@@ -173,7 +173,7 @@ def test_candidates_have_the_entries_of_whole_rows(softcap: float | None, object
                     else:
                         kernels.accumulate(tile, state)
                     if sweep == kernels.needs_second_sweep:
-                        kernels.emit(tile, state, terms, rounder.keys, *candidates)
+                        kernels.emit(tile, state, terms, rounder.keys, floor, *candidates)
             assert (candidates[1] < 4096).all()
             made = rounder.settle(
                 kernels, scores.tokens, terms, candidates, statistics, weights, 1024
@@ -269,7 +269,7 @@ def test_plans() -> None:
     assert large is not None
     assert large.bytes <= 96 << 20
     assert (large.tokens, large.capacity) == (512, 8192)
-    assert plan(512, 4 << 20) is None
+    assert plan(512, 3 << 20) is None
     # A 16-bit dW of several groups wants float32 sums, which have no room.
     assert plan(512, 12 << 20, itemsize=2) is None
     frozen = plan(512, 12 << 20, itemsize=2, need_weight=False)

@@ -97,8 +97,8 @@ class NativeBackend:
             if rounding is not None and lease is not None:
                 statistics = _new_statistics(inputs)
                 kernels = RowKernels(inputs, objective, candidates.tiles.widened)
-                seed = rounding.tolerance.seed
-                return statistics, KeptCandidates(kernels, candidates, lease, seed, statistics)
+                kept = KeptCandidates(kernels, candidates, lease, rounding.tolerance, statistics)
+                return statistics, kept
         elif plan is None or plan.strategy != "store":
             return None
         elif plan.rows >= inputs.tokens.count:

@@ -1,7 +1,8 @@
-"""The memory of one sweep over the vocabulary (one_sweep.py): how much it keeps of how many tokens."""
+"""The memory of one sweep (one_sweep.py): how much it keeps of how many tokens."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from selfdistill_kernels.backends.native.plan import AUTO_CAP, MEBIBYTE, TilePlan
@@ -17,6 +18,17 @@ CANDIDATE_SHARE = 0.75
 LEAST_TOKENS = 64
 # Below so many columns in a slab, their products cost more than a second sweep.
 LEAST_COLUMNS = 256
+
+
+def least_priority(relative_error: float, vocabulary: int, capacity: int) -> float:
+    """What rows keep from their first slab on, log2 of the threshold for a token of weight 1.
+
+    Rows of a language model whose threshold is lower are a few in a hundred, and have no room. To
+    find that out by raising the floor would take most of the time of a sweep.
+    """
+    if vocabulary + 16 <= capacity:
+        return -math.inf
+    return -24.0 + 1.33 * math.log2(relative_error / 2e-3)
 
 
 @dataclass(frozen=True)

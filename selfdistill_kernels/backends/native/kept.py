@@ -33,7 +33,7 @@ from selfdistill_kernels.backends.native.rounding import Rounder
 from selfdistill_kernels.backends.native.rows import RowKernels, Tile
 from selfdistill_kernels.backends.tokens import Tokens
 from selfdistill_kernels.objective import Objective
-from selfdistill_kernels.tolerance import Rounding
+from selfdistill_kernels.tolerance import GradientTolerance, Rounding
 
 
 class KeptScores:
@@ -114,7 +114,7 @@ class KeptCandidates:
         kernels: the problem.
         plan: with room for all tokens.
         lease: memory for it.
-        seed: of the random numbers.
+        tolerance: what is allowed.
         statistics: [N, 10], filled for the tokens that exist.
     """
 
@@ -123,14 +123,18 @@ class KeptCandidates:
         kernels: RowKernels,
         plan: CandidatePlan,
         lease: memory.Lease,
-        seed: int,
+        tolerance: GradientTolerance,
         statistics: Tensor,
     ) -> None:
         self._plan, self._lease = plan, lease
         inputs = kernels.inputs
-        keys = keys_of(inputs, Tokens(inputs.student_hidden.shape[0]), seed)
+        keys = keys_of(inputs, Tokens(inputs.student_hidden.shape[0]), tolerance.seed)
         # One backward pass takes them, whatever thread it runs in.
-        self._found = [one_sweep.Candidates(kernels, plan, inputs.tokens, keys, lease.space)]
+        self._found = [
+            one_sweep.Candidates(
+                kernels, plan, inputs.tokens, keys, tolerance.relative_error, lease.space
+            )
+        ]
         inputs.tokens.put(statistics, self._found[0].statistics)
 
     def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from selfdistill_kernels.backends.interface import Gradients, LinearInputs, Needs
 from selfdistill_kernels.backends.native import memory
-from selfdistill_kernels.backends.native.candidates import CandidatePlan
+from selfdistill_kernels.backends.native.candidates import CandidatePlan, least_priority
 from selfdistill_kernels.backends.native.recompute import GradientSweep, Head, statistics_of
 from selfdistill_kernels.backends.native.rounding import Rounder, SparseTile
 from selfdistill_kernels.backends.native.rows import RowKernels, Tile
@@ -42,7 +42,9 @@ def gradients(
     with memory.workspace(plan.elements, kernels.inputs.device) as space:
         made = _Sums(kernels, plan, needs, rounder, space)
         for part in _groups(tokens, plan):
-            candidates = Candidates(kernels, plan, part, rounder.keys, space)
+            candidates = Candidates(
+                kernels, plan, part, rounder.keys, rounder.relative_error, space
+            )
             statistics, weights = weigh(part, candidates.statistics)
             made.add(candidates, statistics, weights)
         return made.finish()
@@ -81,6 +83,7 @@ class Candidates:
         plan: with room for the tokens.
         tokens: the n tokens.
         keys: [N] int64, what the random numbers of each token follow from.
+        relative_error: that dH of a token may have.
         space: memory of plan.elements.
 
     Attributes:
@@ -94,6 +97,7 @@ class Candidates:
         plan: CandidatePlan,
         tokens: Tokens,
         keys: Tensor,
+        relative_error: float,
         space: Tensor,
     ) -> None:
         self.tokens, self._plan = tokens, plan
@@ -103,11 +107,20 @@ class Candidates:
         marks = rows.new_empty((tokens.count, 5))
         self._rows = rows, counts, marks
         of_tokens = tokens.of(keys)
+        vocabulary = kernels.inputs.vocabulary
+        floor = least_priority(relative_error, vocabulary, plan.capacity)
 
         def watch(tile: Tile, first: int, last: int, state: Tensor) -> None:
             part = slice(first, last)
             kernels.emit(
-                tile, state, plan.terms, of_tokens[part], rows[part], counts[part], marks[part]
+                tile,
+                state,
+                plan.terms,
+                of_tokens[part],
+                floor,
+                rows[part],
+                counts[part],
+                marks[part],
             )
 
         buffer = space[: plan.tiles.tile_elements]

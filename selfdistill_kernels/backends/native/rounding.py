@@ -140,11 +140,16 @@ class Rounder:
                 part, *terms(part, some),
                 self.head.weight, self.head.centre, self.head.spread,
                 keys[some], tolerance.relative_error,
-                min(int(DENSE_SHARE * columns), columns // 2), SLAB, starts[some], variance[some],
-                None if moments is None else moments[some],
+                min(int(DENSE_SHARE * columns), columns // 2), SLAB, starts[some],
+                variance[some], None if moments is None else moments[some],
             )  # fmt: skip
         narrow = kernels.head.narrow_gradient
         return SparseTile(tile.tokens, tile.student, starts, variance, moments, narrow)
+
+    @property
+    def relative_error(self) -> float:
+        """What dH of a token may have."""
+        return self._rounding.tolerance.relative_error
 
     @property
     def keys(self) -> Tensor:

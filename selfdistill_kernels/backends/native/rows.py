@@ -241,7 +241,13 @@ class RowKernels:
         )  # fmt: skip
 
     def emit(
-        self, tile: Tile, state: Tensor, terms: LossTerms, keys: Tensor, *candidates: Tensor
+        self,
+        tile: Tile,
+        state: Tensor,
+        terms: LossTerms,
+        keys: Tensor,
+        floor: float,
+        *candidates: Tensor,
     ) -> None:
         """A slab, which `state` [r, 19] has seen, adds to the candidates of its tokens for a
         gradient of some `terms` of the loss; `candidates` is the rest of what `row_emit_` takes."""
@@ -249,7 +255,7 @@ class RowKernels:
         torch.ops.selfdistill.row_emit_(
             tile.student, tile.teacher if divergence else None, *self._biases(tile),
             self._targets(tile), *self.transform, self.divergence if divergence else 0, entropy,
-            tile.start, state, keys, *candidates,
+            tile.start, state, keys, floor, *candidates,
         )  # fmt: skip
 
     def settle(
