@@ -1,6 +1,7 @@
 """What a gradient tolerance saves and what it costs: time over the floor beside the error.
 
     python -m benchmarks.tolerance [--activations FILE] [--rounds 5] [--threads 2] [--plot FILE]
+        [--workspace BYTES]
 
 Forward KL with a trained and with a frozen head, exact and with tolerances, over the bare products
 of the same rounds: 4 with a trained head, 3 with a frozen one. Errors are of the whole dH and dW,
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class Setting:
 
     tolerance: float | None
     trained: bool
+    workspace: int | str = "auto"
 
     @property
     def name(self) -> str:
@@ -56,6 +58,7 @@ class Setting:
             head,
             problem.targets,
             gradient_tolerance=self.tolerance,
+            workspace=self.workspace,
         )
         return out, torch.autograd.grad(out.loss, leaves)
 
@@ -78,7 +81,7 @@ def errors_of(setting: Setting, problem: Problem) -> Errors | None:
     """What a tolerance costs; None for the exact gradient."""
     if setting.tolerance is None:
         return None
-    _, exact = Setting(None, setting.trained).run(problem)
+    _, exact = replace(setting, tolerance=None).run(problem)
     out, made = setting.run(problem)
     said = out.gradient_error
     assert said is not None
@@ -97,7 +100,7 @@ def errors_of(setting: Setting, problem: Problem) -> Errors | None:
 def line(setting: Setting, found: dict[str, Timing], errors: Errors | None) -> str:
     """Of the table."""
     timing, least, exact = (
-        found[name] for name in (setting.name, setting.floor, Setting(None, setting.trained).name)
+        found[name] for name in (setting.name, setting.floor, replace(setting, tolerance=None).name)
     )
     said = "| - | - | - | - |"
     if errors is not None:
@@ -141,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--workspace", type=int, help="bytes; auto by default")
     parser.add_argument("--plot", type=Path, help="a picture to write")
     args = parser.parse_args(argv)
     if args.threads:
@@ -151,7 +155,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         problem = read_problem(args.activations, dtype, "forward_kl")
     settings = [
-        Setting(tolerance, trained) for trained in (True, False) for tolerance in TOLERANCES
+        Setting(tolerance, trained, args.workspace or "auto")
+        for trained in (True, False)
+        for tolerance in TOLERANCES
     ]
     steps: dict[str, Callable[[], object]] = {
         floor_name(trained=trained): floor(problem, trained_head=trained)
@@ -163,7 +169,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     errors = {s.name: made for s in settings if (made := errors_of(s, problem)) is not None}
     print(", ".join(f"{name} {value}" for name, value in environment("cpu").items()))
     source = "random states" if args.activations is None else f"states of {args.activations.name}"
-    print(f"\nN/H/V {problem.shape}, {args.dtype}, {source}\n")
+    print(
+        f"\nN/H/V {problem.shape}, {args.dtype}, {source}, workspace {args.workspace or 'auto'}\n"
+    )
     print(
         "| tolerance, head | floor | s | over it | by round | over exact | dH | said | dW | said |"
     )

@@ -56,15 +56,28 @@ SELFDISTILL_LIBRARY(m) {
       "Tensor statistics, Tensor term_weights, float logit_scale, float softcap, float temperature, int divergence, "
       "float beta, bool gradient_in_bfloat16, Tensor weight, Tensor centre, Tensor spread, Tensor keys, float tolerance, "
       "int limit, int slab, Tensor(b!) starts, Tensor(c!) variance, Tensor(d!)? moments) -> ()");
+  // The same where rows are not whole. A slab of raw scores, whose statistics `state` [rows, 19] has already, adds what may
+  // be an entry to candidates [rows, 2 or with a divergence 3, capacity]: int32 columns and the models' logits. counts:
+  // int32 [rows]; marks: float32 [rows, 5]; floor: log2 of the threshold for a weight of 1 below which nothing is kept. When all slabs have passed, entries replace them in their own memory; the first
+  // start of a row that they are not enough for is -1.
+  m.def(
+      "row_emit_(Tensor student, Tensor? teacher, Tensor? student_bias, Tensor? teacher_bias, Tensor? targets, "
+      "float logit_scale, float softcap, float temperature, int divergence, bool entropy_term, int column_offset, "
+      "Tensor state, Tensor keys, float floor, Tensor(a!) candidates, Tensor(b!) counts, Tensor(c!) marks) -> ()");
+  m.def(
+      "row_settle_(Tensor(a!) candidates, Tensor counts, Tensor marks, Tensor? targets, Tensor statistics, "
+      "Tensor term_weights, float logit_scale, float softcap, float temperature, int divergence, float beta, Tensor weight, "
+      "Tensor centre, Tensor spread, Tensor keys, float tolerance, int limit, int slab, Tensor(b!) starts, "
+      "Tensor(c!) variance) -> ()");
   // out [rows, H] float32 = entries (weight - centre); of a dense row, zeros or `with_dense` its values times weight.
   m.def(
       "sparse_hidden_gradient_(Tensor tile, Tensor starts, int slab, bool with_dense, bool dense_in_bfloat16, Tensor weight, "
       "Tensor centre, Tensor(a!) out) -> ()");
   // out [columns, H] float32 or bfloat16 = entries^T hidden [rows, H] (+ add, float32, which may be out itself), and bias
-  // [columns] += their sums; returns the sum of the squares of out.
+  // [columns] += their sums, for whole slabs of columns from `first` on; returns the sum of the squares of out.
   m.def(
       "sparse_weight_gradient_(Tensor tile, Tensor starts, int slab, bool with_dense, bool dense_in_bfloat16, Tensor hidden, "
-      "Tensor? add, Tensor(a!) out, Tensor(b!)? bias) -> float");
+      "Tensor? add, Tensor(a!) out, Tensor(b!)? bias, int first, int vocabulary) -> float");
   // out float32 [columns] += the sums of the entries.
   m.def(
       "sparse_bias_gradient_(Tensor tile, Tensor starts, int slab, bool with_dense, bool dense_in_bfloat16, Tensor(a!) out) "

@@ -77,7 +77,7 @@ TESTS = (
         for name in (
             "backends/native/test_kept", "backends/native/test_plan", "backends/native/test_rows",
             "backends/native/test_workspace", "test_fuzz", "test_in_place", "test_loss", "test_ops",
-            "test_oracles", "test_tolerance", "test_top_k",
+            "test_oracles", "test_tolerance", "test_tolerance_one_sweep", "test_top_k",
         )
     ),
     *(

@@ -35,8 +35,9 @@ RoundingHead make_head(const Tensor& weight, const Tensor& centre) {
   return head;
 }
 
-// Entries in the first half of each row's memory: `columns` from its start, values from its middle on.
-SparseRows make_rows(const Tensor& tile, const Tensor& starts, int64_t slab) {
+// Entries in each row's memory: their columns from its start, values from its middle on. They are of `columns` columns, as
+// many as a dense row has elements.
+SparseRows make_rows(const Tensor& tile, const Tensor& starts, int64_t slab, int64_t columns) {
   TORCH_CHECK(tile.device().is_cpu() && tile.scalar_type() == at::kFloat && has_plain_rows(tile) && tile.size(1) >= 1,
               "tile: expected a float32 CPU tensor [rows, columns] with contiguous rows, got ", tile.scalar_type(), " ",
               tile.sizes(), " on ", tile.device());
@@ -46,14 +47,17 @@ SparseRows make_rows(const Tensor& tile, const Tensor& starts, int64_t slab) {
   rows.stride = tile.stride(0);
   rows.capacity = tile.size(1) / 2;
   rows.slab = slab;
-  rows.slabs = (tile.size(1) + slab - 1) / slab;
+  rows.slabs = (columns + slab - 1) / slab;
   check_matrix("starts", starts, tile.device(), at::kInt, tile.size(0), rows.slabs + 1);
   rows.starts = starts.data_ptr<int32_t>();
   return rows;
 }
 
-SparseRows make_rows(const Tensor& tile, const Tensor& starts, int64_t slab, bool with_dense, bool dense_in_bfloat16) {
-  SparseRows rows = make_rows(tile, starts, slab);
+SparseRows make_rows(const Tensor& tile, const Tensor& starts, int64_t slab, bool with_dense, bool dense_in_bfloat16,
+                     int64_t columns) {
+  TORCH_CHECK(!with_dense || tile.size(1) == columns, "with_dense: True, but a row of tile has ", tile.size(1),
+              " elements, not one for each of ", columns, " columns");
+  SparseRows rows = make_rows(tile, starts, slab, columns);
   rows.with_dense = with_dense;
   rows.dense_is_bfloat16 = dense_in_bfloat16;
   return rows;
@@ -103,7 +107,7 @@ void row_round_(Tensor& student, const OptionalTensor& teacher, const OptionalTe
   const int64_t rows = student.size(0);
   check_vector("keys", keys, student.device(), at::kLong, rows);
   check_matrix("variance", variance, student.device(), at::kFloat, rows, 2);
-  const SparseRows to = make_rows(student, starts, slab);
+  const SparseRows to = make_rows(student, starts, slab, p.columns);
   TORCH_CHECK(tolerance > 0, "tolerance: got ", tolerance, ", expected more than 0");
   TORCH_CHECK(limit >= 0 && limit <= to.capacity, "limit: got ", limit, ", expected 0 to ", to.capacity);
   Rounding rounding;
@@ -124,12 +128,96 @@ void row_round_(Tensor& student, const OptionalTensor& teacher, const OptionalTe
   });
 }
 
+CandidateRows make_candidates(const Tensor& candidates, const Tensor& counts, const Tensor& marks, bool has_teacher) {
+  const int64_t models = has_teacher ? 2 : 1;
+  TORCH_CHECK(candidates.device().is_cpu() && candidates.scalar_type() == at::kFloat && candidates.is_contiguous() &&
+                  candidates.dim() == 3 && candidates.size(1) == 1 + models,
+              "candidates: expected a contiguous float32 CPU tensor [rows, ", 1 + models, ", capacity], got ",
+              candidates.scalar_type(), " ", candidates.sizes(), " on ", candidates.device());
+  const int64_t rows = candidates.size(0), capacity = candidates.size(2);
+  // Room for a block of the widest vectors beside what a full row keeps.
+  TORCH_CHECK(capacity >= 4096 && capacity % 16 == 0, "candidates: got a capacity of ", capacity,
+              ", expected 4096 or more, a multiple of 16");
+  check_vector("counts", counts, candidates.device(), at::kInt, rows);
+  check_matrix("marks", marks, candidates.device(), at::kFloat, rows, CandidateRows::kMarks);
+  CandidateRows made;
+  made.rows = candidates.data_ptr<float>();
+  made.stride = (1 + models) * capacity;
+  made.capacity = capacity;
+  made.counts = counts.data_ptr<int32_t>();
+  made.marks = marks.data_ptr<float>();
+  made.has_teacher = has_teacher;
+  return made;
+}
+
+void row_emit_(const Tensor& student, const OptionalTensor& teacher, const OptionalTensor& student_bias,
+               const OptionalTensor& teacher_bias, const OptionalTensor& targets, double logit_scale, double softcap,
+               double temperature, int64_t divergence, bool entropy_term, int64_t column_offset, const Tensor& state,
+               const Tensor& keys, double floor, Tensor& candidates, Tensor& counts, Tensor& marks) {
+  // A priority does not depend on beta; any valid one passes the check.
+  const Problem p = make_problem(student, teacher, student_bias, teacher_bias, targets, logit_scale, softcap, temperature,
+                                 divergence, 0.5, column_offset);
+  const int64_t rows = student.size(0);
+  check_state(state, student.device(), rows);
+  check_vector("keys", keys, student.device(), at::kLong, rows);
+  CandidateRows into = make_candidates(candidates, counts, marks, divergence != 0);
+  into.floor = (float)floor;
+  TORCH_CHECK(candidates.size(0) == rows, "candidates: got ", candidates.size(0), " rows, expected ", rows);
+  const double* found = state.const_data_ptr<double>();
+  const int64_t* from = keys.const_data_ptr<int64_t>();
+  const RoundingKernels& k = kernels().rounding;
+  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    Tensor scratch = at::empty({into.capacity}, candidates.options());
+    k.emit(p, entropy_term, found, from, into, scratch.data_ptr<float>(), begin, end);
+  });
+}
+
+void row_settle_(Tensor& candidates, const Tensor& counts, const Tensor& marks, const OptionalTensor& targets,
+                 const Tensor& statistics, const Tensor& term_weights, double logit_scale, double softcap,
+                 double temperature, int64_t divergence, double beta, const Tensor& weight, const Tensor& centre,
+                 const Tensor& spread, const Tensor& keys, double tolerance, int64_t limit, int64_t slab, Tensor& starts,
+                 Tensor& variance) {
+  RoundingHead head = make_head(weight, centre);
+  check_vector("spread", spread, candidates.device(), at::kFloat, head.columns);
+  head.spread = spread.const_data_ptr<float>();
+  const CandidateRows from = make_candidates(candidates, counts, marks, divergence != 0);
+  const int64_t rows = candidates.size(0);
+  const Tensor memory = candidates.view({rows, -1});
+  const SparseRows to = make_rows(memory, starts, slab, head.columns);
+  check_row_terms(memory, statistics, term_weights);
+  check_vector("keys", keys, candidates.device(), at::kLong, rows);
+  check_matrix("variance", variance, candidates.device(), at::kFloat, rows, 2);
+  TORCH_CHECK(tolerance > 0, "tolerance: got ", tolerance, ", expected more than 0");
+  TORCH_CHECK(limit >= 0 && limit <= to.capacity, "limit: got ", limit, ", expected 0 to ", to.capacity);
+  Problem p;
+  if (targets) {
+    check_vector("targets", *targets, candidates.device(), at::kLong, rows);
+    p.targets = targets->const_data_ptr<int64_t>();
+  }
+  p.columns = head.columns;
+  p.logit_scale = logit_scale;
+  p.softcap = softcap;
+  p.temperature = temperature;
+  p.divergence = static_cast<Divergence>(divergence);
+  p.beta = beta;
+  Rounding rounding;
+  rounding.tolerance = tolerance;
+  rounding.limit = limit;
+  rounding.keys = keys.const_data_ptr<int64_t>();
+  rounding.variance = variance.data_ptr<float>();
+  const float* found = statistics.const_data_ptr<float>();
+  const float* weights = term_weights.const_data_ptr<float>();
+  const RoundingKernels& k = kernels().rounding;
+  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    Tensor scratch = at::empty({k.scratch_bytes(limit, head.hidden)}, at::TensorOptions().dtype(at::kByte));
+    k.settle(p, from, found, weights, head, rounding, to, scratch.data_ptr(), begin, end);
+  });
+}
+
 void sparse_hidden_gradient_(const Tensor& tile, const Tensor& starts, int64_t slab, bool with_dense, bool dense_in_bfloat16,
                              const Tensor& weight, const Tensor& centre, Tensor& out) {
   const RoundingHead head = make_head(weight, centre);
-  const SparseRows from = make_rows(tile, starts, slab, with_dense, dense_in_bfloat16);
-  TORCH_CHECK(head.columns == tile.size(1), "weight: got ", head.columns, " rows, expected one for each of ", tile.size(1),
-              " columns");
+  const SparseRows from = make_rows(tile, starts, slab, with_dense, dense_in_bfloat16, head.columns);
   check_matrix("out", out, tile.device(), at::kFloat, tile.size(0), head.hidden);
   float* to = out.data_ptr<float>();
   // Few rows at a time, for the thread that is free: some have many entries.
@@ -140,9 +228,14 @@ void sparse_hidden_gradient_(const Tensor& tile, const Tensor& starts, int64_t s
 
 double sparse_weight_gradient_(const Tensor& tile, const Tensor& starts, int64_t slab, bool with_dense,
                                bool dense_in_bfloat16, const Tensor& hidden, const OptionalTensor& add, Tensor& out,
-                               const OptionalTensor& bias) {
-  const SparseRows from = make_rows(tile, starts, slab, with_dense, dense_in_bfloat16);
-  const int64_t rows = tile.size(0), columns = tile.size(1);
+                               const OptionalTensor& bias, int64_t first, int64_t vocabulary) {
+  const SparseRows from = make_rows(tile, starts, slab, with_dense, dense_in_bfloat16, vocabulary);
+  const int64_t rows = tile.size(0), columns = out.size(0);
+  TORCH_CHECK(first >= 0 && first % slab == 0 && first + columns <= vocabulary &&
+                  (columns % slab == 0 || first + columns == vocabulary),
+              "first: got ", first, " and out for ", columns, " columns, expected whole slabs of ", slab, " of ", vocabulary,
+              " columns");
+  const int64_t first_slab = first / slab, slabs = (columns + slab - 1) / slab;
   TORCH_CHECK(hidden.device().is_cpu() && hidden.dim() == 2 && hidden.size(0) == rows && hidden.is_contiguous(),
               "hidden: expected a contiguous CPU tensor [", rows, ", hidden], got ", hidden.sizes(), " on ",
               hidden.device());
@@ -167,19 +260,20 @@ double sparse_weight_gradient_(const Tensor& tile, const Tensor& starts, int64_t
     check_vector("bias", *bias, tile.device(), at::kFloat, columns);
     bias_to = bias->data_ptr<float>();
   }
-  Tensor squares = at::empty({from.slabs}, tile.options().dtype(at::kDouble));
+  Tensor squares = at::empty({slabs}, tile.options().dtype(at::kDouble));
   double* squares_to = squares.data_ptr<double>();
   // A slab for the thread that is free, the first ones first: in those of byte-pair encodings are the frequent entries.
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t, int64_t) {
     Tensor counts = at::empty({slab + 1}, at::TensorOptions().dtype(at::kInt));
     int32_t* places = counts.data_ptr<int32_t>();
-    for (int64_t s = next++; s < from.slabs; s = next++) {
+    for (int64_t s = next++; s < slabs; s = next++) {
       const int64_t begin = s * slab, end = std::min(begin + slab, columns);
       std::fill(places, places + slab + 1, 0);
       const auto each = [&](const auto& f) {
         for (int64_t r = 0; r < rows; ++r) {
-          each_entry(from, r, s, columns, [&](int64_t column, float value) { f(r, column - begin, value); });
+          each_entry(from, r, first_slab + s, vocabulary,
+                     [&](int64_t column, float value) { f(r, column - first - begin, value); });
         }
       };
       // By column, and in each by row, whatever the thread.
@@ -203,18 +297,19 @@ double sparse_weight_gradient_(const Tensor& tile, const Tensor& starts, int64_t
   };
   at::parallel_for(0, at::get_num_threads(), 1, work);
   double total = 0.0;
-  for (int64_t s = 0; s < from.slabs; ++s) total += squares_to[s];
+  for (int64_t s = 0; s < slabs; ++s) total += squares_to[s];
   return total;
 }
 
 void sparse_bias_gradient_(const Tensor& tile, const Tensor& starts, int64_t slab, bool with_dense, bool dense_in_bfloat16,
                            Tensor& out) {
-  const SparseRows from = make_rows(tile, starts, slab, with_dense, dense_in_bfloat16);
-  check_vector("out", out, tile.device(), at::kFloat, tile.size(1));
+  const int64_t columns = out.size(0);
+  const SparseRows from = make_rows(tile, starts, slab, with_dense, dense_in_bfloat16, columns);
+  check_vector("out", out, tile.device(), at::kFloat, columns);
   float* to = out.data_ptr<float>();
   for (int64_t r = 0; r < tile.size(0); ++r) {
     for (int64_t s = 0; s < from.slabs; ++s) {
-      each_entry(from, r, s, tile.size(1), [&](int64_t column, float value) { to[column] += value; });
+      each_entry(from, r, s, columns, [&](int64_t column, float value) { to[column] += value; });
     }
   }
 }
@@ -225,6 +320,8 @@ void sparse_bias_gradient_(const Tensor& tile, const Tensor& starts, int64_t sla
 SELFDISTILL_LIBRARY_IMPL(CPU, m) {
   m.impl("rounding_spread", selfdistill::rounding_spread);
   m.impl("row_round_", selfdistill::row_round_);
+  m.impl("row_emit_", selfdistill::row_emit_);
+  m.impl("row_settle_", selfdistill::row_settle_);
   m.impl("sparse_hidden_gradient_", selfdistill::sparse_hidden_gradient_);
   m.impl("sparse_weight_gradient_", selfdistill::sparse_weight_gradient_);
   m.impl("sparse_bias_gradient_", selfdistill::sparse_bias_gradient_);

@@ -27,6 +27,19 @@ struct SparseRows {
   bool is_dense(int64_t r) const { return starts[r * (slabs + 1)] < 0; }
 };
 
+// What one sweep over the vocabulary keeps of rows until their log-sum-exp is known. The memory of row r starts at `rows` +
+// r * `stride`: `capacity` int32 columns, ascending, then as many logits of the student, and of the teacher where a
+// divergence needs them.
+struct CandidateRows {
+  static constexpr int kMarks = 5;
+  float* rows = nullptr;
+  int64_t stride = 0, capacity = 0;
+  int32_t* counts = nullptr;  // [rows]
+  float* marks = nullptr;     // [rows, kMarks]: floor, log-sum-exps and target's logits of RowLogits in rounding.inl
+  bool has_teacher = false;
+  float floor = 0.0f;  // of a row before its first slab, log2; -infinity to keep all there is room for
+};
+
 struct Rounding {
   double tolerance = 0.0;         // the relative standard error that dH of a row may have
   int64_t limit = 0;              // a row that needs more entries becomes dense
@@ -52,6 +65,13 @@ struct RoundingKernels {
   void (*round)(const Problem&, const float* statistics, const float* term_weights, const RoundingHead&, const Rounding&,
                 const SparseRows&, void* scratch, int64_t begin, int64_t end);
   int64_t (*scratch_bytes)(int64_t limit, int64_t hidden);
+  // A slab of raw scores adds to the candidates of rows [begin, end), whose `state` has seen it; the columns so far are
+  // those of its first slab where p.column_offset is 0. `scratch` has room for `capacity` floats.
+  void (*emit)(const Problem&, bool entropy_term, const double* state, const int64_t* keys, const CandidateRows&,
+               float* scratch, int64_t begin, int64_t end);
+  // Candidates of rows [begin, end) become sparse in their own memory; the first start of a row that cannot is -1.
+  void (*settle)(const Problem&, const CandidateRows&, const float* statistics, const float* term_weights,
+                 const RoundingHead&, const Rounding&, const SparseRows&, void* scratch, int64_t begin, int64_t end);
   // dH [rows, hidden] float32 of rows [begin, end); zeros for a dense row.
   void (*hidden_gradient)(const RoundingHead&, const SparseRows&, float* out, int64_t begin, int64_t end);
   // dW of the columns of one slab from entries by column: those of column j of the slab are [starts[j], starts[j + 1]).

@@ -1,4 +1,4 @@
-// Gradients of logits rounded at random, so that few entries are left: part of rows.inl, after screen.inl.
+// Gradients of logits rounded at random, so that few entries are left: part of rows.inl, after candidates.inl.
 //
 // An entry of size e below tau becomes tau with probability e / tau, else 0: right on average, with the variance
 // e (tau - e). tau is a row's own, as large as the error of its dH may be.
@@ -8,7 +8,7 @@
 // A row's gradient, evaluated where a sweep lets it. GradientTerms as in gradient_row.
 struct RoundedRow {
   const Problem& p;
-  const Row &student, &teacher;
+  const RowLogits& logits;
   bool divergent;
   int64_t target;
   GradientTerms terms;
@@ -17,11 +17,13 @@ struct RoundedRow {
   Screen screen;
   Bound bound;
   float at_target = 0.0f, teacher_entropy;
+  double least = 0.0;  // threshold for which all candidates are there
 
-  RoundedRow(const Problem& problem, const Row& s, const Row& t, int64_t target_column, const float* statistics,
+  RoundedRow(const Problem& problem, const RowLogits& row, int64_t target_column, const float* statistics,
              const float* weights)
-      : p(problem), student(s), teacher(t), target(target_column), teacher_entropy(statistics[kTeacherEntropy]) {
-    transform = make_transform(p.logit_scale, p.softcap, p.temperature, student.bias != nullptr);
+      : p(problem), logits(row), target(target_column), teacher_entropy(statistics[kTeacherEntropy]) {
+    const bool has_bias = row.student && row.student->bias;
+    transform = make_transform(p.logit_scale, p.softcap, p.temperature, has_bias);
     divergent = p.divergence != Divergence::kNone && weights[0] != 0.0f;
     terms = gradient_terms(p, transform, statistics, weights[0], weights[1], weights[2]);
     const Divergence divergence = divergent ? p.divergence : Divergence::kNone;
@@ -31,11 +33,30 @@ struct RoundedRow {
     bound = make_bound(divergence, terms);
     if (!divergent) bound.divergence = 0.0f;
     if (target >= 0) {
-      const float z = logit_at(student, target);
-      at_target = gradient.target(z, divergent ? logit_at(teacher, target) : 0.0f, terms);
+      const float z = row.student ? logit_at(*row.student, target) : row.student_target;
+      const float t = !divergent ? 0.0f : row.teacher ? logit_at(*row.teacher, target) : row.teacher_target;
+      at_target = gradient.target(z, t, terms);
       if (transform.ceiling > 0.0f) at_target *= cap_derivative(z, transform);
     }
+    if (row.floor > -INFINITY) least = least_threshold();
   }
+
+  // An entry that was left out had a priority below the floor. Its bound now is larger by this factor at most: its
+  // log-prob has fallen since, and its log-ratio moved, by no more than the log-sum-exps have grown.
+  double least_threshold() const {
+    const double student_grown = (double)terms.n.student + terms.n.student_low - logits.student_before;
+    const double teacher_grown = divergent ? (double)terms.n.teacher + terms.n.teacher_low - logits.teacher_before : 0.0;
+    const double grown = (student_grown > teacher_grown ? student_grown : teacher_grown) + 1e-3;
+    double factor = bound.token + bound.entropy * (grown + fabsf(terms.entropy)) +
+                    bound.divergence * (bound.rest * grown + bound.pivot);
+    if (factor < bound.entropy) factor = bound.entropy;
+    if (factor < bound.divergence * bound.rest) factor = bound.divergence * bound.rest;
+    return factor * exp2((double)logits.floor + kBend + 0.01);
+  }
+
+  // Whether the candidates for a threshold are all there.
+  bool has_all(double threshold) const { return least == 0.0 || (threshold > FLT_MIN ? threshold : FLT_MIN) >= least; }
+  bool has_sample(double threshold) const { return has_all(threshold / kSampleSpread); }
 
   // Size of an entry whose probability is near 1: what thresholds are relative to.
   float scale() const { return bound.token + bound.entropy * (1.0f + terms.entropy) + bound.divergence; }
@@ -52,12 +73,16 @@ struct RoundedRow {
     float student_buffer[kBlock], teacher_buffer[kBlock];
     const float room = (float)log2(threshold > FLT_MIN ? threshold : FLT_MIN);
     found.count = 0;
-    for (int64_t j = 0; j < p.columns; j += kBlock) {
-      const int64_t n = p.columns - j < kBlock ? p.columns - j : kBlock;
-      const float* s = student.transformed(j, n, student_buffer);
-      const float* t = divergent ? teacher.transformed(j, n, teacher_buffer) : nullptr;
-      screen(s, t, j, n, terms, bound, room, is_sample, stream, found);
-      if (found.count < kBlock && j + n < p.columns) continue;
+    const bool is_kept = logits.columns != nullptr;
+    const int64_t columns = is_kept ? logits.count : p.columns;
+    for (int64_t j = 0; j < columns; j += kBlock) {
+      const int64_t n = columns - j < kBlock ? columns - j : kBlock;
+      const float* s = is_kept ? logits.kept_student + j : logits.student->transformed(j, n, student_buffer);
+      const float* t = nullptr;
+      if (divergent) t = is_kept ? logits.kept_teacher + j : logits.teacher->transformed(j, n, teacher_buffer);
+      screen(s, t, is_kept ? logits.columns + j : kPlaces.at, is_kept ? 0 : j, n, terms, bound, room, is_sample, stream,
+             found);
+      if (found.count < kBlock && j + n < columns) continue;
       const int count = found.count;
       // Whole vectors: what lies behind is room.
       const int whole = (count + kLanes - 1) / kLanes * kLanes;
@@ -167,9 +192,8 @@ int64_t rounding_space(int64_t limit, int64_t hidden) { return sizeof(RoundingSp
 static constexpr double kShare = 0.75;
 // Probabilities of a sample are 1 for entries of this part of the row's scale, at first; a row that is sure of itself has
 // small entries only. At least so many entries make a sample, where the row has them.
-static constexpr double kSamplePart = 0x1p-12, kLeastPart = 0x1p-90;
+static constexpr double kSamplePart = 0x1p-14, kLeastPart = 0x1p-90;
 static constexpr int kLeastSample = 256;
-enum Purpose : uint32_t { kSampling = 0x5bd1e995u, kRounding = 0 };
 
 float choose_threshold(const RoundedRow& row, const RoundingHead& head, double tolerance, int64_t key,
                        RoundingSpace& space) {
@@ -179,8 +203,8 @@ float choose_threshold(const RoundedRow& row, const RoundingHead& head, double t
   bool is_above = false;
   for (double part = kSamplePart * row.uncertainty();;) {
     sample.count = 0;
-    bool fits = true;
-    row.sweep(part * row.scale(), true, stream, space.candidates, [&](int32_t column, float e, float level) {
+    bool fits = row.has_sample(part * row.scale());
+    if (fits) row.sweep(part * row.scale(), true, stream, space.candidates, [&](int32_t column, float e, float level) {
       const float probability = level < 127.0f ? from_bits((uint32_t)(level * 0x1p23f)) : 1.0f;
       return (fits = sample.add(column, e, head.spread[column], probability));
     });
@@ -269,43 +293,84 @@ bool is_finite(const float* statistics, const float* weights) {
   return isfinite(sum);
 }
 
-void round_rows(const Problem& p, const float* statistics, const float* term_weights, const RoundingHead& head,
-                const Rounding& rounding, const SparseRows& to, void* scratch, int64_t begin, int64_t end) {
+RoundingSpace* make_space(void* scratch, int64_t limit) {
   RoundingSpace* space = static_cast<RoundingSpace*>(scratch);
   space->columns = reinterpret_cast<int32_t*>(space + 1);
-  space->values = reinterpret_cast<float*>(space->columns + rounding.limit);
-  space->sum = space->values + rounding.limit;
+  space->values = reinterpret_cast<float*>(space->columns + limit);
+  space->sum = space->values + limit;
+  return space;
+}
+
+// Rounds a row into the memory of `to`, which may be that of its logits; false where that would be no gain.
+bool round_into(const Problem& p, const RowLogits& logits, int64_t target, const float* statistics, const float* weights,
+                const RoundingHead& head, const Rounding& rounding, const SparseRows& to, RoundingSpace& space, int64_t r) {
+  int32_t* starts = to.starts + r * (to.slabs + 1);
+  float* variance = rounding.variance + 2 * r;
+  float* moments = rounding.moments ? rounding.moments + 4 * r : nullptr;
+  variance[0] = variance[1] = 0.0f;
+  if (moments) memset(moments, 0, 4 * sizeof(float));
+  if (weights[0] == 0.0f && weights[1] == 0.0f && weights[2] == 0.0f) {
+    for (int64_t slab = 0; slab <= to.slabs; ++slab) starts[slab] = 0;
+    return true;
+  }
+  Rounded made;
+  made.fits = false;
+  const int64_t key = rounding.keys[r];
+  if (is_finite(statistics, weights)) {
+    const RoundedRow row(p, logits, target, statistics, weights);
+    if (isfinite(row.least)) {
+      const float tau = choose_threshold(row, head, rounding.tolerance, key, space);
+      if (row.has_all(tau)) made = round_row(row, head, tau, rounding.limit, key, to, starts, space);
+      if (moments && made.fits) moments_of(row, head, tau, key, space, moments);
+    }
+  }
+  if (!made.fits) {
+    starts[0] = -1;
+    return false;
+  }
+  variance[0] = (float)made.variance;
+  variance[1] = (float)made.own_variance;
+  float* row = to.rows + r * to.stride;
+  memcpy(row, space.columns, made.count * sizeof(int32_t));
+  memcpy(row + to.capacity, space.values, made.count * sizeof(float));
+  return true;
+}
+
+void round_rows(const Problem& p, const float* statistics, const float* term_weights, const RoundingHead& head,
+                const Rounding& rounding, const SparseRows& to, void* scratch, int64_t begin, int64_t end) {
+  RoundingSpace* space = make_space(scratch, rounding.limit);
   for (int64_t r = begin; r < end; ++r) {
     const float* weights = term_weights + 3 * r;
     const float* found = statistics + r * kStatistics;
     const Row student(p.student, p, r), teacher(p.teacher, p, r);
     const int64_t target = target_column(p, r);
-    int32_t* starts = to.starts + r * (to.slabs + 1);
-    float* variance = rounding.variance + 2 * r;
-    variance[0] = variance[1] = 0.0f;
-    float* moments = rounding.moments ? rounding.moments + 4 * r : nullptr;
-    if (moments) memset(moments, 0, 4 * sizeof(float));
-    Rounded made;
-    made.fits = false;
-    if (weights[0] == 0.0f && weights[1] == 0.0f && weights[2] == 0.0f) {
-      for (int64_t slab = 0; slab <= to.slabs; ++slab) starts[slab] = 0;
-      continue;
-    }
-    if (is_finite(found, weights)) {
-      const RoundedRow row(p, student, teacher, target, found, weights);
-      const float tau = choose_threshold(row, head, rounding.tolerance, rounding.keys[r], *space);
-      made = round_row(row, head, tau, rounding.limit, rounding.keys[r], to, starts, *space);
-      if (moments && made.fits) moments_of(row, head, tau, rounding.keys[r], *space, moments);
-    }
-    if (!made.fits) {
-      starts[0] = -1;
-      gradient_row_as(p, student, teacher, target, found, weights[0], weights[1], weights[2]);
-      continue;
-    }
-    variance[0] = (float)made.variance;
-    variance[1] = (float)made.own_variance;
-    float* row = to.rows + r * to.stride;
-    memcpy(row, space->columns, made.count * sizeof(int32_t));
-    memcpy(row + to.capacity, space->values, made.count * sizeof(float));
+    RowLogits logits;
+    logits.student = &student;
+    logits.teacher = &teacher;
+    if (round_into(p, logits, target, found, weights, head, rounding, to, *space, r)) continue;
+    gradient_row_as(p, student, teacher, target, found, weights[0], weights[1], weights[2]);
+  }
+}
+
+// The same from what one sweep has kept.
+void settle_rows(const Problem& p, const CandidateRows& from, const float* statistics, const float* term_weights,
+                 const RoundingHead& head, const Rounding& rounding, const SparseRows& to, void* scratch, int64_t begin,
+                 int64_t end) {
+  RoundingSpace* space = make_space(scratch, rounding.limit);
+  for (int64_t r = begin; r < end; ++r) {
+    const float* marks = from.marks + r * CandidateRows::kMarks;
+    const CandidateRow row = candidate_row(from, r, rounding.keys[r]);
+    RowLogits logits;
+    logits.columns = row.columns;
+    logits.kept_student = row.student;
+    logits.kept_teacher = row.teacher;
+    logits.count = row.count;
+    logits.floor = marks[0];
+    logits.student_before = marks[1];
+    logits.teacher_before = marks[2];
+    logits.student_target = marks[3];
+    logits.teacher_target = marks[4];
+    round_into(p, logits, target_column(p, r), statistics + r * kStatistics, term_weights + 3 * r, head, rounding, to,
+               *space, r);
   }
 }

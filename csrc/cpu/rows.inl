@@ -423,6 +423,7 @@ void narrow(const float* from, int64_t count, uint16_t* bfloat16) {
 }
 
 #include "screen.inl"
+#include "candidates.inl"
 #include "rounding.inl"
 #include "sparse.inl"
 
@@ -431,7 +432,7 @@ void narrow(const float* from, int64_t count, uint16_t* bfloat16) {
 extern const Kernels kernels;
 const Kernels kernels = {
     visit, statistics, mixture_sums, clip_sums, gradient, widen, narrow,
-    {spread, round_rows, rounding_space, sparse_hidden_gradient, sparse_weight_gradient},
+    {spread, round_rows, rounding_space, emit_rows, settle_rows, sparse_hidden_gradient, sparse_weight_gradient},
 };
 
 }  // namespace SELFDISTILL_ISA

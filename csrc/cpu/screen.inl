@@ -5,6 +5,8 @@
 
 // ---- random numbers ---------------------------------------------------------------------------------------------------
 
+enum Purpose : uint32_t { kSampling = 0x5bd1e995u, kRounding = 0 };
+
 // What a row's numbers follow from: its key and the purpose they serve.
 struct Stream {
   uint32_t low, high;
@@ -117,42 +119,58 @@ struct Candidates {
   int count = 0;
 };
 
-using Screen = void (*)(const float*, const float*, int64_t, int64_t, const GradientTerms&, const Bound&, float, bool,
-                        const Stream&, Candidates&);
+// 0, 1, 2, ...: the columns of a block, from its first on.
+struct Places {
+  int32_t at[kBlock];
+  constexpr Places() : at() {
+    for (int i = 0; i < kBlock; ++i) at[i] = i;
+  }
+};
+static constexpr Places kPlaces;
 
-// Columns [j, j + n) whose random number lies below their bound over the threshold; `room` is log2 of the threshold.
+SELFDISTILL_FN VectorBits load_columns(const int32_t* from) {
+  VectorBits columns;
+  memcpy(&columns, from, sizeof columns);
+  return columns;
+}
+
+using Screen = void (*)(const float*, const float*, const int32_t*, int64_t, int64_t, const GradientTerms&, const Bound&,
+                        float, bool, const Stream&, Candidates&);
+
+// Of n logits those whose random number lies below their bound over the threshold; `room` is log2 of the threshold. Logit i
+// is that of column columns[i] + j.
 template <Divergence kDivergence, bool kEntropyTerm>
-void screen(const float* student, const float* teacher, int64_t j, int64_t n, const GradientTerms& terms,
-            const Bound& bound, float room, bool is_sample, const Stream& stream, Candidates& found) {
+void screen(const float* student, const float* teacher, const int32_t* columns, int64_t j, int64_t n,
+            const GradientTerms& terms, const Bound& bound, float room, bool is_sample, const Stream& stream,
+            Candidates& found) {
   const GradientTerms own_terms = terms;  // what is written below cannot change a copy
   const Bound own_bound = bound;
   const Stream own_stream = stream;
   constexpr bool kTeacher = kDivergence != Divergence::kNone;
-  VectorBits lanes;
-  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
   int count = found.count;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     const Vector s = load(student + i), t = kTeacher ? load(teacher + i) : Vector{};
     const Vector level = log2_bound<kDivergence, kEntropyTerm>(s, t, own_terms, own_bound) - room;
-    const VectorBits columns = lanes + (uint32_t)(j + i);
-    const Vector number = uniform(columns, own_stream);
+    const VectorBits column = load_columns(columns + i) + (uint32_t)j;
+    const Vector number = uniform(column, own_stream);
     const uint32_t mask = mask_of(bent_log2(number) <= level);
     store_lanes(mask, at_least(s, kLowest), found.student + count);
     if constexpr (kTeacher) store_lanes(mask, at_least(t, kLowest), found.teacher + count);
     store_lanes(mask, is_sample ? level : number, found.luck + count);
-    store_lanes(mask, from_bits(columns), found.column + count);
+    store_lanes(mask, from_bits(column), found.column + count);
     count += __builtin_popcount(mask);
   }
   for (; i < n; ++i) {
     const float s = student[i], t = kTeacher ? teacher[i] : 0.0f;
     const float level = log2_bound<kDivergence, kEntropyTerm>(s, t, terms, bound) - room;
-    const float number = uniform((uint32_t)(j + i), stream);
+    const int32_t column = columns[i] + (int32_t)j;
+    const float number = uniform((uint32_t)column, stream);
     if (!(bent_log2(number) <= level)) continue;
     found.student[count] = at_least(s, kLowest);
     found.teacher[count] = at_least(t, kLowest);
     found.luck[count] = is_sample ? level : number;
-    found.column[count++] = (int32_t)(j + i);
+    found.column[count++] = column;
   }
   found.count = count;
 }

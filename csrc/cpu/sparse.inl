@@ -59,6 +59,39 @@ void add_dense(const RoundingHead& head, const SparseRows& from, int64_t r, int6
   }
 }
 
+// Elements [k, k + kWide kLanes) of to += sum over entries [first, last) of value * row of the head, in registers.
+template <int kWide, class Element>
+SELFDISTILL_FN void add_entries_part(const RoundingHead& head, const int32_t* columns, const float* values, int32_t first,
+                                     int32_t last, float* to, int64_t k) {
+  Vector sums[kWide];
+  for (int i = 0; i < kWide; ++i) sums[i] = load(to + k + i * kLanes);
+  for (int32_t e = first; e < last; ++e) {
+    const Element* row = static_cast<const Element*>(head.weight) + columns[e] * head.hidden + k;
+    for (int i = 0; i < kWide; ++i) sums[i] += values[e] * load(row + i * kLanes);
+  }
+  for (int i = 0; i < kWide; ++i) store(to + k + i * kLanes, sums[i]);
+}
+
+template <class Element>
+void add_entries(const RoundingHead& head, const int32_t* columns, const float* values, int32_t first, int32_t last,
+                 float* to) {
+  int64_t k = 0;
+  for (; k + 12 * kLanes <= head.hidden; k += 12 * kLanes) {
+    add_entries_part<12, Element>(head, columns, values, first, last, to, k);
+  }
+  for (; k + 4 * kLanes <= head.hidden; k += 4 * kLanes) {
+    add_entries_part<4, Element>(head, columns, values, first, last, to, k);
+  }
+  for (; k + kLanes <= head.hidden; k += kLanes) {
+    add_entries_part<1, Element>(head, columns, values, first, last, to, k);
+  }
+  for (; k < head.hidden; ++k) {
+    for (int32_t e = first; e < last; ++e) {
+      to[k] += values[e] * widened(static_cast<const Element*>(head.weight)[columns[e] * head.hidden + k]);
+    }
+  }
+}
+
 template <class Element>
 void sparse_hidden_gradient_of(const RoundingHead& head, const SparseRows& from, float* out, int64_t begin, int64_t end) {
   memset(out + begin * head.hidden, 0, (end - begin) * head.hidden * sizeof(float));
@@ -71,19 +104,9 @@ void sparse_hidden_gradient_of(const RoundingHead& head, const SparseRows& from,
         if (from.with_dense) add_dense<Element>(head, from, r, first, last, out + r * head.hidden);
         continue;
       }
-      const int32_t* columns = reinterpret_cast<const int32_t*>(from.rows + r * from.stride);
-      const float* values = from.rows + r * from.stride + from.capacity;
-      const Element* weight = static_cast<const Element*>(head.weight);
-      for (int32_t i = starts[slab]; i < starts[slab + 1]; i += 4) {
-        const Element* rows[4];
-        float by[4];
-        for (int k = 0; k < 4; ++k) {
-          const bool inside = i + k < starts[slab + 1];
-          rows[k] = weight + columns[inside ? i + k : i] * head.hidden;
-          by[k] = inside ? values[i + k] : 0.0f;
-        }
-        add_four(rows, by, head.hidden, out + r * head.hidden);
-      }
+      const float* row = from.rows + r * from.stride;
+      add_entries<Element>(head, reinterpret_cast<const int32_t*>(row), row + from.capacity, starts[slab], starts[slab + 1],
+                           out + r * head.hidden);
     }
   }
   for (int64_t r = begin; r < end; ++r) {
@@ -120,7 +143,6 @@ SELFDISTILL_FN Vector weight_gradient_part(const SparseProduct& p, const int32_t
 template <class In, class Out>
 double sparse_weight_gradient_of(const SparseProduct& p, const int32_t* starts, const int32_t* rows, const float* values,
                                  int64_t begin, int64_t end) {
-  constexpr int kWide = 8;
   double squares = 0.0;
   for (int64_t j = begin; j < end; ++j) {
     Out* out = static_cast<Out*>(p.out) + j * p.size;
@@ -129,8 +151,11 @@ double sparse_weight_gradient_of(const SparseProduct& p, const int32_t* starts, 
     Vector square{};
     float tail = 0.0f;
     int64_t k = 0;
-    for (; k + kWide * kLanes <= p.size; k += kWide * kLanes) {
-      square += weight_gradient_part<kWide, In>(p, rows, values, first, last, add, out, k);
+    for (; k + 12 * kLanes <= p.size; k += 12 * kLanes) {
+      square += weight_gradient_part<12, In>(p, rows, values, first, last, add, out, k);
+    }
+    for (; k + 4 * kLanes <= p.size; k += 4 * kLanes) {
+      square += weight_gradient_part<4, In>(p, rows, values, first, last, add, out, k);
     }
     for (; k + kLanes <= p.size; k += kLanes) {
       square += weight_gradient_part<1, In>(p, rows, values, first, last, add, out, k);

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,69 +14,22 @@ from tolerance_cases import (
     RISK,
     TOKENS,
     VOCABULARY,
+    assert_error_is_reported,
     gradients,
     loss_of,
     problem,
+    threads,
 )
 from torch import Tensor
 
 from selfdistill_kernels import (
     AdvantageMask,
-    DistillationOutput,
     FusedLinearDistillationLoss,
     GradientTolerance,
     Objective,
 )
 from selfdistill_kernels.backends.dispatch import decide
 from selfdistill_kernels.backends.registry import found
-
-
-def assert_error_is_reported(
-    tensors: dict[str, Tensor],
-    tolerance: float | GradientTolerance,
-    *,
-    factor: float = 1.3,
-    upstream: Tensor | None = None,
-    rounding: float = 0.0,
-    **options: Any,
-) -> DistillationOutput:
-    """Over all tokens, and of dW, what is measured is what is said and what is allowed."""
-    exact_options = {**options, "backend": "reference"}
-    exact, before = gradients(tensors, upstream, **exact_options)
-    made, out = gradients(tensors, upstream, gradient_tolerance=tolerance, **options)
-    assert before.gradient_error is None
-    said = out.gradient_error
-    assert said is not None
-    error = (made["student_hidden"] - exact["student_hidden"]).norm(dim=-1)
-    size = exact["student_hidden"].norm(dim=-1)
-    has = size > 0
-    if isinstance(tolerance, GradientTolerance):
-        tolerance = tolerance.relative_error
-    measured = (error[has] / size[has]).square().mean().sqrt()
-    predicted = said.hidden.double()[has].square().mean().sqrt()
-    assert 0 < predicted <= factor * tolerance
-    assert measured <= factor * predicted + rounding
-    assert (error[~has] == 0).all()
-    assert (said.hidden[~has] == 0).all()
-    if said.hidden_bound is not None:
-        assert_bounds_hold(said.hidden_bound, error, size)
-        # Of a use: what Bernstein's inequality makes of a standard error.
-        assert (said.hidden_bound[has] <= 20 * tolerance).double().mean() > 0.5
-    if "weight" in made:
-        measured = (made["weight"] - exact["weight"]).norm() / exact["weight"].norm()
-        assert measured <= factor * said.weight + rounding
-        if said.weight_bound is not None:
-            assert measured <= said.weight_bound + 1e-5
-            assert said.weight < said.weight_bound < math.inf
-    else:
-        assert said.weight.isnan()
-        assert said.weight_bound is None or said.weight_bound.isnan()
-    return out
-
-
-def assert_bounds_hold(bound: Tensor, error: Tensor, size: Tensor) -> None:
-    """Up to what float32 products lose anyway."""
-    assert (error <= (bound.double() + 1e-5) * size).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -255,16 +206,6 @@ def test_equal_models_have_no_gradient(backend: str) -> None:
         assert all((gradient == 0).all() for gradient in made.values())
         assert (out.gradient_error.hidden == 0).all()
         assert out.gradient_error.weight == 0
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_micro_batches_and_threads_draw_the_same_lots() -> None:

@@ -22,12 +22,18 @@ from selfdistill_kernels.backends.interface import (
     Needs,
     rows_with_gradient,
 )
-from selfdistill_kernels.backends.native import memory, recompute, store
+from selfdistill_kernels.backends.native import memory, one_sweep, recompute, store
+from selfdistill_kernels.backends.native.candidates import CandidatePlan
 from selfdistill_kernels.backends.native.gemm import is_widened
-from selfdistill_kernels.backends.native.kept import KeptProducts, KeptScores, unit_objective
+from selfdistill_kernels.backends.native.kept import (
+    KeptCandidates,
+    KeptProducts,
+    KeptScores,
+    unit_objective,
+)
 from selfdistill_kernels.backends.native.plan import TilePlan, copied_bytes, widened_bytes
 from selfdistill_kernels.backends.native.rounding import Rounder
-from selfdistill_kernels.backends.native.rows import RowKernels
+from selfdistill_kernels.backends.native.rows import LossTerms, RowKernels
 from selfdistill_kernels.backends.tokens import Tokens
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.statistics import Column
@@ -35,6 +41,8 @@ from selfdistill_kernels.token_loss import active_tokens, term_weights_of
 from selfdistill_kernels.tolerance import Rounding
 
 NO_NEEDS = Needs(False, False, False)
+# With so many whole rows of logits at a time a rounded gradient is made fastest from them.
+ENOUGH_ROWS = 128
 # Tokens of a tile on a GPU: its GEMMs read the head, and add to dW, seldom enough (docs/math.md).
 GPU_TOKENS = 2048
 
@@ -77,10 +85,23 @@ class NativeBackend:
         # must not depend on who holds the memory, least of all on one of several ranks.
         slabs_for(inputs, inputs.student_hidden.shape[0], expected.needs, workspace)
         made = plan_for if rounding is None else rounding_plan_for
-        plan = made(inputs, expected.needs, workspace)
-        if plan is None or plan.strategy != "store":
+        plan, candidates = made(inputs, expected.needs, workspace), None
+        if rounding is not None:
+            candidates = candidate_plan_for(
+                inputs, expected.needs, workspace, expected.terms, rounding
+            )
+        if candidates is not None:
+            lease = None
+            if rounding is not None and candidates.tokens >= inputs.tokens.count:
+                lease = memory.lease(candidates.elements, inputs.device)
+            if rounding is not None and lease is not None:
+                statistics = _new_statistics(inputs)
+                kernels = RowKernels(inputs, objective, candidates.tiles.widened)
+                kept = KeptCandidates(kernels, candidates, lease, rounding.tolerance, statistics)
+                return statistics, kept
+        elif plan is None or plan.strategy != "store":
             return None
-        if plan.rows >= inputs.tokens.count:
+        elif plan.rows >= inputs.tokens.count:
             lease = memory.lease(plan.elements, inputs.device)
             if lease is not None:
                 statistics = _new_statistics(inputs)
@@ -121,14 +142,21 @@ class NativeBackend:
         rounding: Rounding | None = None,
     ) -> tuple[Tensor, Tensor, Gradients]:
         plan, rounder = plan_for(inputs, needs, workspace), None
+        loss_weight = loss_weight.to(torch.float32)
+        statistics = _new_statistics(inputs)
         if rounding is not None:
             rounding.begin(hidden=needs.hidden, weight=needs.weight)
+            candidates = candidate_plan_for(inputs, needs, workspace, objective.terms, rounding)
             rounded = rounding_plan_for(inputs, needs, workspace)
+            if candidates is not None and needs:
+                active, gradients = _visit_once(
+                    RowKernels(inputs, objective, candidates.tiles.widened), candidates,
+                    Rounder(inputs, rounding), gate, loss_weight, old_logprobs, needs, statistics,
+                )  # fmt: skip
+                return statistics, active, gradients
             if rounded is not None and needs:
                 plan, rounder = rounded, Rounder(inputs, rounding)
         kernels = RowKernels(inputs, objective, plan.widened)
-        loss_weight = loss_weight.to(torch.float32)
-        statistics = _new_statistics(inputs)
         if plan.strategy == "store":
             active, gradients = store.visit(
                 kernels, plan,
@@ -157,6 +185,16 @@ class NativeBackend:
         plan = slabs_for(inputs, inputs.student_hidden.shape[0], needs, workspace)
         if rounding is not None:
             rounding.begin(hidden=needs.hidden, weight=needs.weight)
+            terms = _terms_of(term_weights)
+            candidates = candidate_plan_for(inputs, needs, workspace, terms, rounding)
+            if candidates is not None and needs:
+                weights = term_weights.to(torch.float32)
+                return one_sweep.gradients(
+                    RowKernels(inputs, objective, candidates.tiles.widened), candidates,
+                    Tokens.where(rows_with_gradient(inputs, term_weights, None)), needs,
+                    Rounder(inputs, rounding),
+                    lambda tokens, _: (tokens.of(statistics), tokens.of(weights)),
+                )  # fmt: skip
             whole = rounding_plan_for(inputs, needs, workspace)
             if whole is not None and needs:
                 return store.rounded_gradients(
@@ -166,6 +204,37 @@ class NativeBackend:
                 )  # fmt: skip
         kernels = RowKernels(inputs, objective, plan.widened)
         return _recomputed(kernels, statistics, term_weights, needs, workspace, entries)
+
+
+def _visit_once(
+    kernels: RowKernels,
+    plan: CandidatePlan,
+    rounder: Rounder,
+    gate: Gate | None,
+    loss_weight: Tensor,
+    old_logprobs: Tensor | None,
+    needs: Needs,
+    statistics: Tensor,
+) -> tuple[Tensor, Gradients]:
+    """`visit` by one sweep; fills statistics [N, 10]."""
+    inputs = kernels.inputs
+    active = loss_weight.new_zeros(loss_weight.shape, dtype=torch.bool)
+
+    def weigh(tokens: Tokens, found: Tensor) -> tuple[Tensor, Tensor]:
+        weight = tokens.of(loss_weight)
+        chosen = active_tokens(found, weight, None, gate)
+        tokens.put(statistics, found)
+        tokens.put(active, chosen)
+        old = None if old_logprobs is None else tokens.of(old_logprobs)
+        return found, term_weights_of(kernels.objective, found, weight * chosen, old)
+
+    return active, one_sweep.gradients(kernels, plan, inputs.tokens, needs, rounder, weigh)
+
+
+def _terms_of(term_weights: Tensor) -> LossTerms:
+    """Which of the columns of [N, 3] hold something else than 0."""
+    divergence, likelihood, entropy = (term_weights != 0).any(dim=0).tolist()
+    return divergence, likelihood, entropy
 
 
 def _recomputed(
@@ -211,6 +280,22 @@ def rounding_plan_for(inputs: LinearInputs, needs: Needs, workspace: int) -> Til
         if workspace and plan.bytes > workspace:
             return None
     return plan
+
+
+def candidate_plan_for(
+    inputs: LinearInputs, needs: Needs, workspace: int, terms: LossTerms, rounding: Rounding
+) -> CandidatePlan | None:
+    """The plan for one sweep; None where whole rows are better, or it has no room.
+
+    Bounds are made from all entries, which one sweep does not keep.
+    """
+    if rounding.tolerance.bound_risk is not None:
+        return None
+    whole = rounding_plan_for(inputs, needs, workspace)
+    if whole is not None and whole.rows >= min(ENOUGH_ROWS, inputs.tokens.count):
+        return None
+    problem = _problem(inputs, max(inputs.tokens.count, 1), needs)
+    return CandidatePlan.choose(**problem, workspace=workspace, terms=terms)
 
 
 def slabs_for(inputs: LinearInputs, tokens: int, needs: Needs, workspace: int) -> TilePlan:

@@ -7,6 +7,8 @@ what the gradient of a token will be multiplied by. For m models that are scored
   m + 2 with a trained one.
 - Else, with a frozen head and a single term, the gradient is made for a weight of 1 and multiplied
   later, because it is linear in the weight: m + 1 GEMMs, and [N, H] waits.
+- With a gradient tolerance, where rows of scores have no room, the entries that it may leave wait
+  (one_sweep.py): m GEMMs and sparse products.
 - Else the backward pass makes the logits again (recompute.py).
 """
 
@@ -22,13 +24,16 @@ from selfdistill_kernels.backends.interface import (
     Needs,
     rows_with_gradient,
 )
-from selfdistill_kernels.backends.native import memory, recompute, store
+from selfdistill_kernels.backends.lots import keys_of
+from selfdistill_kernels.backends.native import memory, one_sweep, recompute, store
+from selfdistill_kernels.backends.native.candidates import CandidatePlan
 from selfdistill_kernels.backends.native.gemm import is_widened
 from selfdistill_kernels.backends.native.plan import TilePlan
 from selfdistill_kernels.backends.native.rounding import Rounder
 from selfdistill_kernels.backends.native.rows import RowKernels, Tile
+from selfdistill_kernels.backends.tokens import Tokens
 from selfdistill_kernels.objective import Objective
-from selfdistill_kernels.tolerance import Rounding
+from selfdistill_kernels.tolerance import GradientTolerance, Rounding
 
 
 class KeptScores:
@@ -100,6 +105,68 @@ def _compacted(tile: Tile, chosen: Tensor, term_weights: Tensor) -> Tile:
         torch.ops.selfdistill.gather_active_rows_(teacher, chosen)
         teacher = teacher[:count]
     return Tile(tile.tokens.take(order), tile.student[:count], teacher, tile.start)
+
+
+class KeptCandidates:
+    """What a rounded gradient may be made from, of every token that exists, for one backward pass.
+
+    Args:
+        kernels: the problem.
+        plan: with room for all tokens.
+        lease: memory for it.
+        tolerance: what is allowed.
+        statistics: [N, 10], filled for the tokens that exist.
+    """
+
+    def __init__(
+        self,
+        kernels: RowKernels,
+        plan: CandidatePlan,
+        lease: memory.Lease,
+        tolerance: GradientTolerance,
+        statistics: Tensor,
+    ) -> None:
+        self._plan, self._lease = plan, lease
+        inputs = kernels.inputs
+        keys = keys_of(inputs, Tokens(inputs.student_hidden.shape[0]), tolerance.seed)
+        # One backward pass takes them, whatever thread it runs in.
+        self._found = [
+            one_sweep.Candidates(
+                kernels, plan, inputs.tokens, keys, tolerance.relative_error, lease.space
+            )
+        ]
+        inputs.tokens.put(statistics, self._found[0].statistics)
+
+    def top_k(self, inputs: LinearInputs, k: int, of_teacher: bool) -> None:
+        """See `Kept`."""
+
+    def gradient(
+        self,
+        inputs: LinearInputs,
+        objective: Objective,
+        statistics: Tensor,
+        term_weights: Tensor,
+        needs: Needs,
+        entries: Entries | None = None,
+        rounding: Rounding | None = None,
+    ) -> Gradients | None:
+        """See `Kept`. The memory is given back."""
+        if rounding is None or is_widened(inputs.weight) != bool(self._plan.tiles.widened):
+            return None
+        try:
+            candidates = self._found.pop()
+        except IndexError:
+            return None
+        try:
+            rounding.begin(hidden=needs.hidden, weight=needs.weight)
+            tokens, plan = candidates.tokens, self._plan
+            return one_sweep.settled(
+                RowKernels(inputs, objective, plan.tiles.widened), plan, self._lease.space,
+                candidates, needs, Rounder(inputs, rounding),
+                tokens.of(statistics), tokens.of(term_weights.to(torch.float32)),
+            )  # fmt: skip
+        finally:
+            self._lease.release()
 
 
 class KeptProducts:

@@ -164,8 +164,10 @@ class TilePlan:
         caches: Caches | None = None,
         row_bytes: int | None = None,
         widened_hidden: int = 0,
+        adds_weight: bool = False,
     ) -> TilePlan:
-        """Cut into slabs of the vocabulary; arguments as in `choose`.
+        """Cut into slabs of the vocabulary; arguments as in `choose`, and whether each slab of dW
+        has parts from elsewhere.
 
         Raises:
             ValueError: the workspace cannot hold the smallest tile and the sums beside it.
@@ -185,7 +187,7 @@ class TilePlan:
         widened = _widened_columns(widened_hidden, vocabulary, spare)
 
         def plan(rows: int, columns: int) -> TilePlan:
-            adds = itemsize < 4 and need_weight and rows < tokens
+            adds = itemsize < 4 and need_weight and (rows < tokens or adds_weight)
             sums = hidden_sums + (4 * columns * hidden if adds else 0)
             return cls(
                 "recompute", rows, columns, models, sums, caches, copies, widened, widened_hidden

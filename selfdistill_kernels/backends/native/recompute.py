@@ -10,6 +10,7 @@ the tiles of tokens where there are several. Only tokens with a weight take part
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,24 +22,35 @@ from selfdistill_kernels.backends.native.plan import TilePlan
 from selfdistill_kernels.backends.native.rows import RowKernels, Tile
 from selfdistill_kernels.backends.tokens import Tokens
 
+# What looks at a tile of the rows [first, last) when its part [r, 19] of the state has seen it.
+Watch = Callable[[Tile, int, int, Tensor], None]
+
 
 def sweep_statistics(kernels: RowKernels, plan: TilePlan) -> Tensor:
     """Statistics [n, 10] of the n tokens that exist."""
-    tokens = kernels.inputs.tokens
+    with memory.workspace(plan.tile_elements, kernels.inputs.device) as buffer:
+        return statistics_of(kernels, plan, kernels.inputs.tokens, buffer, None)
+
+
+def statistics_of(
+    kernels: RowKernels, plan: TilePlan, tokens: Tokens, buffer: Tensor, watch: Watch | None
+) -> Tensor:
+    """Statistics [n, 10] of some tokens; `watch` sees the tiles of the last sweep."""
     state = kernels.new_state(tokens.count)
 
-    def sweep(accumulate: Callable[[Tile, Tensor], None], buffer: Tensor) -> None:
+    def sweep(accumulate: Callable[[Tile, Tensor], None], watch: Watch | None) -> None:
         for start, stop, first, last in _tiles(tokens.count, plan, kernels.inputs):
             part = tokens.part(first, last)
             tile = kernels.tile(part, start, stop, buffer, with_teacher=True)
             accumulate(tile, state[first:last])
+            if watch is not None:
+                watch(tile, first, last, state[first:last])
 
-    with memory.workspace(plan.tile_elements, kernels.inputs.device) as buffer:
-        sweep(kernels.accumulate, buffer)
-        state = kernels.joined(state)
-        if kernels.needs_second_sweep:
-            sweep(kernels.accumulate_second, buffer)
-            kernels.join_second(state)
+    sweep(kernels.accumulate, None if kernels.needs_second_sweep else watch)
+    state = kernels.joined(state)
+    if kernels.needs_second_sweep:
+        sweep(kernels.accumulate_second, watch)
+        kernels.join_second(state)
     return kernels.finish(state)
 
 
@@ -108,15 +120,46 @@ def sweep_gradients(
     """Gradients for statistics [N, 10], weights [N, 3] and entries; `tokens` are those with one of
     them."""
     with memory.workspace(plan.elements, kernels.inputs.device) as space:
-        return _Sweep(kernels, tokens, plan, needs, space).run(statistics, term_weights, entries)
+        sweep = GradientSweep(kernels, tokens, plan, needs, space)
+        return sweep.run(statistics, term_weights, entries)
 
 
-class _Sweep:
+@dataclass(frozen=True)
+class Head:
+    """Gradients of the head that others have a part in.
+
+    Attributes:
+        weight: [V, H] where dW goes, in the dtype of the inputs or float32; None for a frozen head.
+        bias: [V] float32, to which db is added, or None.
+        begin: writes the part of others in dW of the columns from `start` on to [c, H] float32.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    begin: Callable[[int, Tensor], None]
+
+
+class GradientSweep:
     """The gradients of some tokens, and the float32 sums that lie beside the tile until each is
-    complete."""
+    complete.
+
+    Args:
+        kernels: the problem.
+        tokens: those with a gradient.
+        plan: of strategy "recompute".
+        needs: the gradients that are wanted.
+        space: memory of plan.elements.
+        shared: where the head's gradients go, if others have a part in them.
+    """
 
     def __init__(
-        self, kernels: RowKernels, tokens: Tokens, plan: TilePlan, needs: Needs, space: Tensor
+        self,
+        kernels: RowKernels,
+        tokens: Tokens,
+        plan: TilePlan,
+        needs: Needs,
+        space: Tensor,
+        shared: Head | None = None,
     ) -> None:
         inputs, student = kernels.inputs, kernels.inputs.student_hidden
         size, dtype = student.shape[1], student.dtype
@@ -126,6 +169,7 @@ class _Sweep:
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         self._slab: Tensor | None = None
+        self._shared = shared
         # Where the sums of dH lie: in dH itself, or for 16-bit inputs in float32 [n, H]. Logits of
         # a caller get each element of their gradient once.
         self._is_summed_apart = inputs.weight is not None and dtype != torch.float32
@@ -136,15 +180,18 @@ class _Sweep:
             sums = sums[elements:]
         elif needs.hidden:
             self._hidden = torch.zeros_like(student)
-        if needs.weight:
+        if shared is not None:
+            self._weight, self._bias = shared.weight, shared.bias
+        elif needs.weight:
             assert inputs.weight is not None
             self._weight = memory.empty(inputs.weight.shape, inputs.device, dtype)
             if tokens.count == 0:  # else every slab is written
                 self._weight.zero_()
-            elif tokens.count > plan.rows and dtype != torch.float32:
-                self._slab = sums[: plan.columns * size].view(plan.columns, size)
-        if needs.bias:
+        if needs.bias and shared is None:
             self._bias = torch.zeros(inputs.vocabulary, device=inputs.device)
+        has_parts = tokens.count > plan.rows or (shared is not None and tokens.count > 0)
+        if has_parts and self._weight is not None and self._weight.dtype != torch.float32:
+            self._slab = sums[: plan.columns * size].view(plan.columns, size)
 
     def run(self, statistics: Tensor, term_weights: Tensor, entries: Entries | None) -> Gradients:
         """Visit every tile once."""
@@ -179,11 +226,13 @@ class _Sweep:
             out = self._weight[start:stop]
             # dW of the rows so far: in dW itself, or in float32.
             sums = out if self._slab is None else self._slab[: stop - start]
+            if first == 0 and self._shared is not None:
+                self._shared.begin(start, sums)
             head.weight_gradient(
                 gradient,
                 tokens.part(first, last).of(inputs.student_hidden),
                 out=out if last == tokens.count else sums,
-                add=None if first == 0 else sums,
+                add=None if first == 0 and self._shared is None else sums,
             )
         if self._bias is not None:
             self._bias[start:stop] += gradient.sum(dim=0, dtype=torch.float32)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from selfdistill_kernels.backends.interface import LinearInputs
 from selfdistill_kernels.backends.lots import centre_of, copies_of, keys_of
-from selfdistill_kernels.backends.native.rows import RowKernels, Tile
+from selfdistill_kernels.backends.native.rows import LossTerms, RowKernels, Tile
 from selfdistill_kernels.backends.tokens import Tokens
 from selfdistill_kernels.tolerance import Rounding, relative_bound
 
@@ -60,11 +60,11 @@ class Centred:
 
 @dataclass(frozen=True)
 class SparseTile:
-    """Rounded gradients of r tokens, in the memory of their scores.
+    """Rounded gradients of r tokens, in the memory of their scores or of their candidates.
 
     Attributes:
         tokens: the r tokens.
-        scores: [r, V] float32: what `row_round_` left there.
+        scores: [r, V] float32: what `row_round_` left there, or [r, ...]: what `row_settle_` did.
         starts: [r, slabs + 1] int32, where the entries of each slab begin; -1 first in a dense row.
         variance: [r, 2] float32, summed over the elements of dH and over the entries.
         moments: [r, 4] float32 for bounds: the same two of all entries, and the most that the lot
@@ -77,11 +77,13 @@ class SparseTile:
     variance: Tensor
     moments: Tensor | None
     dense_in_bfloat16: bool
+    slab: int = SLAB
+    is_whole: bool = True  # else a dense row holds nothing
 
     @functools.cached_property
     def with_dense(self) -> bool:
         """Whether the products take the dense rows along."""
-        return int((self.starts[:, 0] < 0).sum()) <= self.starts.shape[0] // FEW
+        return self.is_whole and int((self.starts[:, 0] < 0).sum()) <= self.starts.shape[0] // FEW
 
     @property
     def is_dense(self) -> Tensor:
@@ -91,7 +93,7 @@ class SparseTile:
     @property
     def operands(self) -> tuple[Tensor, Tensor, int, bool, bool]:
         """What the sparse products take of it."""
-        return self.scores, self.starts, SLAB, self.with_dense, self.dense_in_bfloat16
+        return self.scores, self.starts, self.slab, self.with_dense, self.dense_in_bfloat16
 
 
 class Rounder:
@@ -138,11 +140,45 @@ class Rounder:
                 part, *terms(part, some),
                 self.head.weight, self.head.centre, self.head.spread,
                 keys[some], tolerance.relative_error,
-                min(int(DENSE_SHARE * columns), columns // 2), SLAB, starts[some], variance[some],
-                None if moments is None else moments[some],
+                min(int(DENSE_SHARE * columns), columns // 2), SLAB, starts[some],
+                variance[some], None if moments is None else moments[some],
             )  # fmt: skip
         narrow = kernels.head.narrow_gradient
         return SparseTile(tile.tokens, tile.student, starts, variance, moments, narrow)
+
+    @property
+    def relative_error(self) -> float:
+        """What dH of a token may have."""
+        return self._rounding.tolerance.relative_error
+
+    @property
+    def keys(self) -> Tensor:
+        """[N] int64, what the random numbers of each token follow from."""
+        return self._keys
+
+    def settle(
+        self,
+        kernels: RowKernels,
+        tokens: Tokens,
+        terms: LossTerms,
+        candidates: tuple[Tensor, Tensor, Tensor],
+        statistics: Tensor,
+        term_weights: Tensor,
+        slab: int,
+    ) -> SparseTile:
+        """The candidates [r, ...] of tokens become rounded gradients."""
+        memory, vocabulary = candidates[0], self.head.weight.shape[0]
+        count, capacity = memory.shape[0], memory.shape[2]
+        starts = memory.new_empty((count, -(-vocabulary // slab) + 1), dtype=torch.int32)
+        variance = memory.new_empty((count, 2))
+        kernels.settle(
+            tokens, terms, candidates, statistics, term_weights,
+            self.head.weight, self.head.centre, self.head.spread, tokens.of(self._keys),
+            self._rounding.tolerance.relative_error, min(int(DENSE_SHARE * vocabulary), capacity),
+            slab, starts, variance,
+        )  # fmt: skip
+        entries = memory.view(count, -1)
+        return SparseTile(tokens, entries, starts, variance, None, False, slab, is_whole=False)
 
     def hidden_gradient(self, tile: SparseTile) -> Tensor:
         """Part of dH, [r, H] float32, zeros for rows that are left; notes its error."""
@@ -166,10 +202,23 @@ class Rounder:
         self, tile: SparseTile, *, out: Tensor, add: Tensor | None, bias: Tensor | None
     ) -> None:
         """out [V, H] = entries^T hidden (+ add [V, H] float32); bias [V] += their sums."""
+        self._squares = self.weight_slab(tile, 0, out=out, add=add, bias=bias)
+        self.note_weight(tile)
+
+    def weight_slab(
+        self, tile: SparseTile, start: int, *, out: Tensor, add: Tensor | None, bias: Tensor | None
+    ) -> float:
+        """The same of columns from `start` on; returns the sum of the squares of `out`."""
         hidden = tile.tokens.of(self._inputs.student_hidden).contiguous()
-        self._squares = torch.ops.selfdistill.sparse_weight_gradient_(
-            *tile.operands, hidden, add, out, bias
+        vocabulary = self.head.weight.shape[0]
+        squares: float = torch.ops.selfdistill.sparse_weight_gradient_(
+            *tile.operands, hidden, add, out, bias, start, vocabulary
         )
+        return squares
+
+    def note_weight(self, tile: SparseTile) -> None:
+        """Add to the error of dW what is said of a tile."""
+        hidden = tile.tokens.of(self._inputs.student_hidden)
         lengths = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float32)
         copies = tile.tokens.of(self._copies)
         self._weight_variance += float((tile.variance[:, 1] * copies) @ lengths.square())

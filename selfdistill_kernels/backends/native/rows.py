@@ -16,6 +16,8 @@ from selfdistill_kernels.objective import DIVERGENCES, Objective
 from selfdistill_kernels.token_loss import active_tokens, term_weights_of
 
 NO_GATE = Gate(sign=-2, threshold=0.0)
+# Which terms of a loss may have a gradient: the divergence, -log S(y), the entropy.
+LossTerms = tuple[bool, bool, bool]
 STATE_COLUMNS = 19  # of the float64 streaming state, csrc/divergence.h
 
 
@@ -243,6 +245,41 @@ class RowKernels:
             statistics, term_weights, *self.transform,
             0 if tile.teacher is None else self.divergence, self.objective.beta,
             self.head.narrow_gradient, *rounding,
+        )  # fmt: skip
+
+    def emit(
+        self,
+        tile: Tile,
+        state: Tensor,
+        terms: LossTerms,
+        keys: Tensor,
+        floor: float,
+        *candidates: Tensor,
+    ) -> None:
+        """A slab, which `state` [r, 19] has seen, adds to the candidates of its tokens for a
+        gradient of some `terms` of the loss; `candidates` is the rest of what `row_emit_` takes."""
+        divergence, _, entropy = terms
+        torch.ops.selfdistill.row_emit_(
+            tile.student, tile.teacher if divergence else None, *self._biases(tile),
+            self._targets(tile), *self.transform, self.divergence if divergence else 0, entropy,
+            tile.start, state, keys, floor, *candidates,
+        )  # fmt: skip
+
+    def settle(
+        self,
+        tokens: Tokens,
+        terms: LossTerms,
+        candidates: tuple[Tensor, Tensor, Tensor],
+        statistics: Tensor,
+        term_weights: Tensor,
+        *rounding: Tensor | float,
+    ) -> None:
+        """The candidates of tokens become rounded gradients; `rounding` is the rest of what
+        `row_settle_` takes."""
+        targets = self.inputs.targets
+        torch.ops.selfdistill.row_settle_(
+            *candidates, None if targets is None else tokens.of(targets), statistics, term_weights,
+            *self.transform, self.divergence if terms[0] else 0, self.objective.beta, *rounding,
         )  # fmt: skip
 
     def gradient_rows(self, scores: Tensor) -> Tensor:
