@@ -54,8 +54,8 @@ BLOCK_HIDDEN = gl.constexpr(64)
 # A row of the accumulators lies in four lanes, two neighbouring entries of every eight in each.
 LANES = gl.constexpr(4)
 PAIR = gl.constexpr(2)
-# Whole tiles of sums would not fit the registers beside the accumulators; quarters do.
-PARTS = gl.constexpr(4)
+# Whole tiles of sums would not fit the registers beside the accumulators; eighths do.
+PARTS = gl.constexpr(8)
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
 
