@@ -1,17 +1,15 @@
-"""Translates a Gluon kernel's functions to plain Python, and runs a grid of clusters."""
+"""Runs a grid of clusters of programs, and the operations of Gluon that take part in a schedule."""
 
 from __future__ import annotations
 
-import inspect
-import re
-import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 from gluon_emulator.memory import (
     ITEM_BYTES,
@@ -21,15 +19,16 @@ from gluon_emulator.memory import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from gluon_emulator.schedule import Fault, Schedule, Thread, join
+from gluon_emulator.schedule import Clock, Fault, Schedule, Thread, join
 from gluon_emulator.tensor import Functions, Pointer, tensor
+from gluon_emulator.translate import Edits, Translation
 
-Edits = Mapping[str, tuple[str, str]]
+WHOLE = "one barrier for the whole cluster"
 
 
 @dataclass(frozen=True)
 class Descriptor:
-    """A tensor descriptor of a matrix of 16-bit elements, kept as float32.
+    """A tensor descriptor of a matrix of 16-bit elements, which are kept as float32.
 
     Attributes:
         matrix: [rows, columns]. block: rows and columns of a copy, of the whole cluster.
@@ -37,25 +36,34 @@ class Descriptor:
     """
 
     matrix: np.ndarray
-    block: tuple[int, int]
+    block: tuple[int, ...]
     divided: bool
-
     dtype = np.float32
+
+    @classmethod
+    def of(cls, descriptor: Any) -> Descriptor:
+        """From what a launch on a GPU is given."""
+        bases = [list(basis) for basis in descriptor.layout.cga_layout or []]
+        if bases not in ([], [[0, 0]], [[1, 0]]):
+            raise NotImplementedError(f"a layout over the cluster of {bases}")
+        matrix = descriptor.base.detach().float().numpy()
+        return cls(matrix, tuple(descriptor.block_shape), bases == [[1, 0]])
 
     @property
     def block_type(self) -> Any:
         return SimpleNamespace(shape=list(self.block))
 
     @property
-    def layout(self) -> bool:
-        return self.divided
+    def layout(self) -> None:
+        return None
 
 
 def launch(
     kernel: Any,
-    arguments: Mapping[str, Any],
-    *,
     programs: int,
+    arguments: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    *,
     cluster: int = 1,
     seed: int = 0,
     edits: Edits | None = None,
@@ -64,31 +72,49 @@ def launch(
 
     Args:
         kernel: a gluon.jit function, whose last statement is its warp_specialize.
-        arguments: by name. Arrays are flat memory, Descriptors and numbers themselves.
         programs: clusters of the grid, of `cluster` programs each.
+        arguments, constants: by name, as a launch on a GPU takes them; tensors are on the CPU.
         seed: of the schedule.
         edits: function -> (text, what it reads instead): a fault to plant.
 
     Raises:
         Fault: what the emulator noticed. ValueError: an edit whose text is not there once.
     """
+    given = {name: _argument(value) for name, value in arguments.items()}
     for number in range(programs):
-        _Cluster(number, programs, cluster, seed + number, edits or {}).run(kernel, arguments)
+        _Cluster(number, programs, cluster, seed + number, edits or {}).run(
+            kernel, {**given, **constants}
+        )
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return Pointer(value.view(-1).numpy())
+    if isinstance(value, int):
+        return tensor(value)
+    return Descriptor.of(value)
 
 
 class _Cluster:
+    """The programs that share memory.
+
+    Attributes:
+        places: what a program has at an allocation's index, by (program, allocation, index).
+        copies: all that were begun.
+    """
+
     def __init__(self, number: int, programs: int, size: int, seed: int, edits: Edits) -> None:
         self.number, self.programs, self.size, self.edits = number, programs, size, edits
         self.schedule = Schedule(seed)
-        self.places: dict[tuple[int, int, int], Barrier | Buffer] = {}
+        self.places: dict[tuple[int, int, int], Any] = {}
         self.copies: list[Copy] = []
 
     def run(self, kernel: Any, arguments: Mapping[str, Any]) -> None:
-        threads = [
-            thread
-            for rank in range(self.size)
-            for thread in _Program(self, rank).threads(kernel, arguments)
-        ]
+        threads: list[Thread] = []
+        for rank in range(self.size):
+            program = _Program(self, rank)
+            program.translation.function(kernel)(**arguments)
+            threads += program.partitions
         with np.errstate(all="ignore"):
             self.schedule.run(threads)
         for copy in self.copies:
@@ -97,67 +123,32 @@ class _Cluster:
 
 
 class _Program:
-    """One program of a cluster: its functions, its shared memory and its partitions."""
+    """One program of a cluster: its shared memory, its partitions, and what its code calls."""
 
     def __init__(self, cluster: _Cluster, rank: int) -> None:
-        self.cluster, self.rank = cluster, rank
-        self.schedule = cluster.schedule
-        self.allocations = 0
+        self.cluster, self.rank, self.schedule = cluster, rank, cluster.schedule
         self.partitions: list[Thread] = []
-        self._translated: dict[int, Any] = {}
-
-    def threads(self, kernel: Any, arguments: Mapping[str, Any]) -> list[Thread]:
-        """Run the kernel as far as its partitions."""
-        self._translate(kernel)(
-            **{
-                name: Pointer(value) if isinstance(value, np.ndarray) else
-                tensor(value) if isinstance(value, int) and name.islower() else value
-                for name, value in arguments.items()
-            }
-        )  # fmt: skip
-        return self.partitions
-
-    # ---- translation -----------------------------------------------------------------------------
-
-    def _translate(self, value: Any) -> Any:
-        """A global of the kernel as this program sees it."""
-        if isinstance(value, ModuleType):
-            return {"mbarrier": self._mbarrier, "tma": None}.get(
-                value.__name__.rpartition(".")[2], self._language
-            )()  # type: ignore[misc]
-        if hasattr(value, "value") and type(value).__name__ == "constexpr":
-            return value.value
-        own = getattr(self, f"_{getattr(value, '__name__', '')}", None)
-        if own is not None and not hasattr(value, "fn"):
-            return own
-        if hasattr(value, "fn"):
-            return self._function(value.fn)
-        return value
-
-    def _function(self, function: FunctionType) -> Any:
-        if id(function) not in self._translated:
-            scope: dict[str, Any] = {"__builtins__": __builtins__}
-            code = self._edited(function)
-            made = FunctionType(code, scope, function.__name__, function.__defaults__)
-            self._translated[id(function)] = made
-            for name in code.co_names:
-                if name in function.__globals__:
-                    scope[name] = self._translate(function.__globals__[name])
-        return self._translated[id(function)]
-
-    def _edited(self, function: FunctionType) -> Any:
-        if function.__name__ not in self.cluster.edits:
-            return function.__code__
-        old, new = self.cluster.edits[function.__name__]
-        source = textwrap.dedent(inspect.getsource(function))
-        source = source[re.search(r"^def ", source, re.MULTILINE).start() :]  # type: ignore[union-attr]
-        if source.count(old) != 1:
-            raise ValueError(f"{function.__name__} does not read {old!r} once")
-        scope: dict[str, Any] = {}
-        exec("from __future__ import annotations\n" + source.replace(old, new), scope)
-        return scope[function.__name__].__code__
-
-    # ---- gl --------------------------------------------------------------------------------------
+        self._allocations = 0
+        self.translation = Translation(
+            modules={
+                "mbarrier": SimpleNamespace(
+                    MBarrierLayout=lambda bases=None: WHOLE if bases == [[0]] else None,
+                    init=self._init,
+                    wait=self._wait,
+                    arrive=self._arrive,
+                    expect=self._expect,
+                ),
+                "language": self._language(),
+            },
+            functions={
+                "async_load": self._async_load,
+                "async_copy_global_to_shared": self._async_load,
+                "fence_async_shared": lambda: None,  # orders stores, and there are none
+                "warpgroup_mma": self._warpgroup_mma,
+                "warpgroup_mma_wait": partial(warpgroup_mma_wait, self.schedule),
+            },
+            edits=cluster.edits,
+        )
 
     def _language(self) -> Any:
         names = {n: getattr(Functions, n) for n in dir(Functions) if not n.startswith("_")}
@@ -175,58 +166,40 @@ class _Program:
         pointer.store(value, mask, slice(self.rank * rows, (self.rank + 1) * rows))
 
     def _allocate(self, dtype: Any, shape: list[int], layout: Any) -> Any:
-        number = self.allocations
-        self.allocations += 1
+        number = self._allocations
+        self._allocations += 1
+        leader = 0 if layout == WHOLE else None
         for index in range(shape[0]):
-            where = (number, index)
-            name = f"{'barrier' if dtype is np.int64 else 'buffer'} {number}[{index}]"
-            made: Barrier | Buffer = (
-                Barrier(f"{name} of program {self.rank}", 0 if layout == "whole" else None)
+            name = f"{number}[{index}] of program {self.rank}"
+            self.cluster.places[self.rank, number, index] = (
+                Barrier(f"barrier {name}", (number, index), leader)
                 if dtype is np.int64
-                else Buffer(f"{name} of program {self.rank}", np.full(shape[1:], np.nan, np.float32))
+                else Buffer(f"buffer {name}", (number, index), shape[1:])
             )
-            self.cluster.places[(self.rank, *where)] = made
-        return SimpleNamespace(index=lambda index: self._at(number, int(index), layout))
-
-    def _at(self, number: int, index: int, layout: Any) -> Any:
-        rank = 0 if layout == "whole" else self.rank
-        place = self.cluster.places[(rank, number, index)]
-        place.where = (number, index)  # type: ignore[union-attr]
-        return place
+        rank = self.rank if leader is None else leader
+        return SimpleNamespace(index=lambda at: self.cluster.places[rank, number, int(at)])
 
     def _warp_specialize(self, parts: list[Any], warps: list[int], registers: list[int]) -> None:
+        assert len(parts) == len(warps) + 1 == len(registers) + 1
         for number, (function, arguments) in enumerate(parts):
-            name = f"{function.__name__} {number}" + (
-                f" of program {self.rank}" if self.cluster.size > 1 else ""
-            )
-            self.partitions.append(Thread(name, self.rank, partial(function, *arguments)))
+            name = f"{function.__name__} {number} of program {self.rank}"
+            self.partitions.append(Thread(name, partial(function, *arguments)))
 
     # ---- barriers, copies, products --------------------------------------------------------------
 
-    def _mbarrier(self) -> Any:
-        return SimpleNamespace(
-            MBarrierLayout=lambda bases=None: "whole" if bases == [[0]] else "own",
-            init=self._init,
-            wait=self._wait,
-            arrive=self._arrive,
-            expect=self._expect,
-        )
-
     def _init(self, barrier: Barrier, count: int) -> None:
-        whole = barrier.leader is not None
-        barrier.init(count * self.cluster.size if whole else count)
+        """A barrier of the whole cluster counts the arrivals of all programs."""
+        barrier.count = count if barrier.leader is None else count * self.cluster.size
 
     def _wait(self, barrier: Barrier, phase: Any) -> None:
         if barrier.leader not in (None, self.rank):
-            return
+            return  # only the first program of a cluster waits for what all arrive at
         parity = int(phase)
-        self.schedule.pause(
-            lambda: barrier.has_ended(parity), f"parity {parity} of {barrier.name}"
-        )
+        self.schedule.pause(lambda: barrier.has_ended(parity), f"parity {parity} of {barrier.name}")
         join(self.schedule.thread.clock, barrier.known)
-        for name in barrier.known:
-            if isinstance(name, Copy):
-                name.awaited = True
+        for event in barrier.known:
+            if isinstance(event, Copy):
+                event.awaited = True
 
     def _arrive(self, barrier: Barrier, pred: Any = True) -> None:
         self.schedule.pause()
@@ -238,49 +211,35 @@ class _Program:
         barrier.expect(self.schedule.thread, int(number))
 
     def _async_load(
-        self, source: Descriptor, at: list[Any], barrier: Any, to: Any, multicast: bool = False
+        self, source: Descriptor, at: list[Any], ready: Barrier, to: Buffer, multicast: bool = False
     ) -> None:
         self.schedule.pause()
         if multicast and self.rank != 0:
-            return
+            return  # the first program copies for all of them
         thread = self.schedule.thread
         row, column = (int(x) for x in at)
         rows = slice(0, source.block[0])
         if source.divided:
             part = source.block[0] // self.cluster.size
             rows = slice(self.rank * part, (self.rank + 1) * part)
-        values = np.zeros((rows.stop - rows.start, source.block[1]), np.float32)
         inside = source.matrix[row + rows.start : row + rows.stop, column:][:, : source.block[1]]
+        values = np.zeros((rows.stop - rows.start, source.block[1]), np.float32)
         values[: inside.shape[0], : inside.shape[1]] = inside
         for rank in range(self.cluster.size) if multicast else [self.rank]:
-            buffer: Any = self.cluster.places[(rank, *to.where)]
-            ready: Any = self.cluster.places[(rank, *barrier.where)]
+            buffer: Buffer = self.cluster.places[(rank, *to.where)]
+            barrier: Barrier = self.cluster.places[(rank, *ready.where)]
             copy = Copy(f"the copy of [{row}, {column}]")
             self.cluster.copies.append(copy)
             buffer.begin_copy(thread, copy)
-            self.schedule.events.append(
-                partial(_land, buffer, ready, rows, values, {**thread.clock, copy: 1})
-            )
-
-    _async_copy_global_to_shared = _async_load
-
-    def _fence_async_shared(self) -> None:
-        """Orders writes that are no copies; there are none."""
+            known = {**thread.clock, copy: 1}
+            self.schedule.events.append(partial(_land, buffer, barrier, rows, values, known))
 
     def _warpgroup_mma(self, left: Any, right: Any, to: Any, use_acc: Any, is_async: bool) -> Any:
         assert is_async
         return warpgroup_mma(self.schedule, left, right, to, bool(use_acc))
 
-    def _warpgroup_mma_wait(self, outstanding: int, deps: Any) -> Any:
-        return warpgroup_mma_wait(self.schedule, outstanding, deps)
 
-
-def _land(
-    buffer: Buffer, ready: Barrier, rows: slice, values: np.ndarray, clock: dict[Any, int]
-) -> None:
+def _land(buffer: Buffer, ready: Barrier, rows: slice, values: np.ndarray, known: Clock) -> None:
     buffer.values[rows] = values
     buffer.landed = True
-    ready.receive(ITEM_BYTES * values.size, clock)
-
-
-Runner = Callable[..., None]
+    ready.receive(ITEM_BYTES * values.size, known)

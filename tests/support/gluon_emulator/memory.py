@@ -18,12 +18,15 @@ class Barrier:
     """An mbarrier: its phase ends when all have arrived and all expected bytes have.
 
     Attributes:
-        name: for messages. count: arrivals that end a phase. arrived, bytes: in the current phase.
+        name: for messages. where: number of its allocation, and index in it.
+        leader: rank of the only program that waits for it; None: each program has its own.
+        count: arrivals that end a phase. arrived, bytes: those of this phase, bytes yet to come.
         phase: number of phases that have ended. arriving: what those who arrived knew; known: the
-            same of the last phase that ended. leader: rank of the program that waits for it.
+                same of the last phase that ended.
     """
 
     name: str
+    where: tuple[int, int]
     leader: int | None
     count: int = 0
     arrived: int = 0
@@ -32,13 +35,10 @@ class Barrier:
     arriving: Clock = field(default_factory=dict)
     known: Clock = field(default_factory=dict)
 
-    def init(self, count: int) -> None:
-        self.count = count
-
     def arrive(self, thread: Thread) -> None:
         self.arrived += 1
         if self.arrived > self.count:
-            raise Fault(f"{thread.name} arrives at {self.name}, whose phase lacks bytes only")
+            raise Fault(f"{thread.name} is one too many in a phase of {self.name}")
         thread.publish(self.arriving)
         self._end_phase()
 
@@ -71,27 +71,27 @@ class Copy:
     awaited: bool = False
 
 
-@dataclass(eq=False)
 class Buffer:
-    """A tile in shared memory.
+    """A tile in shared memory: NaN until a copy has landed.
 
     Attributes:
-        values: NaN until a copy has landed. copy: that writes it, or wrote it last.
+        name: for messages. where: number of its allocation, and index in it.
+        copy: that writes it, or wrote it last; landed: whether it has.
         read: when each thread had read it last. open: products in flight that read it.
     """
 
-    name: str
-    values: np.ndarray
-    copy: Copy | None = None
-    landed: bool = False
-    read: Clock = field(default_factory=dict)
-    open: int = 0
-    transposed: bool = False
+    def __init__(self, name: str, where: tuple[int, int], shape: list[int]) -> None:
+        self.name, self.where = name, where
+        self.values = np.full(shape, np.nan, np.float32)
+        self.copy: Copy | None = None
+        self.landed = False
+        self.read: Clock = {}
+        self.open = 0
 
-    def permute(self, order: tuple[int, ...]) -> Buffer:
-        """The transposed view, for which the buffer keeps the accounts."""
+    def permute(self, order: tuple[int, ...]) -> View:
+        """The transposed view."""
         assert tuple(order) == (1, 0)
-        return View(self)  # type: ignore[return-value]
+        return View(self)
 
     def begin_copy(self, thread: Thread, copy: Copy) -> None:
         """The copy may write from now on.
@@ -99,7 +99,7 @@ class Buffer:
         Raises:
             Race: somebody reads it still, or may, or another copy is on its way.
         """
-        if self.copy is not None and self.copy not in thread.clock and not self.landed:
+        if self.copy is not None and not self.landed:
             raise Race(f"{copy.name} into {self.name}, where {self.copy.name} is on its way")
         unknown = [name for name, at in self.read.items() if thread.clock.get(name, 0) < at]
         if self.open or unknown:

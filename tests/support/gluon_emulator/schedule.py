@@ -35,12 +35,13 @@ class Thread:
     """A partition of a program.
 
     Attributes:
-        program: rank of its program in the cluster. clock: what it knows of everybody's steps.
+        name: for messages, and in clocks. clock: what it knows of everybody's steps.
+        condition: that it waits for, in words `waits_for`.
         reading: products in flight, the oldest first (memory.Product).
     """
 
-    def __init__(self, name: str, program: int, body: Callable[[], None]) -> None:
-        self.name, self.program = name, program
+    def __init__(self, name: str, body: Callable[[], None]) -> None:
+        self.name = name
         self.clock: Clock = {name: 1}
         self.reading: list[object] = []
         self._body = body

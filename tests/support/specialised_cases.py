@@ -1,0 +1,45 @@
+"""The specialised sweep on the emulator in place of a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gluon_emulator import launch
+from torch import Tensor
+
+from benchmarks.hopper.kernel import specialised_sweep_kernel
+from benchmarks.hopper.sweep import ARCHITECTURE, Form, prepared
+from selfdistill_kernels.backends.triton.plan import MEBIBYTE, Machine
+from selfdistill_kernels.backends.triton.problem import Problem, Selection
+
+# So few multiprocessors that each has several work items, and more than one cluster has some.
+HOPPER = Machine(ARCHITECTURE, 4, MEBIBYTE, descriptors=True)
+
+
+def emulated_sweep(
+    problem: Problem,
+    selection: Selection,
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    cluster: int,
+    seed: int = 0,
+    edits: dict[str, tuple[str, str]] | None = None,
+    told: dict[str, object] | None = None,
+) -> Tensor:
+    """Partial states [pieces, 11, capacity]; `told`: constants that are given wrongly."""
+    programs, arguments, constants = prepared(
+        replace(problem, machine=HOPPER), selection, student, teacher, Form(cluster)
+    )
+    arguments["partial"].fill_(float("nan"))
+    launch(
+        specialised_sweep_kernel,
+        programs,
+        arguments,
+        {**constants, **(told or {})},
+        cluster=cluster,
+        seed=seed,
+        edits=edits,
+    )
+    partial: Tensor = arguments["partial"]
+    return partial
