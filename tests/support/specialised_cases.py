@@ -12,8 +12,10 @@ from benchmarks.hopper.sweep import ARCHITECTURE, Form, prepared
 from selfdistill_kernels.backends.triton.plan import MEBIBYTE, Machine
 from selfdistill_kernels.backends.triton.problem import Problem, Selection
 
-# So few multiprocessors that each has several work items, and more than one cluster has some.
-HOPPER = Machine(ARCHITECTURE, 4, MEBIBYTE, descriptors=True)
+
+def hopper(multiprocessors: int) -> Machine:
+    """A small one."""
+    return Machine(ARCHITECTURE, multiprocessors, MEBIBYTE, descriptors=True)
 
 
 def emulated_sweep(
@@ -23,14 +25,17 @@ def emulated_sweep(
     teacher: Tensor,
     *,
     cluster: int,
+    clusters: int = 1,
     seed: int = 0,
     edits: dict[str, tuple[str, str]] | None = None,
     told: dict[str, object] | None = None,
 ) -> Tensor:
-    """Partial states [pieces, 11, capacity]; `told`: constants that are given wrongly."""
-    programs, arguments, constants = prepared(
-        replace(problem, machine=HOPPER), selection, student, teacher, Form(cluster)
-    )
+    """Partial states [pieces, 11, capacity] from `clusters` of `cluster` programs each.
+
+    told: constants that are given wrongly.
+    """
+    problem = replace(problem, machine=hopper(cluster * clusters))
+    programs, arguments, constants = prepared(problem, selection, student, teacher, Form(cluster))
     arguments["partial"].fill_(float("nan"))
     launch(
         specialised_sweep_kernel,
