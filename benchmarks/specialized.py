@@ -44,7 +44,9 @@ LOOPS: dict[str, tuple[Any, str]] = {
 }
 PLAIN = Variant(Objective("forward_kl", policy_gradient=1.0))
 # Written with specialised warps, for sm_90 only.
-WRITTEN = {"gluon": Form(1), "gluon, cluster of 2": Form(2)} if MULTICAST.value else {"gluon": Form(1)}
+WRITTEN = (
+    {"gluon": Form(1), "gluon, cluster of 2": Form(2)} if MULTICAST.value else {"gluon": Form(1)}
+)
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
 BRANCH = re.compile(r"\bBRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)?0x([0-9a-f]+)")
 SPILL = re.compile(r"\b(?:STL|LDL)\b")

@@ -101,9 +101,7 @@ def produce(
     """Copy each step's five tiles into the next buffer of the ring, once it is empty."""
     students, teachers, heads, full, empty, unread = rings
     ROWS: gl.constexpr = CLUSTER * BLOCK_ROWS
-    STEP_BYTES: gl.constexpr = (
-        2 * BLOCK_HIDDEN * (2 * CONSUMERS * BLOCK_ROWS + BLOCK_COLUMNS)
-    )
+    STEP_BYTES: gl.constexpr = 2 * BLOCK_HIDDEN * (2 * CONSUMERS * BLOCK_ROWS + BLOCK_COLUMNS)
     row_blocks = gl.cdiv(gl.load(count).to(gl.int32), CONSUMERS * ROWS)
     tiles = gl.cdiv(vocabulary, BLOCK_COLUMNS)
     step = 0
@@ -313,15 +311,11 @@ def specialised_sweep_kernel(
     in each program. targets [N] int64, tokens [capacity] int64, count [1] int64; size is a multiple
     of 64. Writes partial [pieces, 11, capacity] float32 as sweep_kernel does.
     """
-    students = gl.allocate_shared_memory(
-        student.dtype, [STAGES * CONSUMERS] + student.block_type.shape, student.layout
-    )
-    teachers = gl.allocate_shared_memory(
-        teacher.dtype, [STAGES * CONSUMERS] + teacher.block_type.shape, teacher.layout
-    )
-    heads = gl.allocate_shared_memory(
-        head.dtype, [STAGES] + head.block_type.shape, head.layout
-    )
+    hidden_shape: gl.constexpr = [STAGES * CONSUMERS, CLUSTER * BLOCK_ROWS, BLOCK_HIDDEN]
+    head_shape: gl.constexpr = [STAGES, BLOCK_COLUMNS, BLOCK_HIDDEN]
+    students = gl.allocate_shared_memory(student.dtype, hidden_shape, student.layout)
+    teachers = gl.allocate_shared_memory(teacher.dtype, hidden_shape, teacher.layout)
+    heads = gl.allocate_shared_memory(head.dtype, head_shape, head.layout)
     if CLUSTER > 1:
         OWN: gl.constexpr = mbarrier.MBarrierLayout([[1]])
         WHOLE: gl.constexpr = mbarrier.MBarrierLayout([[0]])
@@ -331,9 +325,7 @@ def specialised_sweep_kernel(
     else:
         OWN: gl.constexpr = mbarrier.MBarrierLayout()
         WHOLE: gl.constexpr = OWN
-        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-            [3, 0], [4, 1], [16, BLOCK_COLUMNS, 16]
-        )
+        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_COLUMNS, 16])
     full = gl.allocate_shared_memory(gl.int64, [STAGES, CLUSTER], OWN)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, CLUSTER], OWN)
     unread = gl.allocate_shared_memory(gl.int64, [STAGES, 1], WHOLE)

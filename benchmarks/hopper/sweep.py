@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,11 +23,13 @@ from benchmarks.hopper.kernel import (
     specialised_sweep_kernel,
 )
 from selfdistill_kernels.backends.interface import LinearInputs
+from selfdistill_kernels.backends.triton.backend import TritonBackend
 from selfdistill_kernels.backends.triton.columns import STATE
-from selfdistill_kernels.backends.triton.launch import Launch, compiler_options
-from selfdistill_kernels.backends.triton.merge import merge
+from selfdistill_kernels.backends.triton.launch import compiler_options
+from selfdistill_kernels.backends.triton.merge import merge, merge_mixture
 from selfdistill_kernels.backends.triton.plan import Configuration, Machine
 from selfdistill_kernels.backends.triton.problem import Problem, Selection
+from selfdistill_kernels.backends.triton.sweep import sweep_mixture
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.statistics import Column
 from selfdistill_kernels.tools.audit.record import job_of
@@ -99,6 +100,7 @@ def check(problem: Problem) -> None:
         )
     for name, given in (
         ("teacher_weight", inputs.teacher_weight is not None),
+        ("shard", inputs.shard is not None),
         ("bias", inputs.bias is not None or inputs.teacher_bias is not None),
         ("transform", problem.scaled or problem.capped),
     ):
@@ -181,24 +183,39 @@ def specialised_sweep(
     return partial
 
 
-def specialised_statistics(inputs: LinearInputs, objective: Objective, form: Form) -> Tensor:
-    """What TritonBackend.statistics returns, [N, 10] float32, for all tokens of a KL divergence.
+class SpecialisedBackend(TritonBackend):
+    """TritonBackend, whose first sweep over the vocabulary is the specialised one.
 
-    Raises:
-        ValueError: the kernel cannot take the inputs.
+    Args:
+        form: how it is compiled.
     """
-    problem = Problem(inputs, objective, Machine.of(inputs.student_hidden.device))
-    check(problem)
-    assert inputs.teacher_hidden is not None
-    size = inputs.student_hidden.shape[0]
-    everyone = torch.ones(size, dtype=torch.bool, device=inputs.student_hidden.device)
-    selection = Selection.of(everyone)
-    partial = specialised_sweep(
-        problem, selection, inputs.student_hidden, inputs.teacher_hidden, form
-    )
-    statistics = partial.new_zeros((size, len(Column)))
-    merge(problem, selection, partial, statistics)
-    return statistics
+
+    def __init__(self, form: Form) -> None:
+        super().__init__()
+        self._form = form
+
+    def statistics(self, inputs: LinearInputs, objective: Objective, workspace: int) -> Tensor:
+        """As TritonBackend; the second sweep of a mixture divergence is today's.
+
+        Raises:
+            ValueError: the kernel cannot take the inputs.
+        """
+        problem = Problem(inputs, objective, Machine.of(inputs.student_hidden.device))
+        check(problem)
+        student, teacher, exists = inputs.student_hidden, inputs.teacher_hidden, inputs.exists
+        assert teacher is not None
+        size = student.shape[0]
+        if exists is None:
+            exists = torch.ones(size, dtype=torch.bool, device=student.device)
+        selection = Selection.of(exists)
+        student, teacher = (problem.compact(hidden, selection) for hidden in (student, teacher))
+        statistics = torch.zeros(size, len(Column), dtype=torch.float32, device=student.device)
+        partial = specialised_sweep(problem, selection, student, teacher, self._form)
+        merge(problem, selection, partial, statistics)
+        if problem.needs_mixture:
+            partial = sweep_mixture(problem, selection, student, teacher, statistics)
+            merge_mixture(problem, selection, partial, statistics)
+        return statistics
 
 
 def compiled_for(inputs: LinearInputs, objective: Objective, machine: Machine, form: Form) -> Any:
@@ -208,7 +225,7 @@ def compiled_for(inputs: LinearInputs, objective: Objective, machine: Machine, f
         inputs: their tensors may be meta tensors.
         objective, machine, form: of the launch.
     """
-    problem = Problem(inputs, objective, machine, launch=_nothing)
+    problem = Problem(inputs, objective, machine)
     assert inputs.teacher_hidden is not None
     size = inputs.student_hidden.shape[0]
     selection = Selection.of(torch.ones(size, dtype=torch.bool, device="meta"))
@@ -219,12 +236,3 @@ def compiled_for(inputs: LinearInputs, objective: Objective, machine: Machine, f
     source = GluonASTSource(job.kernel, dict(job.signature), dict(job.constants), job.attributes)
     capability = int(ARCHITECTURE.removeprefix("sm_"))
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=form.options)
-
-
-def _nothing(
-    kernel: Any, programs: int, shape: Any, arguments: Mapping[str, Any],
-    constants: Mapping[str, Any],
-) -> None:  # fmt: skip
-    """A launch that does nothing."""
-
-

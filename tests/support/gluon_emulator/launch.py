@@ -50,10 +50,6 @@ class Descriptor:
         return cls(matrix, tuple(descriptor.block_shape), bases == [[1, 0]])
 
     @property
-    def block_type(self) -> Any:
-        return SimpleNamespace(shape=list(self.block))
-
-    @property
     def layout(self) -> None:
         return None
 
@@ -92,6 +88,8 @@ def _argument(value: Any) -> Any:
         return Pointer(value.view(-1).numpy())
     if isinstance(value, int):
         return tensor(value)
+    if value is None:
+        return None
     return Descriptor.of(value)
 
 

@@ -53,7 +53,7 @@ class Barrier:
         self._end_phase()
 
     def has_ended(self, parity: int) -> bool:
-        """Whether the last phase of that parity is over; the one before the first is of parity 1."""
+        """Whether the last phase of that parity is over; that before the first has parity 1."""
         return self.phase % 2 != parity
 
     def _end_phase(self) -> None:

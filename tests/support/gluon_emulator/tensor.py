@@ -87,11 +87,11 @@ class Functions:
     abs = staticmethod(np.abs)
 
     @staticmethod
-    def SliceLayout(dim: int, parent: Any) -> None:  # noqa: N802
+    def SliceLayout(dim: int, parent: Any) -> None:
         return None
 
     @staticmethod
-    def NVMMADistributedLayout(*args: Any) -> None:  # noqa: N802
+    def NVMMADistributedLayout(*args: Any) -> None:
         return None
 
     @staticmethod
