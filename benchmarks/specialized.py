@@ -50,6 +50,8 @@ WRITTEN = (
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
 BRANCH = re.compile(r"\bBRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)?0x([0-9a-f]+)")
 SPILL = re.compile(r"\b(?:STL|LDL)\b")
+# A multiprocessor of sm_90: flop a clock of its matrix units, bytes a clock of its shared memory.
+PEAK_CLOCK, SHARED_BYTES_CLOCK = 4096, 128
 WAIT = 8  # instructions: a shorter loop waits for a barrier
 HEADER = (
     "| target | marked loop | tile | warps | registers | stack | shared KiB | spill instructions "
@@ -139,6 +141,26 @@ def sweep_job(architecture: str, tile: Configuration | None) -> Job:
     finally:
         SHIPPED[architecture]["sweep"] = shipped
     return next(job for job in made if job.name == "sweep")
+
+
+def attainable(statistics: int, stages_ahead: int = 0, hidden: int = HIDDEN) -> float:
+    """Share of sm_90's matrix peak that counted instructions leave a sweep in tiles of 128 x 128.
+
+    A step of 64 along H brings 48 KiB into shared memory, from where both consumers read their
+    operands (64 x 16 and 128 x 16 for each m64n128k16): 144 KiB for 1,024 clocks of the matrix
+    units, more than the 128 bytes a clock that shared memory moves. Then 8 warps on 4 schedulers
+    issue their statistics, one instruction a clock, beside what the other consumer still multiplies
+    alone. Not in it: latencies, the L2 cache, power.
+
+    Args:
+        statistics: instructions a warp between two products.
+        stages_ahead: steps of the product that one consumer may be behind the other.
+    """
+    step, step_bytes = 2 * 2 * 128 * 128 * 64 / PEAK_CLOCK, (48 + 2 * 2 * 4 * 6) * 1024
+    steps = hidden / 64
+    product = steps * max(step, step_bytes / SHARED_BYTES_CLOCK)
+    waiting = max(2 * statistics - stages_ahead * step / 2, 0.0)
+    return steps * step / (product + waiting)
 
 
 def plain_inputs(vocabulary: int = VOCABULARY) -> LinearInputs:

@@ -316,16 +316,14 @@ def specialised_sweep_kernel(
     students = gl.allocate_shared_memory(student.dtype, hidden_shape, student.layout)
     teachers = gl.allocate_shared_memory(teacher.dtype, hidden_shape, teacher.layout)
     heads = gl.allocate_shared_memory(head.dtype, head_shape, head.layout)
-    if CLUSTER > 1:
-        OWN: gl.constexpr = mbarrier.MBarrierLayout([[1]])
-        WHOLE: gl.constexpr = mbarrier.MBarrierLayout([[0]])
-        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-            [3, 0], [4, 1], [16, BLOCK_COLUMNS, 16], [[1, 0]]
-        )
-    else:
-        OWN: gl.constexpr = mbarrier.MBarrierLayout()
-        WHOLE: gl.constexpr = OWN
-        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_COLUMNS, 16])
+    # Without a cluster the layouts are written without one: Triton 3.6 knows no other.
+    OWN: gl.constexpr = mbarrier.MBarrierLayout([[1]]) if CLUSTER > 1 else mbarrier.MBarrierLayout()
+    WHOLE: gl.constexpr = mbarrier.MBarrierLayout([[0]]) if CLUSTER > 1 else OWN
+    LAYOUT: gl.constexpr = (
+        gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_COLUMNS, 16], [[1, 0]])
+        if CLUSTER > 1
+        else gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_COLUMNS, 16])
+    )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, CLUSTER], OWN)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, CLUSTER], OWN)
     unread = gl.allocate_shared_memory(gl.int64, [STAGES, 1], WHOLE)
