@@ -17,15 +17,14 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from benchmarks.hopper.kernel import MULTICAST
-from benchmarks.hopper.sweep import ARCHITECTURE, Form, compiled_for
+from benchmarks.hopper.kernel import PARTS
+from benchmarks.hopper.sweep import ARCHITECTURE, STAGES, Form, compiled_for
 from selfdistill_kernels.backends.interface import LinearInputs
 from selfdistill_kernels.backends.triton.plan import SHIPPED, Configuration
 from selfdistill_kernels.backends.triton.sweep import sweep_kernel
@@ -43,10 +42,8 @@ LOOPS: dict[str, tuple[Any, str]] = {
     "items": (sweep_kernel, "range(tl.program_id(0), row_blocks * pieces, tl.num_programs(0))"),
 }
 PLAIN = Variant(Objective("forward_kl", policy_gradient=1.0))
-# Written with specialised warps, for sm_90 only.
-WRITTEN = (
-    {"gluon": Form(1), "gluon, cluster of 2": Form(2)} if MULTICAST.value else {"gluon": Form(1)}
-)
+# Written with specialised warps, for sm_90 only: programs of a cluster.
+WRITTEN: dict[str, int] = {"gluon": 1, "gluon, cluster of 2": 2}
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
 BRANCH = re.compile(r"\bBRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)?0x([0-9a-f]+)")
 SPILL = re.compile(r"\b(?:STL|LDL)\b")
@@ -212,12 +209,13 @@ def _variant(
 ) -> tuple[str, Callable[[], Any]]:
     """Its tile in words, and what compiles it."""
     if name in WRITTEN:
-        form = WRITTEN[name]
-        compiled = partial(
-            compiled_for, plain_inputs(), PLAIN.objective, MACHINES[architecture], form
-        )
-        own = form.tile
-        return f"{own.rows}x{own.columns}x{own.inner}x{own.parts}, {own.stages} stages", compiled
+        cluster = WRITTEN[name]
+
+        def compile_written() -> Any:
+            machine = MACHINES[architecture]
+            return compiled_for(plain_inputs(), PLAIN.objective, machine, Form(cluster))
+
+        return f"{128 * cluster}x128x64x{PARTS.value}, {STAGES} stages", compile_written
     job = sweep_job(architecture, tile)
     constants = dict(job.constants)
     shape = "x".join(

@@ -16,7 +16,7 @@ from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.tiles import OBJECTIVE, random_inputs
 from benchmarks.gpu.values import Case, check
 from benchmarks.hopper.kernel import MULTICAST
-from benchmarks.hopper.sweep import ARCHITECTURE, Form, SpecialisedBackend
+from benchmarks.hopper.sweep import ARCHITECTURE, SPECIALISES, Form, SpecialisedBackend
 from benchmarks.report import Table
 from selfdistill_kernels.backends.triton.backend import TritonBackend
 from selfdistill_kernels.backends.triton.plan import Machine
@@ -49,6 +49,9 @@ def compare_sweeps(setting: Setting, section: Section) -> None:
     found = Machine.of(torch.device(setting.device)).architecture
     if found != ARCHITECTURE:
         section.left_out.append(f"all of it: the kernel is for {ARCHITECTURE}, this is {found}")
+        return
+    if not SPECIALISES:
+        section.left_out.append("all of it: the kernel needs Gluon of Triton 3.6 or newer")
         return
     right: dict[str, SpecialisedBackend] = {}
     for form in forms():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +36,8 @@ from selfdistill_kernels.statistics import Column
 from selfdistill_kernels.tools.audit.record import job_of
 
 ARCHITECTURE = "sm_90"
+# Triton 3.6 gave it the arguments that the kernel names.
+SPECIALISES = "functions_and_args" in inspect.signature(gl.warp_specialize).parameters
 STAGES = 4
 WARPS = 4  # of a consumer, as the kernel is compiled; the producer and the other one come on top
 
@@ -50,6 +53,11 @@ class Form:
     cluster: int = 2
 
     def __post_init__(self) -> None:
+        if not SPECIALISES:
+            raise RuntimeError(
+                f"the specialised sweep needs Gluon of Triton 3.6 or newer, this is "
+                f"{triton.__version__}"
+            )
         if self.cluster not in (1, 2):
             raise ValueError(f"cluster: expected 1 or 2, got {self.cluster!r}")
         if self.cluster > 1 and not MULTICAST.value:

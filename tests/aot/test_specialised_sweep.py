@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from slow import slow_but
+from specialised_cases import needs_clusters, needs_gluon
 
 from benchmarks.hopper import sweep
 from benchmarks.hopper.sweep import Form, check, compiled_for
@@ -19,10 +20,12 @@ from selfdistill_kernels.tools.audit.build import machine_code, read_nvidia
 from selfdistill_kernels.tools.audit.judgement import refusals
 from selfdistill_kernels.tools.audit.record import MACHINES
 
+pytestmark = needs_gluon
 HOPPER = MACHINES["sm_90"]
 FORWARD = Objective("forward_kl", policy_gradient=1.0)
 
 
+@needs_clusters
 @pytest.mark.parametrize(
     ("objective", "cluster", "vocabulary"),
     slow_but(
@@ -86,8 +89,11 @@ def test_what_it_cannot_take_is_refused_early(refused, told):
         refused()
 
 
-def test_a_triton_without_copies_to_a_cluster_is_named(monkeypatch):
+def test_an_old_triton_is_named(monkeypatch):
     monkeypatch.setattr(sweep.MULTICAST, "value", False)
     with pytest.raises(ValueError, match=r"came with Triton 3\.7, this is .*; take 1"):
         Form(2)
     assert Form(1).cluster == 1
+    monkeypatch.setattr(sweep, "SPECIALISES", False)
+    with pytest.raises(RuntimeError, match=r"needs Gluon of Triton 3\.6 or newer, this is "):
+        Form(1)

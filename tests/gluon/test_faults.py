@@ -6,7 +6,7 @@ import pytest
 import torch
 from gluon_emulator import Deadlock, Fault, Race
 from kernel_cases import make_case
-from specialised_cases import emulated_sweep, hopper
+from specialised_cases import CLUSTERS, emulated_sweep, hopper, needs_clusters, needs_gluon
 
 from selfdistill_kernels import Objective
 from selfdistill_kernels.backends.interface import LinearInputs
@@ -14,6 +14,7 @@ from selfdistill_kernels.backends.triton.columns import STUDENT_MAX, STUDENT_SUM
 from selfdistill_kernels.backends.triton.problem import Problem, Selection
 from selfdistill_kernels.logits import LogitTransform
 
+pytestmark = needs_gluon
 CASE = make_case(66, 192, 200, seed=2)
 CASE.weight /= 16  # so that every entry counts
 FULL = "mbarrier.wait(full.index(stage), step // STAGES & 1)"
@@ -39,7 +40,7 @@ def exact() -> torch.Tensor:
     return (CASE.student_hidden @ CASE.weight.T).logsumexp(1).float()
 
 
-@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("cluster", CLUSTERS)
 @pytest.mark.parametrize("seed", range(4))
 def test_no_order_shows_a_fault(cluster, seed):
     torch.testing.assert_close(sweep(cluster, seed=seed), exact())
@@ -74,7 +75,13 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(name, marks=needs_clusters) if cluster > 1 else name
+        for name, (cluster, *_) in FAULTS.items()
+    ],
+)
 def test_a_fault_is_caught(fault):
     """In at least one of a few orders, and a deadlock in each."""
     cluster, function, old, new, error = FAULTS[fault]

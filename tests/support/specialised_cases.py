@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from gluon_emulator import launch
 from torch import Tensor
 
-from benchmarks.hopper.kernel import specialised_sweep_kernel
-from benchmarks.hopper.sweep import ARCHITECTURE, Form, prepared
+from benchmarks.hopper.kernel import MULTICAST, specialised_sweep_kernel
+from benchmarks.hopper.sweep import ARCHITECTURE, SPECIALISES, Form, prepared
 from selfdistill_kernels.backends.triton.plan import MEBIBYTE, Machine
 from selfdistill_kernels.backends.triton.problem import Problem, Selection
+
+needs_gluon = pytest.mark.skipif(
+    not SPECIALISES, reason="the kernel needs Gluon of Triton 3.6 or newer: install one"
+)
+needs_clusters = pytest.mark.skipif(
+    not MULTICAST.value, reason="copies to a cluster need Triton 3.7 or newer: install one"
+)
+CLUSTERS = (1, pytest.param(2, marks=needs_clusters))
 
 
 def hopper(multiprocessors: int) -> Machine:

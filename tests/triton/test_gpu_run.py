@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from specialised_cases import emulated_sweep, hopper
+from specialised_cases import emulated_sweep, hopper, needs_clusters
 
 from benchmarks import checks
 from benchmarks.checks import WrongResultError
@@ -212,6 +212,7 @@ def on_a_hopper(monkeypatch):
     return replace(SETTING, tuned=Shape(5, 64, 130), dtype="bfloat16")
 
 
+@needs_clusters
 def test_the_specialised_sweep_is_checked_and_timed_beside_todays(on_a_hopper, section):
     specialised.compare_sweeps(on_a_hopper, section)
     assert section.left_out == []
@@ -223,6 +224,7 @@ def test_the_specialised_sweep_is_checked_and_timed_beside_todays(on_a_hopper, s
     assert all(len(times) == on_a_hopper.rounds for times in section.data["rounds"].values())
 
 
+@needs_clusters
 def test_a_wrong_specialised_sweep_is_not_timed(on_a_hopper, section, monkeypatch):
     right = OnTheEmulator.statistics
 

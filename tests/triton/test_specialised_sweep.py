@@ -8,16 +8,17 @@ import pytest
 import torch
 from exactness import assert_no_worse_than_torch
 from kernel_cases import make_case, materialised_losses
-from specialised_cases import emulated_sweep
+from specialised_cases import CLUSTERS, emulated_sweep, needs_gluon
 from triton_case import STATISTICS, check
 
 from selfdistill_kernels import AdvantageMask, Objective, fused_linear_distillation
 from selfdistill_kernels.backends.triton import backend
 
+pytestmark = needs_gluon
 GATE = AdvantageMask(0.05)  # behind which a loss is swept
 
 
-@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("cluster", CLUSTERS)
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "skew_kl"])
 def test_statistics(monkeypatch, divergence, cluster):
     """Rows and vocabulary that end within tiles, two rounds of the ring, two clusters or programs.
