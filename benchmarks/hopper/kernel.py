@@ -12,6 +12,8 @@ one sends each tile of the head to all: it waits for the consumers of the whole 
 
 from __future__ import annotations
 
+import inspect
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -59,9 +61,9 @@ PARTS = gl.constexpr(8)
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
 
-# Triton 3.7 renamed it; before, there were no copies to a whole cluster.
-MULTICAST = gl.constexpr(hasattr(tma, "async_load"))
-async_load = tma.async_load if MULTICAST.value else tma.async_copy_global_to_shared
+# Triton renamed it after 3.7, which was the first that copies to a whole cluster.
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+MULTICAST = gl.constexpr("multicast" in inspect.signature(async_load).parameters)
 
 
 @gluon.jit
