@@ -99,8 +99,9 @@ $(VLLM_VENV)/.package: $(VLLM_VENV)/.requirements $(SOURCES) $(PACKAGES)
 # link names are copied, too. Warnings, a dead link among them, are errors; with --quiet they would not be.
 DOCS_VENV := .venv-docs
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md LICENSE docs examples csrc/cuda/README.md \
-	benchmarks/cost.py requirements-vllm.txt selfdistill/training/loop.py csrc/divergence.h csrc/clip.h \
-	csrc/cpu/rows.inl selfdistill/prediction/law.py selfdistill_kernels/backends/reference/divergence.py \
+	benchmarks/cost.py benchmarks/hopper/kernel.py requirements-vllm.txt selfdistill/training/loop.py \
+	csrc/divergence.h csrc/clip.h csrc/cpu/rows.inl selfdistill/prediction/law.py \
+	selfdistill_kernels/backends/reference/divergence.py \
 	$(addprefix selfdistill_kernels/backends/triton/,clip.py divergence.py rows.py sweep.py gradient.py)
 
 docs: $(DOCS_VENV)/.requirements

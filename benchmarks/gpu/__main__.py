@@ -204,6 +204,13 @@ def _fill(section: Section, args: argparse.Namespace, setting: Setting) -> None:
                 section.left_out.append(f"all of it: {error}")
             else:
                 measure_steps(setting, section)
+        case "specialised":
+            try:
+                from benchmarks.gpu.specialised import compare_sweeps
+            except ImportError as error:  # a Triton without Gluon
+                section.left_out.append(f"all of it: {error}")
+            else:
+                compare_sweeps(setting, section)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ TITLES = {
     "tiles": "Tiles",
     "losses": "The loss beside floor and peers",
     "step": "A training step",
+    "specialised": "A sweep with specialised warps",
 }
 
 

@@ -152,8 +152,8 @@ class _Timed:
         return self.found[tile]
 
 
-def _runner(shape: Shape, setting: Setting) -> Callable[[Kind, Configuration], None]:
-    """Runs the sweep or the gradient of one problem with a tile."""
+def random_inputs(shape: Shape, setting: Setting) -> LinearInputs:
+    """A dense problem without targets, on the setting's device."""
     dtype, device = DTYPES[setting.dtype], setting.device
     generator = torch.Generator(device).manual_seed(0)
 
@@ -163,9 +163,14 @@ def _runner(shape: Shape, setting: Setting) -> Callable[[Kind, Configuration], N
     student = randn(shape.tokens, shape.hidden)
     head = randn(shape.vocabulary, shape.hidden) / shape.hidden**0.5
     teacher = student + 0.1 * randn(shape.tokens, shape.hidden)
-    inputs = LinearInputs(student, teacher, head, None, None, None, None, None, LogitTransform())
+    return LinearInputs(student, teacher, head, None, None, None, None, None, LogitTransform())
+
+
+def _runner(shape: Shape, setting: Setting) -> Callable[[Kind, Configuration], None]:
+    """Runs the sweep or the gradient of one problem with a tile."""
+    inputs = random_inputs(shape, setting)
     statistics = TritonBackend().statistics(inputs, OBJECTIVE, 0)
-    weights = torch.full((shape.tokens, 3), 1.0 / shape.tokens, device=device)
+    weights = torch.full((shape.tokens, 3), 1.0 / shape.tokens, device=setting.device)
     needs = Needs(hidden=True, weight=False, bias=False)
 
     def run(kind: Kind, tile: Configuration) -> None:

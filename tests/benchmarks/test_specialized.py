@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.specialized import LOOPS, Loop, loops, marked
+from benchmarks.specialized import LOOPS, Loop, attainable, loops, marked
 from selfdistill_kernels.backends.triton.sweep import sweep_kernel
 
 # A loop in a loop; behind the code, a wait that jumps back into the inner one, and one that spins.
@@ -50,3 +50,11 @@ def test_a_loop_that_is_written_otherwise_is_named(monkeypatch):
         marked("tiles"),
     ):
         pass
+
+
+def test_the_attainable_share_by_hand():
+    """64 steps of 1,024 clocks, which shared memory makes 1,152; two warps share a scheduler."""
+    assert attainable(0) == pytest.approx(1024 / 1152)
+    assert attainable(5000) == pytest.approx(65536 / (73728 + 10000))
+    assert attainable(5000, stages_ahead=4) == pytest.approx(65536 / (73728 + 10000 - 4 * 512))
+    assert attainable(1000, stages_ahead=4, hidden=1024) == pytest.approx(1024 / 1152)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from specialised_cases import emulated_sweep, hopper, needs_clusters
 
 from benchmarks import checks
 from benchmarks.checks import WrongResultError
-from benchmarks.gpu import losses, tiles, values, whole, workers
+from benchmarks.gpu import losses, specialised, tiles, values, whole, workers
 from benchmarks.gpu.section import Section, WrongValueError
 from benchmarks.gpu.setting import StandInClock, rehearsal
+from benchmarks.hopper.sweep import SpecialisedBackend
 from benchmarks.problems import Shape
 from selfdistill_kernels.backends.triton import backend, gather
+from selfdistill_kernels.backends.triton.backend import TritonBackend
 from selfdistill_kernels.backends.triton.plan import INTERPRETER, configuration, key_of
 from selfdistill_kernels.backends.triton.tuned_tiles import read_tuned
+from selfdistill_kernels.statistics import Column
 
 SETTING = rehearsal()
 CASES = {case.name: case for case in values.cases(SETTING.dtypes, SETTING.sizes)}
@@ -185,3 +190,56 @@ def test_what_there_is_no_time_for_is_named(tmp_path):
         "reverse_kl at 24/16/264: no time", "cross_entropy at 24/16/264: no time",
     ]  # fmt: skip
     assert section.tables == []
+
+
+class OnTheEmulator(SpecialisedBackend):
+    """The specialised sweep of a GPU, and the kernels around it under the interpreter."""
+
+    def statistics(self, inputs, objective, workspace):
+        def emulated(problem, selection, student, teacher):
+            return emulated_sweep(problem, selection, student, teacher, cluster=self._form.cluster)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backend, "sweep", emulated)
+            return TritonBackend().statistics(inputs, objective, workspace)
+
+
+@pytest.fixture
+def on_a_hopper(monkeypatch):
+    monkeypatch.setattr(specialised, "Machine", SimpleNamespace(of=lambda device: hopper(2)))
+    monkeypatch.setattr(specialised, "SpecialisedBackend", OnTheEmulator)
+    monkeypatch.setattr(specialised, "SIZES", ((70, 64, 131),))
+    return replace(SETTING, tuned=Shape(5, 64, 130), dtype="bfloat16")
+
+
+@needs_clusters
+def test_the_specialised_sweep_is_checked_and_timed_beside_todays(on_a_hopper, section):
+    specialised.compare_sweeps(on_a_hopper, section)
+    assert section.left_out == []
+    (table,) = section.tables
+    assert [line[0] for line in table.body] == [
+        "today's", "specialised, clusters of 2", "specialised, clusters of 1",
+    ]  # fmt: skip
+    assert all(float(line[-1]) < 1e-4 for line in table.body)
+    assert all(len(times) == on_a_hopper.rounds for times in section.data["rounds"].values())
+
+
+@needs_clusters
+def test_a_wrong_specialised_sweep_is_not_timed(on_a_hopper, section, monkeypatch):
+    right = OnTheEmulator.statistics
+
+    def wrong(self, inputs, objective, workspace):
+        statistics = right(self, inputs, objective, workspace)
+        statistics[2, Column.DIVERGENCE] *= 1.01
+        return statistics
+
+    monkeypatch.setattr(OnTheEmulator, "statistics", wrong)
+    with pytest.raises(WrongValueError, match="clusters of 2, merge") as caught:
+        specialised.compare_sweeps(on_a_hopper, section)
+    assert caught.value.wrong.repeat == "python -m benchmarks.gpu --section specialised"
+    assert section.tables == []
+
+
+def test_another_gpu_leaves_the_specialised_sweep_out(section):
+    specialised.compare_sweeps(SETTING, section)
+    assert section.left_out == ["all of it: the kernel is for sm_90, this is interpreter"]

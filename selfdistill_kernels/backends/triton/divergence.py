@@ -96,10 +96,9 @@ def log_ratio_centres(student, student_low, teacher, teacher_low):
     low = teacher_low - student_low
     offset = teacher - student
     close = tl.abs(offset + low) < 0.5
-    zero = tl.zeros_like(offset)
     return (
-        tl.where(close, zero, student),
-        tl.where(close, zero, teacher),
+        tl.where(close, 0.0, student),
+        tl.where(close, 0.0, teacher),
         tl.where(close, offset + low, low),
     )
 

@@ -61,7 +61,7 @@ def build(job: Job, architecture: str) -> Report:
     started = time.perf_counter()
     compiled = compile_job(job, architecture)
     seconds = time.perf_counter() - started
-    read = _read_amd if is_amd(architecture) else _read_nvidia
+    read = _read_amd if is_amd(architecture) else read_nvidia
     return read(compiled, job.shape.warps, seconds)
 
 
@@ -84,7 +84,8 @@ def machine_code(compiled: Any) -> tuple[str, str]:
         return _cuobjdump("--dump-resource-usage", cubin), _cuobjdump("-sass", cubin)
 
 
-def _read_nvidia(compiled: Any, warps: int, seconds: float) -> Report:
+def read_nvidia(compiled: Any, warps: int, seconds: float) -> Report:
+    """What is in a kernel that took `seconds` to compile for NVIDIA, and runs `warps`."""
     usage, sass = machine_code(compiled)
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Report(
