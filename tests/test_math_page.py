@@ -17,7 +17,7 @@ COLUMNS = {
 }
 
 LOOPS = {
-    1: [ROOT / "csrc/cpu/rows.inl"],
+    1: [ROOT / "csrc/cpu/rows.inl", ROOT / "csrc/cpu/clip.inl"],
     2: [*(ROOT / "csrc/cuda").glob("*.cu")],
     3: [KERNELS / "backends/triton/rows.py"],
     4: [KERNELS / "backends/triton/sweep.py", KERNELS / "backends/triton/gradient.py"],

@@ -112,7 +112,7 @@ def may_be_clipped(divergence: Tensor, objective: Objective) -> Tensor:
 def entry_of(
     z_s, z_t, shift_s, low_s, shift_t, low_t, beta, DIVERGENCE: tl.constexpr
 ):  # fmt: skip
-    """f_v, what an entry adds to the divergence, and d f_v / d log p_s(v)."""
+    """f_v, what an entry adds to the divergence, and d f_v / d log p_s(v). Twin: entry_of."""
     centre_s, centre_t, rest = log_ratio_centres(shift_s, low_s, shift_t, low_t)
     x = log_ratio(z_s, z_t, centre_s, centre_t, rest)
     p_s = probability(z_s, shift_s, low_s)
@@ -164,8 +164,9 @@ def clip_sums(
 def finish_clipped(value, slope, count, entry_clip, beta, DIVERGENCE: tl.constexpr):
     """Divergence and pivot, float32, of a row in which an entry is clipped; the sums are float64.
 
-    With this pivot `gradient_tile` gives the elements of the entries that are not clipped. Twins:
-    finish_clipped and clipped_pivot.
+    With this pivot `gradient_tile` gives the elements of the entries that are not clipped.
+
+    Twin: finish_clipped.
     """
     if DIVERGENCE == FORWARD_KL:
         pivot = (1.0 + slope).to(tl.float32)

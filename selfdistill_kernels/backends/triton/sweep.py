@@ -1,8 +1,8 @@
 """Both sweeps over the vocabulary: GEMMs and sums of rows, no logit leaves the registers.
 
 The first keeps the online statistics; the second runs for the divergences over the mixture m, once
-the first has given both normalisers. It runs, with other sums, for rows too in which an entry may be
-clipped.
+the first has given both normalisers. It also runs, with other sums, over rows in which an entry may
+be clipped.
 """
 
 from __future__ import annotations
