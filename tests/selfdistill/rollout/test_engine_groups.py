@@ -25,6 +25,7 @@ from selfdistill.rollout.vllm_requests import rollout_seeds
 from selfdistill.training import loop
 from selfdistill.training.distributed import Ranks
 from selfdistill.training.rank_failures import RankFailedError, failure_elsewhere
+from selfdistill.training.state_file import differing_settings
 
 SHARED = {"name": "vllm", "dtype": "float32", "tensor_parallel_size": 2}
 PROMPTS = [[1, 4, 8, 5], [1, 4, 7, 13, 14, 5], [1, 4, 9, 5]]
@@ -143,6 +144,15 @@ def test_it_is_refused_before_anything_is_loaded(
     rollout = {"engine": {**SHARED, "tensor_parallel_size": 7}}
     with pytest.raises(ConfigError, match="vLLM divides the model by 7"):
         dry_run(Config.model_validate(settings | {"rollout": rollout}), console)
+
+
+def test_a_run_may_go_on_with_other_groups() -> None:
+    def settings(**engine: Any) -> dict[str, Any]:
+        document = {"model": "m", "output_dir": "o", "rollout": {"engine": {**SHARED, **engine}}}
+        return Config.model_validate(document).model_dump(mode="json")
+
+    assert differing_settings(settings(), settings(tensor_parallel_size=1)) is None
+    assert "rollout" in str(differing_settings(settings(), settings(dtype="bfloat16")))
 
 
 def test_a_critic_of_vllm_has_no_place_beside_shared_engines() -> None:
