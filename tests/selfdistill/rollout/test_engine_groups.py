@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from engine_stand_in import rank_of_shared_runs, rank_that_asks, stopped_evaluation
+from engine_stand_in import (
+    LLM,
+    install,
+    rank_of_shared_runs,
+    rank_that_asks,
+    stopped_evaluation,
+)
 from process_groups import in_processes
 from rich.console import Console
 from tiny_runs import assert_close_runs, ranks_settings
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_ranks import replayed
 
-from selfdistill.config import Config, ConfigError
+from selfdistill.config import Config, ConfigError, VLLMEngineConfig
 from selfdistill.planning.dry_run import dry_run
 from selfdistill.rollout.engine import EngineError, SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
+from selfdistill.rollout.vllm_engine import VLLMEngine
 from selfdistill.rollout.vllm_groups import check_groups
 from selfdistill.rollout.vllm_requests import rollout_seeds
 from selfdistill.training import loop
@@ -38,8 +46,6 @@ def test_ranks_of_a_group_draw_together_and_each_gets_its_own(
     counts = [[2, 3], [], [1], [3, 1, 2]]
     case = (str(sharp_solver_dir), 2, counts, PROMPTS)
     results = in_processes(rank_that_asks, case, tmp_path, ranks=4)
-    from transformers import AutoModelForCausalLM
-
     alone = TransformersEngine(
         AutoModelForCausalLM.from_pretrained(sharp_solver_dir).eval(),
         AutoTokenizer.from_pretrained(sharp_solver_dir),
@@ -93,6 +99,27 @@ def test_a_rank_that_gives_an_evaluation_up_helps_the_other_to_its_end(
     )
     # Each has 18 problems, in portions of 16 and 2.
     assert in_processes(stopped_evaluation, settings, tmp_path) == [(False, [32, 2])] * 2
+
+
+def test_a_process_without_others_has_an_engine_of_its_own(
+    sharp_solver_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So `evaluate` and `analyze` read a run's configuration as it is."""
+    monkeypatch.setitem(sys.modules, "vllm", None)  # whatever takes its place leaves again
+    install()
+    engine = VLLMEngine(
+        str(sharp_solver_dir),
+        AutoTokenizer.from_pretrained(sharp_solver_dir),
+        VLLMEngineConfig(),
+        tensor_parallel_size=2,
+    )
+    params = SamplingParams(max_new_tokens=2)
+    (group,) = engine.generate(PROMPTS[:1], group_size=2, params=params)
+    engine.wait_for_group()
+    assert len(group) == 2
+    (llm,) = LLM.made
+    assert len(llm.asked) == 1
+    assert "tensor_parallel_size" not in llm.options
 
 
 def model_of(heads: int, key_value_heads: int, width: int) -> Any:
