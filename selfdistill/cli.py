@@ -148,7 +148,7 @@ def export(
     console = Console()
     step = write(run, output, checkpoint=checkpoint, form=form, dtype=dtype)
     say(console, f"The model is in {output.resolve()}, with the weights after step {step}.")
-    if step == 0:
+    if step == 0 and checkpoint == "best":
         say(console, UNTRAINED)
     if push is not None:
         say(console, f"Pushed: {upload(output, push)}")
@@ -192,7 +192,7 @@ def evaluate(
         settings = load_config(Path(model) / "config.yaml")
         weights = Path(model) / "checkpoints" / checkpoint
         solver = load_solver(settings, weights)
-        if read_state(weights).step == 0:
+        if checkpoint == "best" and read_state(weights).step == 0:
             say(console, UNTRAINED)
     elif model.endswith((".yaml", ".yml")):
         solver = load_solver(load_config(Path(model)))

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from engine_stand_in import rank_of_shared_runs, rank_that_asks, stopped_evaluation
+from engine_stand_in import (
+    LLM,
+    install,
+    rank_of_shared_runs,
+    rank_that_asks,
+    stopped_evaluation,
+)
 from process_groups import in_processes
 from rich.console import Console
 from tiny_runs import assert_close_runs, ranks_settings
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_ranks import replayed
 
-from selfdistill.config import Config, ConfigError
+from selfdistill.config import Config, ConfigError, VLLMEngineConfig
 from selfdistill.planning.dry_run import dry_run
 from selfdistill.rollout.engine import EngineError, SamplingParams
 from selfdistill.rollout.transformers_engine import TransformersEngine
+from selfdistill.rollout.vllm_engine import VLLMEngine
 from selfdistill.rollout.vllm_groups import check_groups
 from selfdistill.rollout.vllm_requests import rollout_seeds
 from selfdistill.training import loop
 from selfdistill.training.distributed import Ranks
 from selfdistill.training.rank_failures import RankFailedError, failure_elsewhere
+from selfdistill.training.state_file import differing_settings
 
 SHARED = {"name": "vllm", "dtype": "float32", "tensor_parallel_size": 2}
 PROMPTS = [[1, 4, 8, 5], [1, 4, 7, 13, 14, 5], [1, 4, 9, 5]]
@@ -37,8 +46,6 @@ def test_ranks_of_a_group_draw_together_and_each_gets_its_own(
     counts = [[2, 3], [], [1], [3, 1, 2]]
     case = (str(sharp_solver_dir), 2, counts, PROMPTS)
     results = in_processes(rank_that_asks, case, tmp_path, ranks=4)
-    from transformers import AutoModelForCausalLM
-
     alone = TransformersEngine(
         AutoModelForCausalLM.from_pretrained(sharp_solver_dir).eval(),
         AutoTokenizer.from_pretrained(sharp_solver_dir),
@@ -94,6 +101,27 @@ def test_a_rank_that_gives_an_evaluation_up_helps_the_other_to_its_end(
     assert in_processes(stopped_evaluation, settings, tmp_path) == [(False, [32, 2])] * 2
 
 
+def test_a_process_without_others_has_an_engine_of_its_own(
+    sharp_solver_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So `evaluate` and `analyze` read a run's configuration as it is."""
+    monkeypatch.setitem(sys.modules, "vllm", None)  # whatever takes its place leaves again
+    install()
+    engine = VLLMEngine(
+        str(sharp_solver_dir),
+        AutoTokenizer.from_pretrained(sharp_solver_dir),
+        VLLMEngineConfig(),
+        tensor_parallel_size=2,
+    )
+    params = SamplingParams(max_new_tokens=2)
+    (group,) = engine.generate(PROMPTS[:1], group_size=2, params=params)
+    engine.wait_for_group()
+    assert len(group) == 2
+    (llm,) = LLM.made
+    assert len(llm.asked) == 1
+    assert "tensor_parallel_size" not in llm.options
+
+
 def model_of(heads: int, key_value_heads: int, width: int) -> Any:
     text = SimpleNamespace(
         num_attention_heads=heads, num_key_value_heads=key_value_heads, intermediate_size=width
@@ -143,6 +171,15 @@ def test_it_is_refused_before_anything_is_loaded(
     rollout = {"engine": {**SHARED, "tensor_parallel_size": 7}}
     with pytest.raises(ConfigError, match="vLLM divides the model by 7"):
         dry_run(Config.model_validate(settings | {"rollout": rollout}), console)
+
+
+def test_a_run_may_go_on_with_other_groups() -> None:
+    def settings(**engine: Any) -> dict[str, Any]:
+        document = {"model": "m", "output_dir": "o", "rollout": {"engine": {**SHARED, **engine}}}
+        return Config.model_validate(document).model_dump(mode="json")
+
+    assert differing_settings(settings(), settings(tensor_parallel_size=1)) is None
+    assert "rollout" in str(differing_settings(settings(), settings(dtype="bfloat16")))
 
 
 def test_a_critic_of_vllm_has_no_place_beside_shared_engines() -> None:
