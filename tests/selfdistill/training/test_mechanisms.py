@@ -42,10 +42,11 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def settings(method: dict[str, Any]) -> dict[str, Any]:
     return {
-        "task": {"step_counts": [3]},
+        "task": {"step_counts": [2]},
         "method": method,
-        "prompts_per_step": 3,
-        "rollout": {"max_new_tokens": 48},
+        "prompts_per_step": 2,
+        "rollout": {"max_new_tokens": 28},
+        "completions": None,
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0},
         "evaluation": {"every": 9, "problems": 1, "samples": 1},
         "max_empty_steps": None,
