@@ -209,6 +209,18 @@ class WrongStepMethod(PolicyGradient):
     critic: CriticConfig = ScribeCriticConfig()
     """Who says which step is the first wrong one."""
 
+    @model_validator(mode="after")
+    def _nobody_reads_the_critique(self) -> WrongStepMethod:
+        _refuse_fallback(self.critic, "nobody reads a solution there")
+        if isinstance(self.critic, ScribeCriticConfig) and (
+            self.critic.copying != "partial_repetition"
+        ):
+            raise ValueError(
+                f"critic.copying: only the place of the wrong step counts, not what is written: "
+                f"leave {self.critic.copying} out"
+            )
+        return self
+
 
 class ContrastMethod(ClippedRatio):
     """Sampled tokens are weighed by what a critique says beyond a critique that is of no use.
@@ -228,6 +240,16 @@ class ContrastMethod(ClippedRatio):
     """The other critique: a wrong one of the same attempt, or that of another problem's attempt."""
     weight: Float = Field(default=1.0, gt=0, le=1)
     """How much of the other's log-prob is subtracted; the rest to 1 is the student's own."""
+
+    @model_validator(mode="after")
+    def _critiques_are_compared_with_critiques(self) -> ContrastMethod:
+        _refuse_fallback(self.critic, "a critique is compared with another one")
+        return self
+
+
+def _refuse_fallback(critic: LLMCriticConfig | ScribeCriticConfig, why: str) -> None:
+    if isinstance(critic, LLMCriticConfig) and critic.fallback != "drop":
+        raise ValueError(f"critic.fallback: {why}, so set it to drop")
 
 
 DistillationMethod: TypeAlias = StepAlignMethod | RefSolMethod | PeerMethod | EnvironmentMethod

@@ -16,6 +16,7 @@ Contexts: TypeAlias = list[list[TeacherContext | None]]
 """What the teacher sees beside the question: a list for each problem, an entry for each rollout;
 None where there is nothing to show."""
 Gather: TypeAlias = Callable[[list[Any]], list[Any]]
+"""From this rank's items to those of all ranks, in their order."""
 
 
 @dataclass(frozen=True)

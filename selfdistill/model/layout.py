@@ -59,17 +59,15 @@ class PromptGroup:
             )
         if not self.completions:
             raise ValueError("completions is empty: a prompt group needs at least one rollout")
-        for name in (
-            *("teacher_prompts", "rewards", "old_logprobs", "steps", "wrong"),
-            "contrast_prompts",
-        ):
+        per_token = ("old_logprobs", "steps", "wrong")
+        for name in ("teacher_prompts", "contrast_prompts", "rewards", *per_token):
             entries = getattr(self, name)
             if entries is not None and len(entries) != len(self.completions):
                 raise ValueError(
                     f"{name} has {len(entries)} entries for {len(self.completions)} completions: "
                     "give one per rollout"
                 )
-        for name in ("old_logprobs", "steps", "wrong"):
+        for name in per_token:
             for i, row in enumerate(getattr(self, name) or []):
                 if len(row) != len(self.completions[i]):
                     raise ValueError(

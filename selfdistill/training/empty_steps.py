@@ -79,8 +79,10 @@ def advice(config: Config, empty: Records) -> str:
     if too_long > rollouts / 2:
         return "Raise prompt.max_length, or choose shorter problems"
     if without > rollouts / 2:
-        if method.name in ("stepalign", "contrast"):
+        if method.name == "stepalign":
             return "Look at what the critic answers, or set method.critic.fallback: reference"
+        if method.name == "contrast":
+            return "Look at what the critic answers, and which attempts have no other critique"
         return "Choose easier problems: the teacher sees what other rollouts or the checker give"
     if method.name == "grpo":
         return "Choose problems that are sometimes solved, or raise prompts_per_step or group_size"

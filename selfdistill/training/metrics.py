@@ -19,7 +19,7 @@ class StepMetrics:
         step: the training step, from 1.
         loss: the minimised loss (tokens that the advantage mask drops count as 0).
         kl: the divergence of the objective, in nats (GRPO: from the base model).
-        advantage: log p_teacher(y) - log p_student(y), in nats (GRPO: of the normalised reward).
+        advantage: log p_teacher(y) - log p_student(y), in nats (policy gradients: theirs).
         entropy: of the student's next-token distribution, in nats.
         active: share of all completion tokens, read or not, that carry a gradient.
         taught: whether any token carried one in any of the updates, a KL penalty aside.

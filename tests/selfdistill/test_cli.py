@@ -218,6 +218,7 @@ def test_training_loads_what_it_needs_and_no_more(solver_dir: Path, tmp_path: Pa
         *("methods.policy_gradient", "methods.rewarded", "methods.wrong_step"),
         "methods.contrast",
         "methods.position_weights",
+        "methods.selection",
         *("model.adapters", "model.following_teacher", "model.sharding", "tasks.arithmetic.noise"),
         *("model.attention.flash", "model.attention.flex", "tasks.dataset"),
         *("training.agreement", "training.rank_failures", "training.completions"),

@@ -40,7 +40,15 @@ QUESTIONS = (
     Question(
         "Does a teacher that is made anew break the fixed teacher's ceiling?",
         "arXiv 2606.11173 keeps the base model",
-        (arms.RETURNING, arms.RETURNING_STOP, arms.RESTARTED, arms.REFRESHED, arms.EMA, arms.LIVE),
+        (
+            arms.RETURNING,
+            arms.RETURNING_STOP,
+            arms.RETURNING_THRICE,
+            arms.RESTARTED,
+            arms.REFRESHED,
+            arms.EMA,
+            arms.LIVE,
+        ),
         arms.STEPALIGN,
         {
             "better": "use it once dev accuracy stops rising",

@@ -151,6 +151,11 @@ RETURNING_STOP = Arm(
     "back to the best, up to the error",
     merged(RETURNING.settings, STOP.settings),
 )
+RETURNING_THRICE = Arm(
+    "teacher-returning-thrice",
+    "up to the error, 3 updates a step",
+    merged(RETURNING_STOP.settings, {"updates_per_step": 3}),
+)
 RESTARTED = Arm(
     "teacher-restarted",
     "restarted from the best",
@@ -199,6 +204,7 @@ ARMS: tuple[Arm, ...] = (
     *REFERENCES,
     RETURNING,
     RETURNING_STOP,
+    RETURNING_THRICE,
     RESTARTED,
     REFRESHED,
     EMA,

@@ -32,17 +32,22 @@ def job_seconds(job: Job) -> float:
                 if config.method.name == "grpo"
                 else SECONDS_PER_DISTILLED_ROLLOUT
             )
-            evaluations = 1 + -(-config.steps // config.evaluation.every)
+            runs = [config] if job.first is None else [job.first, config]
+            steps = sum(run.steps for run in runs)
+            evaluations = sum(1 + -(-run.steps // run.evaluation.every) for run in runs)
             problems = config.evaluation.problems
             assert problems != "all"  # the task has no end
             dev = evaluations * problems * config.evaluation.samples
+            outside = sum(_attempts(probe.test) for probe in job.outside)
+            test = len(job.milestones) * _attempts(job.test) + outside
             return (
                 SECONDS_PER_JOB
-                + config.steps * (SECONDS_PER_STEP + rollouts * per_rollout)
-                + SECONDS_PER_ATTEMPT * (dev + len(job.milestones) * _attempts(job.test))
+                + steps * (SECONDS_PER_STEP + rollouts * per_rollout)
+                + SECONDS_PER_ATTEMPT * (dev + test)
             )
         case BaseEvaluation():
-            return SECONDS_PER_JOB + 2 * SECONDS_PER_ATTEMPT * _attempts(job.test)
+            outside = sum(_attempts(probe.test) for probe in job.outside)
+            return SECONDS_PER_JOB + SECONDS_PER_ATTEMPT * (2 * _attempts(job.test) + outside)
         case TokenScores():
             each = SECONDS_PER_ATTEMPT + SECONDS_PER_SCORED_ATTEMPT
             return SECONDS_PER_JOB + len(job.contexts) * each * _attempts(job.test)

@@ -268,11 +268,8 @@ def _train(job: Training, output: Path) -> Result | None:
         if held_out.exists():
             continue
         try:
-            part = config.model_copy(update={"steps": step})
-            if train(part, resume=True, console=Console(file=StringIO())).interrupted:
+            if not _train_until(config.model_copy(update={"steps": step})):
                 return None
-            if JsonLines(folder / "evaluations.jsonl").read()[-1]["step"] < step:
-                return None  # interrupted in the last evaluation
         except DivergedError as error:
             diverged = str(error)
         if job.test is not None:
@@ -291,6 +288,14 @@ def _train(job: Training, output: Path) -> Result | None:
     )
 
 
+def _train_until(config: Config) -> bool:
+    """Train or go on; False when an interrupt stopped it, in the last evaluation too."""
+    if train(config, resume=True, console=Console(file=StringIO())).interrupted:
+        return False
+    evaluations = JsonLines(config.output_dir / "evaluations.jsonl").read()
+    return bool(evaluations[-1]["step"] == config.steps)
+
+
 def _first_run(first: Config, config: Config) -> Config | None:
     """Return a run's configuration whose model is the best checkpoint of the run before it.
 
@@ -300,7 +305,7 @@ def _first_run(first: Config, config: Config) -> Config | None:
     begun = first.model_copy(
         update={"output_dir": config.output_dir / "first", "optimizer": optimizer}
     )
-    if train(begun, resume=True, console=Console(file=StringIO())).interrupted:
+    if not _train_until(begun):
         return None
     best = CheckpointStore(begun.output_dir / "checkpoints").best
     return config.model_copy(update={"model": str(best.resolve())})

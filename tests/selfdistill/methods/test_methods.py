@@ -13,6 +13,7 @@ from selfdistill.critic.build import build_critic
 from selfdistill.critic.interface import Critique
 from selfdistill.critic.llm import LLMCritic
 from selfdistill.methods.build import build_method
+from selfdistill.methods.contrast import ContrastLoss
 from selfdistill.methods.distillation import DistillationLoss
 from selfdistill.methods.environment import feedback
 from selfdistill.methods.grpo import GRPOLoss
@@ -208,9 +209,9 @@ def test_every_method_is_built_from_its_section(name: str) -> None:
     method = built(ArithmeticTask(), name=name, group_size=5)
     assert (method.name, method.group_size) == (name, 5)
     assert method.needs_context == (name not in ("grpo", "wrong_step"))
-    losses = {"grpo": GRPOLoss, "wrong_step": WrongStepLoss}
+    losses = {"grpo": GRPOLoss, "wrong_step": WrongStepLoss, "contrast": ContrastLoss}
     assert isinstance(method.loss, losses.get(name, DistillationLoss))
-    if method.needs_context:  # learns from rewards as well, with and without a context
+    if name not in losses:  # learns from rewards as well, with and without a context
         method = built(ArithmeticTask(), name=name, group_size=5, reward={})
         assert isinstance(method.loss, RewardedLoss)
         assert not method.needs_context

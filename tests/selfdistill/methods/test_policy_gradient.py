@@ -196,6 +196,13 @@ def test_blamed_tokens_are_those_of_the_step(solver_dir: Path) -> None:
     assert solver.tokenizer.decode(blamed_tokens).split() == spoilt(two).split()
 
 
+LLM = {
+    "name": "llm",
+    "engine": {"name": "server", "base_url": "http://localhost:1/v1", "model": "judge"},
+    "fallback": "reference",
+}
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [
@@ -206,6 +213,13 @@ def test_blamed_tokens_are_those_of_the_step(solver_dir: Path) -> None:
         ),
         ({"name": "refsol", "reward": {"coefficient": 0}}, r"coefficient"),
         ({"name": "wrong_step", "penalty": -1.0}, r"penalty"),
+        (
+            {"name": "wrong_step", "critic": {"name": "scribe", "copying": "omission"}},
+            r"critic\.copying: only the place",
+        ),
+        ({"name": "wrong_step", "critic": LLM}, r"critic\.fallback: nobody reads"),
+        ({"name": "contrast", "critic": LLM}, r"critic\.fallback: a critique is compared"),
+        ({"name": "contrast", "weight": 1.5}, r"weight"),
     ],
     ids=str,
 )

@@ -42,12 +42,13 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def settings(method: dict[str, Any]) -> dict[str, Any]:
     return {
-        "task": {"step_counts": [3]},
+        "task": {"step_counts": [4]},
         "method": method,
-        "prompts_per_step": 3,
+        "prompts_per_step": 2,
         "rollout": {"max_new_tokens": 48},
+        "completions": None,
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0},
-        "evaluation": {"every": 9, "problems": 1, "samples": 1},
+        "evaluation": {"every": 1, "problems": 1, "samples": 1},
         "max_empty_steps": None,
     }
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from selfdistill.cli import EXIT_INTERRUPTED, app
+from selfdistill.config import load_config
 from selfdistill.evaluation.intervals import Interval
 from selfdistill.places import PlaceTakenError
 from selfdistill.rollout.attempts import judge
@@ -223,6 +224,10 @@ def test_the_whole_study_and_a_second_call_does_nothing_again(
     first = output / "mechanisms" / RESTARTED.key / "seed-0" / "first"
     assert (first / "metrics.jsonl").read_text().count("\n") == TINY.first_steps
     assert (first.parent / "metrics.jsonl").read_text().count("\n") == TINY.steps - TINY.first_steps
+    second = load_config(first.parent / "config.yaml").optimizer
+    begun = load_config(first / "config.yaml").optimizer
+    assert begun.learning_rate == second.learning_rate
+    assert (begun.schedule, second.schedule) == ("constant", "cosine")
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*.json*")}
     assert call()
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*.json*")} == before
