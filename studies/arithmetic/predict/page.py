@@ -70,6 +70,8 @@ def kind_of(condition: Condition) -> str:
         return "GRPO, middle difficulty"
     if condition.method["name"] == "peer":
         return "a peer's answer as context"
+    if condition.method.get("critic"):
+        return "a critique without the attempt"
     if condition.order == "reversed":
         return "a reference by another path"
     if condition.rate != RATE:
@@ -185,4 +187,5 @@ def plot(kept_out: Sequence[Cell], forecasts: Sequence[Interval]) -> str:
         y_label="forecast (points)",
         scale=100,
         note="95 % intervals: probe, coefficients, and what the law leaves",
+        beside=False,
     )
