@@ -239,16 +239,18 @@ def line_plot(
     x_names: Sequence[tuple[float, str]] = (),
     scale: float = 1.0,
     note: str = "",
+    beside: bool = True,
 ) -> str:
     """Return curves over a linear horizontal axis, with 95 % intervals.
 
     Args:
         title: of the plot.
-        lines: what is drawn; those at the same x stand a little beside each other.
+        lines: what is drawn.
         x_label, y_label: with units.
         x_names: places of the horizontal axis with their names; numbers from 0 by default.
         scale: what values are multiplied with to be shown, 100 for percent.
         note: a line below the title.
+        beside: lines at the same x stand a little beside each other.
     """
     # The axes follow from all lines together, and end where a tick stands.
     xs = [x for line in lines for x, _ in line.points]
@@ -280,7 +282,7 @@ def line_plot(
         f"{plain(y_label)}</text>"
     )
     for i, line in enumerate(lines):
-        shift = 5.0 * (i - (len(lines) - 1) / 2)
+        shift = 5.0 * (i - (len(lines) - 1) / 2) if beside else 0.0
         places = [(across(x) + shift, interval) for x, interval in line.points]
         if line.joined:
             path = " ".join(f"{x:.1f},{down(scale * p.value):.1f}" for x, p in places)

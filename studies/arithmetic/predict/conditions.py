@@ -163,5 +163,4 @@ OWN = (
 # the conditions of the fit: is a teacher that disputes right steps refused rightly elsewhere, too?
 AFTERWARDS = (
     Condition("refsol-reversed-easy-8x1", REFSOL, order="reversed", stratum=EASY, kept_out=True),
-    Condition("omission-hard-8x1", _copying("omission"), stratum=HARD, kept_out=True),
 )

@@ -20,6 +20,8 @@ from studies.arithmetic.predict.measure import read_probe
 
 BEGIN, END = "<!-- written by python -m studies.arithmetic.predict -->", "<!-- end -->"
 PLOT = "predict.svg"
+WITH_TEACHER = "all with a teacher"
+AND_REFUSED = "with those that are refused, by the law alone"
 
 
 def write_page(docs: Path, laws: Laws, kept_out: Sequence[Cell], output: Path) -> None:
@@ -38,8 +40,12 @@ def write_page(docs: Path, laws: Laws, kept_out: Sequence[Cell], output: Path) -
     page = docs / "predict.md"
     before, _, rest = page.read_text("utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
-    tables = [summary_table(kept_out, forecasts), cells_table(kept_out, forecasts)]
-    tables.append(refused_table(refused, laws, output))
+    alone = [forecast_cell(laws, cell, output) for cell in refused]
+    tables = [
+        summary_table(kept_out, forecasts, refused, alone),
+        cells_table(kept_out, forecasts),
+        refused_table(refused, alone, output),
+    ]
     text = "\n".join([*(table.markdown() for table in tables), law_line(laws)])
     write_atomically(page, f"{before}{BEGIN}\n\n{text}\n{END}{after}")
 
@@ -79,14 +85,31 @@ def kind_of(condition: Condition) -> str:
     return "middle difficulty" if condition.stratum == MIDDLE else "another dialect"
 
 
-def summary_table(kept_out: Sequence[Cell], forecasts: Sequence[Interval]) -> TextTable:
-    """Return how near the forecasts were, for each kind of cell and for all with a teacher."""
-    kinds: dict[str, list[int]] = {"all with a teacher": []}
+def summary_table(
+    kept_out: Sequence[Cell],
+    forecasts: Sequence[Interval],
+    refused: Sequence[Cell],
+    alone: Sequence[Interval],
+) -> TextTable:
+    """Return how near the forecasts were, for each kind of cell and for all with a teacher.
+
+    Args:
+        kept_out: cells with a forecast.
+        forecasts: theirs.
+        refused: cells that get none.
+        alone: what the law would have said of them.
+    """
+    kinds: dict[str, list[int]] = {WITH_TEACHER: [], AND_REFUSED: []}
     for i, cell in enumerate(kept_out):
         kind = kind_of(cell.condition)
         kinds.setdefault(kind, []).append(i)
         if cell.condition.method["name"] != "grpo":
-            kinds["all with a teacher"].append(i)
+            kinds[WITH_TEACHER].append(i)
+    kinds[AND_REFUSED] = [
+        *kinds[WITH_TEACHER],
+        *range(len(kept_out), len(kept_out) + len(refused)),
+    ]
+    kept_out, forecasts = [*kept_out, *refused], [*forecasts, *alone]
     rows = []
     for kind, places in kinds.items():
         measured = [kept_out[i].gain for i in places]
@@ -128,17 +151,17 @@ def cells_table(kept_out: Sequence[Cell], forecasts: Sequence[Interval]) -> Text
     return TextTable("Cells kept out, points of Avg@k", head, rows)
 
 
-def refused_table(refused: Sequence[Cell], laws: Laws, output: Path) -> TextTable:
+def refused_table(refused: Sequence[Cell], alone: Sequence[Interval], output: Path) -> TextTable:
     """Return the cells that get no forecast, with what the law would have said."""
     rows = [
         [
             cell.condition.label,
             str(cell.steps),
             f"{100 * cell.gain:+.1f}",
-            percent(forecast_cell(laws, cell, output), sign=True),
+            percent(expected, sign=True),
             number(read_probe(output, cell.condition).contexts[0].localisation.mean_before, "+.2f"),
         ]
-        for cell in refused
+        for cell, expected in zip(refused, alone, strict=True)
     ]
     head = ["", "steps", "measured gain", "the law alone", "mean A before the first wrong step"]
     return TextTable("Refused: the teacher disputes right steps", head, rows)
@@ -185,4 +208,5 @@ def plot(kept_out: Sequence[Cell], forecasts: Sequence[Interval]) -> str:
         y_label="forecast (points)",
         scale=100,
         note="95 % intervals: probe, coefficients, and what the law leaves",
+        beside=False,
     )

@@ -166,6 +166,12 @@ def test_plots_put_values_where_they_belong():
     assert circles[0][1] > circles[1][1]
     labels = {t.text for t in chart.findall("svg:text", ns)}
     assert {"0", "40", "-20"} <= labels
+    # Lines stand beside each other, unless their x is to be read exactly.
+    for beside, places in ((True, 4), (False, 2)):
+        lines = [Line(name, "#123456", points) for name in ("a", "b")]
+        both = ET.fromstring(line_plot("t", lines, x_label="x", y_label="y", beside=beside))
+        dots = [c for c in both.findall("svg:circle", ns) if c.get("r") == "4"]
+        assert len({c.get("cx") for c in dots}) == places
 
     rows = [Dots("low", [Interval(1, 0, 2)]), Dots("high", [Interval(3, 2, 4)])]
     dots = ET.fromstring(dot_plot("t", rows, [("s", "#123456")], x_label="x"))
