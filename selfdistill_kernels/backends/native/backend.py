@@ -23,7 +23,7 @@ from selfdistill_kernels.backends.interface import (
     rows_with_gradient,
 )
 from selfdistill_kernels.backends.native import memory, one_sweep, recompute, store
-from selfdistill_kernels.backends.native.candidates import CandidatePlan
+from selfdistill_kernels.backends.native.candidates import CAPACITIES, CandidatePlan
 from selfdistill_kernels.backends.native.gemm import is_widened
 from selfdistill_kernels.backends.native.kept import (
     KeptCandidates,
@@ -42,7 +42,10 @@ from selfdistill_kernels.tolerance import Rounding
 
 NO_NEEDS = Needs(False, False, False)
 # With so many whole rows of logits at a time a rounded gradient is made fastest from them.
-ENOUGH_ROWS = 128
+ENOUGH_ROWS = 32
+# Where products are fast, one sweep pays with so many candidates only, because of the tokens that
+# have no room with fewer (docs/decisions).
+FAST_CAPACITY = CAPACITIES[0]
 # Tokens of a tile on a GPU: its GEMMs read the head, and add to dW, seldom enough (docs/math.md).
 GPU_TOKENS = 2048
 
@@ -291,11 +294,17 @@ def candidate_plan_for(
     """
     if rounding.tolerance.bound_risk is not None:
         return None
-    whole = rounding_plan_for(inputs, needs, workspace)
-    if whole is not None and whole.rows >= min(ENOUGH_ROWS, inputs.tokens.count):
-        return None
     problem = _problem(inputs, max(inputs.tokens.count, 1), needs)
-    return CandidatePlan.choose(**problem, workspace=workspace, terms=terms)
+    # Products in 16 bits take less time than looking for candidates: few rows are no loss.
+    is_fast = problem["itemsize"] < 4 and not problem["widened_hidden"]
+    whole = rounding_plan_for(inputs, needs, workspace)
+    enough = 1 if is_fast else ENOUGH_ROWS
+    if whole is not None and whole.rows >= min(enough, problem["tokens"]):
+        return None
+    plan = CandidatePlan.choose(**problem, workspace=workspace, terms=terms)
+    if plan is not None and is_fast and plan.capacity < FAST_CAPACITY:
+        return None
+    return plan
 
 
 def slabs_for(inputs: LinearInputs, tokens: int, needs: Needs, workspace: int) -> TilePlan:
