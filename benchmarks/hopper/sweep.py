@@ -27,10 +27,10 @@ from selfdistill_kernels.backends.interface import LinearInputs
 from selfdistill_kernels.backends.triton.backend import TritonBackend
 from selfdistill_kernels.backends.triton.columns import STATE
 from selfdistill_kernels.backends.triton.launch import compiler_options
-from selfdistill_kernels.backends.triton.merge import merge, merge_mixture
+from selfdistill_kernels.backends.triton.merge import merge, merge_second
 from selfdistill_kernels.backends.triton.plan import Configuration, Machine
 from selfdistill_kernels.backends.triton.problem import Problem, Selection
-from selfdistill_kernels.backends.triton.sweep import sweep_mixture
+from selfdistill_kernels.backends.triton.sweep import second_sweep
 from selfdistill_kernels.objective import Objective
 from selfdistill_kernels.statistics import Column
 from selfdistill_kernels.tools.audit.record import job_of
@@ -111,11 +111,12 @@ def check(problem: Problem) -> None:
         ("shard", inputs.shard is not None),
         ("bias", inputs.bias is not None or inputs.teacher_bias is not None),
         ("transform", problem.scaled or problem.capped),
+        ("entry_clip", problem.entry_clip is not None),
     ):
         if given:
             raise ValueError(
-                f"{name}: the specialised sweep takes one head and its scores as they are; use "
-                "TritonBackend"
+                f"{name}: the specialised sweep takes one head, its scores and entries as they "
+                "are; use TritonBackend"
             )
 
 
@@ -221,8 +222,8 @@ class SpecialisedBackend(TritonBackend):
         partial = specialised_sweep(problem, selection, student, teacher, self._form)
         merge(problem, selection, partial, statistics)
         if problem.needs_mixture:
-            partial = sweep_mixture(problem, selection, student, teacher, statistics)
-            merge_mixture(problem, selection, partial, statistics)
+            partial = second_sweep(problem, selection, student, teacher, statistics)
+            merge_second(problem, selection, partial, statistics)
         return statistics
 
 

@@ -114,6 +114,10 @@ class Remembering:
         self.answers.clear()
         self.engine.sync(model)
 
+    def wait_for_group(self) -> None:
+        """See `RolloutEngine.wait_for_group`."""
+        self.engine.wait_for_group()
+
 
 def read_probe(output: Path, condition: Condition) -> Probe:
     """Return the probe of a condition; those that differ in the budget alone share one."""
