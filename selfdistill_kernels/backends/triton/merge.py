@@ -158,7 +158,6 @@ def merge_mixture_kernel(
     row = first + tl.arange(0, BLOCK_ROWS)
     piece = tl.arange(0, BLOCK_PIECES)
     inside = (row[:, None] < rows) & (piece[None, :] < pieces)
-    finished = row < rows
     if entry_clip is None:
         divergence, pivot = finish_mixture(
             _total(partial, STUDENT_MIXTURE, capacity, row, piece, inside),
@@ -178,8 +177,10 @@ def merge_mixture_kernel(
             beta,
             DIVERGENCE,
         )
-        finished = finished & (clipped > 0.0)
     token = tl.load(tokens + row, mask=row < rows, other=0)
+    finished = row < rows
+    if entry_clip is not None:
+        finished = finished & (clipped > 0.0)
     tl.store(statistics + token * STATISTICS + ROW_DIVERGENCE, divergence, mask=finished)
     tl.store(statistics + token * STATISTICS + PIVOT, pivot, mask=finished)
 
