@@ -193,15 +193,22 @@ def test_two_ranks_give_the_result_of_one_and_one_goes_on_alone(
 def test_stale_servers_are_found_while_rollouts_are_drawn_ahead(
     servers: list[StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    answer, forgotten = servers[1].answer, []
+
+    def remembers(path: str, body: dict[str, Any]) -> tuple[int, str]:
+        if path == "unload_lora_adapter":
+            forgotten.append(servers[1]._models[body["lora_name"]])
+        return answer(path, body)
+
     def keeps_the_old_one(path: str, body: dict[str, Any]) -> tuple[int, str]:
         if path == "load_lora_adapter":
-            servers[1]._models[body["lora_name"]] = old
+            servers[1]._models[body["lora_name"]] = forgotten[0]
             return 200, "Success"
         return answer(path, body)
 
+    monkeypatch.setattr(servers[1], "answer", remembers)
     train(config_of(servers, tmp_path / "first", steps=1))
-    (old,) = servers[1]._models.values()
-    answer = servers[1].answer
+    gc.collect()
     monkeypatch.setattr(servers[1], "answer", keeps_the_old_one)
     with pytest.raises(EngineMismatchError, match="processed_logprobs"):
         train(config_of(servers, tmp_path / "run", seed=1))
