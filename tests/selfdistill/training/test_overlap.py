@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Iterator
@@ -107,9 +108,14 @@ def test_what_is_drawn_when_and_by_which_weights(
     records = lines(tmp_path / "run", "metrics.jsonl")
     assert all(0 <= record["engine_disagreement"] < 1e-4 for record in records)
     assert all(record["grad_norm"] > 0 for record in records)
-    # Every evaluation samples from the weights of its step, and so does the last one.
-    (name,) = servers[0].adapters
-    assert servers[0].asked[-1][1]["model"] == name
+    # Every evaluation samples from the weights of its step, and so does the last one; then the
+    # servers are left without an adapter.
+    gc.collect()
+    loaded = [body["lora_name"] for path, body in servers[0].asked if path == "load_lora_adapter"]
+    drawn = [body["model"] for path, body in servers[0].asked if path == "completions"]
+    assert drawn[-1] == loaded[-1]
+    assert servers[0].asked[-1] == ("unload_lora_adapter", {"lora_name": loaded[-1]})
+    assert [server.adapters for server in servers] == [[] for _ in servers]
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
@@ -187,15 +193,22 @@ def test_two_ranks_give_the_result_of_one_and_one_goes_on_alone(
 def test_stale_servers_are_found_while_rollouts_are_drawn_ahead(
     servers: list[StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    answer, forgotten = servers[1].answer, []
+
+    def remembers(path: str, body: dict[str, Any]) -> tuple[int, str]:
+        if path == "unload_lora_adapter":
+            forgotten.append(servers[1]._models[body["lora_name"]])
+        return answer(path, body)
+
     def keeps_the_old_one(path: str, body: dict[str, Any]) -> tuple[int, str]:
         if path == "load_lora_adapter":
-            servers[1]._models[body["lora_name"]] = old
+            servers[1]._models[body["lora_name"]] = forgotten[0]
             return 200, "Success"
         return answer(path, body)
 
+    monkeypatch.setattr(servers[1], "answer", remembers)
     train(config_of(servers, tmp_path / "first", steps=1))
-    (old,) = servers[1]._models.values()
-    answer = servers[1].answer
+    gc.collect()
     monkeypatch.setattr(servers[1], "answer", keeps_the_old_one)
     with pytest.raises(EngineMismatchError, match="processed_logprobs"):
         train(config_of(servers, tmp_path / "run", seed=1))
