@@ -100,7 +100,7 @@ $(VLLM_VENV)/.package: $(VLLM_VENV)/.requirements $(SOURCES) $(PACKAGES)
 DOCS_VENV := .venv-docs
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md LICENSE docs examples csrc/cuda/README.md \
 	benchmarks/cost.py requirements-vllm.txt selfdistill/training/loop.py csrc/divergence.h csrc/clip.h \
-	csrc/cpu/rows.inl selfdistill_kernels/backends/reference/divergence.py \
+	csrc/cpu/rows.inl csrc/cpu/candidates.inl selfdistill_kernels/backends/reference/divergence.py \
 	$(addprefix selfdistill_kernels/backends/triton/,divergence.py rows.py sweep.py gradient.py)
 
 docs: $(DOCS_VENV)/.requirements
