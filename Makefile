@@ -100,8 +100,8 @@ $(VLLM_VENV)/.package: $(VLLM_VENV)/.requirements $(SOURCES) $(PACKAGES)
 DOCS_VENV := .venv-docs
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md LICENSE docs examples csrc/cuda/README.md \
 	benchmarks/cost.py benchmarks/hopper/kernel.py requirements-vllm.txt selfdistill/training/loop.py \
-	csrc/divergence.h csrc/clip.h csrc/cpu/rows.inl selfdistill/prediction/law.py \
-	selfdistill_kernels/backends/reference/divergence.py \
+	csrc/divergence.h csrc/clip.h csrc/cpu/rows.inl csrc/cpu/candidates.inl \
+	selfdistill/prediction/law.py selfdistill_kernels/backends/reference/divergence.py \
 	$(addprefix selfdistill_kernels/backends/triton/,clip.py divergence.py rows.py sweep.py gradient.py)
 
 docs: $(DOCS_VENV)/.requirements
