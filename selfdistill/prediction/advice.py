@@ -74,8 +74,8 @@ def advise(probe: Probe, forecasts: Sequence[Forecasted]) -> Advice:
     groups = 0.0 if grpo is None or grpo.mixed_groups is None else grpo.mixed_groups
     if grpo is not None and groups < FEWEST_GROUPS:
         reasons.append(
-            f"GRPO would have {groups:.1f} groups a step with right and wrong rollouts: most of its "
-            "steps would teach nothing."
+            f"GRPO would have {groups:.1f} groups a step with right and wrong rollouts: most steps "
+            "would teach it nothing."
         )
     candidates = [f for f in forecasts if f.label in useful or (f is grpo and groups > 0)]
     known = {f.label: f.gain for f in candidates if f.gain is not None}
