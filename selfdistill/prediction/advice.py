@@ -9,8 +9,8 @@ from typing import Protocol
 from selfdistill.evaluation.intervals import Interval
 from selfdistill.prediction.probe import ContextProbe, Probe
 
-# With fewer groups of right and wrong rollouts a step, GRPO has steps that teach nothing.
-FEWEST_GROUPS = 1.0
+# With fewer groups of right and wrong rollouts a step, most steps of GRPO teach nothing.
+FEWEST_GROUPS = 0.5
 # From so many on it has enough to be tried beside a teacher; the study's 8 x 8 had seven.
 ENOUGH_GROUPS = 4.0
 # A mask pays where the disagreement is about errors: the teacher's |A| on wrong attempts is at
@@ -75,7 +75,7 @@ def advise(probe: Probe, forecasts: Sequence[Forecasted]) -> Advice:
     if grpo is not None and groups < FEWEST_GROUPS:
         reasons.append(
             f"GRPO would have {groups:.1f} groups a step with right and wrong rollouts: most steps "
-            "would teach it little or nothing."
+            "would teach it nothing."
         )
     candidates = [f for f in forecasts if f.label in useful or (f is grpo and groups > 0)]
     known = {f.label: f.gain for f in candidates if f.gain is not None}

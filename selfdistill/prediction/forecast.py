@@ -230,10 +230,10 @@ def _unlike(config: Config, laws: Laws, solver: Solver) -> list[str]:
 
 
 def _beyond(fitted: Fitted, known: Sequence[Interval | float]) -> list[str]:
-    """Say which of the figures lie outside of what the law was fitted to."""
+    """Say which of the figures lie outside of what the law was fitted to, whatever chance did."""
     found = []
     for (name, (low, high)), given in zip(fitted.ranges.items(), known, strict=True):
-        value = given.value if isinstance(given, Interval) else given
-        if not low / SLACK <= value <= high * SLACK:
-            found.append(f"{name} {value:.3g} (fitted from {low:.3g} to {high:.3g})")
+        value = given if isinstance(given, Interval) else Interval(given, given, given)
+        if value.high < low / SLACK or value.low > high * SLACK:
+            found.append(f"{name} {value.value:.3g} (fitted from {low:.3g} to {high:.3g})")
     return found

@@ -63,7 +63,7 @@ def main() -> None:
         ),
     )
     path = Path(selfdistill.prediction.__path__[0]) / FILE
-    write_atomically(path, TypeAdapter(Laws).dump_json(laws, indent=1).decode() + "\n")
+    write_atomically(path, TypeAdapter(Laws).dump_json(laws).decode() + "\n")
     kept_out = [cell for cell in cells if cell.condition.kept_out]
     write_page(clone / "docs", laws, kept_out, output)
 

@@ -97,6 +97,17 @@ def test_a_budget_far_beyond_the_fitted_is_named(tmp_path: Path) -> None:
     assert text.startswith("effort 5e+03 (fitted from ")
 
 
+def test_a_teacher_that_disputes_right_steps_is_refused(tmp_path: Path) -> None:
+    task = {"name": "arithmetic", "reference_order": "reversed"}
+    method = {"name": "refsol", "group_size": 1}
+    found = predict(shipped(tmp_path, task=task, method=method), attempts=32)
+    refused = found.forecasts[0]
+    assert refused.gain is None
+    assert "a teacher that disputes right steps (refsol)" in refused.outside
+    assert found.probe.contexts[0].gap.low > 0  # it is better than the student all the same
+    assert found.advice.method != "refsol"
+
+
 def test_grpo_alone_needs_no_teacher(solver_dir: Path, tmp_path: Path) -> None:
     config = tiny_config(solver_dir, tmp_path / "run", method={"name": "grpo", "group_size": 4})
     found = predict(config, attempts=8)
