@@ -422,6 +422,7 @@ void narrow(const float* from, int64_t count, uint16_t* bfloat16) {
   for (; i < count; ++i) store(bfloat16 + i, from[i]);
 }
 
+#include "few_rows.inl"
 #include "screen.inl"
 #include "rounding.inl"
 #include "sparse.inl"
@@ -430,7 +431,7 @@ void narrow(const float* from, int64_t count, uint16_t* bfloat16) {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    visit, statistics, mixture_sums, clip_sums, gradient, widen, narrow,
+    visit, statistics, mixture_sums, clip_sums, gradient, widen, narrow, few_rows,
     {spread, round_rows, rounding_space, sparse_hidden_gradient, sparse_weight_gradient},
 };
 

@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from selfdistill.config import Config
+from selfdistill.model.few_rows import sample_fast
 from selfdistill.model.float32_sum import sum_embedding_gradients_in_float32
 from selfdistill.model.folder import load_causal_lm
 from selfdistill.model.parts import assign
@@ -54,6 +55,7 @@ def load_model(config: Config, folder: Path | None = None) -> Student:
         model = attach_adapter(model, config.adapter, seed=derive_seed(config.seed, "adapter"))
         if folder is not None:
             load_adapter(model, folder)
+    sample_fast(model)
     return model.eval()
 
 
