@@ -230,7 +230,6 @@ def native_extensions() -> tuple[list[Extension], dict[str, type[Command]]]:
         "csrc/cpu/gemm.cpp",
         "csrc/cpu/transposed.cpp",
         "csrc/cpu/widened.cpp",
-        "csrc/cpu/few_rows.cpp",
         "csrc/cpu/rounding.cpp",
         "csrc/cpu/memory.cpp",
     ]

@@ -89,10 +89,6 @@ SELFDISTILL_LIBRARY(m) {
       "gemm_widened_weight_gradient_(Tensor gradient, Tensor hidden, Tensor? add, Tensor(a!) out, Tensor(b!) buffer) -> ()");
   // The same logits in float32, made as weight hidden^T by blocks that are turned round: faster on some processors.
   m.def("gemm_transposed_logits_(Tensor hidden, Tensor weight, Tensor(a!) out) -> ()");
-  // [rows, out] = x weight [out, in]^T + bias + scaling * x down [rank, in]^T up [out, rank]^T, float32 on the CPU, for few
-  // rows x [rows, in]: the weight is read once and never packed. A row's numbers hang on no other row.
-  m.def(
-      "few_rows_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, float scaling) -> Tensor");
   // "avx512", "avx2" or "default": chosen from the processor, lowered by SELFDISTILL_CPU_CAPABILITY or by the setter.
   m.def("cpu_capability() -> str");
   m.def("set_cpu_capability(str capability) -> ()");

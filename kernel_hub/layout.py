@@ -30,7 +30,7 @@ FLAKE = """{
 
 # The operators lie in the namespace that the builder names its extension by.
 FLAGS = ("-O3", "-fvisibility=hidden", "-fopenmp", "-DSELFDISTILL_NAMESPACE=TORCH_EXTENSION_NAME")
-COMMON = ("ops", "gemm", "transposed", "widened", "few_rows", "rounding", "memory", "rows_default")
+COMMON = ("ops", "gemm", "transposed", "widened", "rounding", "memory", "rows_default")
 
 
 def write_sources(target: Path) -> None:

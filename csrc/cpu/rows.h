@@ -4,7 +4,6 @@
 
 #include "../clip.h"
 #include "../problem.h"
-#include "few_rows.h"
 #include "rounding.h"
 
 namespace selfdistill {
@@ -17,7 +16,6 @@ struct Kernels {
   void (*gradient)(const Problem&, const float* statistics, const float* term_weights, int64_t begin, int64_t end);
   void (*widen)(const uint16_t* bfloat16, int64_t count, float* to);
   void (*narrow)(const float* from, int64_t count, uint16_t* bfloat16);  // to nearest even
-  void (*few_rows)(const FewRows&, int64_t begin, int64_t end);  // columns
   RoundingKernels rounding;
 };
 

@@ -422,7 +422,6 @@ void narrow(const float* from, int64_t count, uint16_t* bfloat16) {
   for (; i < count; ++i) store(bfloat16 + i, from[i]);
 }
 
-#include "few_rows.inl"
 #include "screen.inl"
 #include "rounding.inl"
 #include "sparse.inl"
@@ -431,7 +430,7 @@ void narrow(const float* from, int64_t count, uint16_t* bfloat16) {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    visit, statistics, mixture_sums, clip_sums, gradient, widen, narrow, few_rows,
+    visit, statistics, mixture_sums, clip_sums, gradient, widen, narrow,
     {spread, round_rows, rounding_space, sparse_hidden_gradient, sparse_weight_gradient},
 };
 

@@ -16,11 +16,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from selfdistill.model.few_rows import FewRowsLinear
-from selfdistill_kernels.backends.native.few_rows import few_rows_linear, reads_few_rows
-
-_PLAIN = (nn.Linear, FewRowsLinear)
-
 
 def compute_adapters_at_once(model: nn.Module) -> None:
     """Let every linear layer that peft has adapted compute as one function.
@@ -43,17 +38,13 @@ class AdaptedLinear(Linear):
         (name,) = self.active_adapters
         weight, bias, scaling = self.base_layer.weight, self.base_layer.bias, self.scaling[name]
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        rows = x.reshape(-1, x.shape[-1])
-        if reads_few_rows(rows, weight):
-            y = few_rows_linear(rows, weight, bias, down=down, up=up, scaling=scaling)
-        else:
-            y = _AdaptedProduct.apply(rows, weight, bias, down, up, scaling)
+        y = _AdaptedProduct.apply(x.reshape(-1, x.shape[-1]), weight, bias, down, up, scaling)
         return cast(Tensor, y).view(*x.shape[:-1], -1)
 
     def _is_plain(self, x: Tensor) -> bool:
         """Whether the layer computes what the module says, with a frozen weight, in one dtype."""
         base, names = self.base_layer, self.active_adapters
-        if self.disable_adapters or self.merged or type(base) not in _PLAIN or len(names) != 1:
+        if self.disable_adapters or self.merged or type(base) is not nn.Linear or len(names) != 1:
             return False
         name = names[0]
         if name not in self.lora_A or name in self.lora_variant or self.lora_bias[name]:
@@ -61,8 +52,7 @@ class AdaptedLinear(Linear):
         down, up = self.lora_A[name], self.lora_B[name]
         parameters = [p for p in (base.weight, base.bias) if p is not None]
         return (
-            type(down) in _PLAIN
-            and type(up) in _PLAIN
+            type(down) is type(up) is nn.Linear
             and x.dtype == base.weight.dtype == down.weight.dtype == up.weight.dtype
             and not any(p.requires_grad for p in parameters)
             and (not self.training or isinstance(self.lora_dropout[name], nn.Identity))

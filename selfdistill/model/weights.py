@@ -22,7 +22,6 @@ import torch
 from transformers import PreTrainedModel
 
 from selfdistill.config import Config
-from selfdistill.model.few_rows import sample_fast
 from selfdistill.model.float32_sum import sum_embedding_gradients_in_float32
 from selfdistill.model.folder import load_causal_lm
 from selfdistill.model.parts import assign
@@ -55,7 +54,6 @@ def load_model(config: Config, folder: Path | None = None) -> Student:
         model = attach_adapter(model, config.adapter, seed=derive_seed(config.seed, "adapter"))
         if folder is not None:
             load_adapter(model, folder)
-    sample_fast(model)
     return model.eval()
 
 
