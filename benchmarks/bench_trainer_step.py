@@ -87,7 +87,7 @@ class TrainerStep:
         # A rate of zero: every round takes the same step.
         self.optimizer = torch.optim.AdamW(self.learning, lr=0.0)
         self.engine = TransformersEngine(self.student, build_tokenizer(), batch_size=16)
-        self.engine.eos_token_ids = []
+        self.engine.eos_token_ids = ()
 
     def _draw(self, generator: torch.Generator, low: int, high: int) -> list[int]:
         length = int(torch.randint(low, high + 1, (), generator=generator))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
+from peft import PeftModel
 from peft.tuners.lora.layer import Linear
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,7 +21,7 @@ ModelFactory = Callable[..., PreTrainedModel]
 IDS = torch.arange(40).view(2, 20) % 23
 
 
-def adapted(tiny_model: ModelFactory, dtype: torch.dtype) -> torch.nn.Module:
+def adapted(tiny_model: ModelFactory, dtype: torch.dtype) -> PeftModel:
     student = attach_adapter(tiny_model("llama").to(dtype), AdapterConfig(r=3), seed=1).eval()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -29,14 +31,14 @@ def adapted(tiny_model: ModelFactory, dtype: torch.dtype) -> torch.nn.Module:
     return student
 
 
-def as_peft_writes_it(model: torch.nn.Module) -> torch.nn.Module:
+def as_peft_writes_it(model: PeftModel) -> PeftModel:
     for module in model.modules():
         if type(module) is AdaptedLinear:
             module.__class__ = Linear
     return model
 
 
-def passes(model: torch.nn.Module) -> dict[str, Tensor]:
+def passes(model: PeftModel) -> dict[str, Tensor]:
     """Logits and gradients of one pass."""
     logits = model(IDS).logits
     logits.float().log_softmax(-1)[..., 5].sum().backward()
@@ -72,7 +74,12 @@ def test_layers_compute_as_one_function(
 ) -> None:
     calls = []
     apply = _AdaptedProduct.apply
-    monkeypatch.setattr(_AdaptedProduct, "apply", lambda *a: calls.append(a) or apply(*a))
+
+    def counted(*operands: Any) -> Tensor:
+        calls.append(operands)
+        return cast(Tensor, apply(*operands))
+
+    monkeypatch.setattr(_AdaptedProduct, "apply", counted)
     adapted(tiny_model, torch.float32)(IDS)
     assert len(calls) == 3 * 7
 
