@@ -183,6 +183,15 @@ def test_what_fits_is_known_beforehand(words: PreTrainedTokenizerFast) -> None:
     renderer.prompt_group(PROBLEM, [context], [[13]])
     with pytest.raises(PromptTooLongError):
         renderer.prompt_group(PROBLEM, [context], [[13, 13]])
+    # What the teacher sees when its judgement is subtracted is a prompt like the other.
+    short = TeacherContext("critique", "3", contrast="so so 3")
+    assert renderer.fits(PROBLEM, short, [13])
+    assert not renderer.fits(PROBLEM, short, [13, 13])
+    group = renderer.prompt_group(PROBLEM, [short], [[13]])
+    assert group.contrast_prompts == [renderer.teacher_prompt(PROBLEM, context)]
+    with pytest.raises(PromptTooLongError):
+        renderer.prompt_group(PROBLEM, [short], [[13, 13]])
+    assert renderer.prompt_group(PROBLEM, [context], [[13]]).contrast_prompts is None
     unlimited = ContextRenderer(words)
     assert unlimited.fits(PROBLEM, context, [13] * 1000)
     assert unlimited.leaves_room(PROBLEM, max_new_tokens=1000)
