@@ -1,6 +1,9 @@
-"""The base of every error that the person at the command line can mend."""
+"""How commands end: errors that the person at the command line can mend, and interruptions."""
 
 from __future__ import annotations
+
+# The status of a command that Ctrl-C ended, as shells have it.
+EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):

@@ -70,7 +70,7 @@ ROOMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "planning": ("planning",),
         "analysis": ("analysis",),
         "prediction": ("prediction",),
-        "command line": ("cli", "predict_command", "__main__"),
+        "command line": ("cli", "predict_command", "study_commands", "__main__"),
     },
 }
 # Whose imports of our own packages must name a file here: an editable installation would find a

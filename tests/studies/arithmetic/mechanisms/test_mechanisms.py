@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from selfdistill.cli import EXIT_INTERRUPTED, app
+from selfdistill.cli import app
 from selfdistill.config import load_config
+from selfdistill.errors import EXIT_INTERRUPTED
 from selfdistill.evaluation.intervals import Interval
 from selfdistill.places import PlaceTakenError
 from selfdistill.rollout.attempts import judge

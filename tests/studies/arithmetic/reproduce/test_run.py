@@ -17,8 +17,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from selfdistill.cli import EXIT_INTERRUPTED, app
+from selfdistill.cli import app
 from selfdistill.config import PromptConfig
+from selfdistill.errors import EXIT_INTERRUPTED
 from selfdistill.evaluation.scores import Evaluation
 from selfdistill.training.divergence import DivergedError
 from selfdistill.training.solver import load_solver
