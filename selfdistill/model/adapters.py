@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from selfdistill.config import AdapterConfig
 from selfdistill.errors import UserError
-from selfdistill.model.adapted_linear import compute_adapters_at_once
 
 _FILE = "adapter_model.safetensors"
 
@@ -74,7 +73,6 @@ def attach_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, seed: int)
                 f"adapter.target_modules {wanted!r} names the {name}, which stays frozen: leave it "
                 "out, or use 'all-linear' (every linear layer of the decoder)"
             )
-    compute_adapters_at_once(wrapped)
     return wrapped
 
 
