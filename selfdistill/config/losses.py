@@ -140,6 +140,9 @@ class LossConfig(Section):
     """Weighs each token by its place in its rollout; the denominator still counts tokens."""
     temperature: Float = Field(default=1.0, gt=0)
     """Divides both models' logits before the divergence."""
+    teacher_temperature: Float = Field(default=1.0, gt=0)
+    """Divides the teacher's logits besides: below 1 the teacher is surer than the solver is, and a
+    student that answers at temperature 1 learns to answer as if sampled at a lower one."""
     reduction: Literal["mean", "sequence_mean"] = "mean"
     """Every token counts the same, or every rollout (the mean of its tokens) does."""
     top_k: TopKConfig | None = None

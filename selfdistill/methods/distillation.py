@@ -13,7 +13,7 @@ from selfdistill.config import ConfigError, Distillation, LossConfig
 from selfdistill.critic.interface import Critic
 from selfdistill.methods.method import Contexts, Method
 from selfdistill.model.layout import PromptGroup
-from selfdistill.model.lm_head import LMHead
+from selfdistill.model.lm_head import LMHead, UnsupportedHeadError
 from selfdistill.model.scoring import ScoredTokens
 from selfdistill.rollout.attempts import Attempts
 from selfdistill.tasks.interface import SteppedTask, StepTask, Task
@@ -84,6 +84,7 @@ class DistillationLoss:
         self.advantage_mask = None if mask is None else AdvantageMask(**mask.model_dump())
         self.token_selection = config.token_selection
         self.temperature = config.temperature
+        self.teacher_temperature = config.teacher_temperature
         self.needs_old_logprobs = config.importance_clip is not None
         self.gradient_tolerance = config.gradient_tolerance
         self.sequence_mean = config.reduction == "sequence_mean"
@@ -122,12 +123,21 @@ class DistillationLoss:
         if scored.teacher_hidden is None:
             raise ValueError("scored.teacher_hidden is missing: score the groups with a teacher")
         per_step = self.advantage_mask is not None and self.advantage_mask.per_step
+        sharpened = teacher.values
+        if self.teacher_temperature != 1.0:
+            if sharpened.softcap is not None:
+                raise UnsupportedHeadError(
+                    "method.loss.teacher_temperature: this model caps its logits, which are "
+                    "divided before the cap only; leave it at 1"
+                )
+            scale = sharpened.logit_scale / self.teacher_temperature
+            sharpened = replace(sharpened, logit_scale=scale)
         fused = partial(
             fused_head_distillation,
             scored.student_hidden,
             scored.teacher_hidden,
             student,
-            teacher,
+            sharpened,
             scored.targets,
             mask=mask,
             token_weight=self._token_weights(scored),

@@ -163,6 +163,16 @@ RESTARTED = Arm(
     first={},
 )
 
+SHARPER = Arm("teacher-sharper", "sharper teacher (0.5)", _loss(teacher_temperature=0.5))
+SHARPER_STOP = Arm(
+    "teacher-sharper-stop",
+    "sharper, up to the error, cosine",
+    {
+        "optimizer": {"schedule": "cosine"},
+        **_loss(teacher_temperature=0.5, stop_after_first_wrong_step=True),
+    },
+)
+
 CRITICS = {
     rate: Arm(f"critic-errs-{rate:g}", f"critic errs at {100 * rate:g} %", _critic(rate))
     for rate in (0.05, 0.2, 0.4)
@@ -206,6 +216,8 @@ ARMS: tuple[Arm, ...] = (
     RETURNING_STOP,
     RETURNING_THRICE,
     RESTARTED,
+    SHARPER,
+    SHARPER_STOP,
     REFRESHED,
     EMA,
     LIVE,

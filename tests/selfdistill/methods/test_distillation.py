@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from selfdistill.config import LossConfig
 from selfdistill.methods.distillation import DistillationLoss
 from selfdistill.model.layout import PromptGroup
-from selfdistill.model.lm_head import LMHead, find_lm_head
+from selfdistill.model.lm_head import LMHead, UnsupportedHeadError, find_lm_head
 from selfdistill.model.scoring import ScoredTokens, score
 from selfdistill.model.teacher import BaseTeacher, LiveTeacher
 
@@ -63,6 +63,42 @@ def test_loss_and_gradient_equal_the_models_own_logits(
     for name, *results in zip(("loss", "gradients"), ours, torchs, exact, strict=True):
         assert_no_worse_than_torch(name, *results)
     assert all(parameter.grad is None for parameter in base.parameters())
+
+
+def test_a_sharper_teacher_divides_its_own_logits_alone(
+    tiny_model: ModelFactory, ragged_groups: list[PromptGroup]
+) -> None:
+    student, base = tiny_model("llama", seed=0), tiny_model("llama", seed=1)
+    expected = torch.zeros(())
+    for group in ragged_groups:
+        for prompt, completion in zip(group.teacher_prompts, group.completions, strict=True):
+            with torch.no_grad():
+                target = log_softmax(own_logits(base, prompt, completion) / (2.0 * 0.25), -1)
+            logits = own_logits(student, group.student_prompt, completion)
+            expected = expected + kl_div(
+                log_softmax(logits / 2.0, -1), target, log_target=True, reduction="sum"
+            )
+    expected.backward()
+    theirs = gradients(student)
+    student.zero_grad()
+
+    loss = DistillationLoss(LossConfig(temperature=2.0, teacher_temperature=0.25))
+    scored = score(student, BaseTeacher(base), ragged_groups)
+    output = loss(scored, find_lm_head(student), find_lm_head(base), normalizer=1)
+    output.loss.backward()
+    torch.testing.assert_close(output.loss.detach(), expected.detach())
+    for name, gradient in gradients(student).items():
+        assert relative_error(gradient, theirs[name]) < 1e-4, name
+
+
+def test_a_sharper_teacher_that_caps_its_logits_is_refused(
+    tiny_model: ModelFactory, ragged_groups: list[PromptGroup]
+) -> None:
+    student = tiny_model("gemma3", seed=0, final_logit_softcapping=3.0)
+    head = find_lm_head(student)
+    scored = score(student, LiveTeacher(), ragged_groups)
+    with pytest.raises(UnsupportedHeadError, match="teacher_temperature: this model caps"):
+        DistillationLoss(LossConfig(teacher_temperature=0.5))(scored, head, head, normalizer=1)
 
 
 DTYPES = (torch.float32, torch.float64)
