@@ -57,6 +57,17 @@ QUESTIONS = (
         },
     ),
     Question(
+        "Does a sharper teacher break the ceiling?",
+        "errors left after training are draws at temperature 1: a vote of 12 is nearly always right",
+        (arms.SHARPER, arms.SHARPER_STOP),
+        arms.STEPALIGN,
+        {
+            "better": "set teacher_temperature below 1 where one answer counts, not their variety",
+            "worse": "leave the teacher's temperature at 1",
+            "not separated": "leave the teacher's temperature at 1",
+        },
+    ),
+    Question(
         "Do rewards add something to the critique?",
         "two signals from the same rollouts",
         (arms.WITH_GRPO, arms.THEN_GRPO),
