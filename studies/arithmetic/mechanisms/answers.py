@@ -58,7 +58,7 @@ QUESTIONS = (
     ),
     Question(
         "Does a sharper teacher break the ceiling?",
-        "errors left after training are draws at temperature 1: a vote of 12 is nearly always right",
+        "votes of 12 are nearly always right, so the errors left are draws at temperature 1",
         (arms.SHARPER, arms.SHARPER_STOP),
         arms.STEPALIGN,
         {
