@@ -8,9 +8,9 @@ g is the gap, the teacher's share of right answers minus s, the student's (arXiv
 predicts the gain linearly); c + h s how much of it is reached in the end, less by weak students (a
 forecast takes at most 1, which students beyond those of the fit would exceed); e the effort, the
 sum of the learning rates of all steps in units of 3e-4 (Adam moves a weight by about its rate a
-step); x the share of |A| of wrong attempts that lies off the first wrong step. What is worded otherwise
-has to be learned, too: the more that is, the later answers get better. How many rollouts a step has
-is not in it: from 2 to 64 it made no difference that could be fitted.
+step); x the share of |A| of wrong attempts that lies off the first wrong step. What is worded
+otherwise has to be learned, too: the more that is, the later answers get better. How many rollouts
+a step has is not in it: from 2 to 64 it made no difference that could be fitted.
 
 *GRPO* has no teacher and no such ceiling:
 
