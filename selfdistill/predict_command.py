@@ -25,7 +25,12 @@ def predict(
         ),
     ] = None,
     attempts: Annotated[
-        int, typer.Option(min=2, help="Of the student; each teacher writes half as many.")
+        int,
+        typer.Option(
+            min=2,
+            help="Of the student, two at each problem (with peer, group_size at each); each "
+            "teacher writes one at each problem.",
+        ),
     ] = 256,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print everything as JSON instead of tables.")

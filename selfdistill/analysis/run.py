@@ -158,7 +158,7 @@ def analyze_run(
     Raises:
         CheckpointError: there is no such checkpoint, it is torn, or it is another run's than
             config.yaml says: see `load_solver`.
-        ConfigError: `methods` asks for something that does not exist, or a method has no teacher.
+        ConfigError: `methods` asks for something that does not exist, or follows no teacher.
         OSError: the run has no config.yaml.
     """
     start = time.perf_counter()

@@ -21,7 +21,7 @@ def parse_methods(text: str | None, config: Config) -> list[Distillation]:
         config: of the run; a name that is its own method's means exactly that.
 
     Raises:
-        ConfigError: not YAML, not a method, or a method without a teacher.
+        ConfigError: not YAML, not a method, or one that follows no teacher's distribution.
     """
     own = config.method.model_dump(mode="json")
     shared = {}
@@ -53,8 +53,8 @@ def parse_methods(text: str | None, config: Config) -> list[Distillation]:
             ) from error
         if not isinstance(found, Distillation):
             raise ConfigError(
-                f"methods: {found.name} has no teacher, whose advantage could be located token by "
-                "token. Name a method with a teacher, "
+                f"methods: {found.name} does not follow a teacher's distribution, whose advantage "
+                "could be located token by token. Name a method that does, "
                 "such as --methods stepalign,refsol: it is scored on this run's attempts"
             )
         sections.append(found)

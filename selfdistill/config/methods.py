@@ -219,6 +219,11 @@ class WrongStepMethod(PolicyGradient):
                 f"critic.copying: only the place of the wrong step counts, not what is written: "
                 f"leave {self.critic.copying} out"
             )
+        if isinstance(self.critic, ScribeCriticConfig) and self.critic.error_rate:
+            raise ValueError(
+                "critic.error_rate: only the place of the wrong step counts, and the scribe errs "
+                "in what it writes, never there: leave it out"
+            )
         return self
 
 
@@ -237,7 +242,8 @@ class ContrastMethod(ClippedRatio):
     critic: CriticConfig = ScribeCriticConfig()
     """Who writes the right critique of each rollout."""
     against: Literal["wrong", "other"] = "wrong"
-    """The other critique: a wrong one of the same attempt, or that of another problem's attempt."""
+    """The other critique: a wrong one of the same attempt, or that of an attempt at another problem
+    of the step, which then needs two (`prompts_per_step`)."""
     weight: Float = Field(default=1.0, gt=0, le=1)
     """How much of the other's log-prob is subtracted; the rest to 1 is the student's own."""
 

@@ -15,6 +15,7 @@ from selfdistill.config.engines import (
     VLLMTextEngine,
 )
 from selfdistill.config.methods import (
+    ContrastMethod,
     MethodConfig,
     RefreshedTeacherConfig,
     RefSolMethod,
@@ -337,6 +338,18 @@ class Config(Section):
                     "method.teacher.from_best: rollouts that were drawn ahead are of weights that "
                     "the student leaves: set rollout.engine.max_staleness to 0"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _contrast_has_another_problem(self) -> Config:
+        method = self.method
+        is_alone = self.prompts_per_step == 1
+        if isinstance(method, ContrastMethod) and method.against == "other" and is_alone:
+            raise ValueError(
+                "prompts_per_step: got 1, and method.against: other takes its critique from "
+                "another problem of the step, so that no rollout could teach: set prompts_per_step "
+                "to 2 or more, or method.against to wrong"
+            )
         return self
 
     @model_validator(mode="after")

@@ -8,19 +8,23 @@ from dataclasses import dataclass
 from pydantic import TypeAdapter
 
 from selfdistill.analysis.sections import method_labels, parse_methods
-from selfdistill.config import Config, Distillation
+from selfdistill.config import Config, Distillation, GRPOMethod
 from selfdistill.evaluation.intervals import Interval
 from selfdistill.prediction.advice import Advice, advise
 from selfdistill.prediction.law import (
     Fitted,
     Laws,
-    distillation_gain,
     effort,
-    forecast,
-    grpo_gain,
+    forecast_distillation,
+    forecast_grpo,
     read_laws,
 )
 from selfdistill.prediction.probe import ContextProbe, Probe, probe
+from selfdistill.prediction.unseen import (
+    unseen_in_distillation,
+    unseen_in_grpo,
+    unseen_in_optimizer,
+)
 from selfdistill.training.checkpoint import fingerprint
 from selfdistill.training.solver import Solver, load_solver
 
@@ -40,7 +44,6 @@ class Forecast:
         prompts, group_size: of a step.
         gain: share of right answers after the configured steps, minus that before; None where no
             law was fitted to anything like it.
-        at_the_end: what the gap alone says, for training without end; of GRPO None.
         outside: what the law has never seen here, in words.
         mixed_groups: of a step, groups with right and wrong rollouts; of GRPO only.
     """
@@ -49,7 +52,6 @@ class Forecast:
     prompts: int
     group_size: int
     gain: Interval | None
-    at_the_end: Interval | None
     outside: tuple[str, ...]
     mixed_groups: float | None = None
 
@@ -84,7 +86,8 @@ class Prediction:
         steps, rollouts: the budget: steps, and rollouts of each.
         samples: k of Avg@k.
         probe: what was measured.
-        forecasts: one for each probed method, and GRPO's.
+        forecasts: one for each probed method or, where none was asked for, the configured one that
+            no law covers; and GRPO's.
         cost: of training and of the probe.
         advice: what to begin with.
         fitted_by: the command behind the laws.
@@ -119,7 +122,7 @@ def predict(
         config: of the run.
         methods: whose teachers to try, see `selfdistill.analysis.sections.parse_methods`; None: the
             run's own. GRPO is forecast in any case.
-        attempts: of the student; each teacher writes half as many.
+        attempts: see `selfdistill.prediction.probe.probe`.
         progress: called with the number of rollouts just sampled.
 
     Raises:
@@ -138,6 +141,8 @@ def predict(
         distillation_forecast(config, section, measured, context, laws, solver)
         for section, context in zip(sections, measured.contexts, strict=True)
     ]
+    if not (sections or isinstance(config.method, GRPOMethod)):
+        forecasts.append(_no_law(config))
     if (grpo := grpo_forecast(config, measured, laws, solver)) is not None:
         forecasts.append(grpo)
     return Prediction(
@@ -164,27 +169,17 @@ def distillation_forecast(
 ) -> Forecast:
     """Return the forecast of a method with a teacher, at the configured prompts and rollouts."""
     prompts, group = config.prompts_per_step, config.method.group_size
-    outside = _unlike(config, laws, solver)
-    if section.loss.objective.name != "forward_kl":
-        outside.append(f"the objective {section.loss.objective.name}")
-    if section.teacher.name != "base":
-        outside.append(f"the teacher {section.teacher.name}")
-    if section.loss.advantage_mask or section.loss.stop_after_first_wrong_step:
-        outside.append("a loss on part of the tokens")
-    reached, stronger = laws.distillation.values[:2]
-    part = reached + stronger * measured.student.value
-    gap = context.gap
-    at_the_end = Interval(part * gap.value, part * gap.low, part * gap.high)
+    outside = [*_unlike(config, laws, solver), *unseen_in_distillation(section)]
     if context.disputes_right_steps:
         outside.append(f"a teacher that disputes right steps ({context.label})")
     on_the_step = context.localisation.share_at
     if on_the_step is None:
         outside.append("attempts whose first wrong step is not known")
-        return Forecast(context.label, prompts, group, None, at_the_end, tuple(outside))
-    known = (gap, measured.student, 1 - on_the_step.value, effort(config))
+        return Forecast(context.label, prompts, group, None, tuple(outside))
+    known = (context.gap, measured.student, 1 - on_the_step.value, effort(config))
     outside += _beyond(laws.distillation, known)
-    gain = None if outside else forecast(distillation_gain, laws.distillation, *known)
-    return Forecast(context.label, prompts, group, gain, at_the_end, tuple(outside))
+    gain = None if outside else forecast_distillation(laws.distillation, *known)
+    return Forecast(context.label, prompts, group, gain, tuple(outside))
 
 
 def grpo_forecast(config: Config, measured: Probe, laws: Laws, solver: Solver) -> Forecast | None:
@@ -197,11 +192,19 @@ def grpo_forecast(config: Config, measured: Probe, laws: Laws, solver: Solver) -
     prompts = rollouts // group
     mixed = prompts * measured.mixed(group)
     known = (measured.student, float(prompts), effort(config))
-    outside = [*_unlike(config, laws, solver), *_beyond(laws.grpo, known)]
+    outside = [*_unlike(config, laws, solver), *unseen_in_grpo(config)]
+    outside += _beyond(laws.grpo, known)
     if group != GRPO_GROUP:
         outside.append(f"groups of {group}")
-    gain = None if outside else forecast(grpo_gain, laws.grpo, *known)
-    return Forecast("grpo", prompts, group, gain, None, tuple(outside), mixed_groups=mixed)
+    gain = None if outside else forecast_grpo(laws.grpo, *known)
+    return Forecast("grpo", prompts, group, gain, tuple(outside), mixed_groups=mixed)
+
+
+def _no_law(config: Config) -> Forecast:
+    """Return that nothing is known about the configured method, which follows no teacher."""
+    name, group = config.method.name, config.method.group_size
+    outside = (f"the method {name}",)
+    return Forecast(name, config.prompts_per_step, group, None, outside)
 
 
 def estimate_cost(config: Config, measured: Probe) -> Cost:
@@ -226,14 +229,14 @@ def _unlike(config: Config, laws: Laws, solver: Solver) -> list[str]:
         found.append("this model")
     if config.adapter is not None:
         found.append("adapters")
-    return found
+    return found + unseen_in_optimizer(config.optimizer)
 
 
 def _beyond(fitted: Fitted, known: Sequence[Interval | float]) -> list[str]:
-    """Say which of the figures lie outside of what the law was fitted to, whatever chance did."""
+    """Say which of the figures lie outside of what the law was fitted to, as they were measured."""
     found = []
     for (name, (low, high)), given in zip(fitted.ranges.items(), known, strict=True):
-        value = given if isinstance(given, Interval) else Interval(given, given, given)
-        if value.high < low / SLACK or value.low > high * SLACK:
-            found.append(f"{name} {value.value:.3g} (fitted from {low:.3g} to {high:.3g})")
+        value = given.value if isinstance(given, Interval) else given
+        if not low / SLACK <= value <= high * SLACK:
+            found.append(f"{name} {value:.3g} (fitted from {low:.3g} to {high:.3g})")
     return found

@@ -5,11 +5,12 @@ r"""From a probe and a budget to the gain: two laws of a few numbers, fitted on 
     gain = (c + h s) g (1 - exp(-(e / tau)^m)),   log tau = t + d log x
 
 g is the gap, the teacher's share of right answers minus s, the student's (arXiv 2605.30070: the gap
-predicts the gain linearly); c + h s how much of it is reached in the end, less by weak students; e
-the effort, the sum of the learning rates of all steps in units of 3e-4 (Adam moves a weight by
-about its rate a step); x the share of |A| of wrong attempts that lies off the first wrong step.
-What is worded otherwise has to be learned, too: the more that is, the later answers get better. How
-many rollouts a step has is not in it: from 2 to 64 it made no difference that could be fitted.
+predicts the gain linearly); c + h s how much of it is reached in the end, less by weak students (a
+forecast takes at most 1, which students beyond those of the fit would exceed); e the effort, the
+sum of the learning rates of all steps in units of 3e-4 (Adam moves a weight by about its rate a
+step); x the share of |A| of wrong attempts that lies off the first wrong step. What is worded
+otherwise has to be learned, too: the more that is, the later answers get better. How many rollouts
+a step has is not in it: from 2 to 64 it made no difference that could be fitted.
 
 *GRPO* has no teacher and no such ceiling:
 
@@ -20,13 +21,15 @@ rollouts was worse. It was fitted to groups of eight, 1 and 8 a step.
 
 The numbers (`miniature.json`) come from `python -m studies.arithmetic.predict`: a solver of 2.2 M
 parameters on chained arithmetic. Another model, task or loss has numbers of its own; what carries
-over is the order of magnitude of e, and that no gain goes beyond the gap.
+over is the order of magnitude of e, and that a fixed teacher has no more to teach than the gap.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 
 import torch
@@ -96,7 +99,13 @@ def effort(config: Config, steps: int | None = None) -> float:
 
 
 def distillation_gain(
-    coefficients: Tensor, gap: Tensor, student: Tensor, elsewhere: Tensor, effort: Tensor
+    coefficients: Tensor,
+    gap: Tensor,
+    student: Tensor,
+    elsewhere: Tensor,
+    effort: Tensor,
+    *,
+    most: float = math.inf,
 ) -> Tensor:
     """Return the gain; all of the same shape, or [cells] beside coefficients [5].
 
@@ -106,10 +115,12 @@ def distillation_gain(
         student: share of right answers.
         elsewhere: share of |A| of wrong attempts off the first wrong step.
         effort: see `effort`.
+        most: of the gap that is reached, as a share.
     """
     reached, stronger, time, slope, shape = coefficients.unbind(-1)
     scaled = effort.log() - time - slope * elsewhere.log()
-    return (reached + stronger * student) * gap * (1 - (-(shape.exp() * scaled).exp()).exp())
+    part = (reached + stronger * student).clamp(max=most)
+    return part * gap * (1 - (-(shape.exp() * scaled).exp()).exp())
 
 
 def grpo_gain(coefficients: Tensor, student: Tensor, groups: Tensor, effort: Tensor) -> Tensor:
@@ -124,6 +135,29 @@ def grpo_gain(coefficients: Tensor, student: Tensor, groups: Tensor, effort: Ten
     share, time, shape = coefficients.unbind(-1)
     scaled = effort.log() + share * groups.log() - time
     return (1 - student) * (1 - (-(shape.exp() * scaled).exp()).exp())
+
+
+def forecast_distillation(
+    fitted: Fitted, gap: Interval, student: Interval, elsewhere: float, effort: float
+) -> Interval:
+    """Return the gain of a self-teacher: at most the gap, and no more than all answers are right.
+
+    Args:
+        fitted: the first law's numbers.
+        gap, student, elsewhere, effort: see `distillation_gain`.
+    """
+    law = partial(distillation_gain, most=1.0)
+    return forecast(law, fitted, gap, student, elsewhere, effort, highest=1 - student.value)
+
+
+def forecast_grpo(fitted: Fitted, student: Interval, groups: float, effort: float) -> Interval:
+    """Return the gain of GRPO: no more than that all answers are right.
+
+    Args:
+        fitted: the second law's numbers.
+        student, groups, effort: see `grpo_gain`.
+    """
+    return forecast(grpo_gain, fitted, student, groups, effort, highest=1 - student.value)
 
 
 def forecast(

@@ -68,14 +68,13 @@ def forecast_table(prediction: Prediction) -> TextTable:
             forecast.label,
             f"{forecast.prompts} x {forecast.group_size}",
             percent(forecast.gain, sign=True),
-            percent(forecast.at_the_end, sign=True),
             MISSING if forecast.mixed_groups is None else f"{forecast.mixed_groups:.1f}",
         ]
         for forecast in prediction.forecasts
     ]
     return TextTable(
         f"Forecast after {prediction.steps} steps, points of Avg@{prediction.samples}",
-        ["", "prompts x rollouts", "gain", "by the gap alone, without end", "mixed groups a step"],
+        ["", "prompts x rollouts", "gain", "mixed groups a step"],
         rows,
         _note(prediction),
     )
@@ -102,8 +101,8 @@ def _note(prediction: Prediction) -> str:
         return fitted
     return (
         f"{fitted} They know nothing about {'; '.join(sorted(outside))}: where a gain is missing, "
-        "the gap is what there is. It bounds what training brings, and says nothing about how many "
-        "steps that takes."
+        "the gap is what there is: about all that a fixed teacher can teach. It says nothing about "
+        "how many steps that takes."
     )
 
 

@@ -50,11 +50,14 @@ def refresh_is_due(
 
     It follows from the state alone, as `out_of_patience` does. The evaluation of a run's last step
     does not count unless it is due anyway, or a run that is lengthened would be another one.
+    Whoever goes back to the best step waits until this one was evaluated: it may be the best, and
+    an interrupt puts the evaluation off.
     """
     if teacher is None or teacher.name != "refreshed":
         return False
     if teacher.every is not None:
-        return state.step % teacher.every == 0
+        is_known = state.evaluated_step == state.step or not teacher.from_best
+        return state.step % teacher.every == 0 and is_known
     is_evaluated = state.evaluated_step == state.step and state.step % settings.every == 0
     return is_evaluated and state.best_step != state.step
 

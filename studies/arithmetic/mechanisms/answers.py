@@ -40,15 +40,7 @@ QUESTIONS = (
     Question(
         "Does a teacher that is made anew break the fixed teacher's ceiling?",
         "arXiv 2606.11173 keeps the base model",
-        (
-            arms.RETURNING,
-            arms.RETURNING_STOP,
-            arms.RETURNING_THRICE,
-            arms.RESTARTED,
-            arms.REFRESHED,
-            arms.EMA,
-            arms.LIVE,
-        ),
+        (arms.REFRESHED, arms.EMA, arms.LIVE),
         arms.STEPALIGN,
         {
             "better": "use it once dev accuracy stops rising",
@@ -65,6 +57,33 @@ QUESTIONS = (
             "better": "set teacher_temperature below 1 where one answer counts, not their variety",
             "worse": "leave the teacher's temperature at 1",
             "not separated": "leave the teacher's temperature at 1",
+        },
+    ),
+    Question(
+        "Does the student gain by going back to its best, which then teaches?",
+        "both under a cosine schedule",
+        (
+            arms.RETURNING,
+            arms.RETURNING_STOP,
+            arms.RETURNING_THRICE,
+            arms.RESTARTED,
+        ),
+        arms.STEPALIGN_COSINE,
+        {
+            "better": "use it once dev accuracy stops rising",
+            "worse": "keep the fixed teacher",
+            "not separated": "the fixed teacher is simpler",
+        },
+    ),
+    Question(
+        "Should the learning rate fall?",
+        "a cosine schedule",
+        (arms.STEPALIGN_COSINE,),
+        arms.STEPALIGN,
+        {
+            "better": "let it fall",
+            "worse": "keep it constant",
+            "not separated": "a constant rate lets a run be lengthened",
         },
     ),
     Question(

@@ -14,6 +14,8 @@ class Scale:
     Attributes:
         steps: of every run, those that choose a learning rate too: schedules end with a run.
         first_steps: of the first of two runs that follow each other, out of `steps`.
+        returns_every: steps after which a student goes back to the best, a multiple of
+            `evaluate_every`.
         rates: the learning rates that are tried.
         seeds: training seeds.
         problems, samples: test problems, and attempts at each.
@@ -24,6 +26,7 @@ class Scale:
 
     steps: int = 50
     first_steps: int = 20
+    returns_every: int = 20
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     seeds: tuple[int, ...] = (0, 1, 2)
     problems: int = 200
@@ -43,6 +46,7 @@ FULL = Scale()
 QUICK = Scale(
     steps=10,
     first_steps=5,
+    returns_every=5,
     rates=(3e-4, 1e-3),
     seeds=(0,),
     problems=40,
@@ -68,12 +72,20 @@ class Arm:
             anything else with a name replaces another one.
         first: settings of a run that comes before, from whose best checkpoint this one starts;
             both together take the steps of the others.
+        returns: the student goes back to the best, as often as the scale says.
     """
 
     key: str
     label: str
     settings: Settings = field(default_factory=dict, hash=False)
     first: Settings | None = field(default=None, hash=False)
+    returns: bool = False
+
+    def settings_at(self, scale: Scale) -> Settings:
+        """Return the settings with what depends on how much is computed."""
+        if not self.returns:
+            return self.settings
+        return merged(self.settings, _teacher(every=scale.returns_every))
 
 
 def merged(base: Settings, changes: Settings) -> dict[str, Any]:
@@ -108,12 +120,16 @@ def _critic(rate: float) -> Settings:
     return {"method": {"critic": {"name": "scribe", "error_rate": rate}}}
 
 
+COSINE: Settings = {"optimizer": {"schedule": "cosine"}}
+
 STEPALIGN = Arm("stepalign", "StepAlignFB")
+# The control of those who go back to the best or restart from it, under a falling rate.
+STEPALIGN_COSINE = Arm("stepalign-cosine", "StepAlignFB, cosine schedule", COSINE)
 REFSOL = Arm("refsol", "RefSol", {"method": {"name": "refsol", "group_size": 1}})
 GRPO = Arm("grpo", "GRPO", {**_grpo(), "prompts_per_step": 1})
 GRPO_MANY = Arm("grpo-many", "GRPO, 64 rollouts a step", _grpo())
 
-REFERENCES = (STEPALIGN, REFSOL, GRPO, GRPO_MANY)
+REFERENCES = (STEPALIGN, STEPALIGN_COSINE, REFSOL, GRPO, GRPO_MANY)
 
 OTHER_PATH = Arm(
     "refsol-other-path",
@@ -144,22 +160,25 @@ REFRESHED = Arm("teacher-refreshed", "refreshed teacher", _teacher(name="refresh
 RETURNING = Arm(
     "teacher-returning",
     "refreshed, back to the best",
-    {**_teacher(name="refreshed", every=20, from_best=True), "optimizer": {"schedule": "cosine"}},
+    {**_teacher(name="refreshed", from_best=True), **COSINE},
+    returns=True,
 )
 RETURNING_STOP = Arm(
     "teacher-returning-stop",
     "back to the best, up to the error",
     merged(RETURNING.settings, STOP.settings),
+    returns=True,
 )
 RETURNING_THRICE = Arm(
     "teacher-returning-thrice",
     "up to the error, 3 updates a step",
     merged(RETURNING_STOP.settings, {"updates_per_step": 3}),
+    returns=True,
 )
 RESTARTED = Arm(
     "teacher-restarted",
     "restarted from the best",
-    {"optimizer": {"schedule": "cosine"}},
+    COSINE,
     first={},
 )
 

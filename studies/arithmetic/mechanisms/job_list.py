@@ -100,11 +100,12 @@ def run_names(arm: Arm, scale: Scale) -> tuple[str, ...]:
 
 def _runs(model: str, scale: Scale, arm: Arm, more: Settings) -> tuple[Config, Config | None]:
     """Return an arm's run, and the one before it if there is one."""
+    settings = merged(arm.settings_at(scale), more)
     if arm.first is None:
-        return make_config(model, scale, merged(arm.settings, more), steps=scale.steps), None
+        return make_config(model, scale, settings, steps=scale.steps), None
     rest = scale.steps - scale.first_steps
     return (
-        make_config(model, scale, merged(arm.settings, more), steps=rest),
+        make_config(model, scale, settings, steps=rest),
         make_config(
             model,
             scale,

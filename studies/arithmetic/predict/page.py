@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from selfdistill.analysis.report.charts import COLOURS, Line, line_plot
 from selfdistill.evaluation.intervals import Interval
 from selfdistill.evaluation.tables import TextTable, number, percent
-from selfdistill.prediction.law import Fitted, Laws, distillation_gain, effort, forecast, grpo_gain
+from selfdistill.prediction.law import Fitted, Laws, effort, forecast_distillation, forecast_grpo
 from selfdistill.runlog import write_atomically
 from studies.arithmetic.predict.cells import Cell
 from studies.arithmetic.predict.conditions import MIDDLE, RATE, Condition
@@ -55,14 +54,13 @@ def forecast_cell(laws: Laws, cell: Cell, output: Path) -> Interval:
     condition = cell.condition
     found = read_probe(output, condition)
     spent = effort(condition.config("any", output), cell.steps)
-    law: Callable[..., Tensor]
     if condition.method["name"] == "grpo":
-        return forecast(grpo_gain, laws.grpo, found.student, float(condition.shape[0]), spent)
+        return forecast_grpo(laws.grpo, found.student, float(condition.shape[0]), spent)
     (context,) = found.contexts
     assert context.localisation.share_at is not None
     elsewhere = 1 - context.localisation.share_at.value
-    law = distillation_gain
-    return forecast(law, laws.distillation, context.gap, found.student, elsewhere, spent)
+    fitted = laws.distillation
+    return forecast_distillation(fitted, context.gap, found.student, elsewhere, spent)
 
 
 def is_refused(output: Path, condition: Condition) -> bool:

@@ -257,12 +257,12 @@ def training_config(job: Training, output: Path) -> Config:
 def _train(job: Training, output: Path) -> Result | None:
     config = training_config(job, output)
     folder = config.output_dir
-    diverged = None
+    diverged: str | None = None
     if job.first is not None:
         begun = _first_run(job.first, config)
         if begun is None:
             return None
-        config = begun
+        config, diverged = begun
     for step in job.milestones or (config.steps,):
         held_out = _held_out_file(folder, None if step == config.steps else step)
         if held_out.exists():
@@ -296,19 +296,24 @@ def _train_until(config: Config) -> bool:
     return bool(evaluations[-1]["step"] == config.steps)
 
 
-def _first_run(first: Config, config: Config) -> Config | None:
+def _first_run(first: Config, config: Config) -> tuple[Config, str | None] | None:
     """Return a run's configuration whose model is the best checkpoint of the run before it.
 
-    None when an interrupt stopped that one.
+    And why that one diverged, or None; its best checkpoint is from before. Nothing is returned
+    when an interrupt stopped it.
     """
+    diverged = None
     optimizer = first.optimizer.model_copy(update={"learning_rate": config.optimizer.learning_rate})
     begun = first.model_copy(
         update={"output_dir": config.output_dir / "first", "optimizer": optimizer}
     )
-    if not _train_until(begun):
-        return None
+    try:
+        if not _train_until(begun):
+            return None
+    except DivergedError as error:
+        diverged = str(error)
     best = CheckpointStore(begun.output_dir / "checkpoints").best
-    return config.model_copy(update={"model": str(best.resolve())})
+    return config.model_copy(update={"model": str(best.resolve())}), diverged
 
 
 def _evaluate(solver: Solver, test: TestSet, path: Path) -> None:

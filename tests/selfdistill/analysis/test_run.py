@@ -159,9 +159,9 @@ def test_methods_carry_the_teacher_and_loss_of_the_run(solver_dir: Path, tmp_pat
     grpo = Config.model_validate(
         {"model": "m", "output_dir": "o", "method": {"name": "grpo", "kl": {}}}
     )
-    with pytest.raises(ConfigError, match="grpo has no teacher"):
+    with pytest.raises(ConfigError, match="grpo does not follow a teacher's distribution"):
         parse_methods(None, grpo)
-    with pytest.raises(ConfigError, match="grpo has no teacher"):
+    with pytest.raises(ConfigError, match="grpo does not follow a teacher's distribution"):
         parse_methods("grpo", config)
     (usual,) = parse_methods("stepalign", grpo)
     assert usual == StepAlignMethod()

@@ -26,6 +26,7 @@ from policy_gradients import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from selfdistill.config import Config
 from selfdistill.critic.interface import Critique
 from selfdistill.methods.contrast import ContrastLoss, with_others, with_wrong, wrong_critique
 from selfdistill.model.layout import PromptGroup
@@ -160,3 +161,12 @@ def test_another_critique_is_that_of_the_next_problem_on_any_number_of_ranks() -
     # Alone in its step, a problem has no other.
     assert contrasts(list, 1) == [[None, None]]
     assert built(TASK, name="contrast", against="other").complete is with_others
+
+
+def test_alone_in_its_step_a_problem_is_refused_where_the_other_critique_is_anothers() -> None:
+    settings = {"model": "m", "output_dir": "o", "prompts_per_step": 1}
+    method = {"name": "contrast", "against": "other"}
+    with pytest.raises(ValueError, match=r"prompts_per_step: got 1, and method\.against: other"):
+        Config.model_validate({**settings, "method": method})
+    Config.model_validate({**settings, "method": {**method, "against": "wrong"}})
+    Config.model_validate({**settings, "method": method, "prompts_per_step": 2})

@@ -217,6 +217,10 @@ LLM = {
             {"name": "wrong_step", "critic": {"name": "scribe", "copying": "omission"}},
             r"critic\.copying: only the place",
         ),
+        (
+            {"name": "wrong_step", "critic": {"name": "scribe", "error_rate": 0.2}},
+            r"critic\.error_rate: only the place",
+        ),
         ({"name": "wrong_step", "critic": LLM}, r"critic\.fallback: nobody reads"),
         ({"name": "contrast", "critic": LLM}, r"critic\.fallback: a critique is compared"),
         ({"name": "contrast", "weight": 1.5}, r"weight"),

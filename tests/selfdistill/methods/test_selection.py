@@ -34,7 +34,10 @@ def selecting(rule: str, share: float) -> DistillationLoss:
     )
 
 
-@pytest.mark.parametrize(("rule", "share"), [("entropy", 0.2), ("confident", 0.1)])
+# All of the share leaves the half of which the student is unsure out, too.
+@pytest.mark.parametrize(
+    ("rule", "share"), [("entropy", 0.2), ("confident", 0.1), ("confident", 1.0)]
+)
 def test_the_rule_chooses_within_each_rollout_and_the_rest_has_no_gradient(
     rule: str, share: float
 ) -> None:

@@ -12,6 +12,8 @@ from selfdistill.prediction.law import (
     distillation_gain,
     effort,
     forecast,
+    forecast_distillation,
+    forecast_grpo,
     grpo_gain,
     read_laws,
 )
@@ -85,3 +87,25 @@ def test_the_numbers_of_the_package_are_whole() -> None:
         assert fitted.cells >= least
         assert len(fitted.residuals) == fitted.cells
         assert {len(row) for row in fitted.resampled} == {len(fitted.values), len(fitted.names)}
+
+
+def test_no_forecast_goes_beyond_the_gap_or_beyond_all_right() -> None:
+    laws = read_laws()
+    strong = Interval(0.578, 0.55, 0.6)
+    # The law alone has more of the gap than there is: 0.81 + 0.40 * 0.578 > 1.
+    coefficients = torch.tensor(laws.distillation.values, dtype=torch.float64)
+    assert distillation_gain(coefficients, of(0.391), of(0.578), of(0.3), of(1e4)) > 0.391
+    found = forecast_distillation(laws.distillation, Interval(0.391, 0.37, 0.41), strong, 0.3, 1e4)
+    assert found.value == pytest.approx(0.391)
+    assert found.high <= 1 - strong.value
+    grpo = forecast_grpo(laws.grpo, strong, 8.0, 1e4)
+    assert grpo.value <= grpo.high <= 1 - strong.value
+
+
+def test_the_coefficients_are_in_doubt_too() -> None:
+    for law, fitted, known in (
+        (distillation_gain, read_laws().distillation, (0.5, 0.35, 0.5, 10.0)),
+        (grpo_gain, read_laws().grpo, (0.35, 8.0, 10.0)),
+    ):
+        found = forecast(law, replace(fitted, residuals=(0.0,)), *known)
+        assert found.low < found.value < found.high

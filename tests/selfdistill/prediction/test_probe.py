@@ -10,7 +10,7 @@ from tiny_runs import tiny_config
 
 from selfdistill.config import Config, PeerMethod, RefSolMethod
 from selfdistill.evaluation.intervals import Interval
-from selfdistill.prediction.probe import Probe, probe
+from selfdistill.prediction.probe import Probe, _variance, probe
 from selfdistill.prompts.context import TeacherContext
 from selfdistill.rollout.engine import Rollout, SamplingParams
 from selfdistill.seeds import derive_seed
@@ -106,6 +106,13 @@ def test_the_variance_of_problems_leaves_out_chance(solver_dir: Path, tmp_path: 
     # Both attempts at a problem are alike here: all variance is that of the problems.
     found = probed(solver_dir, tmp_path, solved=4)
     assert found.variance == pytest.approx(np.var([1.0] * 4 + [0.0] * 4, ddof=1))
+
+
+def test_chance_alone_makes_no_problem_harder() -> None:
+    """Each problem at one rate: what two attempts at each vary by is not the problems'."""
+    right = np.random.default_rng(0).binomial(2, 0.4, 50_000) / 2
+    assert right.var() == pytest.approx(0.12, abs=0.005)
+    assert _variance(list(right), samples=2) < 0.005
 
 
 def test_too_few_attempts_are_refused(solver_dir: Path, tmp_path: Path) -> None:

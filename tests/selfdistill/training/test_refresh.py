@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ def test_it_is_time_after_so_many_steps_or_when_an_evaluation_found_nothing_bett
     assert not due(state(4, evaluated=4, best=4), stalled)
     assert not due(state(5, evaluated=4, best=2), stalled)
     assert not due(state(5, evaluated=5, best=2), stalled)  # of the last step, by chance
+    going_back = RefreshedTeacherConfig(every=2, from_best=True)
+    assert due(state(4, evaluated=4, best=2), going_back)
+    assert not due(state(4, evaluated=2, best=2), going_back)  # the evaluation was put off
     for teacher in (None, BaseTeacherConfig()):
         assert not due(state(4, evaluated=4, best=0), teacher)
 
@@ -109,24 +113,44 @@ def test_going_back_needs_evaluated_steps_and_rollouts_of_its_own(solver_dir: Pa
     assert make_config(solver_dir, Path("run"), 4, from_best=True).method.teacher.every == 4
 
 
-@pytest.mark.parametrize("from_best", [False, True])
+@pytest.mark.parametrize(
+    ("every", "from_best", "stops_at"),
+    [(None, False, 2), (None, True, 2), (2, False, 2), (2, True, 2), (2, True, 0)],
+)
 def test_a_run_that_stopped_in_the_deciding_evaluation_goes_on_with_the_same_bits(
-    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, from_best: bool
+    solver_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    every: int | None,
+    from_best: bool,
+    stops_at: int,
 ) -> None:
+    # More problems than are attempted at once: an evaluation ends early between two portions.
+    evaluation = {"every": 2, "problems": 20, "samples": 1}
     whole, parts = (
-        make_config(solver_dir, tmp_path / name, None, from_best=from_best)
+        make_config(
+            solver_dir, tmp_path / name, every, from_best=from_best, steps=4, evaluation=evaluation
+        )
         for name in ("whole", "parts")
     )
+    stops: list[int] = []
+
+    def rated(*args: Any, **options: Any) -> TrainState:
+        """Stop where asked; where `every` decides, the student of step 2 is the best one."""
+        state = args[2]
+        options["interrupt"].requested = state.step in stops
+        result = evaluate(*args, **options)
+        assert (result.evaluated_step == state.step) == (state.step not in stops)
+        if every is None or result.evaluated_step != 2:
+            return result
+        return replace(result, best_step=2, best_metric=0.5)
+
+    monkeypatch.setattr(selfdistill.training.loop, "evaluate", rated)
     train(whole)
-
-    def interrupted(*args: Any, **options: Any) -> TrainState:
-        options["interrupt"].requested = args[2].step == 2
-        return evaluate(*args, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(selfdistill.training.loop, "evaluate", interrupted)
-        assert train(parts).interrupted
-    checkpoints = tmp_path / "parts" / "checkpoints"
-    assert (checkpoints / "last").resolve().name == "step-000002"
+    stops.append(stops_at)
+    assert train(parts).interrupted
+    stops.clear()
+    last = tmp_path / "parts" / "checkpoints" / "last"
+    assert not last.exists() if stops_at == 0 else last.resolve().name == "step-000002"
     train(parts, resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 from selfdistill.cli import app
-from selfdistill.config import load_config
+from selfdistill.config import Config, load_config
 from selfdistill.errors import EXIT_INTERRUPTED
 from selfdistill.evaluation.intervals import Interval
 from selfdistill.places import PlaceTakenError
@@ -19,6 +20,8 @@ from selfdistill.rollout.attempts import judge
 from selfdistill.rollout.engine import Rollout
 from selfdistill.tasks.arithmetic import ArithmeticTask
 from selfdistill.tasks.arithmetic.traces import Operation, Question
+from selfdistill.training.divergence import DivergedError
+from selfdistill.training.loop import TrainResult, train
 from studies.arithmetic.mechanisms.answers import QUESTIONS, answers, reached, verdict
 from studies.arithmetic.mechanisms.arms import (
     ARMS,
@@ -30,7 +33,11 @@ from studies.arithmetic.mechanisms.arms import (
     REFERENCES,
     REFSOL,
     RESTARTED,
+    RETURNING,
+    RETURNING_STOP,
+    RETURNING_THRICE,
     STEPALIGN,
+    STEPALIGN_COSINE,
     Scale,
     merged,
 )
@@ -38,6 +45,7 @@ from studies.arithmetic.mechanisms.findings import Findings, Outside, Row, colle
 from studies.arithmetic.mechanisms.job_list import build_plan, parse_studies
 from studies.arithmetic.mechanisms.page import refuse_foreign_results, write_results
 from studies.arithmetic.mechanisms.run import reproduce
+from studies.arithmetic.reproduce import jobs
 from studies.arithmetic.reproduce.behaviour import behaviour_of
 from studies.arithmetic.reproduce.budget import minutes
 from studies.arithmetic.reproduce.job_list import RATES_SEED, Training, UnknownStudyError
@@ -92,6 +100,43 @@ def test_an_arm_says_all_that_it_changes() -> None:
         "a": {"name": "x", "b": 1, "c": 2}
     }
     assert merged({"a": {"name": "x", "b": 1}}, {"a": {"name": "y"}}) == {"a": {"name": "y"}}
+
+
+def test_those_who_return_do_so_at_every_scale_and_have_a_control_of_their_schedule() -> None:
+    for scale in (FULL, QUICK):
+        runs = [j for j in build_plan("solver", scale) if isinstance(j, Training)]
+        by_arm = {job.name.split("/")[1]: job.config for job in runs}
+        for arm in (RETURNING, RETURNING_STOP, RETURNING_THRICE):
+            teacher = by_arm[arm.key].method.teacher
+            assert (teacher.from_best, teacher.every) == (True, scale.returns_every)
+            assert teacher.every < scale.steps  # or it would teach nobody
+    against = {arm: question.against for question in QUESTIONS for arm in question.arms}
+    for arm, control in against.items():
+        ours, other = (
+            next(j.config for j in RUNS if j.name == f"mechanisms/{each.key}/seed-0")
+            for each in (arm, control)
+        )
+        if arm is not STEPALIGN_COSINE:
+            assert ours.optimizer.schedule == other.optimizer.schedule, arm.key
+
+
+def test_a_first_run_that_diverges_is_noted_and_does_not_end_the_study(
+    solver_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverging(config: Config, **options: Any) -> TrainResult:
+        found = train(config, **options)
+        if config.output_dir.name == "first":
+            raise DivergedError("the loss is not finite")
+        return found
+
+    monkeypatch.setattr(jobs, "train", diverging)
+    plan = build_plan(str(solver_dir), TINY, [RESTARTED])
+    job = next(job for job in plan if isinstance(job, Training))
+    assert jobs.run_job(job, tmp_path)
+    result = jobs.read_result(tmp_path, job.name)
+    assert result is not None
+    assert result.diverged == "the loss is not finite"
+    assert result.best_metric is not None
 
 
 def test_every_arm_is_asked_about_or_is_a_reference() -> None:
@@ -158,9 +203,14 @@ def row(key: str, avg: float, **differences: float) -> Row:
 def findings_of(restarted: float) -> Findings:
     rows = [
         row("stepalign", 0.893),
+        row("stepalign-cosine", 0.9, stepalign=0.007),
         row("refsol", 0.874, stepalign=-0.019),
         row("grpo-many", 0.956, stepalign=0.063),
-        row("teacher-restarted", restarted, stepalign=restarted - 0.893),
+        row(
+            "teacher-restarted",
+            restarted,
+            **{"stepalign": restarted - 0.893, "stepalign-cosine": restarted - 0.9},
+        ),
         row("refsol-other-path", 0.5, stepalign=-0.393, refsol=-0.374),
         row("entry-clip", 0.893, stepalign=0.0),
     ]
@@ -172,6 +222,7 @@ def test_the_page_says_what_follows(tmp_path: Path) -> None:
     findings = findings_of(0.956)
     assert [(a.arm.key, a.verdict) for a in answers(findings)] == [
         ("teacher-restarted", "better"),
+        ("stepalign-cosine", "not separated"),
         ("entry-clip", "not separated"),
         ("refsol-other-path", "worse"),
     ]
