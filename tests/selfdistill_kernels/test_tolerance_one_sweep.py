@@ -254,6 +254,28 @@ def test_flat_rows_have_no_room_and_stay_exact(
         assert measured <= 1.3 * out.gradient_error.weight + rounding
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_rows_go_into_the_gradient_at_once(
+    dtype: torch.dtype, plans: list[CandidatePlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No [N, H] beside dH for the exact rows of each group."""
+    tensors, made = problem(dtype=dtype, trained=False, **SIZES), []
+    with torch.no_grad():
+        tensors["student_hidden"] *= 0.01
+    zeros_like = torch.zeros_like
+
+    def noted(tensor: Tensor, *others: Any, **options: Any) -> Tensor:
+        made.append(tensor.shape)
+        return zeros_like(tensor, *others, **options)
+
+    monkeypatch.setattr(torch, "zeros_like", noted)
+    _, out = gradients(tensors, backend="native", gradient_tolerance=0.01, workspace=APART)
+    assert len(plans) > 1
+    assert out.gradient_error is not None
+    assert (out.gradient_error.hidden == 0).all()
+    assert made.count(tensors["student_hidden"].shape) == 1
+
+
 @pytest.mark.parametrize("banned", [-math.inf, torch.finfo(torch.float32).min, -1e30])
 def test_rows_that_are_not_finite_stay_with_themselves(
     banned: float, plans: list[CandidatePlan]
