@@ -58,7 +58,8 @@ SELFDISTILL_LIBRARY(m) {
       "int limit, int slab, Tensor(b!) starts, Tensor(c!) variance, Tensor(d!)? moments) -> ()");
   // The same where rows are not whole. A slab of raw scores, whose statistics `state` [rows, 19] has already, adds what may
   // be an entry to candidates [rows, 2 or with a divergence 3, capacity]: int32 columns and the models' logits. counts:
-  // int32 [rows]; marks: float32 [rows, 5]; floor: log2 of the threshold for a weight of 1 below which nothing is kept. When all slabs have passed, entries replace them in their own memory; the first
+  // int32 [rows]; marks: float32 [rows, 5]; floor: log2 of the threshold for a weight of 1 below which
+  // nothing is kept. When all slabs have passed, entries replace them in their own memory; the first
   // start of a row that they are not enough for is -1.
   m.def(
       "row_emit_(Tensor student, Tensor? teacher, Tensor? student_bias, Tensor? teacher_bias, Tensor? targets, "

@@ -1,6 +1,7 @@
-// A divergence whose entries are clipped one by one, sum over v of min(f_v, clip), for the row kernels of CPUs and CUDA; in
-// the functions that divergence.h is written in. Triton has the same in backends/triton/clip.py. Its sums take the place of the divergence and its
-// pivot, so that gradient_element() gives the elements of the other entries.
+// A divergence whose entries are clipped one by one, sum over v of min(f_v, clip), for the row kernels of
+// CPUs and CUDA; in the functions that divergence.h is written in. Triton has the same in
+// backends/triton/clip.py. Its sums take the place of the divergence and its pivot, so that
+// gradient_element() gives the elements of the other entries.
 #pragma once
 
 #include "divergence.h"

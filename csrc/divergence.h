@@ -245,9 +245,11 @@ SELFDISTILL_FN double finish_kl(const RowState& s, Divergence divergence) {
 }
 
 // 0 <= kappa <= 1, near 1 for close distributions, near 0 for distant ones. One float keeps the digits of both:
-// kappa - 1 (not positive) in the upper half, kappa (positive) in the lower.
+// kappa - 1 (not positive) in the upper half, kappa (positive) in the lower. Of nearly equal distributions kappa - 1 is a
+// sum whose terms cancel, and what the roundings leave above 0 would be read as a small kappa.
 SELFDISTILL_FN float skew_pivot(double kappa_less_1, double kappa) {
-  return kappa > 0.0 && kappa < 0.5 ? (float)kappa : (float)kappa_less_1;
+  if (kappa > 0.0 && kappa < 0.5) return (float)kappa;
+  return kappa_less_1 > 0.0 ? 0.0f : (float)kappa_less_1;
 }
 
 // (z - max) - log_sum, -inf for an entry that is ruled out.

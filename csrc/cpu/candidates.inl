@@ -5,7 +5,9 @@
 // its bound (screen.inl). Its priority is log2 of what the threshold may be at most for that: the bound over the smaller one
 // of its two random numbers, for weights of 1 and the log-sum-exps so far. These only grow, so that priorities only fall. A
 // row keeps what has a priority of its floor or more, and where its memory is full the floor rises. No entry that was left
-// out is missed by a threshold above the floor, whatever the sweep knew when it left it out: rounding stays unbiased.
+// out is missed by a threshold above the floor, whatever the sweep knew when it left it out. Below the floor the row's
+// gradient is exact. Where the floor lies hangs on the row's own lots, too, which biases those of the keys that do not fall
+// back: a row that did for 52 % of its keys had entries whose sum was low by 5.3e-5, and a dH off by 3 % of its error.
 
 // Logits of a row: all of them, or those that one sweep has kept (candidates.inl).
 struct RowLogits {
@@ -178,14 +180,19 @@ void emit_rows(const Problem& p, bool entropy_term, const double* state, const i
     }
     // A model without a distribution, so far or at all: nothing is kept, and the row will be dense.
     if (!isfinite(row.terms.n.student + row.terms.n.teacher)) row.floor = INFINITY;
-    for (int64_t j = 0; j < p.columns; j += kBlock) {
+    for (int64_t j = 0; j < p.columns && row.floor < INFINITY; j += kBlock) {
       const int64_t n = p.columns - j < kBlock ? p.columns - j : kBlock;
-      if (row.count + n + kLanes > row.capacity) emission.raise_floor(row, kept_of(row.capacity), scratch);
+      const auto is_full = [&] { return row.count + n + kLanes > row.capacity; };
+      if (is_full()) emission.raise_floor(row, kept_of(row.capacity), scratch);
+      if (is_full()) {  // priorities above all bins: no floor makes room
+        row.floor = INFINITY;
+        break;
+      }
       const float* s = student.transformed(j, n, student_buffer);
       const float* t = into.has_teacher ? teacher.transformed(j, n, teacher_buffer) : nullptr;
       emission.add(s, t, p.column_offset + j, n, row);
     }
-    into.counts[r] = row.count;
+    into.counts[r] = row.floor < INFINITY ? row.count : 0;
     marks[0] = row.floor;
     const int64_t target = target_column(p, r);
     if (target < 0) continue;

@@ -182,7 +182,7 @@ void row_settle_(Tensor& candidates, const Tensor& counts, const Tensor& marks, 
   head.spread = spread.const_data_ptr<float>();
   const CandidateRows from = make_candidates(candidates, counts, marks, divergence != 0);
   const int64_t rows = candidates.size(0);
-  const Tensor memory = candidates.view({rows, -1});
+  const Tensor memory = candidates.view({rows, candidates.size(1) * candidates.size(2)});
   const SparseRows to = make_rows(memory, starts, slab, head.columns);
   check_row_terms(memory, statistics, term_weights);
   check_vector("keys", keys, candidates.device(), at::kLong, rows);

@@ -12,6 +12,8 @@ from selfdistill_kernels.backends.tokens import Tokens
 # Rows of the head that its mean is taken from, one in so many: any centre is right, and the mean is
 # the best one.
 MEAN_STEP = 16
+# Elements of hidden states whose bits are multiplied at once.
+DIGEST_ELEMENTS = 1 << 16
 # Integers of the size of an element.
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Multipliers of splitmix64 (S. Vigna, public domain), as signed integers.
@@ -62,9 +64,11 @@ def copies_of(keys: Tensor) -> Tensor:
 
 def _digest(rows: Tensor) -> Tensor:
     """[r] int64 of the bits of rows [r, H]."""
-    words = rows.contiguous().view(WORDS[rows.element_size()])
-    places = torch.arange(1, rows.shape[1] + 1, dtype=torch.int64)
-    return (words * _mixed(places * GOLDEN)).sum(dim=1)
+    factors = _mixed(torch.arange(1, rows.shape[1] + 1, dtype=torch.int64) * GOLDEN)
+    # By parts: a product has eight bytes for each element.
+    parts = rows.split(max(DIGEST_ELEMENTS // max(rows.shape[1], 1), 1))
+    words = (part.contiguous().view(WORDS[rows.element_size()]) for part in parts)
+    return torch.cat([(part * factors).sum(dim=1) for part in words])
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -254,11 +254,36 @@ def test_flat_rows_have_no_room_and_stay_exact(
         assert measured <= 1.3 * out.gradient_error.weight + rounding
 
 
-def test_rows_that_are_not_finite_stay_with_themselves(plans: list[CandidatePlan]) -> None:
-    """-inf in all of the first slab, and a NaN: no candidates, and the exact gradient."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_rows_go_into_the_gradient_at_once(
+    dtype: torch.dtype, plans: list[CandidatePlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No [N, H] beside dH for the exact rows of each group."""
+    tensors, made = problem(dtype=dtype, trained=False, **SIZES), []
+    with torch.no_grad():
+        tensors["student_hidden"] *= 0.01
+    zeros_like = torch.zeros_like
+
+    def noted(tensor: Tensor, *others: Any, **options: Any) -> Tensor:
+        made.append(tensor.shape)
+        return zeros_like(tensor, *others, **options)
+
+    monkeypatch.setattr(torch, "zeros_like", noted)
+    _, out = gradients(tensors, backend="native", gradient_tolerance=0.01, workspace=APART)
+    assert len(plans) > 1
+    assert out.gradient_error is not None
+    assert (out.gradient_error.hidden == 0).all()
+    assert made.count(tensors["student_hidden"].shape) == 1
+
+
+@pytest.mark.parametrize("banned", [-math.inf, torch.finfo(torch.float32).min, -1e30])
+def test_rows_that_are_not_finite_stay_with_themselves(
+    banned: float, plans: list[CandidatePlan]
+) -> None:
+    """Nothing but banned entries in the first slabs: no candidates, and the exact gradient."""
     tensors = {**problem(**SIZES)}
     tensors["bias"] = torch.zeros(SIZES["vocabulary"])
-    tensors["bias"][:9000] = -math.inf
+    tensors["bias"][:9000] = banned
     tensors["targets"] = 9000 + tensors["targets"] % 2000
     exact, _ = gradients(tensors, backend="native", bias=True)
     made, out = gradients(
@@ -268,6 +293,48 @@ def test_rows_that_are_not_finite_stay_with_themselves(plans: list[CandidatePlan
     assert out.gradient_error is not None
     for name in exact:
         assert (made[name] - exact[name]).norm() <= 0.05 * exact[name].norm(), name
+
+
+@pytest.mark.parametrize("banned", [torch.finfo(torch.float32).min, -1e30])
+def test_what_is_kept_never_leaves_its_row(banned: float) -> None:
+    """Before any entry that is not banned, log-probs are infinite: no floor leaves those out."""
+    inputs, scores = kernel_problem(None)
+    rows, columns = scores.student.shape
+    assert scores.teacher is not None
+    scores.student[:, :9000] = banned
+    kernels = RowKernels(inputs, Objective.of("forward_kl"), 0)
+    size = rows * 3 * 4096
+    memory = torch.full((2 * size,), 7.0)  # with room behind it
+    candidates = (
+        memory[:size].view(rows, 3, 4096),
+        torch.empty(rows, dtype=torch.int32),
+        torch.empty(rows, 5),
+    )
+    state, keys = kernels.new_state(rows), torch.arange(rows)
+    for start in range(0, columns, 1024):
+        part = slice(start, start + 1024)
+        tile = Tile(
+            scores.tokens, scores.student[:, part].contiguous(),
+            scores.teacher[:, part].contiguous(), start,
+        )  # fmt: skip
+        kernels.accumulate(tile, state)
+        kernels.emit(tile, state, (True, False, False), keys, -24.0, *candidates)
+        assert (candidates[1] == 0).all()
+    assert (candidates[2][:, 0] == math.inf).all()
+    assert (memory[size:] == 7.0).all()
+
+
+def test_no_token_at_all(plans: list[CandidatePlan]) -> None:
+    """With less workspace than a row of logits takes."""
+    tensors = problem(**{**SIZES, "vocabulary": 40_003})
+    made, out = gradients(
+        tensors, torch.ones(SIZES["tokens"]), backend="native", gradient_tolerance=0.02,
+        workspace=150_000, reduction="none", mask=torch.zeros(SIZES["tokens"], dtype=torch.bool),
+    )  # fmt: skip
+    assert plans
+    assert not any(gradient.any() for gradient in made.values())
+    assert out.gradient_error is not None
+    assert not out.gradient_error.hidden.any()
 
 
 def test_plans() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from selfdistill_kernels.backends.interface import Gradients, LinearInputs, Needs
 from selfdistill_kernels.backends.native import memory
 from selfdistill_kernels.backends.native.candidates import CandidatePlan, least_priority
-from selfdistill_kernels.backends.native.recompute import GradientSweep, Head, statistics_of
+from selfdistill_kernels.backends.native.recompute import GradientSweep, Shared, statistics_of
 from selfdistill_kernels.backends.native.rounding import Rounder, SparseTile
 from selfdistill_kernels.backends.native.rows import RowKernels, Tile
 from selfdistill_kernels.backends.tokens import Tokens
@@ -208,16 +208,13 @@ class _Sums:
         tokens = entries.tokens.take(is_dense.nonzero().squeeze(1))
         sweep = GradientSweep(
             self._kernels, tokens, self._plan.tiles, self._needs, self._space,
-            Head(weight, bias, begin),
+            Shared(self._hidden, weight, bias, begin),
         )  # fmt: skip
-        made = sweep.run(
+        sweep.run(
             _whole(statistics, entries.tokens, inputs),
             _whole(weights, entries.tokens, inputs),
             None,
         )
-        if self._hidden is not None:
-            assert made.hidden is not None
-            tokens.put(self._hidden, tokens.of(made.hidden))
 
     def finish(self) -> Gradients:
         if self._weight is not None:

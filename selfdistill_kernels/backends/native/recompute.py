@@ -125,15 +125,17 @@ def sweep_gradients(
 
 
 @dataclass(frozen=True)
-class Head:
-    """Gradients of the head that others have a part in.
+class Shared:
+    """Gradients that others have a part in.
 
     Attributes:
+        hidden: [N, H] where dH goes, zeros for the tokens of the sweep; None if it is not wanted.
         weight: [V, H] where dW goes, in the dtype of the inputs or float32; None for a frozen head.
         bias: [V] float32, to which db is added, or None.
         begin: writes the part of others in dW of the columns from `start` on to [c, H] float32.
     """
 
+    hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
     begin: Callable[[int, Tensor], None]
@@ -149,7 +151,7 @@ class GradientSweep:
         plan: of strategy "recompute".
         needs: the gradients that are wanted.
         space: memory of plan.elements.
-        shared: where the head's gradients go, if others have a part in them.
+        shared: where the gradients go, if others have a part in them.
     """
 
     def __init__(
@@ -159,7 +161,7 @@ class GradientSweep:
         plan: TilePlan,
         needs: Needs,
         space: Tensor,
-        shared: Head | None = None,
+        shared: Shared | None = None,
     ) -> None:
         inputs, student = kernels.inputs, kernels.inputs.student_hidden
         size, dtype = student.shape[1], student.dtype
@@ -179,7 +181,7 @@ class GradientSweep:
             self._hidden = sums[:elements].view(tokens.count, size).zero_()
             sums = sums[elements:]
         elif needs.hidden:
-            self._hidden = torch.zeros_like(student)
+            self._hidden = torch.zeros_like(student) if shared is None else shared.hidden
         if shared is not None:
             self._weight, self._bias = shared.weight, shared.bias
         elif needs.weight:
@@ -207,7 +209,10 @@ class GradientSweep:
             self._add(gradient, start, stop, first, last)
         hidden, bias = self._hidden, self._bias
         if hidden is not None and self._is_summed_apart:
-            hidden = _rounded(hidden, tokens, self._plan, inputs.student_hidden)
+            whole = None if self._shared is None else self._shared.hidden
+            if whole is None:
+                whole = torch.zeros_like(inputs.student_hidden)
+            hidden = _put_rounded(hidden, tokens, self._plan, whole)
         dtype = inputs.student_hidden.dtype
         return Gradients(hidden, self._weight, None if bias is None else bias.to(dtype))
 
@@ -238,12 +243,11 @@ class GradientSweep:
             self._bias[start:stop] += gradient.sum(dim=0, dtype=torch.float32)
 
 
-def _rounded(sums: Tensor, tokens: Tokens, plan: TilePlan, like: Tensor) -> Tensor:
-    """Return the sums [n, H] of some tokens as a gradient [N, H], without a second copy."""
-    made = torch.zeros_like(like)
+def _put_rounded(sums: Tensor, tokens: Tokens, plan: TilePlan, made: Tensor) -> Tensor:
+    """Put the sums [n, H] of some tokens into a gradient [N, H], without a second copy."""
     for first in range(0, tokens.count, plan.rows):
         last = min(first + plan.rows, tokens.count)
-        tokens.part(first, last).put(made, sums[first:last].to(like.dtype))
+        tokens.part(first, last).put(made, sums[first:last].to(made.dtype))
     return made
 
 

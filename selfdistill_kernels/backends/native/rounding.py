@@ -177,7 +177,7 @@ class Rounder:
             self._rounding.tolerance.relative_error, min(int(DENSE_SHARE * vocabulary), capacity),
             slab, starts, variance,
         )  # fmt: skip
-        entries = memory.view(count, -1)
+        entries = memory.flatten(1)  # of no tokens, too
         return SparseTile(tokens, entries, starts, variance, None, False, slab, is_whole=False)
 
     def hidden_gradient(self, tile: SparseTile) -> Tensor:

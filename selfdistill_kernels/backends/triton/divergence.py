@@ -242,8 +242,12 @@ def kl_of(sum_s, sum_t, excess, moment, curvature, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def skew_pivot(kappa_less_1, kappa):
-    """One float32 for kappa in (0, 1]: kappa - 1 (<= 0) in the upper half, kappa in the lower."""
-    return tl.where((kappa > 0.0) & (kappa < 0.5), kappa, kappa_less_1).to(tl.float32)
+    """One float32 for kappa in (0, 1]: kappa - 1 (<= 0) in the upper half, kappa in the lower.
+
+    What roundings leave of kappa - 1 above 0 would be read as a small kappa.
+    """
+    upper = tl.where(kappa_less_1 > 0.0, 0.0, kappa_less_1)
+    return tl.where((kappa > 0.0) & (kappa < 0.5), kappa, upper).to(tl.float32)
 
 
 @triton.jit
