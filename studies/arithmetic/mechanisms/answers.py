@@ -51,12 +51,23 @@ QUESTIONS = (
     Question(
         "Does a sharper teacher break the ceiling?",
         "votes of 12 are nearly always right, so the errors left are draws at temperature 1",
-        (arms.SHARPER, arms.SHARPER_STOP),
+        (arms.SHARPER,),
         arms.STEPALIGN,
         {
             "better": "set teacher_temperature below 1 where one answer counts, not their variety",
             "worse": "leave the teacher's temperature at 1",
             "not separated": "leave the teacher's temperature at 1",
+        },
+    ),
+    Question(
+        "And does it when rollouts are cut behind the first wrong step?",
+        "both under a cosine schedule",
+        (arms.SHARPER_STOP,),
+        arms.STEPALIGN_COSINE,
+        {
+            "better": "do both where steps are known",
+            "worse": "follow the teacher to the end",
+            "not separated": "follow the teacher to the end",
         },
     ),
     Question(
