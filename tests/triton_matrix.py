@@ -43,9 +43,9 @@ Written by `python tests/triton_matrix.py`: the sweep, the mixture sweep, the gr
 product in bfloat16 with their shipped tiles, the first variants of each, compiled for the target on
 a CPU. A cell says how many compiled, and what the audit (docs/gpu-evidence.md) says against some;
 nothing here has run on a GPU. `backend="auto"` takes these releases and no other. The audit counts
-every byte of stack as spilled: the 8 bytes of the product on sm_120 with 3.5.1 and 3.6.0 are written
-and never read, those of the first sweep on sm_80 with 3.6.0 are one register that is written and
-read once.
+every byte of stack as spilled: the 8 bytes of the product on sm_120 with 3.5.1 and 3.6.0 are
+written and never read, those of the first sweep on sm_80 with 3.6.0 are one register that is
+written and read once.
 
 """
 
