@@ -27,6 +27,8 @@ LONG = (90, 120)
 # Of a multiprocessor: 64 Ki registers and, with three blocks of 256 threads, 48 KiB of shared
 # memory in a third of the smallest.
 MOST_REGISTERS = 80
+# Two blocks a multiprocessor there: see csrc/cuda/clip.cu.
+MOST_REGISTERS_OF_CLIP = 128
 MOST_SHARED = 32 << 10
 
 
@@ -53,7 +55,8 @@ def test_builds_for_every_gpu_without_spills(nvcc, architecture, source):
     for kernel in kernels:
         assert kernel.architecture == f"sm_{architecture}"
         assert kernel.stack == kernel.spills == 0, kernel
-        assert kernel.registers <= MOST_REGISTERS, kernel
+        most = MOST_REGISTERS_OF_CLIP if source.stem == "clip" else MOST_REGISTERS
+        assert kernel.registers <= most, kernel
         assert kernel.shared <= MOST_SHARED, kernel
 
 

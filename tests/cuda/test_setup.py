@@ -84,6 +84,7 @@ def test_extensions(setup_script, tmp_path, monkeypatch, torch_cuda):
         "built_for.cpp",
         "ops.cpp",
         "visit.cu",
+        "clip.cu",
         "statistics.cu",
         "gradient.cu",
         "gather.cu",
