@@ -54,7 +54,7 @@ QUESTIONS = (
         (arms.SHARPER,),
         arms.STEPALIGN,
         {
-            "better": "set teacher_temperature below 1 where one answer counts, not their variety",
+            "better": "set teacher_temperature below 1",
             "worse": "leave the teacher's temperature at 1",
             "not separated": "leave the teacher's temperature at 1",
         },
