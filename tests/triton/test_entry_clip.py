@@ -66,8 +66,8 @@ def test_odd_shapes(divergence, shape, path):
     case = make_case(*shape, seed=6)
     objective = Objective(divergence, entry_clip=3e-4)
     assert clipped_rows(case, objective).any()
-    # Of two entries one is clipped. What is left is log p / q = -0.45 of the other, whose logits are
-    # -13: a rounding of theirs is thirty there, and plain torch may happen to have few.
+    # Of two entries one is clipped. What is left is log p / q = -0.45 of the other, whose logits
+    # are -13: a rounding of theirs is thirty there, and plain torch may happen to have few.
     check(case, objective, roundings=96 if shape[2] == 2 else 8, **PATHS[path])
 
 
