@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from selfdistill.analysis.comparison import mean_score, problem_scores
+from selfdistill.analysis.comparison import Metric, mean_score, problem_scores
 from selfdistill.evaluation.intervals import Bounds, Interval
 from selfdistill.evaluation.resampling import crossed_difference, crossed_mean
 from selfdistill.evaluation.scores import Evaluation
@@ -194,8 +194,8 @@ def _mean(found: Sequence[Behaviour], name: str, *, bounds: Bounds | None) -> In
     return crossed_mean([getattr(each, name) for each in found], bounds=bounds)
 
 
-def _metric(evaluations: Sequence[Evaluation], metric: str) -> Interval:
-    interval = mean_score(evaluations, metric)  # type: ignore[arg-type]
+def _metric(evaluations: Sequence[Evaluation], metric: Metric) -> Interval:
+    interval = mean_score(evaluations, metric)
     assert interval is not None  # of evaluations with the scores of each problem
     return interval
 

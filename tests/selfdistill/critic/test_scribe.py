@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
+from typing import Any, cast
 
 import pytest
 
@@ -173,6 +174,6 @@ def test_errors_need_a_task_that_can_write_them_and_whole_critiques() -> None:
         name = "exact"
 
     with pytest.raises(TypeError, match="the exact task cannot write mistakes"):
-        ScribeCritic(Exact(), error_rate=0.1)  # type: ignore[arg-type]
+        ScribeCritic(cast(Any, Exact()), error_rate=0.1)
     with pytest.raises(ValueError, match="error_rate is for critiques that repeat partially"):
         ScribeCriticConfig(copying="omission", error_rate=0.1)

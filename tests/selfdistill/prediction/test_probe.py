@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_runs import tiny_config
+from torch import nn
 
 from selfdistill.config import Config, PeerMethod, RefSolMethod
 from selfdistill.evaluation.intervals import Interval
@@ -47,6 +48,12 @@ class KnowsReferences:
             found.append([Rollout(tokens, [-0.5] * len(tokens), text, True)] * group_size)
         return found
 
+    def sync(self, model: nn.Module) -> None:
+        del model  # nothing is trained
+
+    def wait_for_group(self) -> None:
+        pass
+
 
 def tiny(solver_dir: Path, tmp_path: Path) -> Config:
     return tiny_config(solver_dir, tmp_path / "run", rollout={"max_new_tokens": 24})
@@ -55,7 +62,7 @@ def tiny(solver_dir: Path, tmp_path: Path) -> Config:
 def probed(solver_dir: Path, tmp_path: Path, *, solved: int) -> Probe:
     config = tiny(solver_dir, tmp_path)
     solver = load_solver(config)
-    solver = replace(solver, engine=KnowsReferences(solver, solved=solved))  # type: ignore[arg-type]
+    solver = replace(solver, engine=KnowsReferences(solver, solved=solved))
     section = RefSolMethod()
     return probe(config, [("refsol", section)], attempts=2 * PROBLEMS, solver=solver)
 
