@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from string import Template
 
 from selfdistill.evaluation.tables import MISSING, TextTable, number, percent
-from selfdistill.places import PlaceTakenError, try_folder
 from selfdistill.runlog import write_atomically
 from studies.arithmetic.mechanisms.answers import TARGET, Answer, answers, reached
 from studies.arithmetic.mechanisms.arms import GRPO_MANY, REFERENCES, STEPALIGN, Scale
@@ -18,32 +15,15 @@ from studies.arithmetic.mechanisms.findings import Findings, Row
 from studies.arithmetic.mechanisms.plots import make_plots, ranked
 from studies.arithmetic.reproduce.job_list import RATES_SEED
 from studies.arithmetic.reproduce.machine import Environment
+from studies.arithmetic.reproduce.page_text import PageText
 
 PAGE, TABLES = "mechanisms.md", "mechanisms-tables.md"
 
-_SECTIONS = dict(
-    re.findall(
-        r"<!-- ([a-z ]+) -->\n(.*?)\n(?=<!-- |\Z)",
-        Path(__file__).with_name("page.md").read_text("utf-8"),
-        re.DOTALL,
-    )
+TEXT = PageText(
+    Path(__file__).with_name("page.md"),
+    page=PAGE,
+    command="selfdistill reproduce --study mechanisms",
 )
-
-
-def refuse_foreign_results(folder: Path) -> None:
-    """Make sure that the results replace nothing but earlier ones.
-
-    Raises:
-        PlaceTakenError: the folder has a page of that name that `write_results` did not write.
-        OSError: the folder cannot be created or written.
-    """
-    path, title = folder / PAGE, _text("head").splitlines()[0]
-    if path.exists() and not path.read_bytes().startswith(title.encode()):
-        raise PlaceTakenError(
-            f"{path} is not the page of an earlier `selfdistill reproduce --study mechanisms`, and "
-            "would be replaced: choose another folder (--results)"
-        )
-    try_folder(folder)
 
 
 def write_results(findings: Findings, scale: Scale, where: Environment, folder: Path) -> list[Path]:
@@ -78,7 +58,7 @@ def write_results(findings: Findings, scale: Scale, where: Environment, folder: 
 
 def page(findings: Findings, found: Sequence[Answer], scale: Scale, where: Environment) -> str:
     """Return what a person reads in five minutes: the figure, a table, what to use when."""
-    parts = [_text("head", steps=scale.steps)]
+    parts = [TEXT.text("head", steps=scale.steps)]
     if findings.rows:
         parts += [
             _target(findings, scale),
@@ -86,11 +66,11 @@ def page(findings: Findings, found: Sequence[Answer], scale: Scale, where: Envir
             _short_table(findings, scale).markdown(),
         ]
     if found:
-        note = " ".join(_text("answers note", samples=scale.samples).split())
+        note = TEXT.note("answers note", samples=scale.samples)
         parts += ["## What to use when\n", _answers_table(found, note).markdown()]
     if findings.missing:
         parts.append(f"Not finished: {', '.join(findings.missing)}.\n")
-    limits = _text(
+    limits = TEXT.text(
         "limits",
         **asdict(where) | {"minutes": f"{where.minutes:.0f}", "commit": where.commit or "unknown"},
         steps=scale.steps,
@@ -104,13 +84,13 @@ def page(findings: Findings, found: Sequence[Answer], scale: Scale, where: Envir
         seeds=", ".join(map(str, scale.seeds)),
         count=len(found),
     )
-    return "\n".join([*parts, _text("built in"), limits])
+    return "\n".join([*parts, TEXT.text("built in"), limits])
 
 
 def tables(findings: Findings, scale: Scale) -> str:
     """Return the page of long tables."""
     rows = ranked(findings)
-    parts = [_text("tables head")]
+    parts = [TEXT.text("tables head")]
     if rows:
         parts += [
             _long_table(findings, rows, scale).markdown(),
@@ -120,10 +100,6 @@ def tables(findings: Findings, scale: Scale) -> str:
             _rates_table(rows, scale).markdown(),
         ]
     return "\n".join(parts)
-
-
-def _text(name: str, **values: object) -> str:
-    return Template(_SECTIONS[name]).substitute(values) if values else _SECTIONS[name]
 
 
 def _target(findings: Findings, scale: Scale) -> str:
@@ -137,7 +113,7 @@ def _target(findings: Findings, scale: Scale) -> str:
         return ""
     said = ", ".join(labels) or f"{best.label}, {percent(best.avg)}"
     name = "target yes" if labels else "target no"
-    return _text(name, target=f"{100 * TARGET:g}", steps=scale.steps, arms=said)
+    return TEXT.text(name, target=f"{100 * TARGET:g}", steps=scale.steps, arms=said)
 
 
 def _short_table(findings: Findings, scale: Scale) -> TextTable:
@@ -241,7 +217,7 @@ def _outside_table(rows: Sequence[Row], scale: Scale) -> TextTable:
         for row in rows
     ]
     title = f"Outside of the training range, {scale.outside_problems} problems each"
-    return TextTable(title, ["", *head], cells, " ".join(_text("outside note").split()))
+    return TextTable(title, ["", *head], cells, TEXT.note("outside note"))
 
 
 def _rates_table(rows: Sequence[Row], scale: Scale) -> TextTable:
@@ -260,5 +236,5 @@ def _rates_table(rows: Sequence[Row], scale: Scale) -> TextTable:
         f"Best dev Avg@{scale.dev_samples} by learning rate",
         ["", *(f"{rate:g}" for rate in scale.rates), "chosen", "best step", "thread minutes"],
         cells,
-        " ".join(_text("rates note").split()),
+        TEXT.note("rates note"),
     )

@@ -11,7 +11,7 @@ from selfdistill.visible import say
 from studies.arithmetic.mechanisms.arms import Arm, Scale
 from studies.arithmetic.mechanisms.findings import collect
 from studies.arithmetic.mechanisms.job_list import build_plan
-from studies.arithmetic.mechanisms.page import PAGE, refuse_foreign_results, write_results
+from studies.arithmetic.mechanisms.page import TEXT, write_results
 from studies.arithmetic.reproduce.machine import environment
 from studies.arithmetic.reproduce.run import budget_table
 from studies.arithmetic.reproduce.schedule import run_plan
@@ -45,7 +45,7 @@ def reproduce(
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}, expected at least 1")
-    refuse_foreign_results(results)
+    TEXT.refuse_foreign_results(results)
     console = console or Console()
     plan = build_plan(model, scale, arms)
     console.print(budget_table(plan, workers=workers))
@@ -55,5 +55,5 @@ def reproduce(
     write_results(findings, scale, where, results)
     if not finished:
         console.print("Stopped; the same command goes on from there.")
-    say(console, f"Results: {(results / PAGE).resolve()}")
+    say(console, f"Results: {(results / TEXT.page).resolve()}")
     return finished

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from string import Template
 from textwrap import fill
 
 from selfdistill.analysis.localisation import localisation_table
 from selfdistill.evaluation.tables import MISSING, TextTable, number, percent
-from selfdistill.places import PlaceTakenError, try_folder
 from selfdistill.runlog import write_atomically
 from studies.arithmetic.reproduce.arms import SIDE_ARMS, Scale
 from studies.arithmetic.reproduce.claims import Claim, Order, localisation_claims, orders
@@ -28,32 +25,12 @@ from studies.arithmetic.reproduce.findings import (
 from studies.arithmetic.reproduce.job_list import RATES_SEED
 from studies.arithmetic.reproduce.jobs import TEACHER_SAMPLES
 from studies.arithmetic.reproduce.machine import Environment
+from studies.arithmetic.reproduce.page_text import PageText
 from studies.arithmetic.reproduce.plots import gap_plot_name, make_plots
 
-# The text of the page: a section for each name.
-_SECTIONS = dict(
-    re.findall(
-        r"<!-- ([a-z ]+) -->\n(.*?)\n(?=<!-- |\Z)",
-        Path(__file__).with_name("results.md").read_text("utf-8"),
-        re.DOTALL,
-    )
+TEXT = PageText(
+    Path(__file__).with_name("results.md"), page="README.md", command="selfdistill reproduce"
 )
-
-
-def refuse_foreign_results(folder: Path) -> None:
-    """Make sure that the results replace nothing but earlier ones.
-
-    Raises:
-        PlaceTakenError: the folder has a README.md that `write_results` did not write.
-        OSError: the folder cannot be created or written.
-    """
-    path = folder / "README.md"
-    if path.exists() and not path.read_bytes().startswith(_text("head").splitlines()[0].encode()):
-        raise PlaceTakenError(
-            f"{path} is not the page of an earlier `selfdistill reproduce`, and would be replaced: "
-            "choose another folder (--results)"
-        )
-    try_folder(folder)
 
 
 def write_results(findings: Findings, scale: Scale, where: Environment, folder: Path) -> list[Path]:
@@ -87,7 +64,7 @@ def readme(
     plots: dict[str, str],
 ) -> str:
     """Return the page."""
-    parts = [_text("head"), _setting(scale, where), _claims(settings, claims)]
+    parts = [TEXT.text("head"), _setting(scale, where), _claims(settings, claims)]
     if findings.main is not None:
         parts.append(_main_section(findings.main, scale))
     if findings.difficulty is not None:
@@ -98,25 +75,15 @@ def readme(
         parts.append(_wording_section(findings.wording, scale))
     if findings.rates:
         parts.append(_rates_section(findings, scale))
-    parts += [_text("built in"), _limits(scale)]
+    parts += [TEXT.text("built in"), _limits(scale)]
     text = "\n".join(parts)
     for name in plots:
         assert f"({name})" in text, f"{name} is not shown"
     return text
 
 
-def _text(name: str, **values: object) -> str:
-    """Return a section of results.md with its names replaced."""
-    return Template(_SECTIONS[name]).substitute(values)
-
-
-def _note(name: str, **values: object) -> str:
-    """Return a section of results.md as the one line below a table."""
-    return " ".join(_text(name, **values).split())
-
-
 def _setting(scale: Scale, where: Environment) -> str:
-    items = _text(
+    items = TEXT.text(
         "setting items",
         **asdict(where) | {"minutes": f"{where.minutes:.0f}", "commit": where.commit or "unknown"},
         steps=scale.milestones[-1],
@@ -134,7 +101,7 @@ def _setting(scale: Scale, where: Environment) -> str:
         side_seeds=", ".join(map(str, scale.side_seeds)),
         wording_seeds=", ".join(map(str, scale.wording_seeds)),
     )
-    return f"{_text('setting', command=where.command)}\n{_wrap(items)}\n"
+    return f"{TEXT.text('setting', command=where.command)}\n{_wrap(items)}\n"
 
 
 def _wrap(text: str) -> str:
@@ -147,7 +114,7 @@ def _wrap(text: str) -> str:
 
 
 def _claims(settings: Sequence[Order], claims: Sequence[Claim]) -> str:
-    note = _note("claims note")
+    note = TEXT.note("claims note")
     tables = []
     if settings:
         rows = [
@@ -180,7 +147,7 @@ def _claims(settings: Sequence[Order], claims: Sequence[Claim]) -> str:
         cells = [[claim.text, claim.measured, claim.holds] for claim in claims]
         title = "Advantage by token, base solver, first wrong step 2 or later"
         tables.append(TextTable(title, ["", "measured", "holds"], cells).markdown())
-    return "\n\n".join([_text("claims").strip(), *tables])
+    return "\n\n".join([TEXT.text("claims").strip(), *tables])
 
 
 def _where_it_holds(settings: Sequence[Order]) -> str:
@@ -249,9 +216,9 @@ def _main_section(main: Main, scale: Scale) -> str:
         f"{scale.problems} test problems x {scale.samples}, {len(scale.seeds)} training seeds",
         [main.base, main.teacher, *main.rows],
         samples=scale.samples,
-        note=_note("main note", teacher_samples=TEACHER_SAMPLES),
+        note=TEXT.note("main note", teacher_samples=TEACHER_SAMPLES),
     )
-    return _text("main", table=table.markdown())
+    return TEXT.text("main", table=table.markdown())
 
 
 def _difficulty_section(strata: Sequence[Stratum], scale: Scale) -> str:
@@ -272,13 +239,13 @@ def _difficulty_section(strata: Sequence[Stratum], scale: Scale) -> str:
         f"{len(scale.side_seeds)} training seeds",
         ["predicted", "base success", "teacher", "steps", *labels],
         rows,
-        _note("difficulty note"),
+        TEXT.note("difficulty note"),
     )
     plots = "\n\n".join(
         f"![Difference to GRPO after {steps} steps]({gap_plot_name(steps)})"
         for steps in scale.milestones
     )
-    return _text("difficulty", table=table.markdown(), plots=plots)
+    return TEXT.text("difficulty", table=table.markdown(), plots=plots)
 
 
 def _copying_section(copying: Copying, scale: Scale) -> str:
@@ -290,9 +257,9 @@ def _copying_section(copying: Copying, scale: Scale) -> str:
         f"Training with each, 8 x 1, {scale.problems} test problems",
         copying.rows,
         samples=scale.samples,
-        note=_note("copying note"),
+        note=TEXT.note("copying note"),
     )
-    return _text(
+    return TEXT.text(
         "copying",
         later_table=later_table.markdown(),
         first_table=first_table.markdown(),
@@ -329,9 +296,9 @@ def _wording_section(doses: Sequence[Dose], scale: Scale) -> str:
             "right tokens with A < -0.1",
         ],
         [cells(dose) for dose in doses],
-        _note("wording note"),
+        TEXT.note("wording note"),
     )
-    return _text("wording", table=table.markdown())
+    return TEXT.text("wording", table=table.markdown())
 
 
 def _rates_section(findings: Findings, scale: Scale) -> str:
@@ -347,17 +314,17 @@ def _rates_section(findings: Findings, scale: Scale) -> str:
         f"Best dev Avg@{scale.dev_samples} by learning rate",
         ["", *(f"{rate:g}" for rate in scale.rates), "chosen"],
         rows,
-        _note("rates note"),
+        TEXT.note("rates note"),
     )
-    return _text("rates", table=table.markdown())
+    return TEXT.text("rates", table=table.markdown())
 
 
 def _limits(scale: Scale) -> str:
-    items = _text(
+    items = TEXT.text(
         "limits items",
         seeds=len(scale.seeds),
         side_seeds=len(scale.side_seeds),
         wording_seeds=len(scale.wording_seeds),
         rates=len(scale.rates),
     )
-    return f"{_text('limits')}\n{_wrap(items)}\n"
+    return f"{TEXT.text('limits')}\n{_wrap(items)}\n"

@@ -15,7 +15,7 @@ from studies.arithmetic.reproduce.budget import job_seconds, minutes
 from studies.arithmetic.reproduce.findings import collect
 from studies.arithmetic.reproduce.job_list import Job, Study, build_plan
 from studies.arithmetic.reproduce.machine import environment
-from studies.arithmetic.reproduce.results import refuse_foreign_results, write_results
+from studies.arithmetic.reproduce.results import TEXT, write_results
 from studies.arithmetic.reproduce.schedule import run_plan
 
 
@@ -52,7 +52,7 @@ def reproduce(
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}, expected at least 1")
-    refuse_foreign_results(results)
+    TEXT.refuse_foreign_results(results)
     console = console or Console()
     plan = build_plan(model, scale, studies)
     console.print(budget_table(plan, workers=workers))
@@ -62,7 +62,7 @@ def reproduce(
     findings = collect(output, scale)
     where = environment(command=command, workers=workers, seconds=findings.seconds)
     write_results(findings, scale, where, results)
-    say(console, f"Results: {(results / 'README.md').resolve()}")
+    say(console, f"Results: {(results / TEXT.page).resolve()}")
     return True
 
 
