@@ -43,7 +43,7 @@ from studies.arithmetic.mechanisms.arms import (
 )
 from studies.arithmetic.mechanisms.findings import Findings, Outside, Row, collect
 from studies.arithmetic.mechanisms.job_list import build_plan, parse_studies
-from studies.arithmetic.mechanisms.page import refuse_foreign_results, write_results
+from studies.arithmetic.mechanisms.page import TEXT, write_results
 from studies.arithmetic.mechanisms.run import reproduce
 from studies.arithmetic.reproduce import jobs
 from studies.arithmetic.reproduce.behaviour import behaviour_of
@@ -243,7 +243,7 @@ def test_the_page_says_what_follows(tmp_path: Path) -> None:
     assert "**The target is missed.**" in missed
     page.write_text("somebody's page")
     with pytest.raises(PlaceTakenError, match="is not the page of an earlier"):
-        refuse_foreign_results(tmp_path)
+        TEXT.refuse_foreign_results(tmp_path)
 
 
 def test_the_whole_study_and_a_second_call_does_nothing_again(
