@@ -30,7 +30,7 @@ from selfdistill.training.checkpoint import CheckpointStore
 from selfdistill.training.loop import train
 from selfdistill.training.run_folder import RunExistsError, keep_config, refuse_other_run
 from studies.arithmetic.demo.run import remove_artifacts
-from studies.arithmetic.reproduce.results import refuse_foreign_results
+from studies.arithmetic.reproduce.results import TEXT
 
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "config.yaml")
 
@@ -376,12 +376,12 @@ def test_a_fresh_demo_removes_no_training_run(finished: Config) -> None:
 
 
 def test_results_replace_no_other_page(tmp_path: Path) -> None:
-    refuse_foreign_results(tmp_path)
+    TEXT.refuse_foreign_results(tmp_path)
     (tmp_path / "README.md").write_text("# The paper's question in miniature\n\nolder words")
-    refuse_foreign_results(tmp_path)
+    TEXT.refuse_foreign_results(tmp_path)
     (tmp_path / "README.md").write_text("# My project")
     with pytest.raises(PlaceTakenError, match=r"README\.md is not the page .*--results"):
-        refuse_foreign_results(tmp_path)
+        TEXT.refuse_foreign_results(tmp_path)
 
 
 def test_two_writers_of_one_file_do_not_disturb_each_other(
