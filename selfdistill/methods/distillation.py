@@ -18,7 +18,7 @@ from selfdistill.model.scoring import ScoredTokens
 from selfdistill.rollout.attempts import Attempts
 from selfdistill.tasks.interface import SteppedTask, StepTask, Task
 from selfdistill_kernels import AdvantageMask, DistillationOutput, Objective
-from selfdistill_kernels.integrations import fused_head_distillation
+from selfdistill_kernels.integrations import HeadValues, fused_head_distillation
 
 
 def distillation_method(
@@ -119,25 +119,17 @@ class DistillationLoss:
         Raises:
             ValueError: no teacher has scored the tokens, or something else that the configuration
                 needs (sampling log-probs, steps) is missing.
+            UnsupportedHeadError: a sharper teacher whose model caps its logits.
         """
         if scored.teacher_hidden is None:
             raise ValueError("scored.teacher_hidden is missing: score the groups with a teacher")
         per_step = self.advantage_mask is not None and self.advantage_mask.per_step
-        sharpened = teacher.values
-        if self.teacher_temperature != 1.0:
-            if sharpened.softcap is not None:
-                raise UnsupportedHeadError(
-                    "method.loss.teacher_temperature: this model caps its logits, which are "
-                    "divided before the cap only; leave it at 1"
-                )
-            scale = sharpened.logit_scale / self.teacher_temperature
-            sharpened = replace(sharpened, logit_scale=scale)
         fused = partial(
             fused_head_distillation,
             scored.student_hidden,
             scored.teacher_hidden,
             student,
-            sharpened,
+            self._sharpened(teacher),
             scored.targets,
             mask=mask,
             token_weight=self._token_weights(scored),
@@ -171,6 +163,18 @@ class DistillationLoss:
         if mask is not None:
             kept &= mask
         return replace(output, loss=fused(mask=kept).loss, active=kept)
+
+    def _sharpened(self, teacher: LMHead) -> LMHead | HeadValues:
+        """Return the teacher's head with its logits divided by `teacher_temperature`."""
+        if self.teacher_temperature == 1.0:
+            return teacher
+        if teacher.softcap is not None:
+            raise UnsupportedHeadError(
+                "method.loss.teacher_temperature: this model caps its logits, which are divided "
+                "before the cap only; leave it at 1"
+            )
+        scale = teacher.logit_scale / self.teacher_temperature
+        return replace(teacher.values, logit_scale=scale)
 
     def _token_weights(self, scored: ScoredTokens) -> Tensor | None:
         """[T] what each token's loss is multiplied with; None: 1."""
