@@ -13,8 +13,7 @@ from studies.arithmetic.mechanisms.findings import collect
 from studies.arithmetic.mechanisms.job_list import build_plan
 from studies.arithmetic.mechanisms.page import TEXT, write_results
 from studies.arithmetic.reproduce.machine import environment
-from studies.arithmetic.reproduce.run import budget_table
-from studies.arithmetic.reproduce.schedule import run_plan
+from studies.arithmetic.reproduce.run import run_jobs
 
 
 def reproduce(
@@ -43,17 +42,13 @@ def reproduce(
         PlanChangedError: `output` holds jobs of another plan.
         ValueError: fewer than one worker.
     """
-    if workers < 1:
-        raise ValueError(f"workers is {workers}, expected at least 1")
-    TEXT.refuse_foreign_results(results)
     console = console or Console()
     plan = build_plan(model, scale, arms)
-    console.print(budget_table(plan, workers=workers))
-    finished = run_plan(plan, output, workers=workers, console=console)
+    finished = run_jobs(
+        plan, TEXT, output=output, results=results, workers=workers, console=console
+    )
     findings = collect(output, scale)
     where = environment(command=command, workers=workers, seconds=findings.seconds)
     write_results(findings, scale, where, results)
-    if not finished:
-        console.print("Stopped; the same command goes on from there.")
     say(console, f"Results: {(results / TEXT.page).resolve()}")
     return finished

@@ -15,6 +15,7 @@ from studies.arithmetic.reproduce.budget import job_seconds, minutes
 from studies.arithmetic.reproduce.findings import collect
 from studies.arithmetic.reproduce.job_list import Job, Study, build_plan
 from studies.arithmetic.reproduce.machine import environment
+from studies.arithmetic.reproduce.page_text import PageText
 from studies.arithmetic.reproduce.results import TEXT, write_results
 from studies.arithmetic.reproduce.schedule import run_plan
 
@@ -50,20 +51,47 @@ def reproduce(
         PlanChangedError: `output` holds jobs of another plan.
         ValueError: fewer than one worker.
     """
-    if workers < 1:
-        raise ValueError(f"workers is {workers}, expected at least 1")
-    TEXT.refuse_foreign_results(results)
     console = console or Console()
     plan = build_plan(model, scale, studies)
-    console.print(budget_table(plan, workers=workers))
-    if not run_plan(plan, output, workers=workers, console=console):
-        console.print("Stopped; the same command goes on from there.")
+    if not run_jobs(plan, TEXT, output=output, results=results, workers=workers, console=console):
         return False
     findings = collect(output, scale)
     where = environment(command=command, workers=workers, seconds=findings.seconds)
     write_results(findings, scale, where, results)
     say(console, f"Results: {(results / TEXT.page).resolve()}")
     return True
+
+
+def run_jobs(
+    plan: Sequence[Job],
+    text: PageText,
+    *,
+    output: Path,
+    results: Path,
+    workers: int,
+    console: Console,
+) -> bool:
+    """Check where the results go, say what the plan costs, and do what is left of it.
+
+    Args:
+        plan: the jobs.
+        text: of the page that the study writes.
+        output, results, workers, console: see `reproduce`.
+
+    Returns:
+        False when an interrupt stopped it; that is said, too.
+
+    Raises:
+        PlaceTakenError, PlanChangedError, ValueError: see `reproduce`.
+    """
+    if workers < 1:
+        raise ValueError(f"workers is {workers}, expected at least 1")
+    text.refuse_foreign_results(results)
+    console.print(budget_table(plan, workers=workers))
+    finished = run_plan(plan, output, workers=workers, console=console)
+    if not finished:
+        console.print("Stopped; the same command goes on from there.")
+    return finished
 
 
 def budget_table(plan: Sequence[Job], *, workers: int) -> Table:
