@@ -1,7 +1,7 @@
 // Streaming over slabs of the vocabulary: the two sweeps and their end. One block a row of [rows, columns], one thread a
-// row of the state [rows, 16].
+// row of the state [rows, 19].
 //
-// Bytes an element (float32): either sweep 8 read, 4 without a teacher. A row's state is 128 bytes read and written a slab.
+// Bytes an element (float32): either sweep 8 read, 4 without a teacher. A state is 152 bytes a row, twice a slab.
 #include "row.cuh"
 // (clip.h is written in the functions of device.h)
 #include "../clip.h"

@@ -73,9 +73,9 @@ class CandidatePlan:
     def describe(self) -> str:
         """Return the plan in one line, for a person to read."""
         return (
-            f"one sweep (2 GEMMs and sparse products): tiles of {self.tiles.rows} tokens x "
-            f"{self.tiles.columns} logits x {self.tiles.models} models, {self.capacity} candidates "
-            f"of {self.tokens} tokens, {self.bytes / MEBIBYTE:.1f} MiB"
+            "one sweep (2 GEMMs, 4 of a mixture, and sparse products): tiles of "
+            f"{self.tiles.rows} tokens x {self.tiles.columns} logits x {self.tiles.models} models, "
+            f"{self.capacity} candidates of {self.tokens} tokens, {self.bytes / MEBIBYTE:.1f} MiB"
         )
 
     @classmethod
